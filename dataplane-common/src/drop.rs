@@ -1,0 +1,126 @@
+//! Why a packet or a connection was dropped, refused or left alone, and events an operator should see.
+
+use core::fmt;
+
+/// What became of the packets that a reason counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disposition {
+    /// Silence.
+    Dropped,
+    /// A TCP RST, an ICMP error, or `ECONNREFUSED`.
+    Rejected,
+    /// Nothing was lost; the operator may want to know.
+    Noted,
+}
+
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])+ $name:ident = $number:literal, $label:literal, $disposition:ident;)+) => {
+        /// A named reason with its counter in the `reasons` per-CPU array, whose index is the number.
+        ///
+        /// A number is never given to another meaning.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[repr(u8)]
+        pub enum Reason { $($(#[doc = $doc])+ $name = $number,)+ }
+
+        impl Reason {
+            /// All reasons, in the order of their numbers.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)+];
+
+            /// Name for logs, metrics and the command line.
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$name => $label,)+ }
+            }
+
+            /// What became of the packets.
+            pub const fn disposition(self) -> Disposition {
+                match self { $(Self::$name => Disposition::$disposition,)+ }
+            }
+
+            /// When it happens and what the operator can do.
+            pub const fn help(self) -> &'static str {
+                match self { $(Self::$name => concat!($($doc,)+),)+ }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// The Service has no endpoint at all (P1): check its selector and whether its pods are ready.
+    NoEndpoints = 1, "no-endpoints", Rejected;
+    /// The traffic policy is Local and this node has no endpoint of the Service (P2, P3): intended, or schedule one here.
+    NoLocalEndpoints = 2, "no-local-endpoints", Dropped;
+    /// A ClusterIP was called on a port its Service does not have (P13): check the client's port.
+    ClosedPort = 3, "closed-port", Rejected;
+    /// An address of the service ranges that no Service has was about to leave the node (P13): a stale address?
+    UnknownService = 4, "unknown-service", Dropped;
+    /// A packet from the network had a loopback address (Z3): somebody forges packets.
+    Loopback = 5, "loopback", Dropped;
+    /// A packet to a Service came from a multicast, broadcast or its own destination address (Z3).
+    BadSource = 6, "bad-source", Dropped;
+    /// A fragment of a packet to a Service: fragments are not followed.
+    Fragment = 7, "fragment", Dropped;
+    /// A packet to a Service had IP options, which are not translated.
+    IpOptions = 8, "ip-options", Dropped;
+    /// A packet to a Service was cut short or had a length that lies.
+    Malformed = 9, "malformed", Dropped;
+    /// All translated source ports that were tried are taken (P12): widen `--snat-ports`.
+    PortsExhausted = 10, "ports-exhausted", Dropped;
+    /// No route to the chosen endpoint: check the pod network's routes on this node.
+    NoRoute = 11, "no-route", Dropped;
+    /// The packet would have to be routed on, but forwarding is off on the interface it came in on: set `ip_forward`.
+    ForwardingDisabled = 12, "forwarding-disabled", Dropped;
+    /// The packet's time to live ended at this node; an ICMP time exceeded was sent.
+    TtlExceeded = 13, "ttl-exceeded", Rejected;
+    /// The packet is larger than the way to the endpoint takes; an ICMP fragmentation needed was sent.
+    TooBig = 14, "too-big", Rejected;
+    /// A flow could not be entered into the half-open table.
+    FlowInsert = 15, "flow-insert", Dropped;
+    /// The kernel refused to change the packet.
+    WriteFailed = 16, "write-failed", Dropped;
+    /// A ClusterIP was called from outside the cluster, which `--cluster-ip-from-outside=refuse` forbids (P10).
+    ClusterIpFromOutside = 17, "cluster-ip-from-outside", Dropped;
+    /// A table held something that this program does not understand: agent and programs are of different versions.
+    CorruptTable = 18, "corrupt-table", Dropped;
+    /// `established` is full: the flow stays half-open and may be pushed out. Enlarge it with `--max-flows`.
+    EstablishedFull = 19, "established-full", Noted;
+    /// A UDP flow left an endpoint that no longer serves and chose another (C1).
+    Rebalanced = 20, "rebalanced", Noted;
+    /// XDP left a packet to tc unwritten: no neighbour entry yet, or an exit it cannot use.
+    XdpLeftToTc = 21, "xdp-left-to-tc", Noted;
+    /// A protocol the programs do not translate, to an address and port of a Service.
+    UnsupportedProtocol = 22, "unsupported-protocol", Dropped;
+    /// Two flows would have had the same reply; the new one got a translated source.
+    ReplyCollision = 23, "reply-collision", Noted;
+}
+
+/// Length of the `reasons` array: one more than the largest number, rounded up for those to come.
+pub const REASON_SLOTS: usize = 64;
+
+impl TryFrom<u8> for Reason {
+    type Error = u8;
+
+    fn try_from(number: u8) -> Result<Self, u8> {
+        Self::ALL.iter().copied().find(|reason| *reason as u8 == number).ok_or(number)
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.label())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_a_slot_and_comes_back_from_its_number() {
+        for &reason in Reason::ALL {
+            assert!((reason as usize) < REASON_SLOTS);
+            assert_eq!(Reason::try_from(reason as u8), Ok(reason));
+            assert!(!reason.help().is_empty());
+        }
+        assert_eq!(Reason::try_from(0), Err(0));
+    }
+}

@@ -1,0 +1,116 @@
+//! Flows: what was decided for a connection, found by the five-tuple of each direction.
+
+use crate::{Addr, Port};
+use bytemuck::{Pod, Zeroable};
+
+/// The five-tuple of a packet as it arrives. 40 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct FlowKey {
+    /// Source address.
+    pub src: Addr,
+    /// Destination address.
+    pub dst: Addr,
+    /// Source port.
+    pub src_port: Port,
+    /// Destination port.
+    pub dst_port: Port,
+    /// IP protocol number.
+    pub proto: u8,
+    _zero: [u8; 3],
+}
+
+impl FlowKey {
+    /// The key of a packet from `src` to `dst`.
+    #[inline(always)]
+    pub const fn new(src: Addr, src_port: Port, dst: Addr, dst_port: Port, proto: u8) -> Self {
+        Self { src, dst, src_port, dst_port, proto, _zero: [0; 3] }
+    }
+
+    /// The key of the opposite direction.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(&self) -> Self {
+        Self::new(self.dst, self.dst_port, self.src, self.src_port, self.proto)
+    }
+}
+
+/// One direction of a flow: what its packets become. 64 bytes.
+///
+/// Both directions are entries of the same table, made and removed together (C4). The partner's key is
+/// [`Flow::partner`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Flow {
+    /// Source address after translation.
+    pub src: Addr,
+    /// Destination address after translation.
+    pub dst: Addr,
+    /// Source port after translation.
+    pub src_port: Port,
+    /// Destination port after translation.
+    pub dst_port: Port,
+    /// Id of the service port.
+    pub service: u32,
+    /// Id of the backend.
+    pub backend: u32,
+    /// The generation that the backend's id had.
+    pub generation: u32,
+    /// Tick of the last packet in this direction; see [`TICK_SHIFT`].
+    pub last_seen: u32,
+    /// While half-open: the acknowledgement number by which the client proves that it saw the SYN-ACK (host order).
+    pub expected_ack: u32,
+    /// For flows of the node itself: the uplink whose egress the client's packets pass; else 0.
+    pub uplink: u32,
+    flags: u32,
+}
+
+/// A tick is 2^`TICK_SHIFT` jiffies: about a second at 250 Hz. "Last seen" is written when the tick changed.
+pub const TICK_SHIFT: u32 = 8;
+
+impl Flow {
+    /// This entry translates the endpoint's packets, not the client's.
+    pub const REPLY: u32 = 1 << 0;
+    /// The source is translated as well: both directions are rewritten at ingress and leave at once.
+    pub const SOURCE_TRANSLATED: u32 = 1 << 1;
+    /// The client is the node itself: replies are handed up as if they had come in on `uplink`.
+    pub const NODE_CLIENT: u32 = 1 << 2;
+    /// The client sent a FIN.
+    pub const CLIENT_FIN: u32 = 1 << 3;
+    /// The endpoint sent a FIN.
+    pub const ENDPOINT_FIN: u32 = 1 << 4;
+    /// The endpoint answered: a TCP SYN-ACK, or any UDP datagram.
+    pub const ANSWERED: u32 = 1 << 5;
+    /// `expected_ack` is set.
+    pub const ACK_KNOWN: u32 = 1 << 6;
+
+    /// An entry with these flags that says nothing else yet.
+    #[inline(always)]
+    pub fn with_flags(flags: u32) -> Self {
+        Self { flags, ..Self::zeroed() }
+    }
+
+    /// Whether all bits of `flag` are set.
+    #[inline(always)]
+    pub const fn has(&self, flag: u32) -> bool {
+        self.flags & flag == flag
+    }
+
+    /// The flags.
+    #[inline(always)]
+    pub const fn flags(&self) -> u32 {
+        self.flags
+    }
+
+    /// Sets the bits of `flag`.
+    #[inline(always)]
+    pub const fn set(&mut self, flag: u32) {
+        self.flags |= flag;
+    }
+
+    /// Key of the opposite direction: what the far end sends back, as it arrives.
+    #[inline(always)]
+    pub const fn partner(&self, proto: u8) -> FlowKey {
+        FlowKey::new(self.dst, self.dst_port, self.src, self.src_port, proto)
+    }
+}

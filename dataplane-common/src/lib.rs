@@ -1,0 +1,24 @@
+//! The contract between Portolan's agent and its eBPF programs: every map's name, key, value and capacity, and the
+//! numbers both sides must agree on.
+//!
+//! This crate is `no_std`, knows bytes only, and never does I/O. Keys and values are `repr(C)` and `Pod`, without
+//! padding, and the byte order of a field lies in its type.
+#![no_std]
+
+#[cfg(test)]
+extern crate std;
+
+pub mod addr;
+pub mod backend;
+pub mod checksum;
+pub mod counter;
+pub mod drop;
+pub mod filter;
+pub mod flow;
+pub mod frontend;
+pub mod node;
+pub mod service;
+pub mod socket;
+pub mod tables;
+
+pub use addr::{Addr, Port, Protocol};

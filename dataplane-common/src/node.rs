@@ -1,0 +1,119 @@
+//! What the programs must know of the node they run on.
+
+use crate::Addr;
+use bytemuck::{Pod, Zeroable};
+
+/// How many service ranges a node may have: two families, each with a second one while ranges are migrated (KEP-1880).
+pub const SERVICE_RANGES: usize = 8;
+
+/// A range of addresses. 24 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Prefix {
+    /// The address with all host bits zero.
+    pub addr: Addr,
+    /// The same, one bit for each bit that counts; all zero marks an unused entry.
+    pub mask: PrefixMask,
+}
+
+/// The mask of a [`Prefix`], in network order.
+pub type PrefixMask = Addr;
+
+impl Prefix {
+    /// The range of `bits` leading bits of the 128 (an IPv4 range's length plus 96).
+    pub fn new(addr: Addr, bits: u32) -> Self {
+        let mask = if bits == 0 { 0 } else { u128::MAX << (128 - bits.min(128)) };
+        let addr = u128::from_be_bytes(*addr.bytes()) & mask;
+        Self { addr: Addr::from_bytes(addr.to_be_bytes()), mask: Addr::from_bytes(mask.to_be_bytes()) }
+    }
+
+    /// Whether the entry is in use and `addr` lies in the range.
+    #[inline(always)]
+    pub fn contains(&self, addr: &Addr) -> bool {
+        let ([a, b], [m, n], [x, y]) = (self.addr.words(), self.mask.words(), addr.words());
+        (m | n) != 0 && x & m == a && y & n == b
+    }
+}
+
+/// Settings of the node: the only element of the `node` array.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Node {
+    /// Cookie of the node's own network namespace (`SO_NETNS_COOKIE`): sockets elsewhere belong to pods.
+    pub netns_cookie: u64,
+    /// Source address for translated IPv4 flows where the route names none.
+    pub primary_v4: Addr,
+    /// Source address for translated IPv6 flows where the route names none.
+    pub primary_v6: Addr,
+    /// The service ranges (P13).
+    pub service_ranges: [Prefix; SERVICE_RANGES],
+    /// First translated source port, host order (P12).
+    pub first_port: u16,
+    /// Last translated source port, host order, inclusive (P12).
+    pub last_port: u16,
+    /// The flags below.
+    pub flags: u32,
+}
+
+impl Node {
+    /// The kernel's route lookup names the source address (`BPF_FIB_LOOKUP_SRC`, Linux 6.7).
+    pub const FIB_SOURCE: u32 = 1 << 0;
+    /// Sockets of pods are translated at connect time, not those of the node alone.
+    pub const SOCKET_LB_PODS: u32 = 1 << 1;
+    /// A ClusterIP called from outside the cluster is refused (P10).
+    pub const CLUSTER_IP_INSIDE_ONLY: u32 = 1 << 2;
+    /// Translate the source of every node port, LB and external IP flow from outside, as kube-proxy does (P4).
+    pub const MASQUERADE_ALL: u32 = 1 << 3;
+
+    /// Whether all bits of `flag` are set.
+    #[inline(always)]
+    pub const fn has(&self, flag: u32) -> bool {
+        self.flags & flag == flag
+    }
+}
+
+/// What an address of this node is for: value of the `node_addrs` table. One word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C, align(8))]
+pub struct NodeAddress {
+    flags: u32,
+    _zero: u32,
+}
+
+impl NodeAddress {
+    /// Node ports answer on this address (P17).
+    pub const NODE_PORTS: u32 = 1 << 0;
+
+    /// From the flags above.
+    pub const fn new(flags: u32) -> Self {
+        Self { flags, _zero: 0 }
+    }
+
+    /// Whether all bits of `flag` are set.
+    #[inline(always)]
+    pub const fn has(self, flag: u32) -> bool {
+        self.flags & flag == flag
+    }
+
+    /// The flags.
+    pub const fn flags(self) -> u32 {
+        self.flags
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::net::IpAddr;
+
+    #[test]
+    fn a_prefix_holds_its_own_addresses_only() {
+        let addr = |s: &str| Addr::from(s.parse::<IpAddr>().unwrap());
+        let range = Prefix::new(addr("10.96.0.0"), 96 + 16);
+        assert!(range.contains(&addr("10.96.255.1")));
+        assert!(!range.contains(&addr("10.97.0.1")));
+        assert!(!range.contains(&addr("fd00::a60:1")));
+        assert!(!Prefix::zeroed().contains(&addr("10.96.0.1")), "an unused entry holds nothing");
+        assert!(Prefix::new(addr("fd00:10:96::"), 108).contains(&addr("fd00:10:96::1")));
+    }
+}

@@ -1,0 +1,83 @@
+//! What the socket hooks remember of the sockets whose destination they changed.
+
+use crate::{Addr, Port};
+use bytemuck::{Pod, Zeroable};
+
+/// Key of `socket_peers`: a socket and the endpoint it was sent to. 32 bytes.
+///
+/// A connected socket has one entry; an unconnected UDP socket has one for each endpoint it talks to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct SocketPeerKey {
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// The endpoint's address.
+    pub addr: Addr,
+    /// The endpoint's port.
+    pub port: Port,
+    /// IP protocol number.
+    pub proto: u8,
+    _zero: [u8; 5],
+}
+
+impl SocketPeerKey {
+    /// The key of one socket and one endpoint.
+    #[inline(always)]
+    pub const fn new(cookie: u64, addr: Addr, port: Port, proto: u8) -> Self {
+        Self { cookie, addr, port, proto, _zero: [0; 5] }
+    }
+}
+
+/// Value of `socket_peers`: the address the program called. 32 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct SocketPeer {
+    /// The frontend's address.
+    pub addr: Addr,
+    /// Id of the service port.
+    pub service: u32,
+    /// Id of the backend.
+    pub backend: u32,
+    /// The generation the backend's id had.
+    pub generation: u32,
+    /// The frontend's port.
+    pub port: Port,
+    _zero: [u8; 2],
+}
+
+impl SocketPeer {
+    /// The frontend `addr:port`, and what it was translated to.
+    #[inline(always)]
+    pub const fn new(addr: Addr, port: Port, service: u32, backend: u32, generation: u32) -> Self {
+        Self { addr, service, backend, generation, port, _zero: [0; 2] }
+    }
+}
+
+/// Key of `socket_choices`: an unconnected UDP socket and the service port it sends to. 16 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct SocketChoiceKey {
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// Id of the service port.
+    pub service: u32,
+    _zero: u32,
+}
+
+impl SocketChoiceKey {
+    /// The key of one socket and one service port.
+    #[inline(always)]
+    pub const fn new(cookie: u64, service: u32) -> Self {
+        Self { cookie, service, _zero: 0 }
+    }
+}
+
+/// Value of `socket_choices`: the backend such a socket keeps while it serves. One word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C, align(8))]
+pub struct SocketChoice {
+    /// Id of the backend.
+    pub backend: u32,
+    /// The generation the backend's id had.
+    pub generation: u32,
+}

@@ -1,0 +1,135 @@
+//! Every map by name, with its key, its value, its kind and how many entries it has by default.
+//!
+//! Nothing else names a map. The default sizes hold 30,000 service ports with two addresses each, 120,000 endpoints and
+//! 100,000 established flows; each can be changed by a flag of the agent.
+
+use crate::Addr;
+use crate::backend::Backend;
+use crate::counter::Traffic;
+use crate::drop::REASON_SLOTS;
+use crate::filter::FILTER_WORDS;
+use crate::flow::{Flow, FlowKey};
+use crate::frontend::{Frontend, FrontendKey};
+use crate::node::{Node, NodeAddress};
+use crate::service::Service;
+use crate::socket::{SocketChoice, SocketChoiceKey, SocketPeer, SocketPeerKey};
+use bytemuck::Pod;
+
+/// Version of the layout of all maps: the folder of their pins below the agent's pin folder.
+///
+/// A change of a key, a value or the meaning of a field takes the next number.
+pub const LAYOUT: &str = "v1";
+
+/// The kinds of map that are used, after the kernel's `BPF_MAP_TYPE_*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TableKind {
+    /// `BPF_MAP_TYPE_ARRAY`.
+    Array,
+    /// `BPF_MAP_TYPE_PERCPU_ARRAY`.
+    PerCpuArray,
+    /// `BPF_MAP_TYPE_HASH`.
+    Hash,
+    /// `BPF_MAP_TYPE_LRU_HASH`.
+    LruHash,
+}
+
+/// One map: its name in the kernel and on bpffs, its types and its default size.
+pub trait Table {
+    /// Name of the map and of its pin.
+    const NAME: &'static str;
+    /// Its kind.
+    const KIND: TableKind;
+    /// Its default number of entries.
+    const CAPACITY: usize;
+    /// Its key; `u32` for arrays.
+    type Key: Pod;
+    /// Its value; of per-CPU arrays, that of one CPU.
+    type Value: Pod;
+}
+
+macro_rules! tables {
+    ($($(#[doc = $doc:literal])+ $type:ident = $name:literal, $kind:ident<$key:ty, $value:ty>, $capacity:expr;)+) => {
+        $(
+            $(#[doc = $doc])+
+            #[derive(Clone, Copy, Debug)]
+            pub enum $type {}
+
+            impl Table for $type {
+                const NAME: &'static str = $name;
+                const KIND: TableKind = TableKind::$kind;
+                const CAPACITY: usize = $capacity;
+                type Key = $key;
+                type Value = $value;
+            }
+        )+
+
+        /// Name, kind and default size of every table.
+        pub const ALL: &[(&str, TableKind, usize)] = &[$(($name, TableKind::$kind, $capacity),)+];
+    };
+}
+
+tables! {
+    /// The node's settings, one element.
+    Nodes = "node", Array<u32, Node>, 1;
+    /// Addresses of this node.
+    NodeAddrs = "node_addrs", Hash<Addr, NodeAddress>, 1_024;
+    /// The filter in front of the hash tables.
+    Filter = "filter", Array<u32, u64>, FILTER_WORDS;
+    /// Address, port and protocol to service port.
+    Frontends = "frontends", Hash<FrontendKey, Frontend>, 65_536;
+    /// Service ports by id. Id 0 is never given out.
+    Services = "services", Array<u32, Service>, 32_768;
+    /// Runs of backend ids: the endpoint sets.
+    Slots = "slots", Array<u32, u32>, 262_144;
+    /// Backends by id. Id 0 is never given out.
+    Backends = "backends", Array<u32, Backend>, 122_880;
+    /// Flows whose handshake is not complete, both directions.
+    HalfOpen = "half_open", LruHash<FlowKey, Flow>, 16_384;
+    /// Flows that both ends confirmed, both directions.
+    Established = "established", Hash<FlowKey, Flow>, 204_800;
+    /// Flows that ended or were reset, both directions.
+    Closing = "closing", LruHash<FlowKey, Flow>, 16_384;
+    /// Traffic per service port.
+    ServiceTraffic = "service_traffic", PerCpuArray<u32, Traffic>, 32_768;
+    /// Traffic per backend.
+    BackendTraffic = "backend_traffic", PerCpuArray<u32, Traffic>, 122_880;
+    /// How often each reason occurred.
+    Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
+    /// What programs called, by socket and endpoint.
+    SocketPeers = "socket_peers", LruHash<SocketPeerKey, SocketPeer>, 16_384;
+    /// The endpoint an unconnected UDP socket keeps.
+    SocketChoices = "socket_choices", LruHash<SocketChoiceKey, SocketChoice>, 8_192;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn names_are_unique_and_fit_the_kernel() {
+        // BPF_OBJ_NAME_LEN is 16 with the closing zero.
+        let names: HashSet<_> = ALL.iter().map(|(name, ..)| name).collect();
+        assert_eq!(names.len(), ALL.len());
+        assert!(names.iter().all(|name| name.len() <= 15));
+    }
+
+    #[test]
+    fn whatever_must_agree_lies_in_one_word() {
+        assert_eq!(size_of::<Frontend>(), 8);
+        assert_eq!(size_of::<crate::service::EndpointSet>(), 8);
+        assert_eq!(size_of::<crate::backend::BackendStatus>(), 8);
+        assert_eq!(size_of::<SocketChoice>(), 8);
+        assert_eq!(size_of::<NodeAddress>(), 8);
+    }
+
+    #[test]
+    fn the_sizes_of_keys_and_values_are_the_documented_ones() {
+        assert_eq!(size_of::<FrontendKey>(), 24);
+        assert_eq!(size_of::<FlowKey>(), 40);
+        assert_eq!(size_of::<Flow>(), 64);
+        assert_eq!(size_of::<Service>(), 24);
+        assert_eq!(size_of::<Backend>(), 32);
+        assert_eq!(size_of::<Traffic>(), 40);
+    }
+}

@@ -1,0 +1,2 @@
+//! The packet path of Portolan's eBPF programs.
+#![no_std]

@@ -1,0 +1,101 @@
+//! Compiles the eBPF programs for `bpfel-unknown-none` and leaves the object where `kernel` embeds it.
+//!
+//! Two toolchains are tried, in this order: a rustup nightly with `rust-src`, and Debian's `rustc-web` with its
+//! ready-made `core` for the BPF target.
+
+use anyhow::{Context as _, Result, bail};
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+const HELP: &str = "no toolchain can compile the eBPF programs. Run `cargo xtask setup`, or install one of
+  - `rustup toolchain install nightly --component rust-src` and `cargo install bpf-linker`
+  - Debian: `apt-get install rustc-web cargo-web libstd-rust-web-dev-bpf llvm-22-dev` and `cargo install bpf-linker \
+--no-default-features --features llvm-22` with /usr/lib/llvm-22/bin in PATH";
+
+fn main() -> Result<()> {
+    let manifest_dir = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
+    let workspace = manifest_dir.parent().context("the package has no parent folder")?;
+    for path in ["dataplane-ebpf", "dataplane-common", "Cargo.toml", "Cargo.lock"] {
+        println!("cargo:rerun-if-changed={}", workspace.join(path).display());
+    }
+    println!("cargo:rerun-if-env-changed=PATH");
+
+    let out_dir = PathBuf::from(env::var("OUT_DIR")?);
+    let target_dir = out_dir.join("ebpf");
+    let Some(mut command) = toolchain() else { bail!("{HELP}") };
+    command
+        .current_dir(workspace)
+        .args(["build", "--package", "dataplane-ebpf", "--bin", "portolan-ebpf", "--release", "--locked"])
+        .args(["--target", "bpfel-unknown-none", "--target-dir"])
+        .arg(&target_dir)
+        .env("CARGO_ENCODED_RUSTFLAGS", rustflags())
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "2")
+        .env("CARGO_PROFILE_RELEASE_PANIC", "abort")
+        .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
+        .env("CARGO_PROFILE_RELEASE_LTO", "true");
+    let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
+    if !output.status.success() {
+        bail!("compiling the eBPF programs failed:\n{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let object = target_dir.join("bpfel-unknown-none/release/portolan-ebpf");
+    std::fs::copy(&object, out_dir.join("portolan-ebpf.o"))
+        .with_context(|| format!("cannot copy {}", object.display()))?;
+    Ok(())
+}
+
+/// Flags of the BPF target; the separator is the one cargo asks for.
+fn rustflags() -> OsString {
+    let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
+    [&format!("--cfg=bpf_target_arch=\"{arch}\""), "-Cdebuginfo=2", "-Clink-arg=--btf"].join("\x1f").into()
+}
+
+/// A `cargo` that can build `core`, or brings it, for the BPF target.
+fn toolchain() -> Option<Command> {
+    let linker = linker()?;
+    let with_linker = |mut command: Command| {
+        for name in
+            ["RUSTC", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTFLAGS", "RUSTUP_TOOLCHAIN", "CARGO"]
+        {
+            command.env_remove(name);
+        }
+        command.env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &linker);
+        command
+    };
+    let sysroot = Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]).output();
+    if let Ok(output) = sysroot
+        && output.status.success()
+        && Path::new(String::from_utf8_lossy(&output.stdout).trim())
+            .join("lib/rustlib/src/rust/library")
+            .is_dir()
+    {
+        let mut command = with_linker(Command::new("rustup"));
+        command.args(["run", "nightly", "cargo", "-Zbuild-std=core"]);
+        return Some(command);
+    }
+    let (cargo, rustc) = (Path::new("/usr/bin/cargo"), Path::new("/usr/bin/rustc"));
+    let sysroot = Command::new(rustc).args(["--print", "sysroot"]).output().ok()?;
+    let sysroot = PathBuf::from(String::from_utf8_lossy(&sysroot.stdout).trim());
+    if cargo.exists() && sysroot.join("lib/rustlib/bpfel-unknown-none").is_dir() {
+        let mut command = with_linker(Command::new(cargo));
+        command.env("RUSTC", rustc).env("RUSTC_BOOTSTRAP", "1");
+        return Some(command);
+    }
+    None
+}
+
+/// `bpf-linker` from PATH, else from cargo's own bin folder.
+fn linker() -> Option<PathBuf> {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo")));
+    let candidates = [Some(PathBuf::from("bpf-linker")), home.map(|home| home.join("bin/bpf-linker"))];
+    candidates.into_iter().flatten().find(|linker| {
+        Command::new(linker)
+            .arg("--version")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success())
+    })
+}

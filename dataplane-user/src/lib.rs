@@ -1,0 +1,7 @@
+//! Portolan's node agent: watches Services, EndpointSlices and Nodes, compiles them into tables, and keeps those
+//! tables in the kernel.
+//!
+//! `watch` → [`model`] → [`compile`] (pure) → tables → `sync` (pure difference, then one apply) → `kernel`.
+
+pub mod compile;
+pub mod model;

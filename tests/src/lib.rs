@@ -1,0 +1,1 @@
+//! The laboratory, the packet builder and the program runner that the tests share.

@@ -1,0 +1,5 @@
+//! The workshop's verbs.
+
+fn main() -> anyhow::Result<()> {
+    Ok(())
+}
