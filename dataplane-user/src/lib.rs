@@ -3,5 +3,9 @@
 //!
 //! `watch` → [`model`] → [`compile`] (pure) → tables → `sync` (pure difference, then one apply) → `kernel`.
 
+pub mod agent;
 pub mod compile;
+pub mod config;
+pub mod kernel;
 pub mod model;
+pub mod pattern;

@@ -1,5 +1,44 @@
 //! `portolan`: the node agent and its command line.
 
-fn main() -> anyhow::Result<()> {
+use anyhow::Result;
+use clap::Parser as _;
+use dataplane_user::config::{Cli, Command};
+use dataplane_user::{agent, kernel};
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match log_to_stderr(&cli.log).and_then(|()| run(cli.command)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("portolan: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Agent(args) => agent::run(*args),
+        Command::Cleanup(args) => {
+            for removed in kernel::cleanup(&args.bpffs)? {
+                println!("removed {removed}");
+            }
+            Ok(())
+        }
+        Command::Services(_) | Command::Backends(_) | Command::Flows(_) | Command::Drops(_) => {
+            anyhow::bail!("this build cannot show tables yet")
+        }
+    }
+}
+
+/// stdout is for results and the line `ready`; everything else goes to stderr.
+fn log_to_stderr(filter: &str) -> Result<()> {
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_new(filter)?)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
     Ok(())
 }

@@ -1,0 +1,415 @@
+//! The command line: every flag, its default, and what is refused before anything is touched.
+//!
+//! A flag that means what a flag of kube-proxy means has its name.
+
+use crate::pattern::Pattern;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dataplane_common::tables;
+use ipnet::IpNet;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// Where maps and links are pinned unless `--bpffs` says otherwise.
+pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/portolan";
+
+/// A Kubernetes Service dataplane for one node, in the place of kube-proxy.
+#[derive(Debug, Parser)]
+#[command(name = "portolan", version, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// What is logged to stderr: error, warn, info, debug, trace, or a filter such as `info,portolan=debug`.
+    #[arg(long, global = true, env = "PORTOLAN_LOG", default_value = "info", value_name = "FILTER")]
+    pub log: String,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the node agent in the foreground.
+    Agent(Box<AgentArgs>),
+    /// Remove every program, map and pin, and say what was removed.
+    Cleanup(CleanupArgs),
+    /// The Services that the kernel holds.
+    Services(ShowArgs),
+    /// The endpoints that the kernel holds, and their traffic.
+    Backends(ShowArgs),
+    /// The flows that the kernel holds.
+    Flows(ShowArgs),
+    /// Why packets were dropped or refused, and how often.
+    Drops(ShowArgs),
+}
+
+/// Flags of `portolan agent`.
+#[derive(Clone, Debug, Args)]
+pub struct AgentArgs {
+    /// Name of this machine's Node object; without it, the host name.
+    #[arg(long, env = "NODE_NAME", value_name = "NAME", visible_alias = "hostname-override")]
+    pub node_name: Option<String>,
+    /// Credentials for the API server; without it and without --manifests, those of the pod this runs in.
+    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Read the objects from the YAML files of this folder, watched live, instead of an API server.
+    #[arg(long, value_name = "DIR")]
+    pub manifests: Option<PathBuf>,
+    /// Folder for the pins of maps and links, on a BPF file system.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    pub bpffs: PathBuf,
+    /// The cgroup whose sockets are served; without it, the root of the cgroup2 mount.
+    #[arg(long, value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
+    /// Interfaces to the network, by name or pattern (`eth*`); without it, those of the default routes.
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',', num_args = 1..)]
+    pub uplink: Vec<Pattern>,
+    /// Interfaces to pods, by name or pattern; without it, every veth that is not an uplink.
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',', num_args = 1..)]
+    pub pod_interface: Vec<Pattern>,
+    /// Ranges of pod addresses of the whole cluster: a source outside them is outside the cluster.
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', num_args = 1..)]
+    pub cluster_cidr: Vec<IpNet>,
+    /// Ranges of ClusterIPs; without it, those of the ServiceCIDR objects.
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', num_args = 1..)]
+    pub service_cidr: Vec<IpNet>,
+    /// Ranges in which the node's addresses answer on node ports, or `primary`; without it, all its addresses.
+    #[arg(long, value_name = "CIDR|primary", value_delimiter = ',', num_args = 1..)]
+    pub nodeport_addresses: Vec<NodePortRange>,
+    /// Whose TCP connections get their endpoint when they connect, at no cost per packet.
+    #[arg(long, value_enum, default_value_t = SocketLb::All)]
+    pub socket_lb: SocketLb,
+    /// XDP on uplinks: `auto` is native where the driver keeps its offloads, else off.
+    #[arg(long, value_enum, default_value_t = XdpMode::Auto)]
+    pub xdp: XdpMode,
+    /// Ports that translated sources get; no local socket may use them.
+    #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
+    pub snat_ports: PortRange,
+    /// How many established flows there is room for.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1_024..=16_777_216))]
+    pub max_flows: Option<u32>,
+    /// Room in one map, such as `frontends=131072`.
+    #[arg(long, value_name = "MAP=ENTRIES", value_delimiter = ',', num_args = 1..)]
+    pub map_size: Vec<MapSize>,
+    /// What becomes of a ClusterIP that is called from outside the cluster.
+    #[arg(long, value_enum, default_value_t = FromOutside::Allow)]
+    pub cluster_ip_from_outside: FromOutside,
+    /// Translate the source of all that comes from outside to node ports and load balancer addresses, as kube-proxy
+    /// does, also where the reply would come back anyway.
+    #[arg(long)]
+    pub masquerade_all: bool,
+    /// Serve the Services with this value of the label service.kubernetes.io/service-proxy-name, and no others.
+    #[arg(long, value_name = "NAME")]
+    pub service_proxy_name: Option<String>,
+    /// Where health is told, /healthz and /livez; empty: nowhere.
+    #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:10256")]
+    pub healthz_bind_address: BindAddress,
+    /// Where metrics are told, /metrics and /proxyMode; empty: nowhere.
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:10249")]
+    pub metrics_bind_address: BindAddress,
+    /// Idle time after which an established TCP flow is forgotten.
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
+    pub conntrack_tcp_timeout_established: Duration,
+    /// Idle time after which an answered UDP flow is forgotten.
+    #[arg(long, value_name = "TIME", default_value = "3m", value_parser = duration)]
+    pub conntrack_udp_timeout_stream: Duration,
+    /// Time between two audits of the kernel's tables; 0 for none.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
+    pub audit_period: Duration,
+    /// How long an update may wait for the kernel before the node calls itself unhealthy.
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = duration)]
+    pub healthy_within: Duration,
+    /// Folder for what must outlive a reboot.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/portolan")]
+    pub state_dir: PathBuf,
+    /// Print the tables that would be written, and end.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// Flags of `portolan cleanup`.
+#[derive(Clone, Debug, Args)]
+pub struct CleanupArgs {
+    /// Folder of the pins.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    pub bpffs: PathBuf,
+}
+
+/// Flags of the verbs that show what the kernel holds.
+#[derive(Clone, Debug, Args)]
+pub struct ShowArgs {
+    /// Folder of the pins.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    pub bpffs: PathBuf,
+    /// How it is printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// How something is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Columns, for people.
+    #[default]
+    Table,
+    /// JSON, for programs.
+    Json,
+}
+
+/// `--socket-lb`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SocketLb {
+    /// The node's sockets and those of pods.
+    All,
+    /// The node's own sockets.
+    Host,
+    /// None: all goes by packet.
+    Off,
+}
+
+/// `--xdp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum XdpMode {
+    /// Native where the driver keeps its offloads, else off.
+    Auto,
+    /// In the driver; an uplink whose driver cannot is an error.
+    Native,
+    /// In the stack: slower than tc, for tests.
+    Generic,
+    /// tc does the work.
+    Off,
+}
+
+/// `--cluster-ip-from-outside`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FromOutside {
+    /// Served, with the source translated (P10).
+    Allow,
+    /// Refused (P10).
+    Refuse,
+}
+
+/// One entry of `--nodeport-addresses`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodePortRange {
+    /// The node's addresses in this range.
+    Cidr(IpNet),
+    /// The node's primary addresses.
+    Primary,
+}
+
+impl FromStr for NodePortRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "primary" {
+            return Ok(Self::Primary);
+        }
+        text.parse()
+            .map(Self::Cidr)
+            .map_err(|_| format!("`{text}` is neither a range such as 10.0.0.0/8 nor `primary`"))
+    }
+}
+
+/// Where to listen, or nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BindAddress(pub Option<SocketAddr>);
+
+impl FromStr for BindAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Ok(Self(None));
+        }
+        let address =
+            text.parse().map_err(|_| format!("`{text}` is no address and port such as 0.0.0.0:10256"))?;
+        Ok(Self(Some(address)))
+    }
+}
+
+/// A range of ports, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortRange {
+    /// The first.
+    pub first: u16,
+    /// The last.
+    pub last: u16,
+}
+
+impl FromStr for PortRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = text.split_once('-').and_then(|(first, last)| {
+            Some(Self { first: first.trim().parse().ok()?, last: last.trim().parse().ok()? })
+        });
+        match parsed {
+            Some(range) if range.first > 0 && range.first < range.last => Ok(range),
+            Some(_) | None => Err(format!("`{text}` is no range of ports such as 61000-65535")),
+        }
+    }
+}
+
+/// One `--map-size`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapSize {
+    /// The map's name in [`tables`].
+    pub map: &'static str,
+    /// Its number of entries.
+    pub entries: u32,
+}
+
+impl FromStr for MapSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, entries) =
+            text.split_once('=').ok_or_else(|| format!("`{text}` is not of the form MAP=ENTRIES"))?;
+        let map = tables::ALL.iter().map(|(name, ..)| *name).filter(|map| !FIXED.contains(map));
+        let Some(map) = map.clone().find(|map| *map == name) else {
+            let names: Vec<_> = map.collect();
+            return Err(format!(
+                "there is no map `{name}` whose size can be set; there are {}",
+                names.join(", ")
+            ));
+        };
+        match entries.parse() {
+            Ok(entries) if entries > 0 => Ok(Self { map, entries }),
+            Ok(_) | Err(_) => Err(format!("`{entries}` is no number of entries")),
+        }
+    }
+}
+
+/// Maps whose size the programs know.
+const FIXED: &[&str] = &["node", "filter", "reasons"];
+
+impl AgentArgs {
+    /// Each map whose size differs from its default, and the size.
+    ///
+    /// A flow has two entries, and the traffic of services and backends has as many as these.
+    pub fn map_sizes(&self) -> Vec<MapSize> {
+        let mut sizes: Vec<MapSize> = Vec::new();
+        if let Some(flows) = self.max_flows {
+            sizes.push(MapSize { map: "established", entries: flows.saturating_mul(2) });
+        }
+        for size in &self.map_size {
+            sizes.push(size.clone());
+            let follower = match size.map {
+                "services" => "service_traffic",
+                "backends" => "backend_traffic",
+                _ => continue,
+            };
+            sizes.push(MapSize { map: follower, entries: size.entries });
+        }
+        sizes
+    }
+}
+
+/// A number with a unit as kube-proxy writes it: `90s`, `5m`, `24h`, `1h30m`, `0`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("`{text}` is no length of time such as 90s, 5m or 24h");
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let mut total = Duration::ZERO;
+    let mut rest = text;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+        let number: u32 = rest[..digits].parse().map_err(|_| wrong())?;
+        let unit = rest[digits..].find(|c: char| c.is_ascii_digit()).map_or(rest.len(), |end| digits + end);
+        let one = match &rest[digits..unit] {
+            "ms" => Duration::from_millis(1),
+            "s" => Duration::from_secs(1),
+            "m" => Duration::from_secs(60),
+            "h" => Duration::from_secs(3_600),
+            _ => return Err(wrong()),
+        };
+        total = one.checked_mul(number).and_then(|part| total.checked_add(part)).ok_or_else(wrong)?;
+        rest = &rest[unit..];
+    }
+    if text.is_empty() { Err(wrong()) } else { Ok(total) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn agent(flags: &[&str]) -> Result<AgentArgs, clap::Error> {
+        match Cli::try_parse_from(["portolan", "agent"].iter().chain(flags))?.command {
+            Command::Agent(args) => Ok(*args),
+            Command::Cleanup(_)
+            | Command::Services(_)
+            | Command::Backends(_)
+            | Command::Flows(_)
+            | Command::Drops(_) => panic!("not the agent"),
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_defaults_are_the_documented_ones() {
+        let args = agent(&[]).unwrap();
+        assert_eq!(args.bpffs, PathBuf::from("/sys/fs/bpf/portolan"));
+        assert_eq!(args.snat_ports, PortRange { first: 61_000, last: 65_535 });
+        assert_eq!(args.healthz_bind_address.0.unwrap().to_string(), "0.0.0.0:10256");
+        assert_eq!(args.metrics_bind_address.0.unwrap().to_string(), "127.0.0.1:10249");
+        assert_eq!(args.socket_lb, SocketLb::All);
+        assert_eq!(args.xdp, XdpMode::Auto);
+        assert!(args.map_sizes().is_empty());
+    }
+
+    #[test]
+    fn lists_are_given_by_commas_or_by_repeating_the_flag() {
+        let args = agent(&["--uplink", "eth0,ens*", "--uplink", "wg0"]).unwrap();
+        assert_eq!(args.uplink.len(), 3);
+        let args = agent(&["--nodeport-addresses", "primary,10.0.0.0/8"]).unwrap();
+        assert_eq!(args.nodeport_addresses[0], NodePortRange::Primary);
+        assert_eq!(args.nodeport_addresses[1], NodePortRange::Cidr("10.0.0.0/8".parse().unwrap()));
+    }
+
+    #[test]
+    fn an_empty_bind_address_listens_nowhere() {
+        assert_eq!(agent(&["--healthz-bind-address="]).unwrap().healthz_bind_address, BindAddress(None));
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused() {
+        for flags in [
+            ["--snat-ports", "65535-61000"],
+            ["--snat-ports", "0-100"],
+            ["--snat-ports", "61000"],
+            ["--cluster-cidr", "10.0.0.0"],
+            ["--nodeport-addresses", "eth0"],
+            ["--max-flows", "0"],
+            ["--map-size", "node=7"],
+            ["--map-size", "frontends=0"],
+            ["--map-size", "nothing=10"],
+            ["--audit-period", "5 minutes"],
+            ["--healthz-bind-address", "10256"],
+        ] {
+            assert!(agent(&flags).is_err(), "{flags:?}");
+        }
+        assert!(agent(&["--kubeconfig", "a", "--manifests", "b"]).is_err());
+    }
+
+    #[test]
+    fn the_room_for_flows_counts_both_directions() {
+        let sizes = agent(&["--max-flows", "50000", "--map-size", "backends=1000"]).unwrap().map_sizes();
+        let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
+        assert_eq!(sizes, [("established", 100_000), ("backends", 1_000), ("backend_traffic", 1_000)]);
+    }
+
+    #[test]
+    fn lengths_of_time_have_units() {
+        assert_eq!(duration("1h30m").unwrap(), Duration::from_secs(5_400));
+        assert_eq!(duration("250ms").unwrap(), Duration::from_millis(250));
+        assert_eq!(duration("0").unwrap(), Duration::ZERO);
+        assert!(duration("").is_err() && duration("5").is_err() && duration("h").is_err());
+    }
+}
