@@ -10,7 +10,7 @@ impl Sum {
     /// Adds the bytes of a slice; an odd last byte counts as if a zero followed.
     #[must_use]
     #[inline(always)]
-    pub fn add(mut self, bytes: &[u8]) -> Self {
+    pub fn plus(mut self, bytes: &[u8]) -> Self {
         let (pairs, rest) = bytes.as_chunks::<2>();
         for pair in pairs {
             self.0 += u64::from(u16::from_ne_bytes(*pair));
@@ -24,12 +24,20 @@ impl Sum {
     /// Takes the bytes of a slice of even length away.
     #[must_use]
     #[inline(always)]
-    pub fn sub(mut self, bytes: &[u8]) -> Self {
+    pub fn minus(mut self, bytes: &[u8]) -> Self {
         let (pairs, _) = bytes.as_chunks::<2>();
         for pair in pairs {
             self.0 += u64::from(!u16::from_ne_bytes(*pair));
         }
         self
+    }
+
+    /// The sum in 32 bits, as the kernel's helpers take it (`__wsum`).
+    #[must_use]
+    #[inline(always)]
+    pub const fn wide(self) -> u32 {
+        let s = (self.0 & 0xffff_ffff) + (self.0 >> 32);
+        ((s & 0xffff_ffff) + (s >> 32)) as u32
     }
 
     /// The sum in 16 bits, in memory order.
@@ -68,19 +76,19 @@ mod tests {
     #[test]
     fn the_example_of_rfc_1071_sums_right() {
         let data = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
-        assert_eq!(Sum::default().add(&data).checksum(), [!0xdd, !0xf2]);
+        assert_eq!(Sum::default().plus(&data).checksum(), [!0xdd, !0xf2]);
     }
 
     #[test]
     fn an_update_equals_a_sum_from_scratch() {
         let mut data =
             [0x45, 0, 0, 0x73, 0, 0, 0x40, 0, 0x40, 0x11, 0, 0, 0xc0, 0xa8, 0, 1, 0xc0, 0xa8, 0, 0xc7];
-        let field = Sum::default().add(&data).checksum();
+        let field = Sum::default().plus(&data).checksum();
         for value in [[0, 0, 0, 0], [255; 4], [10, 96, 0, 1], [0, 0, 0xff, 0xff]] {
             let before = data;
             data[16..20].copy_from_slice(&value);
-            let delta = Sum::default().sub(&before[16..20]).add(&data[16..20]);
-            let updated = Sum::default().add(&data).add(&update(field, delta)).fold();
+            let delta = Sum::default().minus(&before[16..20]).plus(&data[16..20]);
+            let updated = Sum::default().plus(&data).plus(&update(field, delta)).fold();
             assert_eq!(updated, 0xffff, "{value:?}");
             data = before;
         }
@@ -88,6 +96,6 @@ mod tests {
 
     #[test]
     fn an_odd_byte_counts_as_if_a_zero_followed() {
-        assert_eq!(Sum::default().add(&[1, 2, 3]), Sum::default().add(&[1, 2, 3, 0]));
+        assert_eq!(Sum::default().plus(&[1, 2, 3]), Sum::default().plus(&[1, 2, 3, 0]));
     }
 }

@@ -15,15 +15,47 @@ pub const FILTER_WORDS: usize = 1 << (FILTER_BITS_LOG2 - 6);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FilterBit(u32);
 
+/// What a bit stands for; keeps apart tuples that are equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Purpose {
+    Frontend = 1,
+    Backend = 2,
+    NodeAddress = 3,
+    ClosedAddress = 4,
+}
+
 impl FilterBit {
-    /// The bit of an address, port and protocol number; [`Port::ANY`] and 0 for an address as such.
-    ///
+    /// The bit of a frontend: what packets of clients are addressed to. A node port has one for each node address.
+    #[inline(always)]
+    pub fn frontend(addr: &Addr, port: Port, proto: u8) -> Self {
+        Self::mix(Purpose::Frontend, addr, port, proto)
+    }
+
+    /// The bit of a backend: where packets of endpoints come from.
+    #[inline(always)]
+    pub fn backend(addr: &Addr, port: Port, proto: u8) -> Self {
+        Self::mix(Purpose::Backend, addr, port, proto)
+    }
+
+    /// The bit of an address of this node.
+    #[inline(always)]
+    pub fn node_address(addr: &Addr) -> Self {
+        Self::mix(Purpose::NodeAddress, addr, Port::ANY, 0)
+    }
+
+    /// The bit of a ClusterIP, for the ports that no Service has (P13).
+    #[inline(always)]
+    pub fn closed_address(addr: &Addr) -> Self {
+        Self::mix(Purpose::ClosedAddress, addr, Port::ANY, 0)
+    }
+
     /// A multiply-mix of the words (after splitmix64, Steele, Lea and Flood 2014): a few cycles, no table.
     #[inline(always)]
-    pub fn of(addr: &Addr, port: Port, proto: u8) -> Self {
+    fn mix(purpose: Purpose, addr: &Addr, port: Port, proto: u8) -> Self {
         let [high, low] = addr.words();
         let [p, q] = port.bytes();
-        let tail = (p as u64) << 16 | (q as u64) << 8 | proto as u64;
+        let tail = (purpose as u64) << 24 | (p as u64) << 16 | (q as u64) << 8 | proto as u64;
         let mut h = low ^ high.rotate_left(23) ^ tail.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         h = (h ^ (h >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         h = (h ^ (h >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -53,7 +85,11 @@ mod tests {
         let mut bits = HashSet::new();
         for host in 0..=255u8 {
             for port in 0..64u16 {
-                bits.insert(FilterBit::of(&Addr::from_v4([10, 96, 0, host]), Port::new(8000 + port), 6));
+                bits.insert(FilterBit::frontend(
+                    &Addr::from_v4([10, 96, 0, host]),
+                    Port::new(8000 + port),
+                    6,
+                ));
             }
         }
         // 16,384 tuples into 2^21 bits: a random spread loses about 64 to collisions.

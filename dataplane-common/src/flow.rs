@@ -27,6 +27,17 @@ impl FlowKey {
         Self { src, dst, src_port, dst_port, proto, _zero: [0; 3] }
     }
 
+    /// A number that tells this tuple from most others: [`Flow::check`] of its entry.
+    #[inline(always)]
+    pub fn check(&self) -> u16 {
+        let ([_, src], [_, dst]) = (self.src.words(), self.dst.words());
+        let [a, b] = self.src_port.bytes();
+        let [c, d] = self.dst_port.bytes();
+        let ports = u32::from_ne_bytes([a, b, c, d]) as u64;
+        let mixed = (src ^ dst.rotate_left(17) ^ ports.rotate_left(7)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (mixed >> 48) as u16
+    }
+
     /// The key of the opposite direction.
     #[inline(always)]
     #[must_use]
@@ -35,13 +46,18 @@ impl FlowKey {
     }
 }
 
-/// One direction of a flow: what its packets become. 64 bytes.
+/// One direction of a flow: what its packets become. 72 bytes.
 ///
 /// Both directions are entries of the same table, made and removed together (C4). The partner's key is
 /// [`Flow::partner`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Flow {
+    /// [`FlowKey::check`] of the entry's key. The first field to be written when an element is used again, and the last
+    /// to be read: if it still fits, all that was read before belongs to this flow.
+    pub check: u16,
+    /// For flows of the node itself: the link-layer address of `uplink`; else 0.
+    pub uplink_mac: [u8; 6],
     /// Source address after translation.
     pub src: Addr,
     /// Destination address after translation.
@@ -67,6 +83,21 @@ pub struct Flow {
 
 /// A tick is 2^`TICK_SHIFT` jiffies: about a second at 250 Hz. "Last seen" is written when the tick changed.
 pub const TICK_SHIFT: u32 = 8;
+
+/// Ticks count modulo 2^24: the upper 24 bits of the low 32 bits of jiffies.
+pub const TICK_MASK: u32 = (1 << (32 - TICK_SHIFT)) - 1;
+
+/// The tick of a moment, from the low 32 bits of jiffies.
+#[inline(always)]
+pub const fn tick(jiffies: u32) -> u32 {
+    jiffies >> TICK_SHIFT
+}
+
+/// How many ticks passed from `earlier` to `now`.
+#[inline(always)]
+pub const fn ticks_between(earlier: u32, now: u32) -> u32 {
+    now.wrapping_sub(earlier) & TICK_MASK
+}
 
 impl Flow {
     /// This entry translates the endpoint's packets, not the client's.
@@ -112,5 +143,31 @@ impl Flow {
     #[inline(always)]
     pub const fn partner(&self, proto: u8) -> FlowKey {
         FlowKey::new(self.dst, self.dst_port, self.src, self.src_port, proto)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_go_on_after_they_wrap() {
+        assert_eq!(ticks_between(tick(u32::MAX), tick(0)), 1);
+        assert_eq!(ticks_between(5, 12), 7);
+    }
+
+    #[test]
+    fn the_partner_of_the_partner_is_the_flow_itself() {
+        let (client, frontend) = (Addr::from_v4([10, 0, 0, 5]), Addr::from_v4([10, 96, 0, 1]));
+        let endpoint = Addr::from_v4([10, 244, 1, 2]);
+        let key = FlowKey::new(client, Port::new(40_000), frontend, Port::new(80), 6);
+        let mut forward = Flow::with_flags(0);
+        (forward.src, forward.src_port) = (client, Port::new(40_000));
+        (forward.dst, forward.dst_port) = (endpoint, Port::new(8080));
+        let mut reply = Flow::with_flags(Flow::REPLY);
+        (reply.src, reply.src_port, reply.dst, reply.dst_port) =
+            (key.dst, key.dst_port, key.src, key.src_port);
+        assert_eq!(forward.partner(6), FlowKey::new(endpoint, Port::new(8080), client, Port::new(40_000), 6));
+        assert_eq!(reply.partner(6), key);
     }
 }

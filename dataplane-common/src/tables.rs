@@ -127,7 +127,7 @@ mod tests {
     fn the_sizes_of_keys_and_values_are_the_documented_ones() {
         assert_eq!(size_of::<FrontendKey>(), 24);
         assert_eq!(size_of::<FlowKey>(), 40);
-        assert_eq!(size_of::<Flow>(), 64);
+        assert_eq!(size_of::<Flow>(), 72);
         assert_eq!(size_of::<Service>(), 24);
         assert_eq!(size_of::<Backend>(), 32);
         assert_eq!(size_of::<Traffic>(), 40);
