@@ -1,5 +1,8 @@
 //! The kernel's side of the agent: loading, attaching, maps, links. The only place that names aya.
 
+pub mod bpf;
+pub mod maps;
+
 use std::path::Path;
 
 /// Removes every link, map and pin below `bpffs`; says what was removed.
