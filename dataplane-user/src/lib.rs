@@ -9,3 +9,4 @@ pub mod config;
 pub mod kernel;
 pub mod model;
 pub mod pattern;
+pub mod watch;
