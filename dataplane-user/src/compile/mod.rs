@@ -1,5 +1,19 @@
 //! From objects to tables: the contract's sections 1, 2 and 4. Pure: no kernel, no client, no clock, no I/O.
+//!
+//! [`Compiler::update`] is the way in: it compiles the Services that are dirty ([`service()`]) and settles which of them
+//! has an address that several claim. [`node()`] compiles the node's own tables.
 
+pub mod claims;
+pub mod complaint;
+mod endpoints;
+pub mod node;
+pub mod service;
 pub mod tables;
+mod text;
+pub mod update;
 
+pub use complaint::{Complaint, ComplaintReason};
+pub use node::{NodePortAddresses, NodeSettings, node};
+pub use service::{Context, service};
 pub use tables::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables};
+pub use update::{Compiled, Compiler, Update};

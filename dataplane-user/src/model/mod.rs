@@ -7,7 +7,10 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+pub mod store;
+
 pub use dataplane_common::Protocol;
+pub use store::{Dirty, Store};
 
 /// Namespace and name of an object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,0 +1,113 @@
+//! The node's own tables: its addresses, the service ranges and the settings that programs read.
+
+use super::complaint::{Complaint, ComplaintReason};
+use super::tables::NodeTables;
+use crate::model::{Kind, Node, ObjectName, Reference};
+use bytemuck::Zeroable as _;
+use dataplane_common::Addr;
+use dataplane_common::node::{self, NodeAddress, Prefix, SERVICE_RANGES};
+use ipnet::IpNet;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+
+/// Bits of an IPv4-mapped address before the IPv4 part.
+const MAPPED_BITS: u32 = 96;
+
+/// The addresses node ports answer on (P17).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// All of the node's own addresses, loopback included.
+    #[default]
+    All,
+    /// The node's primary address of each family.
+    Primary,
+    /// Those of the node's own addresses that lie in one of these ranges.
+    Within(Vec<IpNet>),
+}
+
+/// What the agent's flags and the kernel say about the node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeSettings {
+    /// The service ranges: those given by flag, else those of the ServiceCIDR objects (P13).
+    pub service_ranges: Vec<IpNet>,
+    /// Where node ports answer (P17).
+    pub node_port_addresses: NodePortAddresses,
+    /// Translated source ports (P12).
+    pub snat_ports: RangeInclusive<u16>,
+    /// Flags of [`dataplane_common::node::Node`].
+    pub flags: u32,
+    /// Cookie of the node's own network namespace.
+    pub netns_cookie: u64,
+}
+
+/// Compiles the node's tables from the own Node (as soon as it is known), the addresses on the node's interfaces in
+/// the kernel's order, and those of them that are LB IPs of Services.
+pub fn node(
+    settings: &NodeSettings,
+    node: Option<&Node>,
+    interface_addresses: &[IpAddr],
+    load_balancer_ips: &BTreeSet<Addr>,
+) -> (NodeTables, Vec<Complaint>) {
+    let named: &[IpAddr] = node.map_or(&[], |node| &node.addresses);
+    let primary = [false, true].map(|ipv6| primary(named, interface_addresses, ipv6));
+    let answers = |ip: IpAddr| {
+        let wanted = match &settings.node_port_addresses {
+            NodePortAddresses::All => true,
+            NodePortAddresses::Primary => primary.contains(&Some(ip)),
+            NodePortAddresses::Within(ranges) => ranges.iter().any(|range| range.contains(&ip)),
+        };
+        // P16: never on an LB IP, unless that is the address the Node itself is known by.
+        wanted && (named.contains(&ip) || !load_balancer_ips.contains(&ip.into()))
+    };
+    let addresses = interface_addresses
+        .iter()
+        .map(|ip| (Addr::from(*ip), NodeAddress::new(if answers(*ip) { NodeAddress::NODE_PORTS } else { 0 })))
+        .collect();
+    let (service_ranges, complaints) = service_ranges(settings, node);
+    let [primary_v4, primary_v6] = primary.map(|ip| ip.map_or(Addr::UNSPECIFIED, Addr::from));
+    let node = node::Node {
+        netns_cookie: settings.netns_cookie,
+        primary_v4,
+        primary_v6,
+        service_ranges,
+        first_port: *settings.snat_ports.start(),
+        last_port: *settings.snat_ports.end(),
+        flags: settings.flags,
+    };
+    (NodeTables { node, addresses }, complaints)
+}
+
+/// The first address of the Node object that is on an interface; else the first on an interface that other hosts may
+/// know; of one family.
+fn primary(named: &[IpAddr], interface_addresses: &[IpAddr], ipv6: bool) -> Option<IpAddr> {
+    let of_family = |ip: &&IpAddr| ip.is_ipv6() == ipv6;
+    let named = named.iter().filter(of_family).find(|ip| interface_addresses.contains(ip));
+    let global = |ip: &&IpAddr| super::service::refused(**ip).is_none();
+    named.or_else(|| interface_addresses.iter().filter(of_family).find(global)).copied()
+}
+
+fn service_ranges(
+    settings: &NodeSettings,
+    node: Option<&Node>,
+) -> ([Prefix; SERVICE_RANGES], Vec<Complaint>) {
+    let mut table = [Prefix::zeroed(); SERVICE_RANGES];
+    let ranges: BTreeSet<IpNet> = settings.service_ranges.iter().map(IpNet::trunc).collect();
+    for (entry, range) in table.iter_mut().zip(&ranges) {
+        let mapped = if range.addr().is_ipv4() { MAPPED_BITS } else { 0 };
+        *entry = Prefix::new(range.addr().into(), mapped + u32::from(range.prefix_len()));
+    }
+    let mut complaints = Vec::new();
+    if ranges.len() > SERVICE_RANGES {
+        let name = node.map(|node| node.name.clone()).unwrap_or_default();
+        complaints.push(Complaint {
+            object: Reference { kind: Kind::Node, name: ObjectName::new("", name) },
+            reason: ComplaintReason::TooManyServiceRanges,
+            text: format!(
+                "{} service ranges, of which the first {SERVICE_RANGES} are used: check the ServiceCIDR objects",
+                ranges.len()
+            ),
+        });
+    }
+    (table, complaints)
+}

@@ -1,0 +1,246 @@
+//! One Service and its slices to its tables. Pure: the same objects in any order give the same tables.
+
+use super::complaint::{Complaint, ComplaintReason};
+use super::endpoints::{self, Needs};
+use super::tables::{PortTables, ServicePortName, ServiceTables};
+use crate::model::{EndpointSlice, Kind, ObjectName, Reference, Service, ServicePort, ServiceType};
+use dataplane_common::frontend::{FrontendKey, FrontendKind};
+use dataplane_common::service::Policy;
+use dataplane_common::{Addr, Port};
+use ipnet::IpNet;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// Bounds of an affinity timeout in seconds (S1).
+const AFFINITY_SECONDS: std::ops::RangeInclusive<u32> = 1..=86_400;
+
+/// What compiling a Service must know of the node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Context {
+    /// This node's name.
+    pub node_name: Arc<str>,
+    /// This node's zone (T1).
+    pub zone: Option<Arc<str>>,
+    /// The name this agent was configured with: Services labelled for another proxy are skipped (F2).
+    pub proxy_name: Option<Arc<str>>,
+    /// The addresses on this node's interfaces.
+    pub node_addresses: BTreeSet<Addr>,
+    /// The cluster's pod ranges: no external IP may lie in one (Z1).
+    pub pod_ranges: Vec<IpNet>,
+}
+
+/// Compiles a Service and its slices. What breaks a rule is left out and complained about; the rest stands (Z5).
+pub fn service(
+    service: &Service,
+    slices: &[EndpointSlice],
+    context: &Context,
+) -> (ServiceTables, Vec<Complaint>) {
+    let mut job = Job { service, slices, context, tables: ServiceTables::default(), complaints: Vec::new() };
+    if has_dataplane(service, context) {
+        job.compile();
+    }
+    job.complaints.sort();
+    job.complaints.dedup();
+    (job.tables, job.complaints)
+}
+
+/// F1: headless Services and ExternalName ones have no dataplane. F2: nor have those of another proxy.
+fn has_dataplane(service: &Service, context: &Context) -> bool {
+    let named = match service.service_type {
+        ServiceType::ClusterIp | ServiceType::NodePort | ServiceType::LoadBalancer => false,
+        ServiceType::ExternalName => true,
+    };
+    let ours = service.proxy_name.is_none() || service.proxy_name == context.proxy_name;
+    !named && ours && !service.cluster_ips.is_empty()
+}
+
+/// Why an address is none that a host can be reached at from elsewhere (Z1, Z2).
+pub(super) fn refused(ip: IpAddr) -> Option<&'static str> {
+    let addr = Addr::from(ip);
+    let link_local = match addr.to_ip() {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    if addr.is_unspecified() {
+        Some("unspecified")
+    } else if addr.is_loopback() {
+        Some("loopback")
+    } else if link_local {
+        Some("link-local")
+    } else if addr.is_multicast_or_broadcast() {
+        Some("multicast or broadcast")
+    } else if ip.is_ipv6() && addr.is_v4() {
+        Some("an IPv4 address in IPv6 form")
+    } else {
+        None
+    }
+}
+
+/// A complaint about the Service.
+pub(super) fn complaint(service: &ObjectName, reason: ComplaintReason, text: String) -> Complaint {
+    Complaint { object: Reference { kind: Kind::Service, name: service.clone() }, reason, text }
+}
+
+struct Job<'a> {
+    service: &'a Service,
+    slices: &'a [EndpointSlice],
+    context: &'a Context,
+    tables: ServiceTables,
+    complaints: Vec<Complaint>,
+}
+
+impl Job<'_> {
+    fn compile(&mut self) {
+        let service = self.service;
+        let affinity = self.affinity_seconds();
+        for ipv6 in [false, true] {
+            // F4: the families are independent; one without a ClusterIP is not programmed.
+            if !service.cluster_ips.iter().any(|ip| ip.is_ipv6() == ipv6) {
+                continue;
+            }
+            let addresses = self.addresses(ipv6);
+            self.check_slices(ipv6);
+            let mut taken = BTreeSet::new();
+            for port in &service.ports {
+                self.port(port, ipv6, affinity, &addresses, &mut taken);
+            }
+            self.close(&addresses);
+        }
+    }
+
+    fn complain(&mut self, reason: ComplaintReason, text: String) {
+        self.complaints.push(complaint(&self.service.name, reason, text));
+    }
+
+    /// S1: the timeout, brought into its bounds; 0 without affinity.
+    fn affinity_seconds(&mut self) -> u32 {
+        let Some(seconds) = self.service.affinity_seconds else { return 0 };
+        let bounded = seconds.clamp(*AFFINITY_SECONDS.start(), *AFFINITY_SECONDS.end());
+        if bounded != seconds {
+            let text = format!("an affinity timeout of {seconds} s is out of range: {bounded} s is used");
+            self.complain(ComplaintReason::BadAffinityTimeout, text);
+        }
+        bounded
+    }
+
+    /// The addresses of the Service in one family, without those that are refused (Z1, P14).
+    fn addresses(&mut self, ipv6: bool) -> Vec<(Addr, FrontendKind)> {
+        let service = self.service;
+        let cluster = service.cluster_ips.iter().map(|ip| (*ip, FrontendKind::ClusterIp));
+        let ingress = service.ingress.iter().filter(|ingress| !ingress.proxy);
+        let ingress = ingress.map(|ingress| (ingress.ip, FrontendKind::LoadBalancerIp));
+        let external = service.external_ips.iter().map(|ip| (*ip, FrontendKind::ExternalIp));
+        let mut addresses = Vec::new();
+        for (ip, kind) in cluster.chain(ingress).chain(external).filter(|(ip, _)| ip.is_ipv6() == ipv6) {
+            let pod = kind != FrontendKind::ClusterIp
+                && self.context.pod_ranges.iter().any(|range| range.contains(&ip));
+            match refused(ip).or(pod.then_some("inside a pod range")) {
+                Some(why) => {
+                    let text = format!("{ip} is not programmed: it is {why}");
+                    self.complain(ComplaintReason::RefusedAddress, text);
+                }
+                None => addresses.push((Addr::from(ip), kind)),
+            }
+        }
+        addresses
+    }
+
+    /// Z2: one complaint for each slice with endpoints that cannot be used.
+    fn check_slices(&mut self, ipv6: bool) {
+        for slice in self.slices.iter().filter(|slice| endpoints::is_of_family(slice, ipv6)) {
+            let ignored = || slice.endpoints.iter().filter(|e| !endpoints::is_usable(e.address, ipv6));
+            let Some(first) = ignored().next() else { continue };
+            let why = refused(first.address).unwrap_or("of the other family");
+            let text = format!(
+                "EndpointSlice {}: {} of its endpoints ignored; the first is {}, which is {why}",
+                slice.name,
+                ignored().count(),
+                first.address,
+            );
+            self.complain(ComplaintReason::BadEndpointAddress, text);
+        }
+    }
+
+    fn port(
+        &mut self,
+        port: &ServicePort,
+        ipv6: bool,
+        affinity: u32,
+        addresses: &[(Addr, FrontendKind)],
+        taken: &mut BTreeSet<FrontendKey>,
+    ) {
+        let name = ServicePortName {
+            service: self.service.name.clone(),
+            port: port.name.clone(),
+            proto: port.protocol.number(),
+            ipv6,
+        };
+        if self.tables.ports.contains_key(&name) {
+            let text = format!("port {:?} {} is given twice: the first counts", &*port.name, port.protocol);
+            return self.complain(ComplaintReason::BadPort, text);
+        }
+        let mut tables = PortTables::default();
+        for (key, kind) in frontends(port, ipv6, addresses) {
+            if key.port() == Port::ANY {
+                let text = format!("port {:?} has the number 0: it is not programmed", &*port.name);
+                self.complain(ComplaintReason::BadPort, text);
+            } else if tables.frontends.contains_key(&key) {
+                // An address named twice, as external IP and as LB IP: the first kind counts.
+            } else if taken.insert(key) {
+                tables.frontends.insert(key, kind);
+            } else {
+                let text =
+                    format!("{}/{} is given to two ports: the first has it", key.port(), port.protocol);
+                self.complain(ComplaintReason::BadPort, text);
+            }
+        }
+        self.fill_endpoints(port, ipv6, affinity, &mut tables);
+        self.tables.ports.insert(name, tables);
+    }
+
+    fn fill_endpoints(&self, port: &ServicePort, ipv6: bool, affinity: u32, tables: &mut PortTables) {
+        let outside = tables.frontends.values().any(|kind| *kind != FrontendKind::ClusterIp);
+        let candidates = endpoints::candidates(self.slices, port, ipv6);
+        let sets = endpoints::select(&candidates, Needs::of(self.service, outside), self.context);
+        let flag = |set: bool, flag: u32| if set { flag } else { 0 };
+        let flags = flag(self.service.internal_local, Policy::INTERNAL_LOCAL)
+            | flag(self.service.external_local, Policy::EXTERNAL_LOCAL)
+            | flag(sets.any, Policy::HAS_ENDPOINTS);
+        tables.policy = Policy::new(flags, affinity);
+        tables.backends = candidates
+            .iter()
+            .filter_map(|(key, endpoint)| Some((*key, endpoints::backend_flags(endpoint, self.context)?)))
+            .collect();
+        tables.cluster = sets.cluster;
+        tables.local = sets.local;
+    }
+
+    /// P13: the ClusterIPs, except those on an interface of this node.
+    fn close(&mut self, addresses: &[(Addr, FrontendKind)]) {
+        let closed = addresses
+            .iter()
+            .filter(|(addr, kind)| {
+                *kind == FrontendKind::ClusterIp && !self.context.node_addresses.contains(addr)
+            })
+            .map(|(addr, _)| *addr);
+        self.tables.closed.extend(closed);
+    }
+}
+
+/// The addresses that lead to a port: those of the Service, and the node port (S3: if it has one).
+fn frontends<'a>(
+    port: &'a ServicePort,
+    ipv6: bool,
+    addresses: &'a [(Addr, FrontendKind)],
+) -> impl Iterator<Item = (FrontendKey, FrontendKind)> + 'a {
+    let proto = port.protocol.number();
+    let any = if ipv6 { Addr::UNSPECIFIED } else { Addr::from_v4([0; 4]) };
+    let node_port = port.node_port.filter(|number| *number != 0);
+    let node_port =
+        node_port.map(|number| (FrontendKey::new(any, Port::new(number), proto), FrontendKind::NodePort));
+    addresses
+        .iter()
+        .map(move |(addr, kind)| (FrontendKey::new(*addr, Port::new(port.port), proto), *kind))
+        .chain(node_port)
+}

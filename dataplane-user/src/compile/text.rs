@@ -1,0 +1,138 @@
+//! Tables as stable text, for golden files and `--dry-run`. One line for each thing that could differ.
+
+use super::claims::Shown;
+use super::tables::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables};
+use dataplane_common::backend::BackendStatus;
+use dataplane_common::frontend::FrontendKind;
+use dataplane_common::node::{Node, NodeAddress, Prefix};
+use dataplane_common::service::Policy;
+use dataplane_common::{Addr, Protocol};
+use std::collections::BTreeSet;
+use std::fmt;
+
+/// Bits of an IPv4-mapped address before the IPv4 part.
+const MAPPED_BITS: u32 = 96;
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.addr.is_v4() {
+            return write!(f, "{}:{}", self.addr, self.port);
+        }
+        write!(f, "[{}]:{}", self.addr, self.port)
+    }
+}
+
+impl fmt::Display for ServiceTables {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, port) in &self.ports {
+            write_port(f, name, port)?;
+        }
+        self.closed.iter().try_for_each(|addr| writeln!(f, "closed {addr}"))
+    }
+}
+
+fn write_port(f: &mut fmt::Formatter<'_>, name: &ServicePortName, port: &PortTables) -> fmt::Result {
+    let family = if name.ipv6 { "IPv6" } else { "IPv4" };
+    write!(f, "port {name} ")?;
+    match Protocol::try_from(name.proto) {
+        Ok(protocol) => writeln!(f, "{protocol} {family}")?,
+        Err(number) => writeln!(f, "{number} {family}")?,
+    }
+    writeln!(f, "  policy {}", PolicyText(port.policy))?;
+    for (key, kind) in &port.frontends {
+        writeln!(f, "  frontend {} {}", Shown(key), kind_text(*kind))?;
+    }
+    write_set(f, "cluster", &port.cluster)?;
+    write_set(f, "local", &port.local)?;
+    for (endpoint, flags) in &port.backends {
+        let words =
+            flag_words(*flags, &[(BackendStatus::SERVING, "serving"), (BackendStatus::LOCAL, "local")]);
+        writeln!(f, "  backend {endpoint}{words}")?;
+    }
+    Ok(())
+}
+
+fn write_set(f: &mut fmt::Formatter<'_>, name: &str, set: &BTreeSet<Endpoint>) -> fmt::Result {
+    write!(f, "  {name}")?;
+    if set.is_empty() {
+        f.write_str(" empty")?;
+    }
+    set.iter().try_for_each(|endpoint| write!(f, " {endpoint}"))?;
+    writeln!(f)
+}
+
+fn kind_text(kind: FrontendKind) -> &'static str {
+    match kind {
+        FrontendKind::ClusterIp => "ClusterIP",
+        FrontendKind::LoadBalancerIp => "LB IP",
+        FrontendKind::ExternalIp => "external IP",
+        FrontendKind::NodePort => "NodePort",
+        FrontendKind::ClosedPort => "closed",
+    }
+}
+
+/// The names of the flags that are set, each after a space; what has no name as a number.
+fn flag_words(flags: u32, names: &[(u32, &str)]) -> String {
+    let mut text = String::new();
+    for (_, name) in names.iter().filter(|(flag, _)| flags & flag != 0) {
+        text.push(' ');
+        text.push_str(name);
+    }
+    let unnamed = names.iter().fold(flags, |flags, (flag, _)| flags & !flag);
+    if unnamed != 0 {
+        text.push_str(&format!(" {unnamed:#x}"));
+    }
+    text
+}
+
+struct PolicyText(Policy);
+
+impl fmt::Display for PolicyText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(policy) = self;
+        f.write_str(if policy.has(Policy::HAS_ENDPOINTS) { "has-endpoints" } else { "no-endpoints" })?;
+        let flags = policy.flags() & !Policy::HAS_ENDPOINTS;
+        let names = [(Policy::INTERNAL_LOCAL, "internal-local"), (Policy::EXTERNAL_LOCAL, "external-local")];
+        f.write_str(&flag_words(flags, &names))?;
+        match policy.affinity_seconds() {
+            0 => Ok(()),
+            seconds => write!(f, " affinity={seconds}s"),
+        }
+    }
+}
+
+impl fmt::Display for NodeTables {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = [
+            (Node::FIB_SOURCE, "fib-source"),
+            (Node::SOCKET_LB_PODS, "socket-lb-pods"),
+            (Node::CLUSTER_IP_INSIDE_ONLY, "cluster-ip-inside-only"),
+            (Node::MASQUERADE_ALL, "masquerade-all"),
+        ];
+        let node = &self.node;
+        writeln!(f, "node{}", flag_words(node.flags, &names))?;
+        for primary in [node.primary_v4, node.primary_v6].iter().filter(|addr| !addr.is_unspecified()) {
+            writeln!(f, "  primary {primary}")?;
+        }
+        writeln!(f, "  snat-ports {}-{}", node.first_port, node.last_port)?;
+        for range in node.service_ranges.iter().filter(|range| range.mask != Addr::UNSPECIFIED) {
+            writeln!(f, "  service-range {}", PrefixText(range))?;
+        }
+        for (addr, value) in &self.addresses {
+            let words = flag_words(value.flags(), &[(NodeAddress::NODE_PORTS, "node-ports")]);
+            writeln!(f, "  address {addr}{words}")?;
+        }
+        Ok(())
+    }
+}
+
+struct PrefixText<'a>(&'a Prefix);
+
+impl fmt::Display for PrefixText<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(prefix) = self;
+        let bits = u128::from_be_bytes(*prefix.mask.bytes()).leading_ones();
+        let bits = if prefix.addr.is_v4() && bits >= MAPPED_BITS { bits - MAPPED_BITS } else { bits };
+        write!(f, "{}/{bits}", prefix.addr)
+    }
+}

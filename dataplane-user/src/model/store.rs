@@ -1,0 +1,327 @@
+//! The objects as they are now: what the watches told, kept as small as the contract allows.
+//!
+//! It answers which Services and whether the node may need new tables; it never compiles, and never forgets an object
+//! because another one is missing or broken.
+
+use super::{Change, EndpointSlice, Kind, Node, Object, ObjectName, Reference, Service};
+use dataplane_common::Addr;
+use ipnet::IpNet;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+/// What a change may have made stale.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dirty {
+    /// Services whose tables may differ now, deleted ones included.
+    pub services: BTreeSet<ObjectName>,
+    /// Whether the node's tables, or what the compiler must know of the node, may differ now.
+    pub node: bool,
+}
+
+impl Dirty {
+    /// Whether nothing can have become stale.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && !self.node
+    }
+
+    /// Takes over what `other` names.
+    pub fn merge(&mut self, mut other: Self) {
+        self.services.append(&mut other.services);
+        self.node |= other.node;
+    }
+}
+
+/// All objects that the watches told of.
+#[derive(Debug)]
+pub struct Store {
+    node_name: Arc<str>,
+    services: HashMap<ObjectName, Service>,
+    /// By Service, sorted by name; also of Services that do not exist (yet).
+    slices: HashMap<ObjectName, Vec<EndpointSlice>>,
+    /// The Service of each slice, to find it when the label changes or the slice is deleted.
+    slice_owners: HashMap<ObjectName, ObjectName>,
+    nodes: BTreeMap<Arc<str>, Node>,
+    service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
+    /// Objects that could not be read since they were last told: a list without them does not delete them (Z5).
+    unreadable: HashSet<Reference>,
+    names: Names,
+}
+
+impl Store {
+    /// An empty store of the node with this name.
+    pub fn new(node_name: impl Into<Arc<str>>) -> Self {
+        Self {
+            node_name: node_name.into(),
+            services: HashMap::new(),
+            slices: HashMap::new(),
+            slice_owners: HashMap::new(),
+            nodes: BTreeMap::new(),
+            service_cidrs: BTreeMap::new(),
+            unreadable: HashSet::new(),
+            names: Names::default(),
+        }
+    }
+
+    /// Takes a change in and says what it may have made stale. A change that repeats what is known makes nothing stale.
+    ///
+    /// An `Unreadable` object outlives the next `Replaced` of its kind, whose list could not hold it.
+    pub fn apply(&mut self, change: Change) -> Dirty {
+        match change {
+            Change::Applied(object) => {
+                self.unreadable.remove(&object.reference());
+                self.insert(object)
+            }
+            Change::Deleted(reference) => {
+                self.unreadable.remove(&reference);
+                self.remove(&reference)
+            }
+            Change::Replaced(kind, objects) => self.replace(kind, objects),
+            Change::Unreadable { object, .. } => {
+                self.unreadable.insert(object);
+                Dirty::default()
+            }
+        }
+    }
+
+    /// Name of the node this agent runs on.
+    pub fn node_name(&self) -> &Arc<str> {
+        &self.node_name
+    }
+
+    /// The Service of this name.
+    pub fn service(&self, name: &ObjectName) -> Option<&Service> {
+        self.services.get(name)
+    }
+
+    /// All Services, in no order.
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
+        self.services.values()
+    }
+
+    /// The slices of a Service, sorted by name.
+    pub fn slices(&self, service: &ObjectName) -> &[EndpointSlice] {
+        self.slices.get(service).map_or(&[], Vec::as_slice)
+    }
+
+    /// The Node this agent runs on, once it was told.
+    pub fn own_node(&self) -> Option<&Node> {
+        self.nodes.get(&self.node_name)
+    }
+
+    /// All Nodes, sorted by name.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values()
+    }
+
+    /// The ranges of all ServiceCIDR objects, sorted, each once.
+    pub fn service_ranges(&self) -> Vec<IpNet> {
+        let ranges: BTreeSet<IpNet> = self.service_cidrs.values().flatten().copied().collect();
+        ranges.into_iter().collect()
+    }
+
+    /// The pod ranges of all Nodes, neighbouring ones joined.
+    pub fn pod_ranges(&self) -> Vec<IpNet> {
+        let ranges: Vec<IpNet> = self.nodes.values().flat_map(|node| &node.pod_cidrs).copied().collect();
+        IpNet::aggregate(&ranges)
+    }
+
+    /// Services with one of these ClusterIPs: what a change of the interfaces' addresses may have made stale (P13).
+    pub fn services_with_cluster_ip(&self, addrs: &BTreeSet<Addr>) -> BTreeSet<ObjectName> {
+        let has = |service: &&Service| service.cluster_ips.iter().any(|ip| addrs.contains(&Addr::from(*ip)));
+        self.services.values().filter(has).map(|service| service.name.clone()).collect()
+    }
+
+    /// The names of all Services.
+    pub fn service_names(&self) -> BTreeSet<ObjectName> {
+        self.services.keys().cloned().collect()
+    }
+
+    fn insert(&mut self, object: Object) -> Dirty {
+        self.names.sweep();
+        match object {
+            Object::Service(service) => self.insert_service(service),
+            Object::EndpointSlice(slice) => self.insert_slice(slice),
+            Object::Node(node) => self.replace_node(&node.name.clone(), Some(node)),
+            Object::ServiceCidr { name, cidrs } => {
+                let node = self.service_cidrs.get(&name) != Some(&cidrs);
+                self.service_cidrs.insert(name, cidrs);
+                Dirty { node, ..Dirty::default() }
+            }
+        }
+    }
+
+    fn remove(&mut self, reference: &Reference) -> Dirty {
+        match reference.kind {
+            Kind::Service => match self.services.remove(&reference.name) {
+                Some(service) => dirty_service(service.name),
+                None => Dirty::default(),
+            },
+            Kind::EndpointSlice => self.remove_slice(&reference.name),
+            Kind::Node => self.replace_node(&reference.name.name, None),
+            Kind::ServiceCidr => {
+                let node = self.service_cidrs.remove(&reference.name.name).is_some();
+                Dirty { node, ..Dirty::default() }
+            }
+        }
+    }
+
+    fn replace(&mut self, kind: Kind, objects: Vec<Object>) -> Dirty {
+        let mut listed: HashSet<Reference> = objects.iter().map(Object::reference).collect();
+        listed.extend(self.unreadable.iter().filter(|object| object.kind == kind).cloned());
+        self.unreadable.retain(|object| object.kind != kind);
+        let mut dirty = Dirty::default();
+        for reference in self.references(kind).into_iter().filter(|known| !listed.contains(known)) {
+            dirty.merge(self.remove(&reference));
+        }
+        for object in objects {
+            dirty.merge(self.insert(object));
+        }
+        dirty
+    }
+
+    fn references(&self, kind: Kind) -> Vec<Reference> {
+        let cluster_wide = |name: &Arc<str>| ObjectName::new("", name.clone());
+        let names: Vec<ObjectName> = match kind {
+            Kind::Service => self.services.keys().cloned().collect(),
+            Kind::EndpointSlice => self.slice_owners.keys().cloned().collect(),
+            Kind::Node => self.nodes.keys().map(cluster_wide).collect(),
+            Kind::ServiceCidr => self.service_cidrs.keys().map(cluster_wide).collect(),
+        };
+        names.into_iter().map(|name| Reference { kind, name }).collect()
+    }
+
+    fn insert_service(&mut self, mut service: Service) -> Dirty {
+        if self.services.get(&service.name) == Some(&service) {
+            return Dirty::default();
+        }
+        self.names.share_object(&mut service.name);
+        for port in &mut service.ports {
+            self.names.share(&mut port.name);
+        }
+        if let Some(name) = &mut service.proxy_name {
+            self.names.share(name);
+        }
+        service.cluster_ips.shrink_to_fit();
+        service.external_ips.shrink_to_fit();
+        service.ingress.shrink_to_fit();
+        service.ports.shrink_to_fit();
+        service.source_ranges.shrink_to_fit();
+        let name = service.name.clone();
+        self.services.insert(name.clone(), service);
+        dirty_service(name)
+    }
+
+    fn insert_slice(&mut self, mut slice: EndpointSlice) -> Dirty {
+        let known = self.slices(&slice.service);
+        if known.binary_search_by(|other| other.name.cmp(&slice.name)).is_ok_and(|at| known[at] == slice) {
+            return Dirty::default();
+        }
+        let mut dirty = self.remove_slice(&slice.name);
+        self.names.share_slice(&mut slice);
+        dirty.merge(self.dirty_if_known(&slice.service));
+        self.slice_owners.insert(slice.name.clone(), slice.service.clone());
+        let slices = self.slices.entry(slice.service.clone()).or_default();
+        let at = slices.partition_point(|other| other.name < slice.name);
+        slices.reserve_exact(1);
+        slices.insert(at, slice);
+        dirty
+    }
+
+    fn remove_slice(&mut self, name: &ObjectName) -> Dirty {
+        let Some(service) = self.slice_owners.remove(name) else { return Dirty::default() };
+        if let Some(slices) = self.slices.get_mut(&service) {
+            slices.retain(|slice| slice.name != *name);
+            if slices.is_empty() {
+                self.slices.remove(&service);
+            }
+        }
+        self.dirty_if_known(&service)
+    }
+
+    fn replace_node(&mut self, name: &Arc<str>, node: Option<Node>) -> Dirty {
+        let old = self.nodes.get(name);
+        if old == node.as_ref() {
+            return Dirty::default();
+        }
+        let pods = |node: Option<&Node>| node.map(|node| node.pod_cidrs.clone()).unwrap_or_default();
+        let zone = |node: Option<&Node>| node.and_then(|node| node.zone.clone());
+        let own = *name == self.node_name;
+        let pods_changed = pods(old) != pods(node.as_ref());
+        let zone_changed = own && zone(old) != zone(node.as_ref());
+        match node {
+            Some(node) => self.nodes.insert(name.clone(), node),
+            None => self.nodes.remove(name),
+        };
+        let services = if zone_changed {
+            self.service_names()
+        } else if pods_changed {
+            // An external IP inside a pod range is refused (Z1).
+            let outside =
+                |service: &&Service| !service.external_ips.is_empty() || !service.ingress.is_empty();
+            self.services.values().filter(outside).map(|service| service.name.clone()).collect()
+        } else {
+            BTreeSet::new()
+        };
+        Dirty { services, node: own || pods_changed }
+    }
+
+    fn dirty_if_known(&self, service: &ObjectName) -> Dirty {
+        match self.services.get(service) {
+            Some(service) => dirty_service(service.name.clone()),
+            None => Dirty::default(),
+        }
+    }
+}
+
+fn dirty_service(name: ObjectName) -> Dirty {
+    Dirty { services: BTreeSet::from([name]), node: false }
+}
+
+/// One copy of each string that many objects repeat: namespaces, Services, port names, nodes and zones.
+#[derive(Debug, Default)]
+struct Names {
+    known: HashSet<Arc<str>>,
+    sweep_at: usize,
+}
+
+impl Names {
+    const FIRST_SWEEP: usize = 1_024;
+
+    fn share(&mut self, name: &mut Arc<str>) {
+        match self.known.get(name) {
+            Some(known) => *name = known.clone(),
+            None => drop(self.known.insert(name.clone())),
+        }
+    }
+
+    fn share_object(&mut self, name: &mut ObjectName) {
+        self.share(&mut name.namespace);
+        self.share(&mut name.name);
+    }
+
+    fn share_slice(&mut self, slice: &mut EndpointSlice) {
+        self.share(&mut slice.name.namespace);
+        self.share_object(&mut slice.service);
+        for port in &mut slice.ports {
+            self.share(&mut port.name);
+        }
+        for endpoint in &mut slice.endpoints {
+            for name in endpoint.node.iter_mut().chain(&mut endpoint.for_nodes).chain(&mut endpoint.for_zones)
+            {
+                self.share(name);
+            }
+            endpoint.for_nodes.shrink_to_fit();
+            endpoint.for_zones.shrink_to_fit();
+        }
+        slice.ports.shrink_to_fit();
+        slice.endpoints.shrink_to_fit();
+    }
+
+    /// Lets go of strings that no object holds any more, whenever their number may have doubled.
+    fn sweep(&mut self) {
+        if self.known.len() > self.sweep_at.max(Self::FIRST_SWEEP) {
+            self.known.retain(|name| Arc::strong_count(name) > 1);
+            self.sweep_at = 2 * self.known.len();
+        }
+    }
+}
