@@ -1,4 +1,4 @@
-module portolan.dev/tests/controlplane
+module portolan/tests/controlplane
 
 go 1.26.0
 
