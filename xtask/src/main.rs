@@ -1,5 +1,92 @@
-//! The workshop's verbs.
+//! The workshop: everything that is more than `cargo build` and `cargo test`, as `cargo xtask VERB`.
+//!
+//! It needs stable Rust and nothing else, builds in seconds, and never does what a verb was not asked for: only `setup`
+//! (and the verbs that say they call it) changes the machine.
 
-fn main() -> anyhow::Result<()> {
-    Ok(())
+mod check;
+mod command;
+mod programs;
+mod rules;
+mod setup;
+mod summary;
+mod test;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use setup::Purpose;
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+/// Portolan's workshop.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Install what building and running need and this machine lacks.
+    Setup {
+        /// Say what is missing and what would be done, and do nothing; exit status 1 if something is missing.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Build everything, raise a laboratory and show the dataplane at work (`--once`, `--cluster`; needs root).
+    #[command(disable_help_flag = true)]
+    Run {
+        /// Handed to `portolan-lab run`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+    /// Work with a laboratory that is up, such as `lab exec client -- curl 10.96.0.10`.
+    #[command(disable_help_flag = true)]
+    Lab {
+        /// Handed to `portolan-lab`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+    /// Run the tests, tier by tier (the tiers above golden need root).
+    Test {
+        /// The tiers to run; all of them if none is named.
+        tiers: Vec<test::Tier>,
+        /// Run only the tests whose names contain this.
+        #[arg(long)]
+        filter: Option<String>,
+    },
+    /// Check format, lints, dependencies and documentation, and list which tests cite which rule of the contract.
+    Check,
+    /// Rewrite the expected tables of the golden tests from what `compile` makes today.
+    Bless,
+    /// Measure: `bench prog` and `bench sync` (needs root).
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// Handed to `portolan-bench`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+    /// Build the agent for use: optimized, with the eBPF programs inside.
+    Build,
+}
+
+fn main() -> Result<ExitCode> {
+    match Cli::parse().verb {
+        Verb::Setup { check } => return setup::setup(Purpose::Everything, check),
+        Verb::Run { args } => {
+            let cluster = args.iter().any(|arg| arg == "--cluster");
+            setup::ensure(if cluster { Purpose::Cluster } else { Purpose::Lab })?;
+            programs::lab(["run".into()].into_iter().chain(args))?;
+        }
+        Verb::Lab { args } => programs::lab(args)?,
+        Verb::Test { tiers, filter } => {
+            setup::ensure(Purpose::Everything)?;
+            return test::test(&tiers, filter.as_deref());
+        }
+        Verb::Check => return check::check(),
+        Verb::Bless => programs::bless()?,
+        Verb::Bench { args } => programs::bench(args)?,
+        Verb::Build => programs::build()?,
+    }
+    Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,56 @@
+//! All that is checked without running the programs. Every check runs, whatever the others found.
+
+use crate::command::CommandLine;
+use crate::rules;
+use anyhow::Result;
+use std::path::Path;
+use std::process::ExitCode;
+
+/// The verb.
+pub(crate) fn check() -> Result<ExitCode> {
+    let deny_warnings = "-Dwarnings";
+    let checks = [
+        ("format", CommandLine::new("cargo fmt --all --check")),
+        ("lints", CommandLine::new("cargo clippy --workspace --all-targets --locked -- -D warnings")),
+        ("warnings for the BPF target", ebpf_warnings()),
+        ("dependencies", CommandLine::new("cargo deny --workspace check bans licenses sources")),
+        (
+            "documentation",
+            CommandLine::new("cargo doc --workspace --no-deps --locked")
+                .variable("RUSTDOCFLAGS", deny_warnings),
+        ),
+    ];
+    let mut failed = Vec::new();
+    for (name, command) in checks {
+        println!("=== {name} ===\n$ {command}");
+        if let Err(error) = command.run() {
+            println!("{error:#}");
+            failed.push(name);
+        }
+    }
+    println!("=== rules of the contract, and the tests that cite them ===");
+    rules::list()?;
+    if failed.is_empty() {
+        println!("check: all is well");
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("check: failed: {}", failed.join(", "));
+    Ok(ExitCode::FAILURE)
+}
+
+/// What the compiler itself says of the programs as the kernel gets them. Clippy is not there for Debian's compiler; it
+/// sees the same code on the host, but for what is compiled for the BPF target only.
+fn ebpf_warnings() -> CommandLine {
+    let words = "check --package dataplane-ebpf --bin portolan-ebpf --locked --target bpfel-unknown-none";
+    let debian = Path::new("/usr/lib/rustlib/bpfel-unknown-none").is_dir();
+    let command = if debian {
+        CommandLine::new(&format!("/usr/bin/cargo {words}"))
+            .variable("RUSTC", "/usr/bin/rustc")
+            .variable("RUSTC_BOOTSTRAP", "1")
+    } else {
+        CommandLine::new(&format!("rustup run nightly cargo -Zbuild-std=core {words}"))
+    };
+    // A folder of its own: two compilers in one folder would each throw away what the other made.
+    let flags = format!("--cfg=bpf_target_arch=\"{}\" -Dwarnings", std::env::consts::ARCH);
+    command.variable("RUSTFLAGS", flags).variable("CARGO_TARGET_DIR", "target/ebpf-check")
+}

@@ -1,0 +1,54 @@
+//! Verbs that build a program of the workspace and become it.
+
+use crate::command::{CommandLine, program, target_folder};
+use anyhow::{Context as _, Result, bail};
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+
+/// Builds the agent and the laboratory's program, and becomes the latter.
+pub(crate) fn lab(args: impl IntoIterator<Item = OsString>) -> Result<()> {
+    build_programs()?;
+    become_program(&target_folder()?.join("portolan-lab"), args)
+}
+
+/// Builds agent and benchmarks with optimization, and becomes the latter.
+pub(crate) fn bench(args: impl IntoIterator<Item = OsString>) -> Result<()> {
+    CommandLine::new("cargo build --release --package dataplane-user --package dataplane-tests --bins")
+        .run()?;
+    become_program(&release_folder()?.join("portolan-bench"), args)
+}
+
+/// Builds the agent with optimization and says where it lies.
+pub(crate) fn build() -> Result<()> {
+    CommandLine::new("cargo build --release --package dataplane-user --bin portolan").run()?;
+    println!("{}", release_folder()?.join("portolan").display());
+    Ok(())
+}
+
+/// Has the golden tests write what they would compare.
+pub(crate) fn bless() -> Result<()> {
+    CommandLine::new("cargo test --package dataplane-tests --test golden")
+        .variable("PORTOLAN_BLESS", "1")
+        .run()
+}
+
+/// The programs that laboratories and tests start, side by side in one folder.
+pub(crate) fn build_programs() -> Result<()> {
+    CommandLine::new("cargo build --package dataplane-user --package dataplane-tests --bins").run()
+}
+
+/// The folder of optimized programs, beside the one this program lies in.
+fn release_folder() -> Result<PathBuf> {
+    let own = target_folder()?;
+    Ok(own.parent().context("the target folder lies nowhere")?.join("release"))
+}
+
+/// Replaces this process, so that signals and the exit status are the program's own.
+fn become_program(path: &Path, args: impl IntoIterator<Item = OsString>) -> Result<()> {
+    if !path.is_file() {
+        bail!("the workspace builds no `{}`", path.file_name().unwrap_or_default().display());
+    }
+    let error = program(&path.display().to_string()).args(args).exec();
+    Err(error).with_context(|| format!("cannot run {}", path.display()))
+}

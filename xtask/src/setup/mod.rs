@@ -1,0 +1,91 @@
+//! `setup`: from stable Rust on Debian to where everything builds and runs.
+//!
+//! What is missing is observed ([`machine`]), what to do about it is decided without touching anything ([`plan`]), and
+//! then shown and done here. Where nothing is missing nothing is run, not even `apt-get update`.
+
+mod machine;
+mod plan;
+
+pub(crate) use machine::fetched_go;
+
+use anyhow::{Result, bail};
+use machine::Machine;
+use plan::Step;
+use std::process::ExitCode;
+
+/// What the machine is to be good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Purpose {
+    /// Building everything and raising a laboratory.
+    Lab,
+    /// The same with the real control plane, which is compiled from Go modules.
+    Cluster,
+    /// The same and all checks.
+    Everything,
+}
+
+/// The verb: says what is there and what is missing, and installs it unless `check_only`.
+pub(crate) fn setup(purpose: Purpose, check_only: bool) -> Result<ExitCode> {
+    let machine = Machine::observe(purpose);
+    let steps = plan::plan(&machine, purpose);
+    if steps.is_empty() {
+        println!("setup: nothing is missing");
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("setup: this machine lacks");
+    for missing in steps.iter().flat_map(|step| &step.missing) {
+        println!("  {:<24} {}", missing.name, missing.why);
+    }
+    if check_only {
+        print_commands(&machine, &steps);
+        return Ok(ExitCode::FAILURE);
+    }
+    install(&machine, &steps)?;
+    let left = plan::plan(&Machine::observe(purpose), purpose);
+    if let Some(missing) = left.iter().flat_map(|step| &step.missing).next() {
+        bail!("everything was installed, and yet `{}` is not found: is its folder in PATH?", missing.name);
+    }
+    println!("setup: done");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the other verbs call: silent where nothing is missing.
+pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
+    if !plan::plan(&Machine::observe(purpose), purpose).is_empty() {
+        setup(purpose, false)?;
+    }
+    Ok(())
+}
+
+fn install(machine: &Machine, steps: &[Step]) -> Result<()> {
+    if !machine.apt && steps.iter().any(|step| step.needs_root) {
+        print_commands(machine, steps);
+        bail!("this system has no apt-get: install the above, then call this again");
+    }
+    if !machine.root && steps.iter().any(|step| step.needs_root) {
+        print_commands(machine, steps);
+        bail!("installing packages needs root: run the above, or call this as root");
+    }
+    for step in steps {
+        for command in &step.commands {
+            println!("setup: {command}");
+            command.run().map_err(|error| error.context(step.advice))?;
+        }
+    }
+    Ok(())
+}
+
+/// The commands as the one who calls would have to type them.
+fn print_commands(machine: &Machine, steps: &[Step]) {
+    println!("setup: to be done");
+    for step in steps {
+        if step.needs_root && !machine.apt {
+            println!("  {}", step.without_apt());
+            continue;
+        }
+        for command in &step.commands {
+            let sudo = step.needs_root && !machine.root;
+            println!("  {}", if sudo { command.with_sudo() } else { command.to_string() });
+        }
+    }
+}

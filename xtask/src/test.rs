@@ -1,0 +1,195 @@
+//! The tiers of tests, from the cheapest to the one with a real control plane.
+//!
+//! A tier that cannot run on this machine fails; it is never skipped. Each tier's own output is shown as it comes.
+
+use crate::command::{CommandLine, workspace};
+use crate::programs;
+use crate::summary::Summary;
+use anyhow::{Context as _, Result};
+use clap::ValueEnum;
+use std::fs;
+use std::io::{self, BufRead as _, BufReader, IsTerminal as _, Write as _};
+use std::process::{ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long one tier may take where nobody is there to press Ctrl-C.
+const TIME_LIMIT: Duration = Duration::from_secs(45 * 60);
+
+/// A kind of test. Each but `unit` is one test program of the package `dataplane-tests`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Tier {
+    /// Tests inside the crates, the eBPF programs' own code among them, on the host.
+    Unit,
+    /// Kubernetes objects in, tables out.
+    Golden,
+    /// One packet through one program, by `BPF_PROG_TEST_RUN`.
+    Packet,
+    /// The agent's side of the kernel: maps, programs, links, netlink.
+    Kernel,
+    /// The laboratory itself.
+    Lab,
+    /// Real packets in a laboratory that reads manifests.
+    Netns,
+    /// Real packets in a laboratory with a real API server.
+    Cluster,
+}
+
+impl Tier {
+    /// All of them, in the order they run.
+    const ALL: [Self; 7] =
+        [Self::Unit, Self::Golden, Self::Packet, Self::Kernel, Self::Lab, Self::Netns, Self::Cluster];
+
+    /// Its name on the command line, and of its test program.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Unit => "unit",
+            Self::Golden => "golden",
+            Self::Packet => "packet",
+            Self::Kernel => "kernel",
+            Self::Lab => "lab",
+            Self::Netns => "netns",
+            Self::Cluster => "cluster",
+        }
+    }
+
+    fn commands(self) -> Vec<CommandLine> {
+        match self {
+            Self::Unit => vec![
+                CommandLine::new("cargo test --workspace --exclude dataplane-tests --no-fail-fast"),
+                CommandLine::new("cargo test --package dataplane-tests --lib --bins --no-fail-fast"),
+            ],
+            Self::Golden | Self::Packet | Self::Kernel | Self::Lab | Self::Netns | Self::Cluster => {
+                vec![CommandLine::new("cargo test --package dataplane-tests --test").arg(self.name())]
+            }
+        }
+    }
+}
+
+/// The verb. The last line is `N passed, N failed`.
+pub(crate) fn test(tiers: &[Tier], filter: Option<&str>) -> Result<ExitCode> {
+    let tiers = if tiers.is_empty() { &Tier::ALL } else { tiers };
+    let homeless = homeless_tests()?;
+    let mut results = Vec::new();
+    if let Err(error) = programs::build_programs() {
+        println!("{error:#}");
+        results.push(("build", Summary::ONE_FAILURE));
+    } else {
+        for tier in tiers {
+            results.push((tier.name(), run(*tier, filter)?));
+        }
+    }
+    let mut total = Summary::default();
+    println!("\ntests by tier:");
+    for (name, summary) in &results {
+        let note = if summary.ignored > 0 { ", the ignored ones among these" } else { "" };
+        println!("  {name:<8} {summary}{note}");
+        total += *summary;
+    }
+    for name in &homeless {
+        println!("  `{name}` of tests/Cargo.toml belongs to no tier: nobody runs it");
+        total += Summary::ONE_FAILURE;
+    }
+    if total.tests() == 0 {
+        println!("  no test is called so");
+    }
+    println!("{total}");
+    Ok(if total.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs the commands of one tier.
+fn run(tier: Tier, filter: Option<&str>) -> Result<Summary> {
+    println!("\n=== {} ===", tier.name());
+    let start = Instant::now();
+    let mut summary = Summary::default();
+    for command in tier.commands() {
+        let command = match filter {
+            Some(filter) => command.arg("--").arg(filter),
+            None => command,
+        };
+        summary += run_and_count(&command)?;
+    }
+    if summary.tests() == 0 && filter.is_none() {
+        println!("the tier `{}` ran no test: that counts as a failure", tier.name());
+        summary += Summary::ONE_FAILURE;
+    }
+    println!("=== {}: {summary} in {:.0} s ===", tier.name(), start.elapsed().as_secs_f32());
+    Ok(summary)
+}
+
+/// Runs `cargo test` with its output shown, and counts. A program that dies without its closing line is one failure.
+fn run_and_count(command: &CommandLine) -> Result<Summary> {
+    println!("$ {command}");
+    let mut process = limited(command).command();
+    let mut child =
+        process.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run `{command}`"))?;
+    let stdout = child.stdout.take().context("the test program has no standard output")?;
+    let mut summary = Summary::default();
+    for line in BufReader::new(stdout).split(b'\n') {
+        let line = line.context("cannot read what the tests print")?;
+        let mut out = io::stdout().lock();
+        out.write_all(&line)
+            .and_then(|()| out.write_all(b"\n"))
+            .context("cannot show what the tests print")?;
+        // A test that is in the middle of a line when it ends leaves its own words before the result.
+        let text = String::from_utf8_lossy(&line);
+        if let Some(at) = text.find("test result: ") {
+            summary += Summary::of_line(&text[at..]).unwrap_or_default();
+        }
+    }
+    let status = child.wait().with_context(|| format!("cannot wait for `{command}`"))?;
+    if !status.success() && summary.failed == 0 {
+        println!("`{command}` ended with {status}");
+        summary += Summary::ONE_FAILURE;
+    }
+    Ok(summary)
+}
+
+/// The command, ended with all its children after the time limit unless somebody watches.
+fn limited(command: &CommandLine) -> CommandLine {
+    if io::stdin().is_terminal() {
+        return command.clone();
+    }
+    command.clone().within(&format!("timeout --kill-after=60 {}", TIME_LIMIT.as_secs()))
+}
+
+/// Test programs of `dataplane-tests` that are no tier.
+fn homeless_tests() -> Result<Vec<String>> {
+    let path = workspace().join("tests/Cargo.toml");
+    let manifest = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let names = test_names(&manifest).into_iter();
+    Ok(names.filter(|name| Tier::ALL.iter().all(|tier| tier.name() != name)).collect())
+}
+
+/// The names in the `[[test]]` tables of a manifest.
+fn test_names(manifest: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut in_test = false;
+    for line in manifest.lines().map(str::trim) {
+        if line.starts_with('[') {
+            in_test = line == "[[test]]";
+        } else if in_test && let Some(("name", value)) = line.split_once('=').map(|(k, v)| (k.trim(), v)) {
+            names.push(value.trim().trim_matches('"').to_owned());
+        }
+    }
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_test_program_of_a_manifest_is_seen() {
+        let manifest = "[package]\nname = \"x\"\n[[test]]\nname = \"golden\"\n\n[[bin]]\nname = \"b\"\n[[test]]\n\
+                        test = false\nname=\"netns\"\n";
+        assert_eq!(test_names(manifest), ["golden", "netns"]);
+    }
+
+    #[test]
+    fn a_tier_is_named_on_the_command_line_as_its_test_program_is() {
+        for tier in Tier::ALL {
+            let value = tier.to_possible_value().unwrap();
+            assert_eq!(value.get_name(), tier.name());
+        }
+    }
+}
