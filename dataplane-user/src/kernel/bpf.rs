@@ -149,7 +149,7 @@ mod attr {
 /// # Safety
 /// `attr` must be the member of `union bpf_attr` that `command` reads, and each address in it must be valid for what
 /// the kernel reads or writes there.
-unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_int> {
+pub(super) unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_int> {
     CALLS.fetch_add(1, Ordering::Relaxed);
     // SAFETY: the caller vouches for `attr`; its size is passed along, so the kernel reads no further.
     let result = unsafe {

@@ -1,7 +1,11 @@
 //! The kernel's side of the agent: loading, attaching, maps, links. The only place that names aya.
 
 pub mod bpf;
+pub mod hook;
+pub mod link;
+pub mod links;
 pub mod maps;
+pub mod pins;
 
 use std::path::Path;
 

@@ -1,0 +1,295 @@
+//! The pin folder: where it is, that it lies on a BPF file system, who holds it, and what is pinned in it.
+//!
+//! `<folder>/<layout>/<map>` and `<folder>/links/<program>[-<interface index>]`. Nothing else may be in there.
+
+use dataplane_common::tables::LAYOUT;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+/// `BPF_FS_MAGIC` of linux/magic.h.
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+/// Where BPF file systems are mounted by custom.
+const SYS_FS_BPF: &str = "/sys/fs/bpf";
+
+/// What went wrong with the pin folder.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// No BPF file system, and none could be mounted.
+    #[error(
+        "there is no BPF file system at {path}, and mounting one failed: {source}. Run as root: `mount -t bpf bpf {path}`; \
+         in a container, mount the host's {SYS_FS_BPF} there"
+    )]
+    Mount {
+        /// Where.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A folder or pin cannot be made, read or removed.
+    #[error("cannot {verb} {path}: {source}. Is this root, and is --bpffs the right folder?")]
+    Folder {
+        /// What was tried.
+        verb: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Another process holds the folder.
+    #[error(
+        "the pin folder {path} is in use by {holder}: stop it first, or give this one another folder with --bpffs"
+    )]
+    Held {
+        /// The folder.
+        path: PathBuf,
+        /// Who holds it.
+        holder: String,
+    },
+}
+
+fn folder_error(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinError {
+    let path = path.to_owned();
+    move |source| PinError::Folder { verb, path, source }
+}
+
+/// The pin folder.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    root: PathBuf,
+}
+
+impl Pins {
+    /// The folder at `root`, which may not exist yet.
+    pub fn new(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Folder of the maps of this layout.
+    pub fn maps(&self) -> PathBuf {
+        self.root.join(LAYOUT)
+    }
+
+    /// Pin of a map.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    /// Folder of the links.
+    pub fn links(&self) -> PathBuf {
+        self.root.join("links")
+    }
+
+    /// Pin of a link to an interface.
+    pub fn link(&self, program: &str, index: u32) -> PathBuf {
+        self.links().join(format!("{program}-{index}"))
+    }
+
+    /// Pin of a link to the cgroup.
+    pub fn socket_link(&self, program: &str) -> PathBuf {
+        self.links().join(program)
+    }
+
+    /// Makes the folders, and mounts a BPF file system if there is none.
+    ///
+    /// # Errors
+    /// If it cannot be mounted, or a folder cannot be made.
+    pub fn prepare(&self) -> Result<(), PinError> {
+        let existing = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+        if !is_bpffs(existing).map_err(folder_error("read", existing))? {
+            let under_custom = self.root.starts_with(SYS_FS_BPF) && Path::new(SYS_FS_BPF).exists();
+            mount(if under_custom { Path::new(SYS_FS_BPF) } else { &self.root })?;
+        }
+        for folder in [self.maps(), self.links()] {
+            fs::create_dir_all(&folder).map_err(folder_error("make", &folder))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the folder for this process; it is free again when the process ends, however it ends.
+    ///
+    /// # Errors
+    /// [`PinError::Held`] names the process that has it.
+    pub fn hold(&self) -> Result<Held, PinError> {
+        let folder = File::open(&self.root).map_err(folder_error("open", &self.root))?;
+        // SAFETY: a plain system call on a descriptor that is open.
+        if unsafe { libc::flock(folder.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+            return Ok(Held { _folder: folder });
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::WouldBlock {
+            return Err(folder_error("lock", &self.root)(error));
+        }
+        let file = folder.metadata().map_err(folder_error("read", &self.root))?;
+        let file = format!("{:02x}:{:02x}:{}", libc::major(file.dev()), libc::minor(file.dev()), file.ino());
+        let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+        let holder = holder(&locks, &file).map_or_else(|| "another process".to_owned(), describe);
+        Err(PinError::Held { path: self.root.clone(), holder })
+    }
+
+    /// The links that are pinned: names, sorted. None if there is no folder.
+    ///
+    /// # Errors
+    /// If the folder cannot be read.
+    pub fn pinned_links(&self) -> Result<Vec<String>, PinError> {
+        names(&self.links())
+    }
+
+    /// The maps that are pinned, of all layouts: paths below the folder, sorted.
+    ///
+    /// # Errors
+    /// If a folder cannot be read.
+    pub fn pinned_maps(&self) -> Result<Vec<PathBuf>, PinError> {
+        let mut maps = Vec::new();
+        for layout in names(&self.root)?.into_iter().filter(|name| name != "links") {
+            let folder = self.root.join(layout);
+            maps.extend(names(&folder)?.into_iter().map(|name| folder.join(name)));
+        }
+        Ok(maps)
+    }
+
+    /// Removes one pin. A pin that is gone already is no error.
+    ///
+    /// # Errors
+    /// If it is there and cannot be removed.
+    pub fn remove(&self, pin: &Path) -> Result<(), PinError> {
+        match fs::remove_file(pin) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(folder_error("remove", pin)(error)),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Removes the folders, which must be empty by now.
+    ///
+    /// # Errors
+    /// If one cannot be removed; the mount point of a file system that is mounted right there stays.
+    pub fn remove_folders(&self) -> Result<(), PinError> {
+        for folder in names(&self.root)?.into_iter().map(|name| self.root.join(name)) {
+            fs::remove_dir(&folder).map_err(folder_error("remove", &folder))?;
+        }
+        match fs::remove_dir(&self.root) {
+            Err(error) if error.raw_os_error() != Some(libc::EBUSY) => {
+                Err(folder_error("remove", &self.root)(error))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+}
+
+/// The right to use the pin folder, as long as this lives.
+#[derive(Debug)]
+pub struct Held {
+    _folder: File,
+}
+
+fn names(folder: &Path) -> Result<Vec<String>, PinError> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(folder_error("read", folder)(error)),
+    };
+    let mut names = entries
+        .map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()))
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(folder_error("read", folder))?;
+    names.sort();
+    Ok(names)
+}
+
+/// Whether `path` lies on a BPF file system.
+fn is_bpffs(path: &Path) -> io::Result<bool> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: all zeros are a valid `statfs`, and the kernel fills it in.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `path` is a closed string, `stat` is as long as the kernel expects; both outlive the call.
+    if unsafe { libc::statfs(path.as_ptr(), &raw mut stat) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(stat.f_type == BPF_FS_MAGIC)
+}
+
+fn mount(at: &Path) -> Result<(), PinError> {
+    let failed = |source| PinError::Mount { path: at.to_owned(), source };
+    fs::create_dir_all(at).map_err(failed)?;
+    let path = CString::new(at.as_os_str().as_bytes()).map_err(|error| failed(error.into()))?;
+    // SAFETY: closed strings that outlive the call, and no data.
+    let result = unsafe { libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null()) };
+    if result != 0 {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    tracing::info!("mounted a BPF file system at {}; pins last as long as this mount", at.display());
+    Ok(())
+}
+
+/// The process that holds a lock on `file` (device and inode), from the text of `/proc/locks`.
+fn holder(locks: &str, file: &str) -> Option<u32> {
+    locks.lines().find_map(|line| {
+        // "1: FLOCK  ADVISORY  WRITE 1234 00:2a:56789 0 EOF"; who waits for a lock has "->" in the second place.
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let [_, "FLOCK", _, "WRITE", pid, locked, ..] = fields[..] else { return None };
+        let pid = pid.parse().ok().filter(|pid| *pid != 0)?;
+        (locked == file).then_some(pid)
+    })
+}
+
+fn describe(pid: u32) -> String {
+    let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let command = String::from_utf8_lossy(&command).replace('\0', " ");
+    match command.trim() {
+        "" => format!("process {pid}"),
+        command => format!("process {pid} ({command})"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOCKS: &str = "\
+1: POSIX  ADVISORY  WRITE 77 00:2a:100 0 EOF
+2: FLOCK  ADVISORY  WRITE 4711 00:2a:100 0 EOF
+2: -> FLOCK  ADVISORY  WRITE 4712 00:2a:100 0 EOF
+3: FLOCK  ADVISORY  WRITE 0 00:2a:101 0 EOF
+";
+
+    #[test]
+    fn the_holder_of_a_lock_is_found_by_device_and_inode() {
+        assert_eq!(holder(LOCKS, "00:2a:100"), Some(4711));
+        assert_eq!(holder(LOCKS, "00:2b:100"), None);
+    }
+
+    #[test]
+    fn a_holder_in_another_pid_namespace_has_no_number() {
+        assert_eq!(holder(LOCKS, "00:2a:101"), None);
+    }
+
+    #[test]
+    fn a_folder_that_is_held_is_refused_and_the_holder_is_named() {
+        let root = std::env::temp_dir().join(format!("portolan-pins-{}", std::process::id()));
+        fs::create_dir_all(&root).unwrap();
+        let pins = Pins::new(&root);
+        let held = pins.hold().unwrap();
+        let error = pins.hold().unwrap_err().to_string();
+        assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+        drop(held);
+        pins.hold().unwrap();
+        fs::remove_dir(&root).unwrap();
+    }
+
+    #[test]
+    fn pins_are_named_by_program_and_interface() {
+        let pins = Pins::new(Path::new("/p"));
+        assert_eq!(pins.map("flows"), Path::new("/p").join(LAYOUT).join("flows"));
+        assert_eq!(pins.link("tc_pod_in", 7), Path::new("/p/links/tc_pod_in-7"));
+        assert_eq!(pins.socket_link("connect4"), Path::new("/p/links/connect4"));
+    }
+}
