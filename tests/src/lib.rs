@@ -1,1 +1,3 @@
 //! The laboratory, the packet builder and the program runner that the tests share.
+
+pub mod lab;

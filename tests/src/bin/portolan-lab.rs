@@ -1,0 +1,61 @@
+//! `portolan-lab`: the laboratory from the command line.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use dataplane_tests::lab;
+use std::process::ExitCode;
+
+#[derive(Debug, Parser)]
+#[command(name = "portolan-lab", about = "Portolan's laboratory")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Run a command in a place of a running lab: a node, a pod, `client` or `net`.
+    Exec {
+        /// Which lab, if several run.
+        #[arg(long)]
+        lab: Option<String>,
+        /// The place, such as `node-1`, `web-0` or `client`.
+        place: String,
+        /// The command and its arguments.
+        #[arg(trailing_var_arg = true, required = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// The pod server (run by the lab inside pods).
+    Serve(lab::server::Server),
+    /// A lab without agents, up until Ctrl-C.
+    Up {
+        /// How many nodes.
+        #[arg(long, default_value_t = 1)]
+        nodes: u8,
+    },
+    /// Remove what killed labs left behind.
+    Clean,
+}
+
+fn main() -> Result<ExitCode> {
+    match Arguments::parse().verb {
+        Verb::Exec { lab, place, command } => {
+            let status = lab::exec(lab.as_deref(), &place, &command)?;
+            return Ok(ExitCode::from(status.code().and_then(|code| code.try_into().ok()).unwrap_or(1)));
+        }
+        Verb::Serve(server) => lab::server::serve(server)?,
+        Verb::Up { nodes } => {
+            let lab = lab::Options::default().nodes(nodes).create()?;
+            lab::on_signal_exit_with(0);
+            println!("lab {} is up", lab.id());
+            loop {
+                std::thread::park();
+            }
+        }
+        Verb::Clean => match lab::sweep()?.as_slice() {
+            [] => println!("nothing to remove"),
+            removed => println!("removed {}", removed.join(" ")),
+        },
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,397 @@
+//! The laboratory: a small cluster on one machine, made of network namespaces.
+//!
+//! A bridge in a namespace of its own joins the nodes and an outside client. A node is a namespace with a cgroup, a pin
+//! folder and an agent; a pod is a namespace with a veth to its node and a server in a cgroup below the node's.
+//!
+//! ```text
+//!                 net: br0 192.168.100.1/24
+//!      ┌──────────────┬───────┴──────┬───────────────┐
+//!   node-1 .11     node-2 .12     node-3 .13     client .200
+//!   10.244.1.0/24  10.244.2.0/24  10.244.3.0/24
+//!    │    │            │
+//!  web-0 web-1       web-2
+//! ```
+//!
+//! A lab has no route to the machine's own network and leaves no trace: all that it made is removed when it is dropped,
+//! when a signal ends the process, and by the next lab if the process was killed. Labs can run side by side.
+
+mod agent;
+pub mod client;
+mod leftovers;
+pub mod manifests;
+mod network;
+mod node;
+mod place;
+mod process;
+pub mod server;
+mod xdp;
+
+pub use agent::{Agent, AgentOptions, Source, portolan};
+pub use client::{Answer, Asked, Client, Failure, Stream, at};
+pub use leftovers::{LABS, labs, on_signal_exit_with, sweep};
+pub use manifests::{Endpoint, Manifests, Service};
+pub use network::PodNetwork;
+pub use node::{Node, Pod, PodOptions};
+pub use place::Place;
+pub use process::{Process, program};
+
+use anyhow::{Context, Result, bail};
+use leftovers::Traces;
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::Arc;
+
+/// The range of the pods of all nodes.
+pub const POD_RANGE: &str = "10.244.0.0/16";
+/// The range of ClusterIPs.
+pub const SERVICE_RANGE: &str = "10.96.0.0/16";
+/// The node ports that Kubernetes gives out.
+pub const NODE_PORTS: std::ops::RangeInclusive<u16> = 30_000..=32_767;
+
+/// What a lab is to be.
+#[derive(Clone, Debug)]
+pub struct Options {
+    nodes: u8,
+    pods: PodNetwork,
+    strict_rp_filter: bool,
+    tx_checksums: bool,
+    xdp: bool,
+    zones: Vec<String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            nodes: 3,
+            pods: PodNetwork::HostRoutes,
+            strict_rp_filter: false,
+            tx_checksums: true,
+            xdp: false,
+            zones: Vec::new(),
+        }
+    }
+}
+
+impl Options {
+    /// How many nodes (3 unless told): `node-1`, `node-2` and so on.
+    #[must_use]
+    pub fn nodes(mut self, nodes: u8) -> Self {
+        self.nodes = nodes;
+        self
+    }
+
+    /// How pods are joined to their node.
+    #[must_use]
+    pub fn pods(mut self, network: PodNetwork) -> Self {
+        self.pods = network;
+        self
+    }
+
+    /// `rp_filter = 1` on every interface of the nodes.
+    #[must_use]
+    pub fn strict_rp_filter(mut self, strict: bool) -> Self {
+        self.strict_rp_filter = strict;
+        self
+    }
+
+    /// Whether senders leave checksums to their veth (the default), so that a packet between veths has none.
+    #[must_use]
+    pub fn tx_checksums(mut self, on: bool) -> Self {
+        self.tx_checksums = on;
+        self
+    }
+
+    /// Prepared for native XDP on the nodes' uplinks: the peer of each runs a program that passes all, and no sender
+    /// leaves checksums to its veth.
+    #[must_use]
+    pub fn xdp(mut self, xdp: bool) -> Self {
+        self.xdp = xdp;
+        self.tx_checksums &= !xdp;
+        self
+    }
+
+    /// The zone label of each node in turn; none by default.
+    #[must_use]
+    pub fn zones(mut self, zones: &[&str]) -> Self {
+        self.zones = zones.iter().map(|&zone| zone.to_owned()).collect();
+        self
+    }
+
+    /// Makes the lab, after removing what killed labs left.
+    pub fn create(self) -> Result<Lab> {
+        Lab::create(self)
+    }
+}
+
+/// A running lab. Dropping it removes it.
+#[derive(Debug)]
+pub struct Lab {
+    options: Options,
+    nodes: Vec<Node>,
+    client: Place,
+    net: Place,
+    manifests: Manifests,
+    traces: Traces,
+    /// Holds the attachments of the programs on the peers of uplinks.
+    _peers: Vec<std::os::fd::OwnedFd>,
+}
+
+/// The host number of the outside client in the uplink network.
+const CLIENT_HOST: u8 = 200;
+/// The host number of the first node.
+const FIRST_NODE_HOST: u8 = 11;
+
+impl Lab {
+    fn create(options: Options) -> Result<Self> {
+        sweep()?;
+        let traces = Traces::claim()?;
+        // From here on, dropping what is there takes away what was made.
+        let guard = Guard(Some(traces.clone()));
+        for folder in ["places", "log"] {
+            fs::create_dir_all(traces.folder.join(folder))?;
+        }
+        let manifests = Manifests::new(&traces.folder.join("manifests"))?;
+        let node_names: Vec<_> = (1..=options.nodes).map(|number| format!("node-{number}")).collect();
+        let names: Vec<&str> =
+            ["net", "client"].into_iter().chain(node_names.iter().map(String::as_str)).collect();
+        let mut places = names
+            .iter()
+            .map(|name| make_place(&traces, name, Path::new(name)))
+            .collect::<Result<Vec<_>>>()?;
+        let node_places = places.split_off(2);
+        let (Some(client), Some(net)) = (places.pop(), places.pop()) else { bail!("no places") };
+        let mut lab = Self { options, nodes: Vec::new(), client, net, manifests, traces, _peers: Vec::new() };
+        std::mem::forget(guard);
+        lab.make_uplinks(&node_places)?;
+        for (number, place) in (1..).zip(node_places) {
+            lab.nodes.push(Node::new(&lab.traces, &lab.options, number, place)?);
+        }
+        lab.make_routes()?;
+        lab.write_nodes()?;
+        if lab.options.xdp {
+            lab._peers = lab.net.enter(|| xdp::pass_all(&node_names))??;
+        }
+        Ok(lab)
+    }
+
+    /// The bridge, and for each node and the client a veth whose one end is on it.
+    fn make_uplinks(&self, nodes: &[Place]) -> Result<()> {
+        let ends: Vec<(&Place, u8)> =
+            nodes.iter().zip(FIRST_NODE_HOST..).chain([(&self.client, CLIENT_HOST)]).collect();
+        let mut lines = vec![
+            "link set lo up".to_owned(),
+            "link add br0 type bridge mcast_snooping 0".into(),
+            format!("addr add {}/24 dev br0", network::uplink_address(1)),
+            "link set br0 up".into(),
+        ];
+        for (place, _) in &ends {
+            let name = place.name();
+            lines.push(format!("link add {name} type veth peer name eth0 netns {}", place.namespace()));
+            lines.push(format!("link set {name} master br0 up"));
+        }
+        self.net.ip(&lines)?;
+        for (place, host) in ends {
+            if self.options.strict_rp_filter && nodes.iter().any(|node| node.name() == place.name()) {
+                let strict = ["all", "default", "eth0"].map(|name| format!("net/ipv4/conf/{name}/rp_filter"));
+                place.sysctls(&strict.each_ref().map(|key| (key.as_str(), "1")))?;
+            }
+            place.ip(&[
+                "link set lo up".into(),
+                format!("addr add {}/24 dev eth0", network::uplink_address(host)),
+                "link set eth0 up".into(),
+                format!("route add default via {}", network::uplink_address(1)),
+            ])?;
+            self.set_checksums(place, "eth0")?;
+            self.set_checksums(&self.net, place.name())?;
+        }
+        Ok(())
+    }
+
+    fn set_checksums(&self, place: &Place, interface: &str) -> Result<()> {
+        if self.options.tx_checksums {
+            return Ok(());
+        }
+        place.enter(|| network::set_tx_checksums(interface, false))?
+    }
+
+    /// From each node to the pods of the others.
+    fn make_routes(&self) -> Result<()> {
+        for node in &self.nodes {
+            let others = self.nodes.iter().filter(|other| other.name() != node.name());
+            let lines: Vec<_> = others
+                .map(|other| format!("route add {} via {}", other.pod_range(), other.address()))
+                .collect();
+            if !lines.is_empty() {
+                node.place().ip(&lines)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The Node objects, in `nodes.yaml`.
+    fn write_nodes(&self) -> Result<()> {
+        let nodes: Vec<_> = self
+            .nodes
+            .iter()
+            .map(|node| manifests::node(node.name(), node.address(), &node.pod_range(), &node.labels()))
+            .collect();
+        self.manifests.write("nodes.yaml", &manifests::documents(&nodes))
+    }
+
+    /// The lab's id: the first part of the names of its namespaces.
+    pub fn id(&self) -> &str {
+        &self.traces.id
+    }
+
+    /// What it was made as.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// A node by its index, from 0: `node-1` is `node(0)`.
+    pub fn node(&self, index: usize) -> &Node {
+        &self.nodes[index]
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The outside client's place: on the nodes' network, not a node. Its only route is to that network.
+    pub fn client(&self) -> &Place {
+        &self.client
+    }
+
+    /// The outside client's address.
+    pub fn client_address(&self) -> Ipv4Addr {
+        network::uplink_address(CLIENT_HOST)
+    }
+
+    /// The place of the bridge: what a router outside would see.
+    pub fn net(&self) -> &Place {
+        &self.net
+    }
+
+    /// The manifests that the agents watch.
+    pub fn manifests(&self) -> &Manifests {
+        &self.manifests
+    }
+
+    /// The lab's own folder, removed with it.
+    pub fn folder(&self) -> &Path {
+        &self.traces.folder
+    }
+
+    /// The folder of the outputs of all programs of the lab.
+    pub fn logs(&self) -> PathBuf {
+        self.traces.folder.join("log")
+    }
+
+    /// One more place on the nodes' network: another outside client, or the control plane. `host` is the last byte of its
+    /// address (2 to 9, 100 to 254 are free, but for the client's 200).
+    pub fn add_outside(&self, name: &str, host: u8) -> Result<Place> {
+        let place = make_place(&self.traces, name, Path::new(name))?;
+        self.net.ip(&[
+            format!("link add {name} type veth peer name eth0 netns {}", place.namespace()),
+            format!("link set {name} master br0 up"),
+        ])?;
+        place.ip(&[
+            "link set lo up".into(),
+            format!("addr add {}/24 dev eth0", network::uplink_address(host)),
+            "link set eth0 up".into(),
+            format!("route add default via {}", network::uplink_address(1)),
+        ])?;
+        self.set_checksums(&place, "eth0")?;
+        self.set_checksums(&self.net, name)?;
+        Ok(place)
+    }
+
+    /// A pod with its server on a node (index from 0).
+    pub fn add_pod(&self, name: &str, node: usize, options: &PodOptions) -> Result<Arc<Pod>> {
+        self.node(node).add_pod(name, options)
+    }
+
+    /// A pod by its name, on whichever node it is.
+    pub fn pod(&self, name: &str) -> Option<Arc<Pod>> {
+        self.nodes.iter().find_map(|node| node.pod(name))
+    }
+
+    /// Starts an agent on each node that has none and waits until each is ready.
+    pub fn start_agents(&self, options: &AgentOptions) -> Result<()> {
+        self.nodes.iter().try_for_each(|node| node.launch_agent(options))?;
+        self.nodes.iter().try_for_each(Node::wait_for_agent)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for node in &self.nodes {
+                node.tell_agent_log();
+            }
+        }
+        self.nodes.clear();
+        if let Err(error) = self.traces.remove() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// Removes a lab whose making failed before there was a [`Lab`].
+struct Guard(Option<Traces>);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(traces) = self.0.take() {
+            let _ = traces.remove();
+        }
+    }
+}
+
+/// A namespace and a cgroup, known to [`exec`] by name.
+fn make_place(traces: &Traces, name: &str, cgroup: &Path) -> Result<Place> {
+    let place = Place::new(name, &traces.namespace(name), &traces.cgroup.join(cgroup));
+    fs::create_dir_all(place.cgroup()).with_context(|| place.cgroup().display().to_string())?;
+    network::ip_batch(None, &[format!("netns add {}", place.namespace())])?;
+    // No router solicitations and the like among the packets that tests count.
+    place.sysctls(&[("net/ipv6/conf/all/disable_ipv6", "1"), ("net/ipv6/conf/default/disable_ipv6", "1")])?;
+    process::record(&traces.folder, &place)?;
+    Ok(place)
+}
+
+/// The places of a lab by name.
+pub fn places(id: &str) -> BTreeMap<String, Place> {
+    let folder = Path::new(LABS).join(id).join("places");
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let text = fs::read_to_string(entry.path()).ok()?;
+            let (namespace, cgroup) = text.trim_end().split_once('\n')?;
+            Some((name.clone(), Place::new(&name, namespace, Path::new(cgroup))))
+        })
+        .collect()
+}
+
+/// Runs a command in a place of a running lab, with the caller's terminal: of the only lab unless `id` says which.
+pub fn exec(id: Option<&str>, place: &str, command: &[String]) -> Result<ExitStatus> {
+    let running: Vec<_> = labs().into_iter().filter(|(_, lives)| *lives).map(|(id, _)| id).collect();
+    let id = match (id, running.as_slice()) {
+        (Some(id), _) => id,
+        (None, [id]) => id,
+        (None, []) => bail!("no lab runs: start one with `cargo xtask run`"),
+        (None, several) => bail!("several labs run, name one with --lab: {}", several.join(" ")),
+    };
+    let places = places(id);
+    let known = || places.keys().cloned().collect::<Vec<_>>().join(" ");
+    let place = places
+        .get(place)
+        .with_context(|| format!("no place {place} in the lab {id}; there are {}", known()))?;
+    let (program, arguments) = command.split_first().context("no command")?;
+    let status = place.foreground_command(program)?.args(arguments).status();
+    status.with_context(|| program.clone())
+}

@@ -1,0 +1,409 @@
+//! A node of the lab and its pods.
+
+use super::agent::{Agent, AgentOptions};
+use super::leftovers::{Traces, end_processes, remove_cgroups, remove_namespace};
+use super::network::{self, PodNetwork};
+use super::place::{NAMESPACES, Place};
+use super::process::{Process, program};
+use super::server::READY;
+use super::{Endpoint, Options, make_place};
+use anyhow::{Context, Result, ensure};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How long a program of the lab may take to listen.
+const START_TIME: Duration = Duration::from_secs(20);
+
+/// A node: a namespace with an uplink `eth0`, a cgroup, a pin folder and room for an agent.
+#[derive(Debug)]
+pub struct Node {
+    number: u8,
+    /// For what runs on the node itself: its cgroup is a child of the node's.
+    place: Place,
+    cgroup: PathBuf,
+    zone: Option<String>,
+    options: Options,
+    traces: Traces,
+    agent: Mutex<Option<Arc<Agent>>>,
+    pods: Mutex<Pods>,
+    servers: Mutex<Vec<Process>>,
+}
+
+#[derive(Debug, Default)]
+struct Pods {
+    by_name: BTreeMap<String, Arc<Pod>>,
+    addresses: BTreeSet<u8>,
+    /// Addresses are given out in a circle, so that one that was freed is not used again soon.
+    last: u8,
+}
+
+impl Node {
+    pub(crate) fn new(traces: &Traces, options: &Options, number: u8, place: Place) -> Result<Self> {
+        let cgroup = place.cgroup().to_path_buf();
+        let host = Place::new(place.name(), place.namespace(), &cgroup.join("host"));
+        fs::create_dir_all(host.cgroup())?;
+        fs::create_dir_all(cgroup.join("agent"))?;
+        super::process::record(&traces.folder, &host)?;
+        let node = Self {
+            number,
+            place: host,
+            cgroup,
+            zone: options.zones.get(usize::from(number) - 1).cloned(),
+            options: options.clone(),
+            traces: traces.clone(),
+            agent: Mutex::default(),
+            pods: Mutex::default(),
+            servers: Mutex::default(),
+        };
+        node.place.sysctl("net/ipv4/ip_forward", "1")?;
+        if options.pods == PodNetwork::Bridge {
+            node.place.ip(&network::pod_bridge(node.gateway()))?;
+        }
+        fs::create_dir_all(node.bpffs())?;
+        fs::create_dir_all(node.state_folder())?;
+        Ok(node)
+    }
+
+    /// Its name: `node-1` and so on.
+    pub fn name(&self) -> &str {
+        self.place.name()
+    }
+
+    /// Its address on the nodes' network.
+    pub fn address(&self) -> Ipv4Addr {
+        network::uplink_address(super::FIRST_NODE_HOST + self.number - 1)
+    }
+
+    /// The range of its pods.
+    pub fn pod_range(&self) -> String {
+        format!("{}/24", network::pod_address(self.number, 0))
+    }
+
+    /// Its address towards its pods.
+    pub fn gateway(&self) -> Ipv4Addr {
+        network::pod_address(self.number, 1)
+    }
+
+    /// The zone that its label says.
+    pub fn zone(&self) -> Option<&str> {
+        self.zone.as_deref()
+    }
+
+    /// The labels of its Node object.
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        let mut labels = BTreeMap::from([("kubernetes.io/hostname".into(), self.name().to_owned())]);
+        if let Some(zone) = &self.zone {
+            labels.insert("topology.kubernetes.io/zone".into(), zone.clone());
+        }
+        labels
+    }
+
+    /// The place of the node's own programs.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The cgroup above the node's own programs, its agent and its pods: the agent's `--cgroup`.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// Its pin folder: the agent's `--bpffs`.
+    pub fn bpffs(&self) -> PathBuf {
+        self.traces.pins.join(self.name())
+    }
+
+    /// The agent's `--state-dir`.
+    pub fn state_folder(&self) -> PathBuf {
+        self.traces.folder.join("state").join(self.name())
+    }
+
+    /// The folder of the manifests that the agents of this lab watch.
+    pub fn manifests_folder(&self) -> PathBuf {
+        self.traces.folder.join("manifests")
+    }
+
+    fn logs(&self) -> PathBuf {
+        self.traces.folder.join("log")
+    }
+
+    fn agent_slot(&self) -> MutexGuard<'_, Option<Arc<Agent>>> {
+        self.agent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts an agent, unless one runs, and does not wait for it.
+    pub fn launch_agent(&self, options: &AgentOptions) -> Result<()> {
+        let mut slot = self.agent_slot();
+        if slot.as_ref().is_none_or(|agent| agent.process().exit_status().is_some()) {
+            let place = Place::new(self.name(), self.place.namespace(), &self.cgroup.join("agent"));
+            *slot = Some(Arc::new(Agent::launch(self, &place, &self.logs(), options)?));
+        }
+        Ok(())
+    }
+
+    /// Waits until its agent is ready.
+    pub fn wait_for_agent(&self) -> Result<()> {
+        self.agent().with_context(|| format!("{} has no agent", self.name()))?.wait_until_ready()
+    }
+
+    /// Starts an agent and waits until it is ready.
+    pub fn start_agent(&self, options: &AgentOptions) -> Result<Arc<Agent>> {
+        self.launch_agent(options)?;
+        self.wait_for_agent()?;
+        self.agent().context("the agent is gone")
+    }
+
+    /// Its agent, running or not.
+    pub fn agent(&self) -> Option<Arc<Agent>> {
+        self.agent_slot().clone()
+    }
+
+    pub(crate) fn tell_agent_log(&self) {
+        if let Some(agent) = self.agent() {
+            let log = super::process::last_lines(&agent.process().log(), 40);
+            eprintln!("--- log of the agent of {}\n{log}", self.name());
+        }
+    }
+
+    /// Runs a verb of `portolan` that takes `--bpffs`, such as `backends`, and returns what it prints.
+    pub fn portolan(&self, arguments: &[&str]) -> Result<String> {
+        let portolan = super::agent::portolan()?;
+        let bpffs = self.bpffs();
+        let mut all = arguments.to_vec();
+        all.extend(["--bpffs", bpffs.to_str().context("path")?]);
+        self.place.run(portolan.to_str().context("path")?, &all)
+    }
+
+    fn pods(&self) -> MutexGuard<'_, Pods> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A pod by its name.
+    pub fn pod(&self, name: &str) -> Option<Arc<Pod>> {
+        self.pods().by_name.get(name).cloned()
+    }
+
+    /// Makes a pod and waits until its server listens. The name is unique in the lab.
+    pub fn add_pod(&self, name: &str, options: &PodOptions) -> Result<Arc<Pod>> {
+        let host = self.reserve_address()?;
+        let address = network::pod_address(self.number, host);
+        let cgroup = self.cgroup.strip_prefix(&self.traces.cgroup)?.join("pods").join(name);
+        let place = make_place(&self.traces, name, &cgroup)?;
+        let pod = Pod {
+            name: name.into(),
+            node: self.name().into(),
+            node_place: self.place.clone(),
+            address,
+            place,
+            server: Mutex::default(),
+            logs: self.logs(),
+            record: self.traces.folder.join("places").join(name),
+        };
+        self.join_pod(&pod)?;
+        if options.serves() {
+            pod.start_server(options)?;
+        }
+        let pod = Arc::new(pod);
+        self.pods().by_name.insert(name.into(), pod.clone());
+        Ok(pod)
+    }
+
+    fn reserve_address(&self) -> Result<u8> {
+        let mut pods = self.pods();
+        let first = *network::POD_ADDRESSES.start();
+        let start = pods.last.max(first - 1) + 1;
+        let host = (start..=*network::POD_ADDRESSES.end())
+            .chain(first..start)
+            .find(|host| !pods.addresses.contains(host))
+            .with_context(|| format!("{} has no address left for a pod", self.name()))?;
+        pods.addresses.insert(host);
+        pods.last = host;
+        Ok(host)
+    }
+
+    fn join_pod(&self, pod: &Pod) -> Result<()> {
+        let (network, gateway) = (self.options.pods, self.gateway());
+        let namespace = pod.place.namespace();
+        self.place.ip(&network::node_side(network, &pod.name, namespace, gateway, pod.address))?;
+        pod.place.ip(&network::pod_side(network, gateway, pod.address))?;
+        if !self.options.tx_checksums {
+            let interface = pod.node_interface();
+            self.place.enter(|| network::set_tx_checksums(&interface, false))??;
+            pod.place.enter(|| network::set_tx_checksums("eth0", false))??;
+        }
+        Ok(())
+    }
+
+    /// Takes a pod away at once, as the end of its grace period does.
+    pub fn remove_pod(&self, name: &str) -> Result<()> {
+        let pod = {
+            let mut pods = self.pods();
+            let pod = pods.by_name.remove(name).with_context(|| format!("no pod {name}"))?;
+            pods.addresses.remove(&pod.address.octets()[3]);
+            pod
+        };
+        pod.remove()
+    }
+
+    /// A server of the node's own network (a pod with `hostNetwork`).
+    pub fn serve(&self, name: &str, options: &PodOptions) -> Result<()> {
+        let server = options.start(&self.place, &self.logs(), name, self.name())?;
+        self.servers.lock().unwrap_or_else(PoisonError::into_inner).push(server);
+        Ok(())
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        end_processes(&self.cgroup);
+    }
+}
+
+/// What a pod serves.
+#[derive(Clone, Debug)]
+pub struct PodOptions {
+    tcp: Vec<u16>,
+    udp: Vec<u16>,
+    drain: Duration,
+}
+
+impl Default for PodOptions {
+    fn default() -> Self {
+        Self { tcp: vec![8080], udp: vec![8080], drain: Duration::ZERO }
+    }
+}
+
+impl PodOptions {
+    /// A pod without a server: a client.
+    pub fn client() -> Self {
+        Self { tcp: Vec::new(), udp: Vec::new(), drain: Duration::ZERO }
+    }
+
+    /// Serves HTTP on these ports (8080 unless told).
+    #[must_use]
+    pub fn tcp(mut self, ports: &[u16]) -> Self {
+        self.tcp = ports.to_vec();
+        self
+    }
+
+    /// Serves datagrams on these ports (8080 unless told).
+    #[must_use]
+    pub fn udp(mut self, ports: &[u16]) -> Self {
+        self.udp = ports.to_vec();
+        self
+    }
+
+    /// Goes on serving for this time after SIGTERM.
+    #[must_use]
+    pub fn drain(mut self, time: Duration) -> Self {
+        self.drain = time;
+        self
+    }
+
+    fn serves(&self) -> bool {
+        !self.tcp.is_empty() || !self.udp.is_empty()
+    }
+
+    fn start(&self, place: &Place, logs: &Path, pod: &str, node: &str) -> Result<Process> {
+        let mut command = place.command(program("portolan-lab", "PORTOLAN_LAB_PROGRAM")?)?;
+        command.args(["serve", "--pod", pod, "--node", node]);
+        command.arg("--drain").arg(self.drain.as_secs_f64().to_string());
+        for (flag, ports) in [("--tcp", &self.tcp), ("--udp", &self.udp)] {
+            for port in ports {
+                command.arg(flag).arg(port.to_string());
+            }
+        }
+        let server = Process::start(logs, pod, command)?;
+        server.wait_for_line(START_TIME, |line| line == READY)?;
+        Ok(server)
+    }
+}
+
+/// A pod: a namespace with a veth to its node, and a server.
+#[derive(Debug)]
+pub struct Pod {
+    name: String,
+    node: String,
+    node_place: Place,
+    address: Ipv4Addr,
+    place: Place,
+    server: Mutex<Option<Arc<Process>>>,
+    logs: PathBuf,
+    record: PathBuf,
+}
+
+impl Pod {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The name of its node.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Its address.
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// Its namespace and cgroup.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The node's interface to it.
+    pub fn node_interface(&self) -> String {
+        network::pod_interface(&self.name)
+    }
+
+    /// Itself as a ready endpoint.
+    pub fn endpoint(&self) -> Endpoint {
+        Endpoint::new(&self.name, self.address, &self.node)
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Arc<Process>>> {
+        self.server.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its server.
+    pub fn server(&self) -> Option<Arc<Process>> {
+        self.slot().clone()
+    }
+
+    /// Starts a server in it.
+    pub fn start_server(&self, options: &PodOptions) -> Result<()> {
+        ensure!(
+            self.server().is_none_or(|server| server.exit_status().is_some()),
+            "{} has a server already",
+            self.name
+        );
+        *self.slot() = Some(Arc::new(options.start(&self.place, &self.logs, &self.name, &self.node)?));
+        Ok(())
+    }
+
+    /// SIGTERM to its server, which then serves for its time to drain and ends.
+    pub fn terminate(&self) {
+        if let Some(server) = self.server() {
+            server.signal(libc::SIGTERM);
+        }
+    }
+
+    fn remove(&self) -> Result<()> {
+        end_processes(self.place.cgroup());
+        if let Some(server) = self.server() {
+            server.kill();
+        }
+        // A namespace goes in the background; its veth must be gone now.
+        self.node_place.ip(&[format!("link del {}", self.node_interface())])?;
+        remove_namespace(&Path::new(NAMESPACES).join(self.place.namespace()));
+        remove_cgroups(self.place.cgroup());
+        let _ = fs::remove_file(&self.record);
+        Ok(())
+    }
+}

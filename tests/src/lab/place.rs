@@ -1,0 +1,215 @@
+//! A place where programs of a lab run: a network namespace together with a cgroup.
+//!
+//! Nothing here changes the namespace or the cgroup of the calling thread: programs are started inside, closures run on a
+//! thread of their own, and sockets are made by a child that lives for three system calls.
+
+use anyhow::{Context, Result};
+use std::ffi::OsStr;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Where `ip netns` keeps named namespaces.
+pub(crate) const NAMESPACES: &str = "/run/netns";
+
+/// A network namespace and a cgroup.
+#[derive(Clone, Debug)]
+pub struct Place {
+    name: String,
+    namespace: String,
+    cgroup: PathBuf,
+}
+
+impl Place {
+    /// A place by its short name, the name of its namespace and the folder of its cgroup.
+    pub(crate) fn new(name: &str, namespace: &str, cgroup: &Path) -> Self {
+        Self { name: name.into(), namespace: namespace.into(), cgroup: cgroup.into() }
+    }
+
+    /// Its name within the lab, such as `node-1`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The name of its network namespace, as `ip -n` takes it.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// The folder of its cgroup.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    fn open_namespace(&self) -> Result<File> {
+        let path = Path::new(NAMESPACES).join(&self.namespace);
+        File::open(&path).with_context(|| format!("network namespace {}", path.display()))
+    }
+
+    /// A command that will run inside, in a process group of its own, so that Ctrl-C ends the lab in its own order.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
+        let mut command = self.foreground_command(program)?;
+        command.process_group(0);
+        Ok(command)
+    }
+
+    /// As [`Place::command`], in the caller's process group: for what a person started by hand.
+    pub fn foreground_command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
+        let namespace = self.open_namespace()?;
+        let members = self.cgroup.join("cgroup.procs");
+        let members = OpenOptions::new()
+            .write(true)
+            .open(&members)
+            .with_context(|| format!("cgroup {}", members.display()))?;
+        let mut command = Command::new(program);
+        // SAFETY: the closure makes two system calls on descriptors that it owns, and allocates nothing.
+        unsafe {
+            command.pre_exec(move || {
+                set_namespace(namespace.as_raw_fd())?;
+                match libc::write(members.as_raw_fd(), c"0".as_ptr().cast(), 1) {
+                    1 => Ok(()),
+                    _ => Err(io::Error::last_os_error()),
+                }
+            });
+        }
+        Ok(command)
+    }
+
+    /// Runs a command inside to its end and returns what it printed; an error if it fails.
+    pub fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        let output = self.command(program)?.args(arguments).output().with_context(|| program.to_owned())?;
+        anyhow::ensure!(
+            output.status.success(),
+            "`{program} {}` in {}: {}\n{}{}",
+            arguments.join(" "),
+            self.name,
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Runs a closure on a thread that is in the namespace (not in the cgroup).
+    pub fn enter<T: Send>(&self, closure: impl FnOnce() -> T + Send) -> Result<T> {
+        let namespace = self.open_namespace()?;
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                set_namespace(namespace.as_raw_fd())?;
+                Ok(closure())
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Writes a setting of the namespace, such as `net/ipv4/ip_forward`.
+    pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        self.sysctls(&[(key, value)])
+    }
+
+    /// Writes several settings, in order.
+    pub fn sysctls(&self, settings: &[(&str, &str)]) -> Result<()> {
+        self.enter(|| {
+            settings.iter().try_for_each(|(key, value)| {
+                let path = Path::new("/proc/sys").join(key);
+                std::fs::write(&path, value).with_context(|| format!("{} = {value}", path.display()))
+            })
+        })?
+    }
+
+    /// Commands of `ip`, one per line, run inside as one batch.
+    pub fn ip(&self, lines: &[String]) -> Result<()> {
+        super::network::ip_batch(Some(&self.namespace), lines)
+    }
+
+    /// A socket that belongs to this namespace and this cgroup, to be used by the calling process.
+    ///
+    /// A thread cannot be in another cgroup than its process, and socket hooks go by the cgroup in which a socket was
+    /// made. So a child that shares the table of descriptors is cloned into the cgroup, makes the socket and ends.
+    pub fn socket(&self, domain: i32, kind: i32, protocol: i32) -> Result<OwnedFd> {
+        let namespace = self.open_namespace()?;
+        let cgroup = File::open(&self.cgroup).with_context(|| format!("cgroup {}", self.cgroup.display()))?;
+        let made = clone_for_socket(namespace.as_raw_fd(), cgroup.as_raw_fd(), domain, kind, protocol);
+        made.with_context(|| format!("a socket in {}", self.name))
+    }
+
+    /// A TCP socket of IPv4, not connected.
+    pub fn tcp_socket(&self) -> Result<OwnedFd> {
+        self.socket(libc::AF_INET, libc::SOCK_STREAM, 0)
+    }
+
+    /// A UDP socket, bound to `source` (by default: any address, any port), not connected.
+    pub fn udp_socket(&self, source: Option<SocketAddr>) -> Result<UdpSocket> {
+        let source = source.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
+        let socket = self.socket(libc::AF_INET, libc::SOCK_DGRAM, 0)?;
+        super::client::bind(&socket, source)?;
+        Ok(UdpSocket::from(socket))
+    }
+}
+
+/// Moves the calling thread.
+fn set_namespace(namespace: RawFd) -> io::Result<()> {
+    // SAFETY: a system call on a descriptor; no memory is passed.
+    match unsafe { libc::setns(namespace, libc::CLONE_NEWNET) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn clone_for_socket(
+    namespace: RawFd,
+    cgroup: RawFd,
+    domain: i32,
+    kind: i32,
+    protocol: i32,
+) -> io::Result<OwnedFd> {
+    let (mut answer, asked) = io::pipe()?;
+    let asked_fd = asked.as_raw_fd();
+    // SAFETY: all zero is a valid `clone_args`.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = (libc::CLONE_FILES as u64) | CLONE_INTO_CGROUP;
+    arguments.exit_signal = libc::SIGCHLD as u64;
+    arguments.cgroup = cgroup as u64;
+    // SAFETY: without CLONE_VM this is a fork. The child only makes system calls and ends; it allocates nothing, takes no
+    // lock and runs no destructor.
+    let child = unsafe {
+        let child =
+            libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) as libc::pid_t;
+        if child == 0 {
+            let mut made = -1;
+            if libc::setns(namespace, libc::CLONE_NEWNET) == 0 {
+                made = libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol);
+            }
+            let result = if made < 0 { -*libc::__errno_location() } else { made };
+            libc::write(asked_fd, (&raw const result).cast(), size_of::<i32>());
+            libc::_exit(0);
+        }
+        child
+    };
+    if child < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut status = 0;
+    // SAFETY: `child` is our own child, waited for once.
+    while unsafe { libc::waitpid(child, &raw mut status, 0) } < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    drop(asked);
+    let mut result = [0; size_of::<i32>()];
+    io::Read::read_exact(&mut answer, &mut result)?;
+    match i32::from_ne_bytes(result) {
+        // SAFETY: the child made this descriptor in the table we share with it, and nobody else knows it.
+        made @ 0.. => Ok(unsafe { OwnedFd::from_raw_fd(made) }),
+        error => Err(io::Error::from_raw_os_error(-error)),
+    }
+}
+
+/// `CLONE_INTO_CGROUP`, since 5.7.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;

@@ -1,0 +1,154 @@
+//! The pod server: answers over HTTP and UDP with its name and the client's address as it saw it.
+//!
+//! On SIGTERM it goes on serving for the time it was given, established and new connections alike, as a well-behaved pod
+//! that drains; then it ends.
+
+use anyhow::{Context, Result};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
+
+/// What a pod server is and where it listens.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Server {
+    /// The pod's name.
+    #[arg(long)]
+    pub pod: String,
+    /// The node's name.
+    #[arg(long)]
+    pub node: String,
+    /// Ports for HTTP.
+    #[arg(long)]
+    pub tcp: Vec<u16>,
+    /// Ports for datagrams.
+    #[arg(long)]
+    pub udp: Vec<u16>,
+    /// Seconds to go on serving after SIGTERM.
+    #[arg(long, default_value_t = 0.0)]
+    pub drain: f64,
+}
+
+/// The line that the server prints once it listens on all its ports.
+pub const READY: &str = "serving";
+
+/// Connections that may wait to be accepted on one port.
+const BACKLOG: u32 = 4096;
+/// A request's head may have this many bytes.
+const HEAD_LIMIT: usize = 16 * 1024;
+
+/// Serves until SIGTERM and the time to drain.
+pub fn serve(server: Server) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    runtime.block_on(run(Arc::new(server)))
+}
+
+async fn run(server: Arc<Server>) -> Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminated = signal(SignalKind::terminate())?;
+    for &port in &server.tcp {
+        let socket = TcpSocket::new_v4()?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(any(port)).with_context(|| format!("TCP port {port}"))?;
+        tokio::spawn(accept(server.clone(), socket.listen(BACKLOG)?));
+    }
+    for &port in &server.udp {
+        let socket = UdpSocket::bind(any(port)).await.with_context(|| format!("UDP port {port}"))?;
+        tokio::spawn(datagrams(server.clone(), socket));
+    }
+    println!("{READY}");
+    terminated.recv().await;
+    tokio::time::sleep(Duration::from_secs_f64(server.drain)).await;
+    Ok(())
+}
+
+fn any(port: u16) -> SocketAddr {
+    (Ipv4Addr::UNSPECIFIED, port).into()
+}
+
+impl Server {
+    fn greeting(&self, client: SocketAddr) -> String {
+        format!("hello from {} on {}, you are {client}", self.pod, self.node)
+    }
+}
+
+async fn accept(server: Arc<Server>, listener: TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, client)) => {
+                tokio::spawn(connection(server.clone(), stream, client));
+            }
+            // Out of descriptors, or a client that is gone already.
+            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+        }
+    }
+}
+
+async fn datagrams(server: Arc<Server>, socket: UdpSocket) {
+    let mut buffer = vec![0; 65_536];
+    loop {
+        // An error here is an ICMP error about an earlier answer.
+        let Ok((length, client)) = socket.recv_from(&mut buffer).await else { continue };
+        let said = String::from_utf8_lossy(&buffer[..length.min(64)]).into_owned();
+        let answer = format!("{}, you said: {}\n", server.greeting(client), said.trim_end());
+        let _ = socket.send_to(answer.as_bytes(), client).await;
+    }
+}
+
+/// One connection: requests until the client closes it or asks to.
+async fn connection(server: Arc<Server>, stream: TcpStream, client: SocketAddr) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut stream = BufReader::new(stream);
+    while let Some((path, close)) = request(&mut stream).await? {
+        let path = path.split('?').next().unwrap_or_default();
+        if path == "/stream" {
+            return ticks(&server, stream.into_inner(), client).await;
+        }
+        let (status, body) = match path {
+            "/" => ("200 OK", format!("{}\n", server.greeting(client))),
+            "/name" => ("200 OK", format!("{}\n", server.pod)),
+            "/node" => ("200 OK", format!("{}\n", server.node)),
+            _ => ("404 Not Found", "there are /, /name, /node and /stream\n".into()),
+        };
+        let connection = if close { "close" } else { "keep-alive" };
+        let response = format!(
+            "HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: {connection}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.get_mut().write_all(response.as_bytes()).await?;
+        if close {
+            break;
+        }
+    }
+    stream.get_mut().shutdown().await
+}
+
+/// The next request's path, and whether the client wants the connection closed; `None` at its end.
+async fn request(stream: &mut BufReader<TcpStream>) -> std::io::Result<Option<(String, bool)>> {
+    let mut line = String::new();
+    if stream.read_line(&mut line).await? == 0 {
+        return Ok(None);
+    }
+    let path = line.split(' ').nth(1).unwrap_or("/").to_owned();
+    let mut close = line.contains("HTTP/1.0");
+    let mut read = line.len();
+    loop {
+        line.clear();
+        read += stream.read_line(&mut line).await?;
+        if line.trim().is_empty() || read > HEAD_LIMIT {
+            return Ok(Some((path, close)));
+        }
+        close |= line.to_ascii_lowercase().starts_with("connection: close");
+    }
+}
+
+/// A line every 100 ms for as long as both ends live.
+async fn ticks(server: &Server, mut stream: TcpStream, client: SocketAddr) -> std::io::Result<()> {
+    stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n").await?;
+    for tick in 1_u64.. {
+        stream.write_all(format!("{}, tick {tick}\n", server.greeting(client)).as_bytes()).await?;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! The XDP program that passes all, for the peers of uplinks: without one, a veth discards in silence what its peer sends by
+//! `XDP_TX` or redirect.
+
+use anyhow::{Context, Result, ensure};
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// `BPF_PROG_LOAD` and `BPF_LINK_CREATE`.
+const PROG_LOAD: i32 = 5;
+const LINK_CREATE: i32 = 28;
+/// `BPF_PROG_TYPE_XDP`, `BPF_XDP`.
+const TYPE_XDP: u32 = 6;
+const ATTACH_XDP: u32 = 37;
+/// `XDP_FLAGS_DRV_MODE`: native.
+const NATIVE: u32 = 4;
+/// `r0 = XDP_PASS; exit`.
+const PASS: [u64; 2] = [0x0000_0002_0000_00b7, 0x0000_0000_0000_0095];
+
+#[repr(C)]
+struct Load {
+    kind: u32,
+    instruction_count: u32,
+    instructions: u64,
+    licence: u64,
+    log: [u32; 6],
+    name: [u8; 16],
+    interface: u32,
+    attach_type: u32,
+}
+
+#[repr(C)]
+struct Link {
+    program: u32,
+    interface: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+fn bpf<T>(command: i32, attributes: &T) -> io::Result<OwnedFd> {
+    // SAFETY: the kernel reads `size_of::<T>` bytes of a `repr(C)` value that outlives the call, and what it points to does too.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: both commands return a new descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
+}
+
+/// Attaches the program to interfaces of the calling thread's namespace, for as long as the result lives.
+pub(crate) fn pass_all(interfaces: &[String]) -> Result<Vec<OwnedFd>> {
+    let mut name = [0; 16];
+    name[..8].copy_from_slice(b"lab_pass");
+    let load = Load {
+        kind: TYPE_XDP,
+        instruction_count: PASS.len() as u32,
+        instructions: PASS.as_ptr() as u64,
+        licence: c"GPL".as_ptr() as u64,
+        log: [0; 6],
+        name,
+        interface: 0,
+        attach_type: ATTACH_XDP,
+    };
+    let program = bpf(PROG_LOAD, &load).context("loading the XDP program that passes all")?;
+    interfaces
+        .iter()
+        .map(|name| {
+            let text = CString::new(name.as_str())?;
+            // SAFETY: the pointer is a string that outlives the call.
+            let interface = unsafe { libc::if_nametoindex(text.as_ptr()) };
+            ensure!(interface != 0, "no interface {name}");
+            let link = Link {
+                program: program.as_raw_fd() as u32,
+                interface,
+                attach_type: ATTACH_XDP,
+                flags: NATIVE,
+            };
+            bpf(LINK_CREATE, &link).with_context(|| format!("XDP on {name}"))
+        })
+        .collect()
+}
