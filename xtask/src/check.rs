@@ -8,6 +8,17 @@ use std::process::ExitCode;
 
 /// The verb.
 pub(crate) fn check() -> Result<ExitCode> {
+    let failed = failed_checks()?;
+    if failed.is_empty() {
+        println!("check: all is well");
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("check: failed: {}", failed.join(", "));
+    Ok(ExitCode::FAILURE)
+}
+
+/// Runs all checks and names those that found something.
+pub(crate) fn failed_checks() -> Result<Vec<&'static str>> {
     let deny_warnings = "-Dwarnings";
     let checks = [
         ("format", CommandLine::new("cargo fmt --all --check")),
@@ -30,12 +41,7 @@ pub(crate) fn check() -> Result<ExitCode> {
     }
     println!("=== rules of the contract, and the tests that cite them ===");
     rules::list()?;
-    if failed.is_empty() {
-        println!("check: all is well");
-        return Ok(ExitCode::SUCCESS);
-    }
-    println!("check: failed: {}", failed.join(", "));
-    Ok(ExitCode::FAILURE)
+    Ok(failed)
 }
 
 /// What the compiler itself says of the programs as the kernel gets them. Clippy is not there for Debian's compiler; it

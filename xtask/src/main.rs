@@ -54,6 +54,9 @@ enum Verb {
         /// Run only the tests whose names contain this.
         #[arg(long)]
         filter: Option<String>,
+        /// Do first what `check` does; what fails there counts as failed here.
+        #[arg(long)]
+        check: bool,
     },
     /// Check format, lints, dependencies and documentation, and list which tests cite which rule of the contract.
     Check,
@@ -79,11 +82,15 @@ fn main() -> Result<ExitCode> {
             programs::lab(["run".into()].into_iter().chain(args))?;
         }
         Verb::Lab { args } => programs::lab(args)?,
-        Verb::Test { tiers, filter } => {
+        Verb::Test { tiers, filter, check } => {
             setup::ensure(Purpose::Everything)?;
-            return test::test(&tiers, filter.as_deref());
+            let failed_checks = if check { check::failed_checks()? } else { Vec::new() };
+            return test::test(&tiers, filter.as_deref(), &failed_checks);
         }
-        Verb::Check => return check::check(),
+        Verb::Check => {
+            setup::ensure(Purpose::Everything)?;
+            return check::check();
+        }
         Verb::Bless => programs::bless()?,
         Verb::Bench { args } => programs::bench(args)?,
         Verb::Build => programs::build()?,

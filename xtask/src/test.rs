@@ -65,8 +65,8 @@ impl Tier {
     }
 }
 
-/// The verb. The last line is `N passed, N failed`.
-pub(crate) fn test(tiers: &[Tier], filter: Option<&str>) -> Result<ExitCode> {
+/// The verb, after checks of which some may have failed. The last line is `N passed, N failed`.
+pub(crate) fn test(tiers: &[Tier], filter: Option<&str>, failed_checks: &[&str]) -> Result<ExitCode> {
     let tiers = if tiers.is_empty() { &Tier::ALL } else { tiers };
     let homeless = homeless_tests()?;
     let mut results = Vec::new();
@@ -84,6 +84,10 @@ pub(crate) fn test(tiers: &[Tier], filter: Option<&str>) -> Result<ExitCode> {
         let note = if summary.ignored > 0 { ", the ignored ones among these" } else { "" };
         println!("  {name:<8} {summary}{note}");
         total += *summary;
+    }
+    for name in failed_checks {
+        println!("  the check `{name}` failed: see above");
+        total += Summary::ONE_FAILURE;
     }
     for name in &homeless {
         println!("  `{name}` of tests/Cargo.toml belongs to no tier: nobody runs it");
