@@ -52,7 +52,7 @@ pub struct Claims {
 
 impl Claims {
     /// Replaces the claims of a Service by those of `tables`, before [`Self::decide`] took any from it. Gives back the
-    /// other Services that may have won or lost something by it.
+    /// other Services that claim something whose holder changed by it.
     pub fn enter(
         &mut self,
         service: &ObjectName,
@@ -128,7 +128,7 @@ impl Claims {
         }
         let at = claims.partition_point(|other| other.rank() < claim.rank());
         if at == 0 {
-            disturbed.extend(claims.first().map(|loser| loser.claimant.name.clone()));
+            disturbed.extend(names(claims.iter()));
         }
         claims.insert(at, claim);
         if at == 0 && key == FrontendKey::any_port(*key.addr()) {
@@ -141,7 +141,7 @@ impl Claims {
         let had = claims[0].is_of(service);
         claims.retain(|claim| !claim.is_of(service));
         if had {
-            disturbed.extend(claims.first().map(|heir| heir.claimant.name.clone()));
+            disturbed.extend(names(claims.iter()));
         }
         if claims.is_empty() {
             self.claims.remove(&key);
@@ -154,9 +154,13 @@ impl Claims {
     /// The Services with an LB IP or external IP at an address whose ClusterIP came or went.
     fn disturb_address(&self, addr: Addr, disturbed: &mut BTreeSet<ObjectName>) {
         let others = self.at(addr).flat_map(|(_, claims)| claims);
-        let others = others.filter(|claim| claim.kind != FrontendKind::ClusterIp);
-        disturbed.extend(others.map(|claim| claim.claimant.name.clone()));
+        disturbed.extend(names(others.filter(|claim| claim.kind != FrontendKind::ClusterIp)));
     }
+}
+
+/// Not only who won or lost: all who wait are told anew who has it.
+fn names<'a>(claims: impl IntoIterator<Item = &'a Claim>) -> impl Iterator<Item = ObjectName> {
+    claims.into_iter().map(|claim| claim.claimant.name.clone())
 }
 
 fn wanted(tables: &ServiceTables) -> BTreeMap<FrontendKey, FrontendKind> {

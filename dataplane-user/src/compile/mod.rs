@@ -9,6 +9,8 @@ mod endpoints;
 pub mod node;
 pub mod service;
 pub mod tables;
+#[cfg(test)]
+mod tests;
 mod text;
 pub mod update;
 

@@ -3,7 +3,7 @@
 use super::complaint::{Complaint, ComplaintReason};
 use super::endpoints::{self, Needs};
 use super::tables::{PortTables, ServicePortName, ServiceTables};
-use crate::model::{EndpointSlice, Kind, ObjectName, Reference, Service, ServicePort, ServiceType};
+use crate::model::{EndpointSlice, Kind, ObjectName, Reference, Service, ServicePort, ServiceType, Store};
 use dataplane_common::frontend::{FrontendKey, FrontendKind};
 use dataplane_common::service::Policy;
 use dataplane_common::{Addr, Port};
@@ -28,6 +28,27 @@ pub struct Context {
     pub node_addresses: BTreeSet<Addr>,
     /// The cluster's pod ranges: no external IP may lie in one (Z1).
     pub pod_ranges: Vec<IpNet>,
+}
+
+impl Context {
+    /// What the store says of the node, together with what only the agent knows: its proxy name, the pod ranges given by
+    /// flag, and the addresses on the node's interfaces.
+    pub fn new(
+        store: &Store,
+        proxy_name: Option<Arc<str>>,
+        cluster_cidrs: &[IpNet],
+        node_addresses: BTreeSet<Addr>,
+    ) -> Self {
+        let mut pod_ranges = store.pod_ranges();
+        pod_ranges.extend(cluster_cidrs);
+        Self {
+            node_name: store.node_name().clone(),
+            zone: store.own_node().and_then(|node| node.zone.clone()),
+            proxy_name,
+            node_addresses,
+            pod_ranges,
+        }
+    }
 }
 
 /// Compiles a Service and its slices. What breaks a rule is left out and complained about; the rest stands (Z5).

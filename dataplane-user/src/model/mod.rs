@@ -7,6 +7,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+#[cfg(test)]
+pub(crate) mod samples;
 pub mod store;
 
 pub use dataplane_common::Protocol;

@@ -325,3 +325,179 @@ impl Names {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::samples::{endpoint, ip, name, service, slice};
+
+    fn store() -> Store {
+        Store::new("here")
+    }
+
+    fn add(store: &mut Store, object: Object) -> Dirty {
+        store.apply(Change::Applied(object))
+    }
+
+    fn delete(store: &mut Store, kind: Kind, object: ObjectName) -> Dirty {
+        store.apply(Change::Deleted(Reference { kind, name: object }))
+    }
+
+    fn dirty(names: &[&str]) -> Dirty {
+        Dirty { services: names.iter().map(|text| name(text)).collect(), node: false }
+    }
+
+    fn node(text: &str) -> Node {
+        Node { name: text.into(), ..Node::default() }
+    }
+
+    #[test]
+    fn a_change_makes_its_service_stale_once() {
+        let mut store = store();
+        assert_eq!(add(&mut store, Object::Service(service("web"))), dirty(&["web"]));
+        assert!(add(&mut store, Object::Service(service("web"))).is_empty(), "told again");
+        let web_1 = slice("web-1", "web", vec![endpoint("10.1.0.1", "here")]);
+        assert_eq!(add(&mut store, Object::EndpointSlice(web_1.clone())), dirty(&["web"]));
+        assert!(add(&mut store, Object::EndpointSlice(web_1)).is_empty(), "told again");
+        assert_eq!(add(&mut store, Object::EndpointSlice(slice("web-1", "web", vec![]))), dirty(&["web"]));
+        assert_eq!(store.slices(&name("web")).len(), 1);
+    }
+
+    #[test]
+    fn deleting_what_was_never_told_makes_nothing_stale() {
+        let mut store = store();
+        for kind in [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr] {
+            assert!(delete(&mut store, kind, name("web")).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_slice_waits_for_its_service() {
+        let mut store = store();
+        assert!(add(&mut store, Object::EndpointSlice(slice("web-1", "web", vec![]))).is_empty());
+        add(&mut store, Object::Service(service("web")));
+        assert_eq!(store.slices(&name("web")).len(), 1);
+        assert_eq!(delete(&mut store, Kind::Service, name("web")), dirty(&["web"]));
+        add(&mut store, Object::Service(service("web")));
+        assert_eq!(store.slices(&name("web")).len(), 1, "it outlives the Service");
+    }
+
+    #[test]
+    fn a_slice_that_changes_its_label_moves_to_the_other_service() {
+        let mut store = store();
+        add(&mut store, Object::Service(service("web")));
+        add(&mut store, Object::Service(service("api")));
+        add(&mut store, Object::EndpointSlice(slice("s", "web", vec![])));
+        let moved = add(&mut store, Object::EndpointSlice(slice("s", "api", vec![])));
+        assert_eq!(moved, dirty(&["web", "api"]));
+        assert_eq!((store.slices(&name("web")).len(), store.slices(&name("api")).len()), (0, 1));
+        assert_eq!(delete(&mut store, Kind::EndpointSlice, name("s")), dirty(&["api"]));
+    }
+
+    #[test]
+    fn a_list_replaces_all_that_was_known_of_its_kind() {
+        let mut store = store();
+        for text in ["keep", "change", "go"] {
+            add(&mut store, Object::Service(service(text)));
+        }
+        add(&mut store, Object::EndpointSlice(slice("s", "keep", vec![])));
+        let changed = Service { internal_local: true, ..service("change") };
+        let listed = [service("keep"), changed, service("new")].map(Object::Service);
+        let stale = store.apply(Change::Replaced(Kind::Service, listed.to_vec()));
+        assert_eq!(stale, dirty(&["change", "go", "new"]));
+        assert_eq!(store.services().count(), 3);
+        assert_eq!(store.slices(&name("keep")).len(), 1, "other kinds are untouched");
+        assert_eq!(store.apply(Change::Replaced(Kind::EndpointSlice, vec![])), dirty(&["keep"]));
+    }
+
+    /// Z5
+    #[test]
+    fn an_unreadable_object_stays_as_it_was_through_the_next_list() {
+        let mut store = store();
+        add(&mut store, Object::Service(service("web")));
+        let object = Reference { kind: Kind::Service, name: name("web") };
+        let unreadable = Change::Unreadable { object: object.clone(), error: "a port out of range".into() };
+        assert!(store.apply(unreadable.clone()).is_empty());
+        assert!(store.apply(Change::Replaced(Kind::Service, vec![])).is_empty());
+        assert!(store.service(&name("web")).is_some());
+        assert_eq!(
+            store.apply(Change::Replaced(Kind::Service, vec![])),
+            dirty(&["web"]),
+            "now it is really gone"
+        );
+
+        add(&mut store, Object::Service(service("web")));
+        store.apply(unreadable);
+        assert_eq!(store.apply(Change::Deleted(object)), dirty(&["web"]), "a deletion counts at once");
+    }
+
+    /// T1
+    #[test]
+    fn a_new_zone_of_the_own_node_makes_all_services_stale() {
+        let mut store = store();
+        add(&mut store, Object::Service(service("web")));
+        add(&mut store, Object::Service(service("api")));
+        let zoned = |text| Object::Node(Node { zone: Some("a".into()), ..node(text) });
+        assert_eq!(add(&mut store, zoned("here")), Dirty { node: true, ..dirty(&["api", "web"]) });
+        assert!(add(&mut store, zoned("here")).is_empty(), "told again");
+        assert!(add(&mut store, zoned("there")).is_empty(), "not our zone");
+        let gone = delete(&mut store, Kind::Node, ObjectName::new("", "here"));
+        assert_eq!(gone, Dirty { node: true, ..dirty(&["api", "web"]) });
+    }
+
+    #[test]
+    fn addresses_of_the_own_node_and_service_ranges_make_the_node_stale() {
+        let mut store = store();
+        add(&mut store, Object::Service(service("web")));
+        let addressed = |text| Object::Node(Node { addresses: vec![ip("192.0.2.1")], ..node(text) });
+        assert_eq!(add(&mut store, addressed("here")), Dirty { node: true, ..Dirty::default() });
+        assert!(add(&mut store, addressed("there")).is_empty());
+        let range = |text: &str| vec![text.parse().unwrap()];
+        let cidr = |text| Object::ServiceCidr { name: "kubernetes".into(), cidrs: range(text) };
+        assert!(add(&mut store, cidr("10.96.0.0/16")).node);
+        assert!(!add(&mut store, cidr("10.96.0.0/16")).node);
+        assert!(add(&mut store, cidr("10.97.0.0/16")).node);
+        assert_eq!(store.service_ranges(), range("10.97.0.0/16"));
+        assert!(delete(&mut store, Kind::ServiceCidr, ObjectName::new("", "kubernetes")).node);
+        assert_eq!(store.service_ranges(), []);
+    }
+
+    /// Z1
+    #[test]
+    fn pod_ranges_of_any_node_make_services_with_external_ips_stale() {
+        let mut store = store();
+        add(&mut store, Object::Service(service("web")));
+        add(&mut store, Object::Service(Service { external_ips: vec![ip("203.0.113.1")], ..service("ext") }));
+        let pods = |text: &str| vec![text.parse().unwrap()];
+        let there = Node { pod_cidrs: pods("10.1.0.0/24"), ..node("there") };
+        assert_eq!(add(&mut store, Object::Node(there)), Dirty { node: true, ..dirty(&["ext"]) });
+        add(&mut store, Object::Node(Node { pod_cidrs: pods("10.1.1.0/24"), ..node("here") }));
+        assert_eq!(store.pod_ranges(), pods("10.1.0.0/23"), "neighbours are joined");
+    }
+
+    /// P13
+    #[test]
+    fn services_are_found_by_the_cluster_ips_that_came_to_an_interface() {
+        let mut store = store();
+        add(&mut store, Object::Service(service("web")));
+        add(&mut store, Object::Service(Service { cluster_ips: vec![], ..service("headless") }));
+        let found = store.services_with_cluster_ip(&BTreeSet::from([Addr::from(ip("10.96.0.10"))]));
+        assert_eq!(found, dirty(&["web"]).services);
+    }
+
+    #[test]
+    fn strings_that_objects_share_are_kept_once_and_let_go() {
+        let mut store = store();
+        add(&mut store, Object::EndpointSlice(slice("a", "web", vec![endpoint("10.1.0.1", "here")])));
+        add(&mut store, Object::EndpointSlice(slice("b", "web", vec![endpoint("10.1.0.2", "here")])));
+        let slices = store.slices(&name("web"));
+        let [a, b] = [0, 1].map(|at| slices[at].endpoints[0].node.clone().unwrap());
+        assert!(Arc::ptr_eq(&a, &b) && Arc::ptr_eq(&slices[0].service.name, &slices[1].service.name));
+        for number in 0..10 * Names::FIRST_SWEEP {
+            let text = format!("s-{number}");
+            add(&mut store, Object::Service(service(&text)));
+            delete(&mut store, Kind::Service, name(&text));
+        }
+        assert!(store.names.known.len() <= 2 * Names::FIRST_SWEEP, "{}", store.names.known.len());
+    }
+}

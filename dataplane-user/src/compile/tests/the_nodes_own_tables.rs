@@ -1,0 +1,102 @@
+//! P12, P13, P16, P17 as far as the node's tables show them.
+
+use super::addr;
+use crate::compile::{NodePortAddresses, NodeSettings, NodeTables, node};
+use crate::model::Node;
+use crate::model::samples::ip;
+use dataplane_common::node::{NodeAddress, SERVICE_RANGES};
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+fn settings(node_port_addresses: NodePortAddresses) -> NodeSettings {
+    NodeSettings {
+        service_ranges: vec!["10.96.0.0/16".parse().unwrap(), "fd00:96::/108".parse().unwrap()],
+        node_port_addresses,
+        snat_ports: 61_000..=65_535,
+        flags: 0,
+        netns_cookie: 7,
+    }
+}
+
+fn interfaces() -> Vec<IpAddr> {
+    ["127.0.0.1", "::1", "fe80::1", "198.51.100.1", "192.0.2.1", "2001:db8::1"].map(ip).to_vec()
+}
+
+fn own_node() -> Node {
+    Node { name: "here".into(), addresses: vec![ip("203.0.113.9"), ip("192.0.2.1")], ..Node::default() }
+}
+
+fn node_ports(tables: &NodeTables) -> Vec<String> {
+    let answering = tables.addresses.iter().filter(|(_, value)| value.has(NodeAddress::NODE_PORTS));
+    answering.map(|(addr, _)| addr.to_string()).collect()
+}
+
+/// P17
+#[test]
+fn node_ports_answer_on_all_own_addresses_by_default() {
+    let (tables, _) =
+        node(&settings(NodePortAddresses::All), Some(&own_node()), &interfaces(), &BTreeSet::new());
+    assert_eq!(tables.addresses.len(), interfaces().len());
+    assert_eq!(node_ports(&tables).len(), interfaces().len());
+}
+
+/// P17
+#[test]
+fn node_ports_answer_on_own_addresses_within_the_ranges_given() {
+    let within = NodePortAddresses::Within(vec!["192.0.2.0/24".parse().unwrap(), "::/0".parse().unwrap()]);
+    let (tables, _) = node(&settings(within), Some(&own_node()), &interfaces(), &BTreeSet::new());
+    assert_eq!(node_ports(&tables), ["::1", "192.0.2.1", "2001:db8::1", "fe80::1"]);
+    assert_eq!(tables.addresses.len(), interfaces().len(), "the others stay known as the node's own");
+}
+
+/// P17
+#[test]
+fn node_ports_answer_on_the_primary_addresses_only_if_told_so() {
+    let (tables, _) =
+        node(&settings(NodePortAddresses::Primary), Some(&own_node()), &interfaces(), &BTreeSet::new());
+    assert_eq!(node_ports(&tables), ["192.0.2.1", "2001:db8::1"]);
+}
+
+#[test]
+fn the_primary_address_is_the_nodes_first_that_is_on_an_interface() {
+    let all = settings(NodePortAddresses::All);
+    let (named, _) = node(&all, Some(&own_node()), &interfaces(), &BTreeSet::new());
+    assert_eq!(named.node.primary_v4, addr("192.0.2.1"), "203.0.113.9 is on none");
+    assert_eq!(named.node.primary_v6, addr("2001:db8::1"), "not named, but the only one others can know");
+    let (unknown, _) = node(&all, None, &interfaces(), &BTreeSet::new());
+    assert_eq!(unknown.node.primary_v4, addr("198.51.100.1"), "the first on an interface");
+    let (alone, _) = node(&all, None, &[ip("127.0.0.1")], &BTreeSet::new());
+    assert!(alone.node.primary_v4.is_unspecified() && alone.node.primary_v6.is_unspecified());
+}
+
+/// P16
+#[test]
+fn node_ports_do_not_answer_on_an_lb_ip_unless_the_node_is_known_by_it() {
+    let lb_ips = [addr("198.51.100.1"), addr("192.0.2.1")].into();
+    let (tables, _) = node(&settings(NodePortAddresses::All), Some(&own_node()), &interfaces(), &lb_ips);
+    let answering = node_ports(&tables);
+    assert!(!answering.contains(&"198.51.100.1".into()) && answering.contains(&"192.0.2.1".into()));
+}
+
+/// P12, P13
+#[test]
+fn ranges_and_ports_are_passed_on() {
+    let (tables, complaints) = node(&settings(NodePortAddresses::All), None, &interfaces(), &BTreeSet::new());
+    assert_eq!(complaints, []);
+    assert_eq!((tables.node.first_port, tables.node.last_port), (61_000, 65_535));
+    assert_eq!(tables.node.netns_cookie, 7);
+    let inside = |text: &str| tables.node.service_ranges.iter().any(|range| range.contains(&addr(text)));
+    assert!(inside("10.96.255.255") && inside("fd00:96::f:ffff"));
+    assert!(!inside("10.97.0.0") && !inside("fd00:96::10:0"));
+}
+
+/// P13, Z5
+#[test]
+fn more_service_ranges_than_fit_are_complained_about_and_the_first_used() {
+    let ranges = (0..=SERVICE_RANGES).map(|n| format!("10.{n}.0.0/16").parse().unwrap()).collect();
+    let many = NodeSettings { service_ranges: ranges, ..settings(NodePortAddresses::All) };
+    let (tables, complaints) = node(&many, Some(&own_node()), &interfaces(), &BTreeSet::new());
+    assert_eq!(complaints.len(), 1);
+    let inside = |text: &str| tables.node.service_ranges.iter().any(|range| range.contains(&addr(text)));
+    assert!(inside("10.7.0.1") && !inside("10.8.0.1"));
+}
