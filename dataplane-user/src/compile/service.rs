@@ -8,7 +8,7 @@ use dataplane_common::frontend::{FrontendKey, FrontendKind};
 use dataplane_common::service::Policy;
 use dataplane_common::{Addr, Port};
 use ipnet::IpNet;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -201,23 +201,41 @@ impl Job<'_> {
             let text = format!("port {:?} {} is given twice: the first counts", &*port.name, port.protocol);
             return self.complain(ComplaintReason::BadPort, text);
         }
-        let mut tables = PortTables::default();
-        for (key, kind) in frontends(port, ipv6, addresses) {
-            if key.port() == Port::ANY {
-                let text = format!("port {:?} has the number 0: it is not programmed", &*port.name);
-                self.complain(ComplaintReason::BadPort, text);
-            } else if tables.frontends.contains_key(&key) {
-                // An address named twice, as external IP and as LB IP: the first kind counts.
-            } else if taken.insert(key) {
-                tables.frontends.insert(key, kind);
-            } else {
-                let text =
-                    format!("{}/{} is given to two ports: the first has it", key.port(), port.protocol);
-                self.complain(ComplaintReason::BadPort, text);
-            }
-        }
+        let mut tables =
+            PortTables { frontends: self.frontends(port, ipv6, addresses, taken), ..PortTables::default() };
         self.fill_endpoints(port, ipv6, affinity, &mut tables);
         self.tables.ports.insert(name, tables);
+    }
+
+    /// The addresses that lead to a port: those of the Service, and the node port (S3: if it has one). `taken` holds the
+    /// frontends of the ports before it.
+    fn frontends(
+        &mut self,
+        port: &ServicePort,
+        ipv6: bool,
+        addresses: &[(Addr, FrontendKind)],
+        taken: &mut BTreeSet<FrontendKey>,
+    ) -> BTreeMap<FrontendKey, FrontendKind> {
+        let any = if ipv6 { Addr::UNSPECIFIED } else { Addr::from_v4([0; 4]) };
+        let node_port = port.node_port.filter(|number| *number != 0);
+        let node_port = node_port.map(|number| (any, number, FrontendKind::NodePort));
+        let all = addresses.iter().map(|(addr, kind)| (*addr, port.port, *kind)).chain(node_port);
+        let mut frontends = BTreeMap::new();
+        for (addr, number, kind) in all {
+            let key = FrontendKey::new(addr, Port::new(number), port.protocol.number());
+            if number == 0 {
+                let text = format!("port {:?} has the number 0: it is not programmed", &*port.name);
+                self.complain(ComplaintReason::BadPort, text);
+            } else if taken.contains(&key) {
+                let text = format!("{number}/{} is given to two ports: the first has it", port.protocol);
+                self.complain(ComplaintReason::BadPort, text);
+            } else {
+                // An address that is there twice, as external IP and as LB IP, keeps its first kind.
+                frontends.entry(key).or_insert(kind);
+            }
+        }
+        taken.extend(frontends.keys());
+        frontends
     }
 
     fn fill_endpoints(&self, port: &ServicePort, ipv6: bool, affinity: u32, tables: &mut PortTables) {
@@ -247,21 +265,4 @@ impl Job<'_> {
             .map(|(addr, _)| *addr);
         self.tables.closed.extend(closed);
     }
-}
-
-/// The addresses that lead to a port: those of the Service, and the node port (S3: if it has one).
-fn frontends<'a>(
-    port: &'a ServicePort,
-    ipv6: bool,
-    addresses: &'a [(Addr, FrontendKind)],
-) -> impl Iterator<Item = (FrontendKey, FrontendKind)> + 'a {
-    let proto = port.protocol.number();
-    let any = if ipv6 { Addr::UNSPECIFIED } else { Addr::from_v4([0; 4]) };
-    let node_port = port.node_port.filter(|number| *number != 0);
-    let node_port =
-        node_port.map(|number| (FrontendKey::new(any, Port::new(number), proto), FrontendKind::NodePort));
-    addresses
-        .iter()
-        .map(move |(addr, kind)| (FrontendKey::new(*addr, Port::new(port.port), proto), *kind))
-        .chain(node_port)
 }

@@ -7,6 +7,7 @@ use super::tables::ServiceTables;
 use crate::model::{ObjectName, Store};
 use dataplane_common::Addr;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 /// The new tables of one Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,4 +69,18 @@ fn compile(store: &Store, name: &ObjectName, context: &Context) -> Compiled {
     let Some(object) = store.service(name) else { return Compiled::default() };
     let (tables, complaints) = service(object, store.slices(name), context);
     Compiled { tables, complaints }
+}
+
+/// For `--dry-run` and golden files.
+impl fmt::Display for Update {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, Compiled { tables, complaints }) in &self.services {
+            let nothing = tables.ports.is_empty() && tables.closed.is_empty();
+            writeln!(f, "Service {name}{}", if nothing { ": no dataplane" } else { "" })?;
+            write!(f, "{tables}")?;
+            complaints.iter().try_for_each(|complaint| writeln!(f, "complaint {complaint}"))?;
+            writeln!(f)?;
+        }
+        Ok(())
+    }
 }

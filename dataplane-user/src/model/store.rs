@@ -1,4 +1,4 @@
-//! The objects as they are now: what the watches told, kept as small as the contract allows.
+//! The objects as they are now: what the watches told, each kept once.
 //!
 //! It answers which Services and whether the node may need new tables; it never compiles, and never forgets an object
 //! because another one is missing or broken.
@@ -44,7 +44,6 @@ pub struct Store {
     service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
     /// Objects that could not be read since they were last told: a list without them does not delete them (Z5).
     unreadable: HashSet<Reference>,
-    names: Names,
 }
 
 impl Store {
@@ -58,7 +57,6 @@ impl Store {
             nodes: BTreeMap::new(),
             service_cidrs: BTreeMap::new(),
             unreadable: HashSet::new(),
-            names: Names::default(),
         }
     }
 
@@ -137,7 +135,6 @@ impl Store {
     }
 
     fn insert(&mut self, object: Object) -> Dirty {
-        self.names.sweep();
         match object {
             Object::Service(service) => self.insert_service(service),
             Object::EndpointSlice(slice) => self.insert_slice(slice),
@@ -194,13 +191,6 @@ impl Store {
         if self.services.get(&service.name) == Some(&service) {
             return Dirty::default();
         }
-        self.names.share_object(&mut service.name);
-        for port in &mut service.ports {
-            self.names.share(&mut port.name);
-        }
-        if let Some(name) = &mut service.proxy_name {
-            self.names.share(name);
-        }
         service.cluster_ips.shrink_to_fit();
         service.external_ips.shrink_to_fit();
         service.ingress.shrink_to_fit();
@@ -217,7 +207,8 @@ impl Store {
             return Dirty::default();
         }
         let mut dirty = self.remove_slice(&slice.name);
-        self.names.share_slice(&mut slice);
+        slice.ports.shrink_to_fit();
+        slice.endpoints.shrink_to_fit();
         dirty.merge(self.dirty_if_known(&slice.service));
         self.slice_owners.insert(slice.name.clone(), slice.service.clone());
         let slices = self.slices.entry(slice.service.clone()).or_default();
@@ -275,55 +266,6 @@ impl Store {
 
 fn dirty_service(name: ObjectName) -> Dirty {
     Dirty { services: BTreeSet::from([name]), node: false }
-}
-
-/// One copy of each string that many objects repeat: namespaces, Services, port names, nodes and zones.
-#[derive(Debug, Default)]
-struct Names {
-    known: HashSet<Arc<str>>,
-    sweep_at: usize,
-}
-
-impl Names {
-    const FIRST_SWEEP: usize = 1_024;
-
-    fn share(&mut self, name: &mut Arc<str>) {
-        match self.known.get(name) {
-            Some(known) => *name = known.clone(),
-            None => drop(self.known.insert(name.clone())),
-        }
-    }
-
-    fn share_object(&mut self, name: &mut ObjectName) {
-        self.share(&mut name.namespace);
-        self.share(&mut name.name);
-    }
-
-    fn share_slice(&mut self, slice: &mut EndpointSlice) {
-        self.share(&mut slice.name.namespace);
-        self.share_object(&mut slice.service);
-        for port in &mut slice.ports {
-            self.share(&mut port.name);
-        }
-        for endpoint in &mut slice.endpoints {
-            for name in endpoint.node.iter_mut().chain(&mut endpoint.for_nodes).chain(&mut endpoint.for_zones)
-            {
-                self.share(name);
-            }
-            endpoint.for_nodes.shrink_to_fit();
-            endpoint.for_zones.shrink_to_fit();
-        }
-        slice.ports.shrink_to_fit();
-        slice.endpoints.shrink_to_fit();
-    }
-
-    /// Lets go of strings that no object holds any more, whenever their number may have doubled.
-    fn sweep(&mut self) {
-        if self.known.len() > self.sweep_at.max(Self::FIRST_SWEEP) {
-            self.known.retain(|name| Arc::strong_count(name) > 1);
-            self.sweep_at = 2 * self.known.len();
-        }
-    }
 }
 
 #[cfg(test)]
@@ -483,21 +425,5 @@ mod tests {
         add(&mut store, Object::Service(Service { cluster_ips: vec![], ..service("headless") }));
         let found = store.services_with_cluster_ip(&BTreeSet::from([Addr::from(ip("10.96.0.10"))]));
         assert_eq!(found, dirty(&["web"]).services);
-    }
-
-    #[test]
-    fn strings_that_objects_share_are_kept_once_and_let_go() {
-        let mut store = store();
-        add(&mut store, Object::EndpointSlice(slice("a", "web", vec![endpoint("10.1.0.1", "here")])));
-        add(&mut store, Object::EndpointSlice(slice("b", "web", vec![endpoint("10.1.0.2", "here")])));
-        let slices = store.slices(&name("web"));
-        let [a, b] = [0, 1].map(|at| slices[at].endpoints[0].node.clone().unwrap());
-        assert!(Arc::ptr_eq(&a, &b) && Arc::ptr_eq(&slices[0].service.name, &slices[1].service.name));
-        for number in 0..10 * Names::FIRST_SWEEP {
-            let text = format!("s-{number}");
-            add(&mut store, Object::Service(service(&text)));
-            delete(&mut store, Kind::Service, name(&text));
-        }
-        assert!(store.names.known.len() <= 2 * Names::FIRST_SWEEP, "{}", store.names.known.len());
     }
 }
