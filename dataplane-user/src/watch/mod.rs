@@ -1,8 +1,68 @@
 //! Where the objects come from: the Kubernetes API, or a folder of manifests.
 //!
-//! The only place that names `kube`. A source tells [`crate::model::Change`]s over a channel, and nobody after it can
-//! tell which source it was. A source never tells a deletion because of an error: what was known stays.
+//! The only place that names `kube`. A source tells [`Change`]s over a channel, and nobody after it can tell which
+//! source it was: once, when it has seen all there is, a [`Change::Replaced`] of each [`Kind`], then what changes. A
+//! source never tells a deletion because of an error: what was known stays.
 
+pub mod events;
 pub mod manifests;
 pub mod names;
 pub mod objects;
+pub mod status;
+
+use crate::model::{Change, Kind};
+use std::sync::Arc;
+use tokio::task::JoinHandle;
+
+pub use events::Events;
+pub use status::{KindStatus, Status};
+
+/// The kinds that every source tells.
+pub const KINDS: [Kind; 4] = [Kind::Node, Kind::ServiceCidr, Kind::Service, Kind::EndpointSlice];
+
+/// Which of the objects are told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Name of this machine's Node object: the only Node that is told.
+    pub node_name: Arc<str>,
+    /// Only Services with this value of the label of F2 are told; without it, only those without the label.
+    pub service_proxy_name: Option<Arc<str>>,
+}
+
+impl Options {
+    /// Whether a Service with this value of the label of F2 is this agent's to serve.
+    fn serves(&self, proxy_name: Option<&str>) -> bool {
+        proxy_name == self.service_proxy_name.as_deref()
+    }
+}
+
+/// A source at work; it stops when this is dropped.
+#[derive(Debug)]
+pub struct Watch {
+    status: Status,
+    events: Events,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Watch {
+    /// How the source is.
+    pub fn status(&self) -> Status {
+        self.status.clone()
+    }
+
+    /// Where Kubernetes Events can be published.
+    pub fn events(&self) -> Events {
+        self.events.clone()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+/// Where the changes go.
+pub type Changes = tokio::sync::mpsc::Sender<Change>;
