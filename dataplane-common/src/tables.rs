@@ -65,6 +65,10 @@ macro_rules! tables {
 
         /// Name, kind and default size of every table.
         pub const ALL: &[(&str, TableKind, usize)] = &[$(($name, TableKind::$kind, $capacity),)+];
+
+        /// Name of every table, and the bytes of its key and of its value.
+        pub const SIZES: &[(&str, usize, usize)] =
+            &[$(($name, size_of::<$key>(), size_of::<$value>()),)+];
     };
 }
 

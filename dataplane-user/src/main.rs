@@ -2,8 +2,9 @@
 
 use anyhow::Result;
 use clap::Parser as _;
+use dataplane_user::agent;
 use dataplane_user::config::{Cli, Command};
-use dataplane_user::{agent, kernel};
+use dataplane_user::kernel::cleanup::cleanup;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -22,10 +23,8 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Agent(args) => agent::run(*args),
         Command::Cleanup(args) => {
-            for removed in kernel::cleanup(&args.bpffs)? {
-                println!("removed {removed}");
-            }
-            Ok(())
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            Ok(runtime.block_on(cleanup(&args.bpffs, |removed| println!("removed {removed}")))?)
         }
         Command::Services(_) | Command::Backends(_) | Command::Flows(_) | Command::Drops(_) => {
             anyhow::bail!("this build cannot show tables yet")

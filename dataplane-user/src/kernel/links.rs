@@ -252,7 +252,7 @@ fn route_interfaces(message: &RouteMessage) -> BTreeSet<u32> {
     indexes
 }
 
-async fn dump(handle: &Handle) -> Result<Interfaces, LinksError> {
+pub(super) async fn dump(handle: &Handle) -> Result<Interfaces, LinksError> {
     let failed = |what| move |source| LinksError::Dump { what, source };
     let links: Vec<_> = handle.link().get().execute().try_collect().await.map_err(failed("interfaces"))?;
     let addresses: Vec<_> =

@@ -1,15 +1,14 @@
-//! The kernel's side of the agent: loading, attaching, maps, links. The only place that names aya.
+//! The kernel: `bpf(2)`, maps, programs and links. Nothing else in the agent names aya or makes these calls.
 
+pub mod attach;
 pub mod bpf;
+pub mod capability;
+pub mod cleanup;
+mod clsact;
 pub mod hook;
 pub mod link;
 pub mod links;
 pub mod maps;
+pub mod object;
 pub mod pins;
-
-use std::path::Path;
-
-/// Removes every link, map and pin below `bpffs`; says what was removed.
-pub fn cleanup(_bpffs: &Path) -> anyhow::Result<Vec<String>> {
-    anyhow::bail!("cleanup is not built in yet")
-}
+pub mod probe;

@@ -1,0 +1,292 @@
+//! The eBPF object: its maps, new or found pinned, and its programs.
+//!
+//! A map that is pinned already is used as it is: its flows go on (C3). One of another shape is never touched.
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "aya's enums are not ours and name much that is never used here"
+)]
+
+use super::bpf::MapFd;
+use super::maps::map_type;
+use super::pins::Pins;
+use crate::config::MapSize;
+use aya::maps::{Map, MapData};
+use aya::programs::{Program, ProgramError};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use dataplane_common::tables;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+/// The programs, compiled by the build script.
+static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portolan-ebpf.o"));
+
+/// aya's map of log records.
+const LOG_MAP: &str = "AYA_LOGS";
+/// Its size when nothing is logged: the least there can be.
+const NO_LOG: u32 = 4096;
+
+/// What went wrong with the object.
+#[derive(Debug, thiserror::Error)]
+pub enum ObjectError {
+    /// A pinned map is not what the programs expect.
+    #[error(
+        "the pinned map {path} has another layout than this version's: if nothing else uses that folder, run `portolan \
+         cleanup` (connections in progress break) or choose another --bpffs"
+    )]
+    Shape {
+        /// The pin.
+        path: PathBuf,
+    },
+    /// The kernel refused a right.
+    #[error(
+        "the kernel refuses to load {what}: {source}. Is CAP_BPF missing, or is the kernel locked down (lockdown=confidentiality, \
+         kernel.unprivileged_bpf_disabled, a seccomp profile)?"
+    )]
+    Refused {
+        /// What was loaded.
+        what: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The maps or the object itself.
+    #[error("cannot make the maps: {0}")]
+    Maps(#[source] Box<EbpfError>),
+    /// One program.
+    #[error("cannot load the program {name}: {source}")]
+    Program {
+        /// Its name.
+        name: String,
+        /// The kernel's answer, with what the verifier said.
+        source: Box<ProgramError>,
+    },
+    /// The object lacks something: a fault of the build.
+    #[error("the eBPF object has no `{0}`: this build of portolan is broken")]
+    Missing(String),
+    /// After loading, a pin leads elsewhere.
+    #[error(
+        "the pin {path} does not lead to the map that the programs use: does something else write that folder?"
+    )]
+    Astray {
+        /// The pin.
+        path: PathBuf,
+    },
+}
+
+/// How the object is loaded.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options<'a> {
+    /// Where maps are pinned and found; without, they end with this process.
+    pub pins: Option<&'a Pins>,
+    /// Sizes that differ from the defaults.
+    pub sizes: &'a [MapSize],
+    /// Whether programs tell why they drop or refuse packets. Off, it costs them nothing.
+    pub log: bool,
+}
+
+/// The object, loaded.
+#[derive(Debug)]
+pub struct Object {
+    ebpf: Ebpf,
+}
+
+impl Object {
+    /// Makes or opens the maps. No program is loaded yet.
+    ///
+    /// # Errors
+    /// If a pinned map has another shape, or the kernel refuses.
+    pub fn open(options: &Options<'_>) -> Result<Self, ObjectError> {
+        /// `Level::Debug` of aya-log, and a number below all levels.
+        const LEVELS: [u8; 2] = [0, 4];
+        let mut loader = EbpfLoader::new();
+        // No program refers to the kernel's types.
+        loader.btf(None);
+        loader.override_global(aya_log::LEVEL, &LEVELS[usize::from(options.log)], false);
+        if !options.log {
+            loader.map_max_entries(LOG_MAP, NO_LOG);
+        }
+        for size in options.sizes {
+            loader.map_max_entries(size.map, size.entries);
+        }
+        for &(name, kind, capacity) in tables::ALL {
+            let Some(pins) = options.pins else { continue };
+            let path = pins.map(name);
+            if let Ok(found) = MapFd::open(&path) {
+                let wanted = options.sizes.iter().rfind(|size| size.map == name);
+                let wanted = wanted.map_or(capacity, |size| size.entries as usize);
+                let entries = found_entries(&found, name, map_type(kind), wanted, &path)?;
+                loader.map_max_entries(name, entries);
+            }
+            loader.map_pin_path(name, path);
+        }
+        let ebpf = loader.load(BYTES).map_err(refused_maps)?;
+        let object = Self { ebpf };
+        if let Some(pins) = options.pins {
+            object.verify(pins)?;
+        }
+        give_back_memory();
+        Ok(object)
+    }
+
+    /// Each pin leads to the map that the programs will use.
+    fn verify(&self, pins: &Pins) -> Result<(), ObjectError> {
+        for (name, ..) in tables::ALL {
+            let path = pins.map(name);
+            let Some(map) = self.ebpf.map(name) else { continue };
+            let ours = data(map).and_then(|map| map.info().ok()).map(|info| info.id());
+            let pinned = MapFd::open(&path).ok().map(|map| map.shape().id);
+            if ours != pinned {
+                return Err(ObjectError::Astray { path });
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads a program, if that has not been done.
+    ///
+    /// # Errors
+    /// If the verifier or the kernel refuses it.
+    pub fn load(&mut self, name: &str) -> Result<(), ObjectError> {
+        let program = self.ebpf.program_mut(name).ok_or_else(|| ObjectError::Missing(name.to_owned()))?;
+        if program.fd().is_ok() {
+            return Ok(());
+        }
+        let loaded = match program {
+            Program::Xdp(program) => program.load(),
+            Program::SchedClassifier(program) => program.load(),
+            Program::CgroupSockAddr(program) => program.load(),
+            _ => return Err(ObjectError::Missing(format!("{name} of the right type"))),
+        };
+        loaded.map_err(|source| match source {
+            ProgramError::LoadError { io_error, .. } if is_denial(&io_error) => {
+                ObjectError::Refused { what: format!("the program {name}"), source: io_error }
+            }
+            source => ObjectError::Program { name: name.to_owned(), source: Box::new(source) },
+        })
+    }
+
+    /// Whether the object has this program at all.
+    pub fn has(&self, name: &str) -> bool {
+        self.ebpf.program(name).is_some()
+    }
+
+    /// A program that was loaded.
+    ///
+    /// # Errors
+    /// If it was not, or there is none.
+    pub fn program(&self, name: &str) -> Result<BorrowedFd<'_>, ObjectError> {
+        let program = self.ebpf.program(name).ok_or_else(|| ObjectError::Missing(name.to_owned()))?;
+        let fd = program.fd();
+        Ok(fd
+            .map_err(|source| ObjectError::Program { name: name.to_owned(), source: Box::new(source) })?
+            .as_fd())
+    }
+
+    /// The kernel's id of a program that was loaded, and how many instructions the verifier went through.
+    ///
+    /// # Errors
+    /// If it was not loaded, or there is none.
+    pub fn program_id(&self, name: &str) -> Result<(u32, Option<u32>), ObjectError> {
+        let program = self.ebpf.program(name).ok_or_else(|| ObjectError::Missing(name.to_owned()))?;
+        let info = program
+            .info()
+            .map_err(|source| ObjectError::Program { name: name.to_owned(), source: Box::new(source) })?;
+        Ok((info.id(), info.verified_instruction_count()))
+    }
+
+    /// A map of the object, by a descriptor of its own.
+    ///
+    /// # Errors
+    /// If there is none, or no descriptor is left.
+    pub fn map(&self, name: &str) -> Result<OwnedFd, ObjectError> {
+        let missing = || ObjectError::Missing(name.to_owned());
+        let map = self.ebpf.map(name).and_then(data).ok_or_else(missing)?;
+        map.fd().as_fd().try_clone_to_owned().map_err(|_| missing())
+    }
+
+    /// Where the programs' log records arrive.
+    ///
+    /// # Errors
+    /// If the object logs nothing.
+    pub fn logger(&mut self) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>, aya_log::Error> {
+        aya_log::EbpfLogger::init(&mut self.ebpf)
+    }
+
+    /// The tc program of this name, for attaching by clsact.
+    pub(super) fn classifier(
+        &mut self,
+        name: &str,
+    ) -> Result<&mut aya::programs::SchedClassifier, ObjectError> {
+        let missing = || ObjectError::Missing(name.to_owned());
+        let program = self.ebpf.program_mut(name).ok_or_else(missing)?;
+        program.try_into().map_err(|_| missing())
+    }
+}
+
+/// Checks a map that is pinned already, and says how many entries it has.
+fn found_entries(
+    found: &MapFd,
+    name: &str,
+    map_type: u32,
+    wanted: usize,
+    path: &std::path::Path,
+) -> Result<u32, ObjectError> {
+    let shape = found.shape();
+    let sizes = tables::SIZES.iter().find(|(table, ..)| *table == name);
+    let fits = shape.map_type == map_type
+        && sizes.is_some_and(|(_, key, value)| shape.key_size == *key && shape.value_size == *value);
+    if !fits {
+        return Err(ObjectError::Shape { path: path.to_owned() });
+    }
+    if shape.max_entries != wanted {
+        tracing::warn!(
+            "map {name} keeps its {} entries instead of {wanted}, with what it holds; `portolan cleanup` before the next \
+             start gives it the new size, and breaks connections in progress",
+            shape.max_entries
+        );
+    }
+    Ok(shape.max_entries as u32)
+}
+
+fn data(map: &Map) -> Option<&MapData> {
+    match map {
+        Map::Array(data)
+        | Map::PerCpuArray(data)
+        | Map::HashMap(data)
+        | Map::LruHashMap(data)
+        | Map::PerCpuHashMap(data)
+        | Map::PerCpuLruHashMap(data)
+        | Map::LpmTrie(data)
+        | Map::RingBuf(data) => Some(data),
+        _ => None,
+    }
+}
+
+fn is_denial(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES))
+        && error.raw_os_error() == Some(libc::EPERM)
+}
+
+fn refused_maps(error: EbpfError) -> ObjectError {
+    // The kernel's answer lies at the end of a chain of errors.
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+    while let Some(this) = cause {
+        if let Some(answer) = this.downcast_ref::<io::Error>()
+            && is_denial(answer)
+        {
+            let source = io::Error::from_raw_os_error(answer.raw_os_error().unwrap_or(libc::EPERM));
+            return ObjectError::Refused { what: "the maps".to_owned(), source };
+        }
+        cause = this.source();
+    }
+    ObjectError::Maps(Box::new(error))
+}
+
+/// Loading takes several times the memory of everything after it: the allocator gives it back at once.
+fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the function has no preconditions.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
