@@ -6,11 +6,11 @@
 use super::complaint::{Complaint, ComplaintReason};
 use super::service::complaint;
 use super::tables::ServiceTables;
+use super::text::Shown;
 use crate::model::ObjectName;
+use dataplane_common::Addr;
 use dataplane_common::frontend::{FrontendKey, FrontendKind};
-use dataplane_common::{Addr, Protocol};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt;
 use std::sync::Arc;
 
 /// A Service that claims something. The smaller one is older.
@@ -87,7 +87,8 @@ impl Claims {
         for port in tables.ports.values_mut() {
             port.frontends.retain(|key, kind| match self.lost_to(*key, *kind, service) {
                 Some(winner) => {
-                    let text = format!("{} is not programmed: Service {} has it", Shown(key), winner.name);
+                    let text =
+                        format!("{} is not programmed: Service {} has it", Shown(key, *kind), winner.name);
                     complaints.push(complaint(service, ComplaintReason::AddressConflict, text));
                     false
                 }
@@ -172,23 +173,4 @@ fn wanted(tables: &ServiceTables) -> BTreeMap<FrontendKey, FrontendKind> {
         }
     }
     wanted
-}
-
-/// A frontend as people write it.
-pub(super) struct Shown<'a>(pub(super) &'a FrontendKey);
-
-impl fmt::Display for Shown<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(key) = self;
-        match (key.addr().is_unspecified(), key.addr().is_v4()) {
-            (true, true) => write!(f, "node port (IPv4) {}", key.port())?,
-            (true, false) => write!(f, "node port (IPv6) {}", key.port())?,
-            (false, true) => write!(f, "{}:{}", key.addr(), key.port())?,
-            (false, false) => write!(f, "[{}]:{}", key.addr(), key.port())?,
-        }
-        match Protocol::try_from(key.proto()) {
-            Ok(protocol) => write!(f, "/{protocol}"),
-            Err(number) => write!(f, "/{number}"),
-        }
-    }
 }

@@ -1,9 +1,8 @@
 //! Tables as stable text, for golden files and `--dry-run`. One line for each thing that could differ.
 
-use super::claims::Shown;
 use super::tables::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables};
 use dataplane_common::backend::BackendStatus;
-use dataplane_common::frontend::FrontendKind;
+use dataplane_common::frontend::{FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress, Prefix};
 use dataplane_common::service::Policy;
 use dataplane_common::{Addr, Protocol};
@@ -40,7 +39,7 @@ fn write_port(f: &mut fmt::Formatter<'_>, name: &ServicePortName, port: &PortTab
     }
     writeln!(f, "  policy {}", PolicyText(port.policy))?;
     for (key, kind) in &port.frontends {
-        writeln!(f, "  frontend {} {}", Shown(key), kind_text(*kind))?;
+        writeln!(f, "  frontend {}", Shown(key, *kind))?;
     }
     write_set(f, "cluster", &port.cluster)?;
     write_set(f, "local", &port.local)?;
@@ -68,6 +67,24 @@ fn kind_text(kind: FrontendKind) -> &'static str {
         FrontendKind::ExternalIp => "external IP",
         FrontendKind::NodePort => "NodePort",
         FrontendKind::ClosedPort => "closed",
+    }
+}
+
+/// A frontend as people write it: its kind, address, port and protocol; a node port has no address.
+pub(super) struct Shown<'a>(pub(super) &'a FrontendKey, pub(super) FrontendKind);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(key, kind) = self;
+        let socket = Endpoint { addr: *key.addr(), port: key.port() };
+        match key.addr().is_unspecified() {
+            true => write!(f, "{} {}/", kind_text(*kind), socket.port)?,
+            false => write!(f, "{} {socket}/", kind_text(*kind))?,
+        }
+        match Protocol::try_from(key.proto()) {
+            Ok(protocol) => write!(f, "{protocol}"),
+            Err(number) => write!(f, "{number}"),
+        }
     }
 }
 

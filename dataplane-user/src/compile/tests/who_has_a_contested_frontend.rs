@@ -82,7 +82,7 @@ fn the_loser_is_told_who_has_it() {
     assert_eq!(
         super::texts(&update.services[&name("young")].complaints),
         [
-            "Service default/young: AddressConflict: 203.0.113.1:80/TCP is not programmed: Service default/old has it"
+            "Service default/young: AddressConflict: external IP 203.0.113.1:80/TCP is not programmed: Service default/old has it"
         ]
     );
 }
