@@ -3,7 +3,7 @@
 use dataplane_tests::lab::{self, Client, Failure, Options, PodNetwork, PodOptions, at};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const SHORT: Duration = Duration::from_millis(300);
 

@@ -136,6 +136,13 @@ impl Client {
         Stream::connect(socket, to.into(), self.timeout)
     }
 
+    /// Many TCP connections; faster than one by one.
+    pub fn connect_many(&self, to: impl Into<SocketAddr>, count: usize) -> Result<Vec<Stream>, Failure> {
+        let to = to.into();
+        let sockets = self.place.sockets(libc::AF_INET, libc::SOCK_STREAM, 0, count)?;
+        sockets.into_iter().map(|socket| Stream::connect(socket, to, self.timeout)).collect()
+    }
+
     /// One request on a new TCP connection.
     pub fn tcp(&self, to: impl Into<SocketAddr>) -> Asked {
         self.connect(to)?.ask()

@@ -130,7 +130,7 @@ impl Options {
 #[derive(Debug)]
 pub struct Lab {
     options: Options,
-    nodes: Vec<Node>,
+    nodes: Vec<Arc<Node>>,
     client: Place,
     net: Place,
     manifests: Manifests,
@@ -167,7 +167,7 @@ impl Lab {
         std::mem::forget(guard);
         lab.make_uplinks(&node_places)?;
         for (number, place) in (1..).zip(node_places) {
-            lab.nodes.push(Node::new(&lab.traces, &lab.options, number, place)?);
+            lab.nodes.push(Arc::new(Node::new(&lab.traces, &lab.options, number, place)?));
         }
         lab.make_routes()?;
         lab.write_nodes()?;
@@ -257,7 +257,7 @@ impl Lab {
     }
 
     /// All nodes.
-    pub fn nodes(&self) -> &[Node] {
+    pub fn nodes(&self) -> &[Arc<Node>] {
         &self.nodes
     }
 
@@ -323,7 +323,7 @@ impl Lab {
     /// Starts an agent on each node that has none and waits until each is ready.
     pub fn start_agents(&self, options: &AgentOptions) -> Result<()> {
         self.nodes.iter().try_for_each(|node| node.launch_agent(options))?;
-        self.nodes.iter().try_for_each(Node::wait_for_agent)
+        self.nodes.iter().try_for_each(|node| node.wait_for_agent())
     }
 }
 

@@ -127,13 +127,18 @@ impl Place {
     }
 
     /// A socket that belongs to this namespace and this cgroup, to be used by the calling process.
+    pub fn socket(&self, domain: i32, kind: i32, protocol: i32) -> Result<OwnedFd> {
+        self.sockets(domain, kind, protocol, 1)?.pop().context("no socket")
+    }
+
+    /// Several sockets at once, each as [`Place::socket`] makes it.
     ///
     /// A thread cannot be in another cgroup than its process, and socket hooks go by the cgroup in which a socket was
-    /// made. So a child that shares the table of descriptors is cloned into the cgroup, makes the socket and ends.
-    pub fn socket(&self, domain: i32, kind: i32, protocol: i32) -> Result<OwnedFd> {
+    /// made. So a child that shares the table of descriptors is cloned into the cgroup, makes the sockets and ends.
+    pub fn sockets(&self, domain: i32, kind: i32, protocol: i32, count: usize) -> Result<Vec<OwnedFd>> {
         let namespace = self.open_namespace()?;
         let cgroup = File::open(&self.cgroup).with_context(|| format!("cgroup {}", self.cgroup.display()))?;
-        let made = clone_for_socket(namespace.as_raw_fd(), cgroup.as_raw_fd(), domain, kind, protocol);
+        let made = clone_for_sockets(&namespace, &cgroup, [domain, kind, protocol], count);
         made.with_context(|| format!("a socket in {}", self.name))
     }
 
@@ -160,32 +165,32 @@ fn set_namespace(namespace: RawFd) -> io::Result<()> {
     }
 }
 
-fn clone_for_socket(
-    namespace: RawFd,
-    cgroup: RawFd,
-    domain: i32,
-    kind: i32,
-    protocol: i32,
-) -> io::Result<OwnedFd> {
-    let (mut answer, asked) = io::pipe()?;
-    let asked_fd = asked.as_raw_fd();
+fn clone_for_sockets(
+    namespace: &File,
+    cgroup: &File,
+    [domain, kind, protocol]: [i32; 3],
+    count: usize,
+) -> io::Result<Vec<OwnedFd>> {
+    let (mut answers, answering) = io::pipe()?;
+    let (namespace, answering_fd) = (namespace.as_raw_fd(), answering.as_raw_fd());
     // SAFETY: all zero is a valid `clone_args`.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
     arguments.flags = (libc::CLONE_FILES as u64) | CLONE_INTO_CGROUP;
     arguments.exit_signal = libc::SIGCHLD as u64;
-    arguments.cgroup = cgroup as u64;
+    arguments.cgroup = cgroup.as_raw_fd() as u64;
     // SAFETY: without CLONE_VM this is a fork. The child only makes system calls and ends; it allocates nothing, takes no
     // lock and runs no destructor.
     let child = unsafe {
         let child =
             libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) as libc::pid_t;
         if child == 0 {
-            let mut made = -1;
-            if libc::setns(namespace, libc::CLONE_NEWNET) == 0 {
-                made = libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol);
+            let inside = libc::setns(namespace, libc::CLONE_NEWNET) == 0;
+            for _ in 0..count {
+                let made =
+                    if inside { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) } else { -1 };
+                let answer = if made < 0 { -*libc::__errno_location() } else { made };
+                libc::write(answering_fd, (&raw const answer).cast(), size_of::<i32>());
             }
-            let result = if made < 0 { -*libc::__errno_location() } else { made };
-            libc::write(asked_fd, (&raw const result).cast(), size_of::<i32>());
             libc::_exit(0);
         }
         child
@@ -193,18 +198,19 @@ fn clone_for_socket(
     if child < 0 {
         return Err(io::Error::last_os_error());
     }
+    let made = (0..count).map(|_| receive_socket(&mut answers)).collect();
     let mut status = 0;
-    // SAFETY: `child` is our own child, waited for once.
-    while unsafe { libc::waitpid(child, &raw mut status, 0) } < 0 {
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
-    drop(asked);
-    let mut result = [0; size_of::<i32>()];
-    io::Read::read_exact(&mut answer, &mut result)?;
-    match i32::from_ne_bytes(result) {
+    // SAFETY: `child` is our own child, waited for once. It has ended, or its next system call ends it.
+    while unsafe { libc::waitpid(child, &raw mut status, 0) } < 0
+        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+    {}
+    made
+}
+
+fn receive_socket(answers: &mut io::PipeReader) -> io::Result<OwnedFd> {
+    let mut answer = [0; size_of::<i32>()];
+    io::Read::read_exact(answers, &mut answer)?;
+    match i32::from_ne_bytes(answer) {
         // SAFETY: the child made this descriptor in the table we share with it, and nobody else knows it.
         made @ 0.. => Ok(unsafe { OwnedFd::from_raw_fd(made) }),
         error => Err(io::Error::from_raw_os_error(-error)),
