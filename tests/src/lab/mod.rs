@@ -33,6 +33,7 @@ pub use manifests::{Endpoint, Manifests, Service};
 pub use network::PodNetwork;
 pub use node::{Node, Pod, PodOptions};
 pub use place::Place;
+pub(crate) use process::last_lines;
 pub use process::{Process, program};
 
 use anyhow::{Context, Result, bail};

@@ -1,0 +1,208 @@
+//! The control plane's programs: brought along, found in PATH, or built from `tests/controlplane` once.
+
+use anyhow::{Context, Result, bail, ensure};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, IsTerminal};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Names the folder of a control plane that was built elsewhere.
+pub const FOLDER_VARIABLE: &str = "PORTOLAN_CONTROLPLANE_BIN";
+/// What a control plane consists of.
+const PROGRAMS: [&str; 4] = ["etcd", "kube-apiserver", "kube-controller-manager", "kubectl"];
+/// The packages of those programs that are Kubernetes' own.
+const KUBERNETES: [&str; 3] = [
+    "k8s.io/kubernetes/cmd/kube-apiserver",
+    "k8s.io/kubernetes/cmd/kube-controller-manager",
+    "k8s.io/kubernetes/cmd/kubectl",
+];
+/// The package of etcd.
+const ETCD: &str = "go.etcd.io/etcd/server/v3";
+/// How often a build that is not watched on a terminal says how far it is.
+const PROGRESS_PERIOD: Duration = Duration::from_secs(15);
+
+/// Where the programs are.
+#[derive(Clone, Debug)]
+pub struct Binaries {
+    folder: Option<PathBuf>,
+}
+
+impl Binaries {
+    /// Finds the programs, or builds them, which takes minutes the first time.
+    pub fn find_or_build() -> Result<Self> {
+        if let Some(folder) = std::env::var_os(FOLDER_VARIABLE) {
+            let folder = PathBuf::from(folder);
+            let missing: Vec<_> = PROGRAMS.iter().filter(|name| !folder.join(name).is_file()).collect();
+            ensure!(missing.is_empty(), "{FOLDER_VARIABLE}={} has no {missing:?}", folder.display());
+            return Ok(Self { folder: Some(folder) });
+        }
+        if PROGRAMS.iter().all(|name| in_path(name)) {
+            return Ok(Self { folder: None });
+        }
+        let folder = cache()?;
+        if !PROGRAMS.iter().all(|name| folder.join(name).is_file()) {
+            build(&folder).context("building the control plane from tests/controlplane")?;
+        }
+        Ok(Self { folder: Some(folder) })
+    }
+
+    /// The path of a program.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.as_ref().map_or_else(|| name.into(), |folder| folder.join(name))
+    }
+}
+
+fn in_path(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
+}
+
+/// The Go module, in the source tree that this program was built from.
+fn module() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("controlplane")
+}
+
+/// `target/controlplane/HASH`, where the hash is that of the module's versions.
+fn cache() -> Result<PathBuf> {
+    let running = std::env::current_exe()?;
+    let target = running
+        .ancestors()
+        .find(|folder| folder.join("CACHEDIR.TAG").is_file())
+        .with_context(|| format!("{} is not in a target folder of cargo", running.display()))?;
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for file in ["go.mod", "go.sum"] {
+        let path = module().join(file);
+        for byte in fs::read(&path).with_context(|| path.display().to_string())? {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+    Ok(target.join("controlplane").join(format!("{hash:016x}")))
+}
+
+fn build(folder: &Path) -> Result<()> {
+    let parent = folder.parent().context("cache folder")?;
+    fs::create_dir_all(parent)?;
+    let lock = File::create(parent.join("lock"))?;
+    // SAFETY: a system call on a descriptor that lives to the end of this function.
+    unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) };
+    if folder.is_dir() {
+        return Ok(());
+    }
+    if !in_path("go") {
+        bail!(
+            "Go is needed: install Go 1.26 or later, or name a folder with {PROGRAMS:?} in {FOLDER_VARIABLE}"
+        );
+    }
+    eprintln!("building the control plane once (several minutes) …");
+    let new = parent.join(format!(".new-{}", std::process::id()));
+    let all: Vec<_> = KUBERNETES.iter().copied().chain([ETCD]).collect();
+    let mut progress = Progress::new(packages(&all)?);
+    let version = version()?;
+    let flags = version_flags(&version);
+    let out = new.join("");
+    progress.go_build(&flags, &out, &KUBERNETES)?;
+    progress.go_build("-s -w", &new.join("etcd"), &[ETCD])?;
+    fs::rename(&new, folder)?;
+    progress.finish();
+    Ok(())
+}
+
+/// The version of Kubernetes that go.mod requires.
+fn version() -> Result<String> {
+    let text = fs::read_to_string(module().join("go.mod"))?;
+    text.lines()
+        .find_map(|line| line.trim().strip_prefix("k8s.io/kubernetes "))
+        .map(|version| version.trim().to_owned())
+        .context("go.mod does not require k8s.io/kubernetes")
+}
+
+fn version_flags(version: &str) -> String {
+    let package = "k8s.io/component-base/version";
+    let mut parts = version.trim_start_matches('v').split('.');
+    let (major, minor) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    format!(
+        "-s -w -X {package}.gitVersion={version} -X {package}.gitMajor={major} -X {package}.gitMinor={minor}"
+    )
+}
+
+fn go() -> Command {
+    let mut go = Command::new("go");
+    go.current_dir(module()).env("CGO_ENABLED", "0").env_remove("GOFLAGS");
+    go
+}
+
+/// How many packages the programs are made of; also fetches their modules.
+fn packages(roots: &[&str]) -> Result<usize> {
+    eprintln!("fetching Go modules …");
+    let output =
+        go().args(["list", "-mod=readonly", "-deps"]).args(roots).stderr(Stdio::inherit()).output()?;
+    ensure!(output.status.success(), "go list: {}", output.status);
+    Ok(output.stdout.iter().filter(|&&byte| byte == b'\n').count())
+}
+
+/// How far a build is, by the packages that `go build -v` names as it compiles them.
+struct Progress {
+    done: usize,
+    total: usize,
+    start: Instant,
+    told: Instant,
+}
+
+impl Progress {
+    fn new(total: usize) -> Self {
+        Self { done: 0, total, start: Instant::now(), told: Instant::now() }
+    }
+
+    fn go_build(&mut self, flags: &str, out: &Path, packages: &[&str]) -> Result<()> {
+        let mut command = go();
+        command.args([
+            "build",
+            "-v",
+            "-mod=readonly",
+            "-buildvcs=false",
+            "-trimpath",
+            "-ldflags",
+            flags,
+            "-o",
+        ]);
+        command.arg(out).args(packages).stderr(Stdio::piped());
+        let mut child = command.spawn()?;
+        let mut complaints = Vec::new();
+        for line in BufReader::new(child.stderr.take().context("pipe")?).lines() {
+            let line = line?;
+            // A package is one word; whatever else is said is kept for the case of failure.
+            if line.contains(' ') {
+                complaints.push(line);
+            } else {
+                self.done += 1;
+                self.tell();
+            }
+        }
+        let status = child.wait()?;
+        ensure!(status.success(), "go build: {status}\n{}", complaints.join("\n"));
+        Ok(())
+    }
+
+    fn tell(&mut self) {
+        let terminal = std::io::stderr().is_terminal();
+        let period = if terminal { Duration::from_millis(200) } else { PROGRESS_PERIOD };
+        if self.told.elapsed() < period {
+            return;
+        }
+        self.told = Instant::now();
+        let seconds = self.start.elapsed().as_secs();
+        let text = format!("  {}/{} packages, {}:{:02}", self.done, self.total, seconds / 60, seconds % 60);
+        if terminal {
+            eprint!("\r{text} ");
+        } else {
+            eprintln!("{text}");
+        }
+    }
+
+    fn finish(&self) {
+        let seconds = self.start.elapsed().as_secs();
+        eprintln!("\rthe control plane is built ({}:{:02})", seconds / 60, seconds % 60);
+    }
+}

@@ -1,0 +1,208 @@
+//! The lab's kubelet for all nodes: makes a namespace and a server of each pod that is bound to a node, reports it ready, and
+//! ends it as its grace period says. It runs no images: each pod is the lab's pod server on the pod's container ports.
+
+use super::Nodes;
+use crate::lab::{Node, PodOptions};
+use anyhow::{Context, Result};
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::{Api, Client, ResourceExt};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Annotation: seconds that the server goes on serving after SIGTERM.
+pub(crate) const DRAIN: &str = "lab.portolan.dev/drain-seconds";
+
+/// The grace period of a pod that has none.
+const GRACE: i64 = 30;
+
+/// What has become of a pod, by uid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Starting,
+    Running,
+    Ending,
+}
+
+#[derive(Clone)]
+struct Kubelet {
+    client: Client,
+    nodes: Arc<Nodes>,
+    stages: Arc<Mutex<BTreeMap<String, Stage>>>,
+}
+
+/// Runs for ever.
+pub(crate) async fn run(client: Client, nodes: Nodes) {
+    let kubelet = Kubelet { client: client.clone(), nodes: Arc::new(nodes), stages: Arc::default() };
+    let mut events = std::pin::pin!(watcher(Api::<Pod>::all(client), watcher::Config::default()));
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(Event::Apply(pod) | Event::InitApply(pod)) => kubelet.changed(pod, false),
+            Ok(Event::Delete(pod)) => kubelet.changed(pod, true),
+            Ok(Event::Init | Event::InitDone) => {}
+            // The watcher begins anew; the API server may be restarting.
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
+    }
+}
+
+impl Kubelet {
+    fn node(&self, pod: &Pod) -> Option<Arc<Node>> {
+        let name = pod.spec.as_ref()?.node_name.as_ref()?;
+        self.nodes.iter().find(|node| node.name() == name).cloned()
+    }
+
+    /// Decides what is to be done about a pod, at most once for each stage, and has it done by a task.
+    fn changed(&self, pod: Pod, gone: bool) {
+        let Some(node) = self.node(&pod) else { return };
+        let Some(uid) = pod.uid() else { return };
+        let ending = gone || pod.metadata.deletion_timestamp.is_some();
+        let mut stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        if gone && stages.get(&uid) == Some(&Stage::Ending) {
+            // Forced: nobody waits for the grace period any more.
+            let pod = node.pod(&local_name(&pod));
+            tokio::task::spawn_blocking(move || pod.and_then(|pod| pod.server()).map(|server| server.kill()));
+        }
+        let next = match (stages.get(&uid), ending) {
+            (None, false) => Stage::Starting,
+            (None | Some(Stage::Running), true) => Stage::Ending,
+            // A pod that is deleted while it starts is seen again when its status is written.
+            (Some(Stage::Starting | Stage::Ending), _) | (Some(Stage::Running), false) => return,
+        };
+        stages.insert(uid.clone(), next);
+        drop(stages);
+        let kubelet = self.clone();
+        tokio::spawn(async move {
+            let result = match next {
+                Stage::Starting => kubelet.start(&node, &pod, &uid).await,
+                Stage::Ending | Stage::Running => kubelet.end(&node, &pod, &uid, gone).await,
+            };
+            if let Err(error) = result {
+                eprintln!("lab kubelet: pod {}: {error:#}", pod.name_any());
+            }
+        });
+    }
+
+    fn set_stage(&self, uid: &str, stage: Option<Stage>) {
+        let mut stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        match stage {
+            Some(stage) => stages.insert(uid.into(), stage),
+            None => stages.remove(uid),
+        };
+    }
+
+    fn api(&self, pod: &Pod) -> Api<Pod> {
+        Api::namespaced(self.client.clone(), &pod.namespace().unwrap_or_default())
+    }
+
+    async fn start(&self, node: &Arc<Node>, pod: &Pod, uid: &str) -> Result<()> {
+        let (name, options) = (local_name(pod), options(pod));
+        let made = {
+            let node = node.clone();
+            tokio::task::spawn_blocking(move || {
+                // The last pod of that name may be on its way out.
+                while node.pod(&name).is_some() {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                node.add_pod(&name, &options)
+            })
+            .await?
+        };
+        let made = match made {
+            Ok(made) => made,
+            Err(error) => {
+                self.set_stage(uid, None);
+                return Err(error);
+            }
+        };
+        self.set_stage(uid, Some(Stage::Running));
+        self.report(node, pod, made.address()).await
+    }
+
+    /// Running and Ready. The event that follows tells us if the pod was deleted in the meantime.
+    async fn report(&self, node: &Node, pod: &Pod, address: Ipv4Addr) -> Result<()> {
+        let now = k8s_openapi::jiff::Timestamp::now().to_string();
+        let conditions: Vec<_> = ["PodScheduled", "Initialized", "ContainersReady", "Ready"]
+            .iter()
+            .map(|kind| json!({ "type": kind, "status": "True", "lastTransitionTime": now }))
+            .collect();
+        let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+        let containers: Vec<_> = containers
+            .map(|container| {
+                json!({
+                    "name": container.name, "ready": true, "restartCount": 0, "imageID": "", "started": true,
+                    "image": container.image.clone().unwrap_or_default(),
+                    "state": { "running": { "startedAt": now } },
+                })
+            })
+            .collect();
+        let status = json!({ "status": {
+            "phase": "Running", "hostIP": node.address(), "hostIPs": [{ "ip": node.address() }],
+            "podIP": address, "podIPs": [{ "ip": address }], "startTime": now,
+            "conditions": conditions, "containerStatuses": containers,
+        } });
+        let name = pod.name_any();
+        let parameters = PatchParams::default();
+        self.api(pod).patch_status(&name, &parameters, &Patch::Strategic(&status)).await?;
+        Ok(())
+    }
+
+    /// SIGTERM, the grace period, then the end of namespace and object.
+    async fn end(&self, node: &Arc<Node>, pod: &Pod, uid: &str, gone: bool) -> Result<()> {
+        let seconds = pod.metadata.deletion_grace_period_seconds.unwrap_or(GRACE);
+        let grace = Duration::from_secs(if gone { 0 } else { seconds.try_into().unwrap_or_default() });
+        let (local, name) = (node.clone(), local_name(pod));
+        tokio::task::spawn_blocking(move || -> Result<()> {
+            let Some(pod) = local.pod(&name) else { return Ok(()) };
+            pod.terminate();
+            if let Some(server) = pod.server() {
+                // Whoever has not ended by then is killed with its namespace.
+                let _ = server.wait(grace);
+            }
+            local.remove_pod(&name)
+        })
+        .await?
+        .context("ending it")?;
+        if !gone {
+            let parameters = DeleteParams {
+                grace_period_seconds: Some(0),
+                preconditions: Some(Preconditions { uid: Some(uid.into()), resource_version: None }),
+                ..DeleteParams::default()
+            };
+            match self.api(pod).delete(&pod.name_any(), &parameters).await {
+                Ok(_) => {}
+                Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.set_stage(uid, None);
+        Ok(())
+    }
+}
+
+/// The pod's name in the lab: with its namespace, unless that is `default`.
+fn local_name(pod: &Pod) -> String {
+    match pod.namespace().as_deref() {
+        None | Some("default") => pod.name_any(),
+        Some(namespace) => format!("{namespace}.{}", pod.name_any()),
+    }
+}
+
+/// Serves on the ports of all containers.
+fn options(pod: &Pod) -> PodOptions {
+    let ports = |wanted: &str| -> Vec<u16> {
+        let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+        containers
+            .flat_map(|container| container.ports.iter().flatten())
+            .filter(|port| port.protocol.as_deref().unwrap_or("TCP") == wanted)
+            .filter_map(|port| port.container_port.try_into().ok())
+            .collect()
+    };
+    let drain = pod.annotations().get(DRAIN).and_then(|text| text.parse().ok()).unwrap_or(0.0);
+    PodOptions::default().tcp(&ports("TCP")).udp(&ports("UDP")).drain(Duration::from_secs_f64(drain))
+}
