@@ -9,4 +9,5 @@ pub mod config;
 pub mod kernel;
 pub mod model;
 pub mod pattern;
+pub mod sync;
 pub mod watch;

@@ -5,12 +5,15 @@
 //! single calls.
 
 use super::bpf::{self, MapFd};
+use crate::sync::Maps;
 use bytemuck::Zeroable as _;
-use dataplane_common::tables::{Table, TableKind};
+use dataplane_common::tables::{self, Table, TableKind};
+use std::collections::BTreeMap;
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// How many entries a walk reads at once: bounds its memory, not its length.
 const CHUNK: usize = 8_192;
@@ -89,10 +92,10 @@ pub fn create<T: Table>(capacity: usize) -> Result<Map<T>, MapError> {
     Map::from_map_fd(fd.map_err(|source| MapError::Call { verb: "create", name: T::NAME, source })?)
 }
 
-/// An open map with the types of its table.
-#[derive(Debug)]
+/// An open map with the types of its table. Clones share the descriptor.
+#[derive(Clone, Debug)]
 pub struct Map<T: Table> {
-    fd: MapFd,
+    fd: Arc<MapFd>,
     table: PhantomData<fn() -> T>,
 }
 
@@ -128,6 +131,10 @@ impl<T: Table> Map<T> {
     }
 
     fn from_map_fd(fd: MapFd) -> Result<Self, MapError> {
+        Self::from_shared(Arc::new(fd))
+    }
+
+    fn from_shared(fd: Arc<MapFd>) -> Result<Self, MapError> {
         let shape = fd.shape();
         if shape.map_type != map_type(T::KIND)
             || shape.key_size != size_of::<T::Key>()
@@ -354,6 +361,115 @@ where
         let mut entries = Vec::new();
         self.visit(|key, values| entries.push((key, sum(values))))?;
         Ok(entries)
+    }
+}
+
+/// All maps of the node, by table. What `sync`, the sweep of the flow tables, the metrics and the command line share.
+#[derive(Clone, Debug, Default)]
+pub struct KernelMaps {
+    maps: BTreeMap<&'static str, Arc<MapFd>>,
+}
+
+impl KernelMaps {
+    /// Opens every table that is pinned in `folder` (the agent's pin folder with the layout's version). A table that is
+    /// not there is an error only when it is asked for.
+    ///
+    /// # Errors
+    /// If there is no pin at all, or one cannot be opened.
+    pub fn open(folder: &Path) -> Result<Self, MapError> {
+        let mut maps = BTreeMap::new();
+        let mut missing = None;
+        for (name, ..) in tables::ALL {
+            let path = folder.join(name);
+            match MapFd::open(&path) {
+                Ok(fd) => drop(maps.insert(*name, Arc::new(fd))),
+                Err(source) if source.kind() == io::ErrorKind::NotFound => {
+                    missing = missing.or(Some(MapError::Open { path, source }));
+                }
+                Err(source) => return Err(MapError::Open { path, source }),
+            }
+        }
+        match missing {
+            Some(error) if maps.is_empty() => Err(error),
+            Some(_) | None => Ok(Self { maps }),
+        }
+    }
+
+    /// Makes all tables anew, without BTF and pins, in their default sizes except those that are named. For tests and
+    /// benchmarks.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn create(capacities: &[(&str, usize)]) -> Result<Self, MapError> {
+        let capacity = |name: &str, default: usize| {
+            capacities.iter().find(|(known, _)| *known == name).map_or(default, |(_, capacity)| *capacity)
+        };
+        let mut maps = BTreeMap::new();
+        macro_rules! create_each {
+            ($($table:ident)+) => {$({
+                type T = tables::$table;
+                let map = create::<T>(capacity(T::NAME, T::CAPACITY))?;
+                maps.insert(T::NAME, map.fd);
+            })+};
+        }
+        create_each!(Nodes NodeAddrs Filter Frontends Services Slots Backends HalfOpen Established Closing);
+        create_each!(ServiceTraffic BackendTraffic Reasons SocketPeers SocketChoices);
+        Ok(Self { maps })
+    }
+
+    /// Takes maps that are already open, by the names of their tables.
+    ///
+    /// # Errors
+    /// If a descriptor is of no map.
+    pub fn from_fds(fds: impl IntoIterator<Item = (&'static str, OwnedFd)>) -> Result<Self, MapError> {
+        let open = |(name, fd)| match MapFd::new(fd) {
+            Ok(fd) => Ok((name, Arc::new(fd))),
+            Err(source) => Err(MapError::Call { verb: "open", name, source }),
+        };
+        Ok(Self { maps: fds.into_iter().map(open).collect::<Result<_, _>>()? })
+    }
+
+    /// The map of a table.
+    ///
+    /// # Errors
+    /// If it is not there, or has another layout.
+    pub fn map<T: Table>(&self) -> Result<Map<T>, MapError> {
+        Map::from_shared(self.maps.get(T::NAME).cloned().ok_or(MapError::Missing(T::NAME))?)
+    }
+
+    /// All maps that are open, as bytes: for their sizes and their memory.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, &MapFd)> {
+        self.maps.iter().map(|(name, fd)| (*name, &**fd))
+    }
+}
+
+impl Maps for KernelMaps {
+    fn capacity<T: Table>(&self) -> Result<usize, MapError> {
+        Ok(self.map::<T>()?.capacity())
+    }
+
+    fn get<T: Table>(&self, key: &T::Key) -> Result<Option<T::Value>, MapError> {
+        self.map::<T>()?.get(key)
+    }
+
+    fn visit<T: Table>(&self, mut visit: impl FnMut(T::Key, T::Value)) -> Result<(), MapError> {
+        self.map::<T>()?.visit(|key, values| {
+            if let Some(value) = values.first() {
+                visit(key, *value);
+            }
+        })
+    }
+
+    fn write<T: Table>(&self, entries: &[(T::Key, T::Value)]) -> Result<(), MapError> {
+        self.map::<T>()?.insert_batch(entries)
+    }
+
+    fn remove<T: Table>(&self, keys: &[T::Key]) -> Result<usize, MapError> {
+        self.map::<T>()?.remove_batch(keys)
+    }
+
+    fn calls(&self) -> u64 {
+        bpf::calls()
     }
 }
 
