@@ -6,7 +6,10 @@
 pub mod agent;
 pub mod compile;
 pub mod config;
+pub mod health;
+pub mod http;
 pub mod kernel;
+pub mod metrics;
 pub mod model;
 pub mod pattern;
 pub mod sync;

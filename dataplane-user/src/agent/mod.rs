@@ -1,5 +1,7 @@
 //! The node agent: wires the watches, the compiler, `sync` and the kernel together. It calls and decides nothing itself.
 
+mod notify;
+
 use crate::config::AgentArgs;
 use anyhow::Result;
 
