@@ -11,7 +11,7 @@ mod setup;
 mod summary;
 mod test;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use setup::Purpose;
 use std::ffi::OsString;
@@ -77,11 +77,15 @@ fn main() -> Result<ExitCode> {
     match Cli::parse().verb {
         Verb::Setup { check } => return setup::setup(Purpose::Everything, check),
         Verb::Run { args } => {
+            need_root(&args)?;
             let cluster = args.iter().any(|arg| arg == "--cluster");
             setup::ensure(if cluster { Purpose::Cluster } else { Purpose::Lab })?;
             programs::lab(["run".into()].into_iter().chain(args))?;
         }
-        Verb::Lab { args } => programs::lab(args)?,
+        Verb::Lab { args } => {
+            need_root(&args)?;
+            programs::lab(args)?;
+        }
         Verb::Test { tiers, filter, check } => {
             setup::ensure(Purpose::Everything)?;
             let failed_checks = if check { check::failed_checks()? } else { Vec::new() };
@@ -92,8 +96,20 @@ fn main() -> Result<ExitCode> {
             return check::check();
         }
         Verb::Bless => programs::bless()?,
-        Verb::Bench { args } => programs::bench(args)?,
+        Verb::Bench { args } => {
+            need_root(&args)?;
+            programs::bench(args)?;
+        }
         Verb::Build => programs::build()?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says so before minutes of building, not after.
+fn need_root(args: &[OsString]) -> Result<()> {
+    let asks_for_help = args.iter().any(|arg| arg == "--help" || arg == "-h");
+    if !setup::is_root() && !asks_for_help {
+        bail!("this needs root, for network namespaces and eBPF: call it as root, with cargo in PATH");
+    }
+    Ok(())
 }

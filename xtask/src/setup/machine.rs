@@ -76,8 +76,8 @@ fn is_there(probe: Probe) -> bool {
     }
 }
 
-/// `/proc/self` belongs to the effective user.
-fn is_root() -> bool {
+/// Whether the effective user is root: `/proc/self` belongs to it.
+pub(crate) fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt as _;
     std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0)
 }

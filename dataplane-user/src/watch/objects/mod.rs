@@ -1,5 +1,5 @@
 //! Kubernetes objects as they are written, with no more fields than the contract reads, and their conversion into
-//! [`model`] types.
+//! [`model`](crate::model) types.
 //!
 //! An object that breaks a rule is refused as a whole, with the field named (Z5); the caller keeps what it knew of it.
 //! Nothing here does I/O, and nothing knows whether an object came from an API server or from a file.
