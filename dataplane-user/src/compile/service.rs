@@ -66,14 +66,15 @@ pub fn service(
     (job.tables, job.complaints)
 }
 
-/// F1: headless Services and ExternalName ones have no dataplane. F2: nor have those of another proxy.
+/// F1: ExternalName Services have no dataplane; nor have headless ones, which have no ClusterIP of either family. F2: nor
+/// have those of another proxy.
 fn has_dataplane(service: &Service, context: &Context) -> bool {
     let named = match service.service_type {
         ServiceType::ClusterIp | ServiceType::NodePort | ServiceType::LoadBalancer => false,
         ServiceType::ExternalName => true,
     };
     let ours = service.proxy_name.is_none() || service.proxy_name == context.proxy_name;
-    !named && ours && !service.cluster_ips.is_empty()
+    !named && ours
 }
 
 /// Why an address is none that a host can be reached at from elsewhere (Z1, Z2).
@@ -116,7 +117,7 @@ impl Job<'_> {
         let service = self.service;
         let affinity = self.affinity_seconds();
         for ipv6 in [false, true] {
-            // F4: the families are independent; one without a ClusterIP is not programmed.
+            // F1, F4: the families are independent; one without a ClusterIP is not programmed.
             if !service.cluster_ips.iter().any(|ip| ip.is_ipv6() == ipv6) {
                 continue;
             }

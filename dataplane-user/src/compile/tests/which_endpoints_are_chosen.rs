@@ -50,6 +50,17 @@ fn terminating_endpoint_gets_nothing_new_while_another_is_ready() {
     assert_eq!(port.cluster, set(&["10.2.0.1:8080"]));
 }
 
+/// T: FALLBACK is serving *and* terminating
+#[test]
+fn an_endpoint_that_serves_but_is_neither_ready_nor_terminating_is_no_fallback() {
+    let unready = Endpoint { ready: false, ..endpoint("10.1.0.1", "here") };
+    let both = Service { internal_local: true, ..outside() };
+    let port = compiled(&both, vec![unready]);
+    assert!(port.cluster.is_empty() && port.local.is_empty());
+    assert!(!port.policy.has(Policy::HAS_ENDPOINTS));
+    assert_eq!(port.backends.len(), 1, "a flow that it has goes on");
+}
+
 /// T, cluster set
 #[test]
 fn fallback_ignores_hints() {
@@ -261,7 +272,8 @@ fn an_endpoint_that_is_ready_without_serving_is_used() {
     let published = Endpoint { serving: false, ..endpoint("10.1.0.1", "here") };
     let port = compiled(&service("web"), vec![published.clone()]);
     assert_eq!(port.cluster, set(&["10.1.0.1:8080"]));
-    assert!(port.backends.values().all(|flags| flags & BackendStatus::SERVING != 0));
+    let flags: Vec<u32> = port.backends.values().copied().collect();
+    assert_eq!(flags, [BackendStatus::SERVING | BackendStatus::LOCAL]);
 
     let leaving = Endpoint { terminating: true, ..published };
     assert_eq!(compiled(&service("web"), vec![leaving]).cluster, set(&["10.1.0.1:8080"]));
