@@ -118,9 +118,15 @@ fn debian_bpf_compiler() -> bool {
         .all(|path| Path::new(path).exists())
 }
 
+/// A control plane that was built elsewhere: in the folder that a variable names, or in PATH.
+fn has_control_plane() -> bool {
+    let mut programs = ["etcd", "kube-apiserver", "kube-controller-manager", "kubectl"].iter();
+    env::var_os("PORTOLAN_CONTROLPLANE_BIN").is_some() || programs.all(|name| find_program(name).is_some())
+}
+
 /// Whether there is a Go, and whether one that is new enough is there or would be fetched by itself.
 fn observe_go() -> (bool, bool) {
-    if fetched_go().is_some() {
+    if has_control_plane() || fetched_go().is_some() {
         return (true, true);
     }
     let Some(version) = output_of("go", &["env", "GOVERSION"]).as_deref().and_then(go_version) else {
