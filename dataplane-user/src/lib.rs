@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod compile;
 pub mod config;
+pub mod expire;
 pub mod health;
 pub mod http;
 pub mod kernel;
