@@ -1,0 +1,223 @@
+//! Real maps: what `bpf(2)` really does with what the agent asks of it. Needs root; no packet is sent.
+
+use dataplane_common::backend::Backend;
+use dataplane_common::counter::Traffic;
+use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
+use dataplane_common::tables::{self, Table};
+use dataplane_common::{Addr, Port};
+use dataplane_tests::bench_sync::{cluster, node, service};
+use dataplane_user::expire::{IdleTimes, sweep};
+use dataplane_user::kernel::bpf;
+use dataplane_user::kernel::maps::{KernelMaps, MapError, create};
+use dataplane_user::model::ObjectName;
+use dataplane_user::sync::{LingeringBits, Maps, MemoryMaps, Mirror, REST};
+use std::collections::BTreeMap;
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
+use std::time::Instant;
+
+fn key(n: u32) -> FrontendKey {
+    FrontendKey::new(Addr::from_v4(n.to_be_bytes()), Port::new(80), 6)
+}
+
+fn frontend(n: u32) -> Frontend {
+    Frontend::new(n, FrontendKind::ClusterIp)
+}
+
+#[test]
+fn batches_write_read_and_remove_what_single_calls_do() {
+    let map = create::<tables::Frontends>(50_000).unwrap();
+    let entries: Vec<_> = (1..=40_000).map(|n| (key(n), frontend(n))).collect();
+    let before = bpf::calls();
+    map.insert_batch(&entries).unwrap();
+    assert_eq!(bpf::calls() - before, 1);
+    assert_eq!(map.get(&key(77)).unwrap(), Some(frontend(77)));
+    let read: BTreeMap<_, _> = map.entries().unwrap().into_iter().collect();
+    assert_eq!(read, entries.iter().copied().collect());
+    assert!(map.remove(&key(5)).unwrap() && !map.remove(&key(5)).unwrap());
+    // Some of these are not there: the rest goes all the same.
+    let keys: Vec<_> = (1..=20).chain(50_000..50_003).chain(30..=40).map(key).collect();
+    assert_eq!(map.remove_batch(&keys).unwrap(), 30);
+    assert_eq!(map.entries().unwrap().len(), 40_000 - 31);
+    assert_eq!(map.get(&key(41)).unwrap(), Some(frontend(41)));
+}
+
+#[test]
+fn a_full_map_says_which_and_how_to_enlarge_it() {
+    let map = create::<tables::Frontends>(4).unwrap();
+    let entries: Vec<_> = (1..=5).map(|n| (key(n), frontend(n))).collect();
+    let error = map.insert_batch(&entries).unwrap_err();
+    assert!(matches!(error, MapError::Full { name: "frontends", capacity: 4 }), "{error}");
+    assert_eq!(map.entries().unwrap().len(), 4, "what was there stays");
+    assert!(map.insert(&key(1), &frontend(9), bpf::NO_EXIST).is_err());
+}
+
+#[test]
+fn per_cpu_values_are_summed() {
+    let map = create::<tables::ServiceTraffic>(16).unwrap();
+    let traffic = Traffic { packets_in: 3, new_flows: 1, ..Traffic::default() };
+    map.insert_batch(&[(1, traffic), (2, Traffic::default())]).unwrap();
+    let cpus = bpf::possible_cpus().unwrap();
+    assert_eq!(map.get_per_cpu(&1).unwrap().unwrap(), vec![traffic; cpus]);
+    assert_eq!(map.sum(&1).unwrap().unwrap().packets_in, 3 * cpus as u64);
+    let sums = map.sums().unwrap();
+    assert_eq!((sums.len(), sums[1].1.new_flows, sums[2].1), (16, cpus as u64, Traffic::default()));
+}
+
+#[test]
+fn a_map_of_another_layout_is_refused() {
+    let map = create::<tables::Slots>(16).unwrap();
+    let fd = map.as_fd().try_clone_to_owned().unwrap();
+    let maps = KernelMaps::from_fds([("backends", fd)]).unwrap();
+    assert!(matches!(
+        maps.map::<tables::Backends>(),
+        Err(MapError::Shape { name: "backends", key: 4, value: 4 })
+    ));
+    assert!(matches!(maps.map::<tables::Slots>(), Err(MapError::Missing("slots"))));
+}
+
+/// A bpffs of this thread's own mount namespace.
+fn private_bpffs() -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("portolan-kernel-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = std::ffi::CString::new(folder.to_str().unwrap()).unwrap();
+    let null = std::ptr::null();
+    // SAFETY: the strings are closed and outlive the calls; only this thread's mount namespace changes.
+    unsafe {
+        assert_eq!(libc::unshare(libc::CLONE_NEWNS), 0);
+        assert_eq!(libc::mount(null, c"/".as_ptr(), null, libc::MS_REC | libc::MS_PRIVATE, null.cast()), 0);
+        assert_eq!(libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, null.cast()), 0);
+    }
+    folder
+}
+
+#[test]
+fn pinned_maps_are_found_by_name() {
+    let folder = private_bpffs();
+    let error = KernelMaps::open(&folder).unwrap_err();
+    assert!(error.to_string().contains("--bpffs"), "{error}");
+    let maps = KernelMaps::create(&[("established", 64)]).unwrap();
+    for (name, map) in maps.iter() {
+        assert!(map.memlock().unwrap() > 0);
+        bpf::obj_pin(map.as_fd(), &folder.join(name)).unwrap();
+    }
+    let again = KernelMaps::open(&folder).unwrap();
+    assert_eq!(again.iter().count(), tables::ALL.len());
+    assert_eq!(again.capacity::<tables::Established>().unwrap(), 64);
+    let ids = |maps: &KernelMaps| maps.iter().map(|(_, map)| map.shape().id).collect::<Vec<_>>();
+    assert_eq!(ids(&again), ids(&maps));
+}
+
+fn dump<T: Table>(maps: &impl Maps) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    let mut entries = BTreeMap::new();
+    maps.visit::<T>(|key, value| {
+        let value = bytemuck::bytes_of(&value).to_vec();
+        if value.iter().any(|byte| *byte != 0) {
+            entries.insert(bytemuck::bytes_of(&key).to_vec(), value);
+        }
+    })
+    .unwrap();
+    entries
+}
+
+fn assert_alike(kernel: &KernelMaps, memory: &MemoryMaps) {
+    assert_eq!(dump::<tables::Frontends>(kernel), dump::<tables::Frontends>(memory));
+    assert_eq!(dump::<tables::Services>(kernel), dump::<tables::Services>(memory));
+    assert_eq!(dump::<tables::Slots>(kernel), dump::<tables::Slots>(memory));
+    assert_eq!(dump::<tables::Backends>(kernel), dump::<tables::Backends>(memory));
+    assert_eq!(dump::<tables::Filter>(kernel), dump::<tables::Filter>(memory));
+    assert_eq!(dump::<tables::NodeAddrs>(kernel), dump::<tables::NodeAddrs>(memory));
+}
+
+/// The kernel's maps and those in memory hold the same after the same history, so tests on the latter count.
+#[test]
+fn memory_maps_behave_as_the_kernel_s() {
+    let (kernel, memory, mut now) = (KernelMaps::create(&[]).unwrap(), MemoryMaps::default(), Instant::now());
+    let services = cluster(500, 3);
+    let mut on_kernel = Mirror::open(&kernel, now).unwrap();
+    let mut in_memory = Mirror::open(&memory, now).unwrap();
+    on_kernel.set_node(&kernel, &node(), now).unwrap();
+    in_memory.set_node(&memory, &node(), now).unwrap();
+    on_kernel.replace(&kernel, &services, now).unwrap();
+    in_memory.replace(&memory, &services, now).unwrap();
+    assert_alike(&kernel, &memory);
+    for n in 0..300 {
+        now += REST / 10;
+        let (name, tables) = service(n % 200, (0..n % 5).map(|e| 9_000 + n + e));
+        let tables = (n % 7 != 0).then_some(&tables);
+        on_kernel.change(&kernel, [(&name, tables)], now).unwrap();
+        in_memory.change(&memory, [(&name, tables)], now).unwrap();
+    }
+    assert_alike(&kernel, &memory);
+    assert_eq!(on_kernel.audit(&kernel, now).unwrap(), 0);
+    let bits = on_kernel.lingering_bits(now + REST);
+    assert!(!bits.is_empty() && bits == in_memory.lingering_bits(now + REST));
+    on_kernel.clear_bits(&kernel, &bits, now).unwrap();
+    in_memory.clear_bits(&memory, &bits, now).unwrap();
+    assert_alike(&kernel, &memory);
+    assert_eq!(on_kernel.audit(&kernel, now).unwrap(), 0);
+}
+
+/// B10
+#[test]
+fn a_change_of_one_endpoint_takes_at_most_eight_calls() {
+    let mut most = Vec::new();
+    for count in [100, 10_000] {
+        let (maps, mut now) = (KernelMaps::create(&[]).unwrap(), Instant::now());
+        let mut mirror = Mirror::open(&maps, now).unwrap();
+        mirror.replace(&maps, &cluster(count, 2), now).unwrap();
+        let calls = (0..50).map(|round| {
+            now += REST;
+            let (name, tables) = service(round, [round * 2, 0x80_0000 + round]);
+            mirror.change(&maps, [(&name, Some(&tables))], now).unwrap().calls
+        });
+        most.push(calls.max().unwrap());
+    }
+    assert!(most[0] <= 8 && most[0] == most[1], "{most:?}");
+}
+
+/// C3
+#[test]
+fn a_restart_writes_nothing() {
+    let (maps, now) = (KernelMaps::create(&[]).unwrap(), Instant::now());
+    let services: BTreeMap<ObjectName, _> = cluster(1_000, 2);
+    let mut mirror = Mirror::open(&maps, now).unwrap();
+    mirror.set_node(&maps, &node(), now).unwrap();
+    assert!(mirror.replace(&maps, &services, now).unwrap().ops > 0);
+    let mut mirror = Mirror::open(&maps, now).unwrap();
+    assert_eq!(mirror.set_node(&maps, &node(), now).unwrap().ops, 0);
+    assert_eq!(mirror.replace(&maps, &services, now).unwrap().ops, 0);
+    assert_eq!(mirror.audit(&maps, now).unwrap(), 0);
+    assert_eq!(mirror.sizes(), (1_000, 2_000, 2_000));
+    let backend: Backend = maps.get::<tables::Backends>(&1).unwrap().unwrap();
+    assert_eq!(backend.status().generation(), 1);
+}
+
+/// C4
+#[test]
+fn idle_flows_leave_hash_and_lru_tables() {
+    let maps = KernelMaps::create(&[]).unwrap();
+    let mut entries = Vec::new();
+    for n in 0..20_000u32 {
+        let client = (Addr::from_v4((0x0a01_0000 + n).to_be_bytes()), Port::new(40_000));
+        let frontend = (Addr::from_v4([10, 96, 0, 1]), Port::new(80));
+        let endpoint = (Addr::from_v4([10, 244, 0, 1]), Port::new(8080));
+        let mut forward = Flow::with_flags(0);
+        (forward.src, forward.src_port, forward.dst, forward.dst_port) =
+            (client.0, client.1, endpoint.0, endpoint.1);
+        let mut reply = Flow::with_flags(Flow::REPLY);
+        (reply.src, reply.src_port, reply.dst, reply.dst_port) = (frontend.0, frontend.1, client.0, client.1);
+        let last_seen = if n % 4 == 0 { 100_000 } else { 1 };
+        (forward.last_seen, reply.last_seen) = (last_seen, last_seen);
+        entries.push((FlowKey::new(client.0, client.1, frontend.0, frontend.1, 6), forward));
+        entries.push((forward.partner(6), reply));
+    }
+    maps.write::<tables::Established>(&entries).unwrap();
+    maps.write::<tables::Closing>(&entries[..4_000]).unwrap();
+    let mut bits = LingeringBits::default();
+    let swept = sweep(&maps, &IdleTimes::default(), || 100_000, 1.0, &mut bits).unwrap();
+    assert_eq!((swept.established.idle, swept.established.entries), (30_000, 10_000));
+    assert_eq!((swept.closing.idle, swept.closing.entries), (3_000, 1_000));
+    assert_eq!(swept.established.alone + swept.closing.alone, 0);
+}
