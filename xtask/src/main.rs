@@ -87,9 +87,10 @@ fn main() -> Result<ExitCode> {
             programs::lab(args)?;
         }
         Verb::Test { tiers, filter, check } => {
-            setup::ensure(Purpose::Everything)?;
-            let failed_checks = if check { check::failed_checks()? } else { Vec::new() };
-            return test::test(&tiers, filter.as_deref(), &failed_checks);
+            return Ok(test_after_checks(&tiers, filter.as_deref(), check).unwrap_or_else(|error| {
+                println!("{error:#}\n{}", summary::Summary::ONE_FAILURE);
+                ExitCode::FAILURE
+            }));
         }
         Verb::Check => {
             setup::ensure(Purpose::Everything)?;
@@ -103,6 +104,12 @@ fn main() -> Result<ExitCode> {
         Verb::Build => programs::build()?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn test_after_checks(tiers: &[test::Tier], filter: Option<&str>, check: bool) -> Result<ExitCode> {
+    setup::ensure(Purpose::Everything)?;
+    let failed_checks = if check { check::failed_checks()? } else { Vec::new() };
+    test::test(tiers, filter, &failed_checks)
 }
 
 /// Says so before minutes of building, not after.
