@@ -35,7 +35,8 @@ impl Dirty {
 #[derive(Debug)]
 pub struct Store {
     node_name: Arc<str>,
-    services: HashMap<ObjectName, Service>,
+    /// Boxed, because a hash table is half empty at its worst.
+    services: HashMap<ObjectName, Box<Service>>,
     /// By Service, sorted by name; also of Services that do not exist (yet).
     slices: HashMap<ObjectName, Vec<EndpointSlice>>,
     /// The Service of each slice, to find it when the label changes or the slice is deleted.
@@ -88,12 +89,12 @@ impl Store {
 
     /// The Service of this name.
     pub fn service(&self, name: &ObjectName) -> Option<&Service> {
-        self.services.get(name)
+        self.services.get(name).map(Box::as_ref)
     }
 
     /// All Services, in no order.
     pub fn services(&self) -> impl Iterator<Item = &Service> {
-        self.services.values()
+        self.services.values().map(Box::as_ref)
     }
 
     /// The slices of a Service, sorted by name.
@@ -126,7 +127,7 @@ impl Store {
     /// Services with one of these ClusterIPs: what a change of the interfaces' addresses may have made stale (P13).
     pub fn services_with_cluster_ip(&self, addrs: &BTreeSet<Addr>) -> BTreeSet<ObjectName> {
         let has = |service: &&Service| service.cluster_ips.iter().any(|ip| addrs.contains(&Addr::from(*ip)));
-        self.services.values().filter(has).map(|service| service.name.clone()).collect()
+        self.services().filter(has).map(|service| service.name.clone()).collect()
     }
 
     /// The names of all Services.
@@ -188,7 +189,7 @@ impl Store {
     }
 
     fn insert_service(&mut self, mut service: Service) -> Dirty {
-        if self.services.get(&service.name) == Some(&service) {
+        if self.service(&service.name) == Some(&service) {
             return Dirty::default();
         }
         service.cluster_ips.shrink_to_fit();
@@ -197,7 +198,7 @@ impl Store {
         service.ports.shrink_to_fit();
         service.source_ranges.shrink_to_fit();
         let name = service.name.clone();
-        self.services.insert(name.clone(), service);
+        self.services.insert(name.clone(), Box::new(service));
         dirty_service(name)
     }
 
@@ -249,7 +250,7 @@ impl Store {
             // An external IP inside a pod range is refused (Z1).
             let outside =
                 |service: &&Service| !service.external_ips.is_empty() || !service.ingress.is_empty();
-            self.services.values().filter(outside).map(|service| service.name.clone()).collect()
+            self.services().filter(outside).map(|service| service.name.clone()).collect()
         } else {
             BTreeSet::new()
         };
