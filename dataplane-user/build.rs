@@ -48,7 +48,9 @@ fn main() -> Result<()> {
 /// Flags of the BPF target; the separator is the one cargo asks for.
 fn rustflags() -> OsString {
     let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
-    [&format!("--cfg=bpf_target_arch=\"{arch}\""), "-Cdebuginfo=2", "-Clink-arg=--btf"].join("\x1f").into()
+    [&format!("--cfg=bpf_target_arch=\"{arch}\""), "-Cdebuginfo=2", "-Ctarget-cpu=v2", "-Clink-arg=--btf"]
+        .join("\x1f")
+        .into()
 }
 
 /// A `cargo` that can build `core`, or brings it, for the BPF target.

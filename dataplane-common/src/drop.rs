@@ -26,6 +26,12 @@ macro_rules! reasons {
             /// All reasons, in the order of their numbers.
             pub const ALL: &'static [Self] = &[$(Self::$name,)+];
 
+            /// The reason with a number; [`Reason::CorruptTable`] for a number that is none.
+            #[inline(always)]
+            pub const fn from_number(number: u8) -> Self {
+                match number { $($number => Self::$name,)+ _ => Self::CorruptTable }
+            }
+
             /// Name for logs, metrics and the command line.
             pub const fn label(self) -> &'static str {
                 match self { $(Self::$name => $label,)+ }
@@ -91,6 +97,8 @@ reasons! {
     UnsupportedProtocol = 22, "unsupported-protocol", Dropped;
     /// Two flows would have had the same reply; the new one got a translated source.
     ReplyCollision = 23, "reply-collision", Noted;
+    /// A TCP reset to a Service that belongs to no flow.
+    StrayReset = 24, "stray-reset", Dropped;
 }
 
 /// Length of the `reasons` array: one more than the largest number, rounded up for those to come.

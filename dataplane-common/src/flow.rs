@@ -15,16 +15,20 @@ pub struct FlowKey {
     pub src_port: Port,
     /// Destination port.
     pub dst_port: Port,
-    /// IP protocol number.
-    pub proto: u8,
-    _zero: [u8; 3],
+    proto: u32,
 }
 
 impl FlowKey {
     /// The key of a packet from `src` to `dst`.
     #[inline(always)]
     pub const fn new(src: Addr, src_port: Port, dst: Addr, dst_port: Port, proto: u8) -> Self {
-        Self { src, dst, src_port, dst_port, proto, _zero: [0; 3] }
+        Self { src, dst, src_port, dst_port, proto: proto as u32 }
+    }
+
+    /// IP protocol number.
+    #[inline(always)]
+    pub const fn proto(&self) -> u8 {
+        self.proto as u8
     }
 
     /// A number that tells this tuple from most others: [`Flow::check`] of its entry.
@@ -42,7 +46,7 @@ impl FlowKey {
     #[inline(always)]
     #[must_use]
     pub const fn reversed(&self) -> Self {
-        Self::new(self.dst, self.dst_port, self.src, self.src_port, self.proto)
+        Self::new(self.dst, self.dst_port, self.src, self.src_port, self.proto())
     }
 }
 

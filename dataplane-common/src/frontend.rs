@@ -13,15 +13,15 @@ use bytemuck::{Pod, Zeroable};
 pub struct FrontendKey {
     addr: Addr,
     port: Port,
-    proto: u8,
-    _zero: [u8; 5],
+    proto: u16,
+    _zero: u32,
 }
 
 impl FrontendKey {
     /// The key of one address, port and protocol number.
     #[inline(always)]
     pub const fn new(addr: Addr, port: Port, proto: u8) -> Self {
-        Self { addr, port, proto, _zero: [0; 5] }
+        Self { addr, port, proto: proto as u16, _zero: 0 }
     }
 
     /// The key of an address whatever the port.
@@ -45,7 +45,7 @@ impl FrontendKey {
     /// The IP protocol number; 0 together with [`Port::ANY`].
     #[inline(always)]
     pub const fn proto(&self) -> u8 {
-        self.proto
+        self.proto as u8
     }
 }
 

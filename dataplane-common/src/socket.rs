@@ -15,16 +15,20 @@ pub struct SocketPeerKey {
     pub addr: Addr,
     /// The endpoint's port.
     pub port: Port,
-    /// IP protocol number.
-    pub proto: u8,
-    _zero: [u8; 5],
+    proto: u16,
+    _zero: u32,
 }
 
 impl SocketPeerKey {
+    /// IP protocol number.
+    pub const fn proto(&self) -> u8 {
+        self.proto as u8
+    }
+
     /// The key of one socket and one endpoint.
     #[inline(always)]
     pub const fn new(cookie: u64, addr: Addr, port: Port, proto: u8) -> Self {
-        Self { cookie, addr, port, proto, _zero: [0; 5] }
+        Self { cookie, addr, port, proto: proto as u16, _zero: 0 }
     }
 }
 

@@ -99,6 +99,8 @@ tables! {
     BackendTraffic = "backend_traffic", PerCpuArray<u32, Traffic>, 122_880;
     /// How often each reason occurred.
     Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
+    /// Working memory of the walk, opaque: the stack of an eBPF program has 512 bytes only.
+    Scratch = "scratch", PerCpuArray<u32, [u64; 64]>, 1;
     /// What programs called, by socket and endpoint.
     SocketPeers = "socket_peers", LruHash<SocketPeerKey, SocketPeer>, 16_384;
     /// The endpoint an unconnected UDP socket keeps.

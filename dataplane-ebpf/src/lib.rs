@@ -1,2 +1,24 @@
 //! The packet path of Portolan's eBPF programs.
+//!
+//! [`path::walk`] is the whole of it: parse, flow, service, select, route, claim, translate. XDP and tc run the same walk
+//! through a [`frame::Frame`]; a third frame over a byte slice lets parsing and rewriting be tested on the host.
 #![no_std]
+
+#[cfg(test)]
+extern crate std;
+
+pub mod connect;
+pub mod count;
+pub mod flow;
+pub mod forward;
+pub mod frame;
+pub mod interest;
+pub mod maps;
+pub mod nat;
+pub mod parse;
+pub mod path;
+pub mod reject;
+pub mod scratch;
+pub mod select;
+pub mod service;
+pub mod verdict;

@@ -6,12 +6,116 @@ fn main() {}
 
 #[cfg(target_arch = "bpf")]
 mod programs {
-    use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
+    use aya_ebpf::EbpfContext;
+    use aya_ebpf::bindings::TC_ACT_UNSPEC;
+    use aya_ebpf::bindings::xdp_action::XDP_PASS;
+    use aya_ebpf::helpers::bpf_jiffies64;
+    use aya_ebpf::macros::{cgroup_sock_addr, classifier, xdp};
+    use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
+    use aya_log_ebpf::debug;
+    use dataplane_ebpf::connect::{self, Inet4, Inet6};
+    use dataplane_ebpf::frame::Frame as _;
+    use dataplane_ebpf::frame::skb::SkbFrame;
+    use dataplane_ebpf::frame::xdp::XdpFrame;
+    use dataplane_ebpf::path::{Hook, walk};
+    use dataplane_ebpf::scratch;
+    use dataplane_ebpf::verdict::Verdict;
 
-    /// Placeholder of the first build.
+    #[inline(always)]
+    fn tc(ctx: &TcContext, hook: Hook) -> i32 {
+        // SAFETY: the context the kernel handed to the program.
+        let mut frame = unsafe { SkbFrame::new(ctx.skb.skb) };
+        let Some(scratch) = scratch::get() else { return TC_ACT_UNSPEC };
+        let verdict = walk(&mut frame, hook, scratch);
+        if let Verdict::Drop(reason) = verdict {
+            log_drop(ctx, reason as u8);
+        }
+        frame.finish(verdict, &scratch.way, hook.is_ingress())
+    }
+
+    /// Says at debug level why a packet was dropped. Where that level is off the verifier removes the whole body.
+    #[inline(never)]
+    fn log_drop<C: EbpfContext>(ctx: &C, reason: u8) {
+        debug!(ctx, "packet dropped: reason {}", reason);
+    }
+
+    /// From the network, before a socket buffer exists.
     #[xdp]
-    pub(crate) fn xdp_uplink(_ctx: XdpContext) -> u32 {
-        xdp_action::XDP_PASS
+    pub(crate) fn xdp_uplink(ctx: XdpContext) -> u32 {
+        // SAFETY: the context the kernel handed to the program.
+        let mut frame = unsafe { XdpFrame::new(ctx.ctx) };
+        let Some(scratch) = scratch::get() else { return XDP_PASS };
+        let verdict = walk(&mut frame, Hook::UplinkIngress, scratch);
+        if let Verdict::Drop(reason) = verdict {
+            log_drop(&ctx, reason as u8);
+        }
+        frame.finish(verdict, &scratch.way, true) as u32
+    }
+
+    /// From the network.
+    #[classifier]
+    pub(crate) fn tc_uplink_in(ctx: TcContext) -> i32 {
+        tc(&ctx, Hook::UplinkIngress)
+    }
+
+    /// To the network.
+    #[classifier]
+    pub(crate) fn tc_uplink_out(ctx: TcContext) -> i32 {
+        tc(&ctx, Hook::UplinkEgress)
+    }
+
+    /// From a pod.
+    #[classifier]
+    pub(crate) fn tc_pod_in(ctx: TcContext) -> i32 {
+        tc(&ctx, Hook::PodIngress)
+    }
+
+    /// To a pod.
+    #[classifier]
+    pub(crate) fn tc_pod_out(ctx: TcContext) -> i32 {
+        tc(&ctx, Hook::PodEgress)
+    }
+
+    /// Gives the low 32 bits of jiffies, for the agent to read the programs' clock.
+    #[classifier]
+    pub(crate) fn clock(_ctx: TcContext) -> i32 {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_jiffies64() as i32 }
+    }
+
+    /// Does nothing: what the others are measured against.
+    #[classifier]
+    pub(crate) fn tc_empty(_ctx: TcContext) -> i32 {
+        TC_ACT_UNSPEC
+    }
+
+    /// Does nothing: what the others are measured against.
+    #[xdp]
+    pub(crate) fn xdp_empty(_ctx: XdpContext) -> u32 {
+        XDP_PASS
+    }
+
+    macro_rules! socket_hooks {
+        ($($name:ident: $handler:ident($family:ident);)+) => {
+            $(
+                #[doc = concat!("The hook of `", stringify!($name), "`.")]
+                #[cgroup_sock_addr($name)]
+                pub(crate) fn $name(ctx: SockAddrContext) -> i32 {
+                    connect::$handler($family(ctx.sock_addr))
+                }
+            )+
+        };
+    }
+
+    socket_hooks! {
+        connect4: connect(Inet4);
+        connect6: connect(Inet6);
+        sendmsg4: send(Inet4);
+        sendmsg6: send(Inet6);
+        recvmsg4: restore(Inet4);
+        recvmsg6: restore(Inet6);
+        getpeername4: restore(Inet4);
+        getpeername6: restore(Inet6);
     }
 }
 

@@ -1,0 +1,245 @@
+//! The socket hooks: a TCP connection's endpoint is chosen when it is opened, at no cost per packet.
+//!
+//! A hook that would have to drop in silence, or that does not know enough, leaves the address alone: the packet path
+//! decides. UDP is served here for the node's own node ports only, which have no packet path.
+
+use crate::count;
+use crate::maps::{SOCKET_CHOICES, SOCKET_PEERS};
+use crate::select::{self, Chosen};
+use crate::service::{self, Destination, Source};
+use aya_ebpf::bindings::{BPF_ANY, bpf_sock_addr};
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
+use dataplane_common::backend::BackendStatus;
+use dataplane_common::drop::Reason;
+use dataplane_common::frontend::FrontendKind;
+use dataplane_common::node::Node;
+use dataplane_common::socket::{SocketChoice, SocketChoiceKey, SocketPeer, SocketPeerKey};
+use dataplane_common::{Addr, Port, Protocol};
+
+const ECONNREFUSED: i32 = 111;
+
+/// Return code of a socket hook that lets the call go on.
+pub const PROCEED: i32 = 1;
+/// Return code of a socket hook that ends the call with an error.
+pub const FAIL: i32 = 0;
+
+/// The address in a socket call's context, in the shape of its family.
+pub trait SocketAddress {
+    /// The address and port of the context; `None` if they are of no family that is served here.
+    fn read(&self) -> (Addr, Port);
+    /// Replaces them.
+    fn write(&mut self, addr: &Addr, port: Port);
+    /// The context.
+    fn context(&self) -> *mut bpf_sock_addr;
+}
+
+/// The IPv4 hooks.
+pub struct Inet4(pub *mut bpf_sock_addr);
+
+/// The IPv6 hooks, which also see IPv4-mapped addresses.
+pub struct Inet6(pub *mut bpf_sock_addr);
+
+impl SocketAddress for Inet4 {
+    #[inline(always)]
+    fn read(&self) -> (Addr, Port) {
+        // SAFETY: the context the kernel handed to the program.
+        let (ip, port) = unsafe { ((*self.0).user_ip4, (*self.0).user_port) };
+        (Addr::from_v4(ip.to_ne_bytes()), context_port(port))
+    }
+
+    #[inline(always)]
+    fn write(&mut self, addr: &Addr, port: Port) {
+        // SAFETY: as above; both fields may be written at these hooks.
+        unsafe {
+            (&raw mut (*self.0).user_ip4).write_volatile(u32::from_ne_bytes(addr.v4_octets()));
+            (&raw mut (*self.0).user_port).write_volatile(u16::from_ne_bytes(port.bytes()) as u32);
+        }
+    }
+
+    #[inline(always)]
+    fn context(&self) -> *mut bpf_sock_addr {
+        self.0
+    }
+}
+
+impl SocketAddress for Inet6 {
+    #[inline(always)]
+    fn read(&self) -> (Addr, Port) {
+        // SAFETY: the context the kernel handed to the program; each word is read as a word, as the verifier asks.
+        let (words, port) = unsafe {
+            let ip = (&raw const (*self.0).user_ip6).cast::<u32>();
+            (
+                [
+                    ip.read_volatile(),
+                    ip.add(1).read_volatile(),
+                    ip.add(2).read_volatile(),
+                    ip.add(3).read_volatile(),
+                ],
+                (*self.0).user_port,
+            )
+        };
+        (Addr::from_bytes(bytemuck::cast(words)), context_port(port))
+    }
+
+    #[inline(always)]
+    fn write(&mut self, addr: &Addr, port: Port) {
+        let [a, b, c, d]: [u32; 4] = bytemuck::cast(*addr.bytes());
+        // SAFETY: as above; both fields may be written at these hooks.
+        unsafe {
+            let ip = (&raw mut (*self.0).user_ip6).cast::<u32>();
+            ip.write_volatile(a);
+            ip.add(1).write_volatile(b);
+            ip.add(2).write_volatile(c);
+            ip.add(3).write_volatile(d);
+            (&raw mut (*self.0).user_port).write_volatile(u16::from_ne_bytes(port.bytes()) as u32);
+        }
+    }
+
+    #[inline(always)]
+    fn context(&self) -> *mut bpf_sock_addr {
+        self.0
+    }
+}
+
+/// The two bytes of `user_port`, which lie in network order in its first half.
+#[inline(always)]
+fn context_port(port: u32) -> Port {
+    Port::from_bytes((port as u16).to_ne_bytes())
+}
+
+/// A call of `connect(2)`.
+#[inline(always)]
+pub fn connect<S: SocketAddress>(mut socket: S) -> i32 {
+    // SAFETY: the context the kernel handed to the program.
+    let proto = unsafe { (*socket.context()).protocol } as u8;
+    let (addr, port) = socket.read();
+    let Some(source) = source(&socket) else { return PROCEED };
+    let Ok(Some(destination)) = service::lookup(&addr, port, proto) else {
+        return closed(&addr, proto);
+    };
+    if !serves(proto, &addr, destination, source) {
+        return PROCEED;
+    }
+    let set = match service::endpoints(destination, source) {
+        Ok(set) => set,
+        Err(Reason::NoEndpoints) if proto == Protocol::Tcp as u8 => return refuse(Reason::NoEndpoints),
+        Err(_) => return PROCEED,
+    };
+    let Ok(chosen) = select::select(set) else { return PROCEED };
+    translate(&mut socket, destination, &chosen, proto, true)
+}
+
+/// A call of `sendmsg(2)` or `sendto(2)` that names a destination, on a UDP socket.
+#[inline(always)]
+pub fn send<S: SocketAddress>(mut socket: S) -> i32 {
+    let proto = Protocol::Udp as u8;
+    let (addr, port) = socket.read();
+    let Some(source) = source(&socket) else { return PROCEED };
+    let Ok(Some(destination)) = service::lookup(&addr, port, proto) else { return PROCEED };
+    if !serves(proto, &addr, destination, source) {
+        return PROCEED;
+    }
+    let key = SocketChoiceKey::new(cookie(&socket), destination.service);
+    // SAFETY: the value is one word and copied at once.
+    let kept = unsafe { SOCKET_CHOICES.get(key) }.copied().and_then(still_serves);
+    let (chosen, new) = match kept {
+        Some(chosen) => (chosen, false),
+        None => {
+            let Ok(set) = service::endpoints(destination, source) else { return PROCEED };
+            let Ok(chosen) = select::select(set) else { return PROCEED };
+            let choice = SocketChoice { backend: chosen.id, generation: chosen.status.generation() };
+            let _ = SOCKET_CHOICES.insert(key, choice, BPF_ANY as u64);
+            (chosen, true)
+        }
+    };
+    translate(&mut socket, destination, &chosen, proto, new)
+}
+
+/// What `recvmsg(2)` and `getpeername(2)` give back: the address that the program called, not the endpoint's.
+#[inline(always)]
+pub fn restore<S: SocketAddress>(mut socket: S) -> i32 {
+    // SAFETY: the context the kernel handed to the program.
+    let proto = unsafe { (*socket.context()).protocol } as u8;
+    let (addr, port) = socket.read();
+    let key = SocketPeerKey::new(cookie(&socket), addr, port, proto);
+    // SAFETY: written once per socket and endpoint; the same socket does not race itself to another frontend.
+    if let Some(peer) = unsafe { SOCKET_PEERS.get(key) } {
+        let (addr, port) = (peer.addr, peer.port);
+        socket.write(&addr, port);
+    }
+    PROCEED
+}
+
+/// Where the socket is; `None` if sockets there are left alone.
+#[inline(always)]
+fn source<S: SocketAddress>(socket: &S) -> Option<Source> {
+    let node = service::node()?;
+    // SAFETY: the context the kernel handed to the program.
+    let cookie = unsafe { bpf_get_netns_cookie(socket.context().cast()) };
+    if cookie == node.netns_cookie {
+        return Some(Source::Node);
+    }
+    node.has(Node::SOCKET_LB_PODS).then_some(Source::Pod)
+}
+
+/// Whether the hooks serve this call: TCP to any frontend; UDP to a node port on an own address, from the node itself.
+#[inline(always)]
+fn serves(proto: u8, addr: &Addr, destination: Destination, source: Source) -> bool {
+    if proto == Protocol::Tcp as u8 {
+        // A pod's loopback is its own: node ports on it are the node's only (P18).
+        return source == Source::Node || !addr.is_loopback();
+    }
+    proto == Protocol::Udp as u8 && source == Source::Node && destination.kind == FrontendKind::NodePort
+}
+
+/// A ClusterIP on a port that no Service has (P13).
+#[inline(always)]
+fn closed(addr: &Addr, proto: u8) -> i32 {
+    if proto == Protocol::Tcp as u8 && service::is_closed(addr) {
+        return refuse(Reason::ClosedPort);
+    }
+    PROCEED
+}
+
+#[inline(always)]
+fn refuse(reason: Reason) -> i32 {
+    count::reason(reason);
+    // SAFETY: a helper without pointers.
+    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    FAIL
+}
+
+/// The backend a socket keeps, if it still serves (C1).
+#[inline(always)]
+fn still_serves(choice: SocketChoice) -> Option<Chosen> {
+    let chosen = select::backend(choice.backend)?;
+    let serves = chosen.status.generation() == choice.generation && chosen.status.has(BackendStatus::SERVING);
+    serves.then_some(chosen)
+}
+
+/// Sends the socket to the endpoint and remembers what the program called.
+#[inline(always)]
+fn translate<S: SocketAddress>(
+    socket: &mut S,
+    destination: Destination,
+    chosen: &Chosen,
+    proto: u8,
+    new: bool,
+) -> i32 {
+    let (addr, port) = socket.read();
+    if new {
+        let generation = chosen.status.generation();
+        let key = SocketPeerKey::new(cookie(socket), chosen.addr, chosen.port, proto);
+        let peer = SocketPeer::new(addr, port, destination.service, chosen.id, generation);
+        let _ = SOCKET_PEERS.insert(key, peer, BPF_ANY as u64);
+        count::new_flow(destination.service, chosen.id);
+    }
+    socket.write(&chosen.addr, chosen.port);
+    PROCEED
+}
+
+#[inline(always)]
+fn cookie<S: SocketAddress>(socket: &S) -> u64 {
+    // SAFETY: the context the kernel handed to the program.
+    unsafe { bpf_get_socket_cookie(socket.context().cast()) }
+}

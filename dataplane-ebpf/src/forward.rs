@@ -1,0 +1,141 @@
+//! Routes for packets that leave past the host's stack.
+
+use crate::frame::Frame;
+use crate::parse::Packet;
+use crate::service::node;
+use crate::verdict::Way;
+use aya_ebpf::bindings::{
+    BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
+    BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SRC,
+    bpf_fib_lookup, bpf_fib_lookup__bindgen_ty_1, bpf_fib_lookup__bindgen_ty_2, bpf_fib_lookup__bindgen_ty_3,
+    bpf_fib_lookup__bindgen_ty_4, bpf_fib_lookup__bindgen_ty_5,
+};
+use aya_ebpf::helpers::bpf_fib_lookup as helper;
+use dataplane_common::Addr;
+use dataplane_common::drop::Reason;
+use dataplane_common::node::Node;
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// What the route lookup said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// There is a way.
+    Via,
+    /// The destination is the node itself.
+    Local,
+    /// The packet is longer than the way takes; `way.mtu` says how long it may be.
+    TooBig,
+    /// There is no way.
+    None(Reason),
+}
+
+/// The direction of a lookup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The packet came in on the frame's interface.
+    Received,
+    /// The node itself sends it.
+    Sent,
+}
+
+/// The kernel's route to `dst` for the packet in `frame` (`bpf_fib_lookup`).
+///
+/// The length is checked against the MTU, by segment where the packet will be segmented. What a router must not
+/// forward, the lookup refuses. [`Route::Via`] fills `way`.
+#[inline(always)]
+pub fn route<F: Frame>(
+    frame: &F,
+    packet: &Packet,
+    dst: &Addr,
+    origin: Origin,
+    fib: &mut bpf_fib_lookup,
+    way: &mut Way,
+) -> Route {
+    let node = node();
+    *fib = bpf_fib_lookup {
+        family: if dst.is_v4() { AF_INET } else { AF_INET6 },
+        l4_protocol: packet.proto,
+        sport: u16::from_ne_bytes(packet.src_port.bytes()),
+        dport: u16::from_ne_bytes(packet.dst_port.bytes()),
+        __bindgen_anon_1: bpf_fib_lookup__bindgen_ty_1 { tot_len: wire_length(frame, packet) },
+        ifindex: frame.ifindex(),
+        __bindgen_anon_2: bpf_fib_lookup__bindgen_ty_2 { flowinfo: 0 },
+        __bindgen_anon_3: bpf_fib_lookup__bindgen_ty_3 { ipv6_src: words(&packet.src) },
+        __bindgen_anon_4: bpf_fib_lookup__bindgen_ty_4 { ipv6_dst: words(dst) },
+        __bindgen_anon_5: bpf_fib_lookup__bindgen_ty_5 { tbid: 0 },
+        smac: [0; 6],
+        dmac: [0; 6],
+    };
+    let mut flags = 0;
+    if origin == Origin::Sent {
+        flags |= BPF_FIB_LOOKUP_OUTPUT;
+    }
+    if node.is_some_and(|node| node.has(Node::FIB_SOURCE)) {
+        flags |= BPF_FIB_LOOKUP_SRC;
+    }
+    // SAFETY: the context is the program's own; the parameters live for the whole call.
+    let result = unsafe { helper(frame.context(), fib, size_of::<bpf_fib_lookup>() as i32, flags) };
+    match u32::try_from(result).unwrap_or(u32::MAX) {
+        code @ (BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH) => {
+            way.ifindex = fib.ifindex;
+            way.resolved = code == BPF_FIB_LKUP_RET_SUCCESS;
+            (way.destination_mac, way.source_mac) = (fib.dmac, fib.smac);
+            // SAFETY: all members of the unions are plain numbers, written above or by the kernel.
+            way.neighbour = address(dst, unsafe { fib.__bindgen_anon_4.ipv6_dst });
+            way.source = match node {
+                Some(node) if !node.has(Node::FIB_SOURCE) => *primary(node, dst),
+                // SAFETY: as above.
+                _ => address(dst, unsafe { fib.__bindgen_anon_3.ipv6_src }),
+            };
+            Route::Via
+        }
+        BPF_FIB_LKUP_RET_NOT_FWDED => Route::Local,
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => {
+            // SAFETY: as above.
+            way.mtu = unsafe { fib.__bindgen_anon_1.mtu_result };
+            Route::TooBig
+        }
+        BPF_FIB_LKUP_RET_FWD_DISABLED => Route::None(Reason::ForwardingDisabled),
+        _ => Route::None(Reason::NoRoute),
+    }
+}
+
+/// The node's primary address of the family of `dst`.
+#[inline(always)]
+pub fn primary<'a>(node: &'a Node, dst: &Addr) -> &'a Addr {
+    if dst.is_v4() { &node.primary_v4 } else { &node.primary_v6 }
+}
+
+/// Network-layer bytes of the longest packet that will be on the wire.
+#[inline(always)]
+fn wire_length<F: Frame>(frame: &F, packet: &Packet) -> u16 {
+    // A segment carries `gso_size` bytes behind headers of at most 60 bytes of TCP; the usual 12 bytes of timestamps
+    // are what counts here, and the device segments exactly.
+    const TCP_WITH_TIMESTAMPS: u32 = 32;
+    let segment = frame.segment_size();
+    let length = if segment == 0 {
+        packet.length
+    } else {
+        segment + (packet.l4() - packet.l3()) + TCP_WITH_TIMESTAMPS
+    };
+    if length > u16::MAX as u32 { u16::MAX } else { length as u16 }
+}
+
+/// An address as the lookup's parameters hold it: IPv4 in the first word.
+#[inline(always)]
+fn words(addr: &Addr) -> [u32; 4] {
+    if addr.is_v4() {
+        return [u32::from_ne_bytes(addr.v4_octets()), 0, 0, 0];
+    }
+    bytemuck::cast(*addr.bytes())
+}
+
+#[inline(always)]
+fn address(family: &Addr, words: [u32; 4]) -> Addr {
+    if family.is_v4() {
+        return Addr::from_v4(words[0].to_ne_bytes());
+    }
+    Addr::from_bytes(bytemuck::cast(words))
+}

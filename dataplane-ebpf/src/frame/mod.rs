@@ -1,0 +1,75 @@
+//! The three shapes in which a packet comes: XDP, a socket buffer, a byte slice.
+
+pub mod skb;
+#[cfg(test)]
+pub mod slice;
+pub mod xdp;
+
+use crate::verdict::{Verdict, Way};
+use core::ffi::c_void;
+use dataplane_common::checksum::Sum;
+
+/// Bytes of an Ethernet header.
+pub const ETHERNET: u32 = 14;
+
+/// Bytes that begin at an even address, so that the compiler may load them two by two.
+#[derive(Clone, Copy)]
+#[repr(C, align(2))]
+struct Even<T>(T);
+
+/// The kernel refused to change the packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused;
+
+/// A packet with its link-layer header, as the walk sees it. Offsets count from the first byte of that header.
+pub trait Frame {
+    /// Whether this is XDP: what it cannot finish it leaves unwritten to tc.
+    const LEAVES_TO_TC: bool;
+
+    /// Length in bytes; for a packet that will be segmented, of all segments together.
+    fn length(&self) -> u32;
+
+    /// Length of the network-layer payload per segment, if the packet is to be segmented; else 0.
+    fn segment_size(&self) -> u32;
+
+    /// The program's context, for helpers that ask for it.
+    fn context(&self) -> *mut c_void;
+
+    /// Index of the interface it came in on (ingress) or leaves by (egress).
+    fn ifindex(&self) -> u32;
+
+    /// `N` bytes from `offset` on, or `None` if the frame ends before.
+    fn read<const N: usize>(&mut self, offset: u32) -> Option<[u8; N]>;
+
+    /// Writes `N` bytes at `offset`.
+    ///
+    /// # Errors
+    /// [`Refused`] if the frame ends before, or has no memory to be written to.
+    fn write<const N: usize>(&mut self, offset: u32, bytes: &[u8; N]) -> Result<(), Refused>;
+
+    /// Updates the transport checksum at `offset` after the addresses (in the pseudo header) and the ports changed.
+    /// `optional`: a checksum of zero means none and stays (UDP over IPv4, RFC 768).
+    ///
+    /// # Errors
+    /// As [`Frame::write`].
+    fn update_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Sum,
+        ports: Sum,
+        optional: bool,
+    ) -> Result<(), Refused>;
+
+    /// Whether the transport checksum at `offset` is only begun and left to the device to finish
+    /// (`CHECKSUM_PARTIAL`): the field then holds the sum of the pseudo header alone.
+    fn checksum_is_partial(&mut self, offset: u32) -> bool;
+
+    /// Cuts or pads the frame to `length` bytes.
+    ///
+    /// # Errors
+    /// As [`Frame::write`].
+    fn resize(&mut self, length: u32) -> Result<(), Refused>;
+
+    /// Turns a verdict into the return code of the hook. `ingress`: the hook is on the way in.
+    fn finish(&mut self, verdict: Verdict, way: &Way, ingress: bool) -> i32;
+}

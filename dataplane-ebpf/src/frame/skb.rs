@@ -1,0 +1,185 @@
+//! The frame of tc: a socket buffer. Written through helpers only, so that a clone is copied when, and only when, the
+//! packet is really changed, and checksums left to the device stay right.
+
+use super::{Even, Frame, Refused};
+use crate::verdict::{Verdict, Way};
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC,
+    bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
+};
+use aya_ebpf::helpers::{
+    bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_tail, bpf_skb_pull_data,
+    bpf_skb_store_bytes,
+};
+use core::ffi::c_void;
+use dataplane_common::checksum::Sum;
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+
+/// A packet at tc.
+pub struct SkbFrame {
+    skb: *mut __sk_buff,
+}
+
+impl SkbFrame {
+    /// Wraps the context that the kernel hands to the program.
+    ///
+    /// # Safety
+    /// `skb` must be that pointer.
+    pub const unsafe fn new(skb: *mut __sk_buff) -> Self {
+        Self { skb }
+    }
+
+    #[inline(always)]
+    fn linear<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        // SAFETY: `new` promises a valid context.
+        let (data, end) = unsafe { ((*self.skb).data as usize, (*self.skb).data_end as usize) };
+        let start = data + offset as usize;
+        if start + N > end {
+            return None;
+        }
+        // SAFETY: the bounds were just checked; the kernel aligns packet data, and every header in it, to two bytes.
+        Some(unsafe { (*(start as *const Even<[u8; N]>)).0 })
+    }
+
+    fn redirect_to(&mut self, way: &Way) -> i32 {
+        let mut neighbour = if way.neighbour.is_v4() {
+            let ipv4_nh = u32::from_ne_bytes(way.neighbour.v4_octets());
+            let mut neighbour = bpf_redir_neigh {
+                nh_family: AF_INET,
+                __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh: [0; 4] },
+            };
+            neighbour.__bindgen_anon_1.ipv4_nh = ipv4_nh;
+            neighbour
+        } else {
+            bpf_redir_neigh {
+                nh_family: AF_INET6,
+                __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 {
+                    ipv6_nh: bytemuck::cast(*way.neighbour.bytes()),
+                },
+            }
+        };
+        // SAFETY: the parameters live on the stack for the whole call.
+        let code = unsafe {
+            bpf_redirect_neigh(way.ifindex, &mut neighbour, size_of::<bpf_redir_neigh>() as i32, 0)
+        };
+        code as i32
+    }
+
+    #[inline(always)]
+    fn swap_macs(&mut self) -> Result<(), Refused> {
+        let macs = self.read::<12>(0).ok_or(Refused)?;
+        let [a, b, c, d, e, f, g, h, i, j, k, l] = macs;
+        self.write(0, &[g, h, i, j, k, l, a, b, c, d, e, f])
+    }
+}
+
+impl Frame for SkbFrame {
+    const LEAVES_TO_TC: bool = false;
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        // SAFETY: `new` promises a valid context.
+        unsafe { (*self.skb).len }
+    }
+
+    #[inline(always)]
+    fn segment_size(&self) -> u32 {
+        // SAFETY: `new` promises a valid context.
+        unsafe { (*self.skb).gso_size }
+    }
+
+    #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.skb.cast()
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: `new` promises a valid context.
+        unsafe { (*self.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn read<const N: usize>(&mut self, offset: u32) -> Option<[u8; N]> {
+        if let Some(bytes) = self.linear(offset) {
+            return Some(bytes);
+        }
+        let wanted = offset + N as u32;
+        if wanted > self.length() {
+            return None;
+        }
+        // SAFETY: the context is valid, and no pointer into the packet lives across the call.
+        if unsafe { bpf_skb_pull_data(self.skb, wanted) } != 0 {
+            return None;
+        }
+        self.linear(offset)
+    }
+
+    #[inline(always)]
+    fn write<const N: usize>(&mut self, offset: u32, bytes: &[u8; N]) -> Result<(), Refused> {
+        // SAFETY: context and bytes are valid for the whole call.
+        let result = unsafe { bpf_skb_store_bytes(self.skb, offset, bytes.as_ptr().cast(), N as u32, 0) };
+        if result == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    #[inline(always)]
+    fn update_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Sum,
+        ports: Sum,
+        optional: bool,
+    ) -> Result<(), Refused> {
+        // The low four bits of the flags say the size of a field; 0 means that `to` is a difference of sums.
+        let marks = if optional { BPF_F_MARK_MANGLED_0 as u64 } else { 0 };
+        let pseudo = marks | BPF_F_PSEUDO_HDR as u64;
+        // SAFETY: helpers without pointers beside the valid context.
+        let failed = unsafe {
+            bpf_l4_csum_replace(self.skb, offset, 0, addresses.wide() as u64, pseudo) != 0
+                || (ports.0 != 0 && bpf_l4_csum_replace(self.skb, offset, 0, ports.wide() as u64, marks) != 0)
+        };
+        if failed { Err(Refused) } else { Ok(()) }
+    }
+
+    fn checksum_is_partial(&mut self, offset: u32) -> bool {
+        // The kernel does not say it, but shows it: it leaves such a field alone when told that covered data changed.
+        let Some(before) = self.read::<2>(offset) else { return false };
+        let probe = Sum(if before == [0xff, 0xfe] { 2 } else { 1 });
+        // SAFETY: a helper without pointers beside the valid context.
+        let result = unsafe { bpf_l4_csum_replace(self.skb, offset, 0, probe.wide() as u64, 0) };
+        result == 0 && self.read::<2>(offset) == Some(before)
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, length: u32) -> Result<(), Refused> {
+        // SAFETY: the context is valid, and no pointer into the packet lives across the call.
+        if unsafe { bpf_skb_change_tail(self.skb, length, 0) } == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    #[inline(always)]
+    fn finish(&mut self, verdict: Verdict, way: &Way, ingress: bool) -> i32 {
+        match verdict {
+            // Not TC_ACT_OK, which would end the chain for the programs of others.
+            Verdict::Pass | Verdict::Begin | Verdict::Refuse(_) | Verdict::LeaveToTc => TC_ACT_UNSPEC,
+            Verdict::Drop(_) => TC_ACT_SHOT,
+            Verdict::Forward => self.redirect_to(way),
+            Verdict::HandUp => {
+                if self.write(0, &way.destination_mac).is_err() {
+                    return TC_ACT_SHOT;
+                }
+                // SAFETY: a helper without pointers.
+                unsafe { bpf_redirect(way.ifindex, BPF_F_INGRESS as u64) as i32 }
+            }
+            Verdict::Answer => {
+                if self.swap_macs().is_err() {
+                    return TC_ACT_SHOT;
+                }
+                let flags = if ingress { 0 } else { BPF_F_INGRESS as u64 };
+                // SAFETY: a helper without pointers.
+                unsafe { bpf_redirect(self.ifindex(), flags) as i32 }
+            }
+        }
+    }
+}

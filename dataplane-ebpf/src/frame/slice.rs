@@ -1,0 +1,85 @@
+//! A frame over bytes in memory, for tests on the host.
+
+use super::{Frame, Refused};
+use crate::verdict::{Verdict, Way};
+use core::ffi::c_void;
+use dataplane_common::checksum::{Sum, update};
+use std::vec::Vec;
+
+/// A packet in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SliceFrame {
+    /// The bytes, from the link-layer header on.
+    pub bytes: Vec<u8>,
+    /// Whether the transport checksum is left to the device.
+    pub partial: bool,
+}
+
+impl SliceFrame {
+    /// A frame whose checksums are complete.
+    pub fn new(bytes: impl Into<Vec<u8>>) -> Self {
+        Self { bytes: bytes.into(), partial: false }
+    }
+}
+
+impl Frame for SliceFrame {
+    const LEAVES_TO_TC: bool = false;
+
+    fn length(&self) -> u32 {
+        self.bytes.len() as u32
+    }
+
+    fn segment_size(&self) -> u32 {
+        0
+    }
+
+    fn context(&self) -> *mut c_void {
+        core::ptr::null_mut()
+    }
+
+    fn ifindex(&self) -> u32 {
+        1
+    }
+
+    fn read<const N: usize>(&mut self, offset: u32) -> Option<[u8; N]> {
+        self.bytes.get(offset as usize..)?.first_chunk().copied()
+    }
+
+    fn write<const N: usize>(&mut self, offset: u32, bytes: &[u8; N]) -> Result<(), Refused> {
+        let start = offset as usize;
+        self.bytes.get_mut(start..start + N).ok_or(Refused)?.copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn update_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Sum,
+        ports: Sum,
+        optional: bool,
+    ) -> Result<(), Refused> {
+        let field = self.read::<2>(offset).ok_or(Refused)?;
+        if optional && field == [0; 2] {
+            return Ok(());
+        }
+        if self.partial {
+            let sum = Sum(u64::from(u16::from_ne_bytes(field)) + addresses.0).fold();
+            return self.write(offset, &sum.to_ne_bytes());
+        }
+        let new = update(field, Sum(addresses.0 + ports.0));
+        self.write(offset, &if optional && new == [0; 2] { [0xff; 2] } else { new })
+    }
+
+    fn checksum_is_partial(&mut self, _offset: u32) -> bool {
+        self.partial
+    }
+
+    fn resize(&mut self, length: u32) -> Result<(), Refused> {
+        self.bytes.resize(length as usize, 0);
+        Ok(())
+    }
+
+    fn finish(&mut self, verdict: Verdict, _way: &Way, _ingress: bool) -> i32 {
+        i32::from(matches!(verdict, Verdict::Drop(_)))
+    }
+}

@@ -1,0 +1,56 @@
+//! The maps, as `dataplane_common::tables` says them. Their element counts are defaults: the agent may load others.
+
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::macros::btf_map;
+use dataplane_common::tables::{self, Table};
+
+macro_rules! maps {
+    ($($static:ident: $kind:ident = $name:literal, $table:ident;)+) => {
+        $(
+            #[doc = concat!("The map `", $name, "`.")]
+            #[btf_map(name = $name)]
+            pub static $static: maps!(@type $kind, tables::$table) = <maps!(@type $kind, tables::$table)>::new();
+        )+
+
+        #[cfg(test)]
+        const NAMES: &[(&str, &str)] = &[$(($name, <tables::$table as Table>::NAME),)+];
+    };
+    (@type Array, $table:ty) => { Array<<$table as Table>::Value, { <$table as Table>::CAPACITY }> };
+    (@type PerCpuArray, $table:ty) => { PerCpuArray<<$table as Table>::Value, { <$table as Table>::CAPACITY }> };
+    (@type HashMap, $table:ty) => {
+        HashMap<<$table as Table>::Key, <$table as Table>::Value, { <$table as Table>::CAPACITY }>
+    };
+    (@type LruHashMap, $table:ty) => {
+        LruHashMap<<$table as Table>::Key, <$table as Table>::Value, { <$table as Table>::CAPACITY }>
+    };
+}
+
+maps! {
+    NODE: Array = "node", Nodes;
+    NODE_ADDRS: HashMap = "node_addrs", NodeAddrs;
+    FILTER: Array = "filter", Filter;
+    FRONTENDS: HashMap = "frontends", Frontends;
+    SERVICES: Array = "services", Services;
+    SLOTS: Array = "slots", Slots;
+    BACKENDS: Array = "backends", Backends;
+    HALF_OPEN: LruHashMap = "half_open", HalfOpen;
+    ESTABLISHED: HashMap = "established", Established;
+    CLOSING: LruHashMap = "closing", Closing;
+    SERVICE_TRAFFIC: PerCpuArray = "service_traffic", ServiceTraffic;
+    BACKEND_TRAFFIC: PerCpuArray = "backend_traffic", BackendTraffic;
+    REASONS: PerCpuArray = "reasons", Reasons;
+    SCRATCH: PerCpuArray = "scratch", Scratch;
+    SOCKET_PEERS: LruHashMap = "socket_peers", SocketPeers;
+    SOCKET_CHOICES: LruHashMap = "socket_choices", SocketChoices;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_table_has_its_map_under_its_own_name() {
+        assert!(NAMES.iter().all(|(map, table)| map == table));
+        assert_eq!(NAMES.len(), tables::ALL.len());
+    }
+}

@@ -1,0 +1,571 @@
+//! The walk of a packet, the same at every hook: parse, filter, flow, service, select, route, claim, translate.
+
+use crate::count::{self, Direction};
+use crate::flow::{self, Claim, Place};
+use crate::forward::{self, Origin, Route};
+use crate::frame::Frame;
+use crate::parse::{Obstacle, Packet, parse, tcp};
+use crate::reject::{self, IcmpError};
+use crate::scratch::Scratch;
+use crate::select::{self, Chosen};
+use crate::service::{self, Destination, Source};
+use crate::verdict::{Code, Verdict};
+use crate::{interest, nat};
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_loop};
+use core::ffi::c_void;
+use dataplane_common::backend::BackendStatus;
+use dataplane_common::drop::Reason;
+use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::frontend::FrontendKind;
+use dataplane_common::node::Node;
+use dataplane_common::service::EndpointSet;
+use dataplane_common::{Port, Protocol};
+
+/// Where the packet is met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// From the network.
+    UplinkIngress,
+    /// To the network.
+    UplinkEgress,
+    /// From a pod.
+    PodIngress,
+    /// To a pod.
+    PodEgress,
+}
+
+impl Hook {
+    /// Whether packets come in here.
+    #[inline(always)]
+    pub const fn is_ingress(self) -> bool {
+        matches!(self, Self::UplinkIngress | Self::PodIngress)
+    }
+}
+
+/// A walk under way.
+struct Walk<'a, F> {
+    frame: &'a mut F,
+    hook: Hook,
+    s: &'a mut Scratch,
+}
+
+/// How a translated packet leaves the hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Exit {
+    /// To the host's stack.
+    Stack,
+    /// Past the stack, by the walk's way.
+    Forward,
+    /// Up the stack, as if it had come in on the interface of the walk's way.
+    HandUp,
+}
+
+/// Takes a packet through the dataplane. [`Verdict::Forward`] and [`Verdict::HandUp`] go by `scratch.way`.
+#[inline(always)]
+pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict {
+    let verdict = decide(frame, hook, scratch);
+    match verdict {
+        Verdict::Drop(reason) => {
+            count::reason(reason);
+            verdict
+        }
+        Verdict::Refuse(_) | Verdict::LeaveToTc if F::LEAVES_TO_TC => {
+            count::reason(Reason::XdpLeftToTc);
+            Verdict::Pass
+        }
+        Verdict::Refuse(reason) => answer(frame, scratch, reason).verdict(),
+        Verdict::Pass | Verdict::Forward | Verdict::HandUp | Verdict::Answer => verdict,
+        Verdict::Begin | Verdict::LeaveToTc => Verdict::Pass,
+    }
+}
+
+#[inline(always)]
+fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict {
+    if !parse(frame, &mut scratch.packet) {
+        return Verdict::Pass;
+    }
+    let packet = &scratch.packet;
+    // Z3, first half: before anything else, whatever the destination.
+    if hook == Hook::UplinkIngress && (packet.src.is_loopback() || packet.dst.is_loopback()) {
+        return Verdict::Drop(Reason::Loopback);
+    }
+    let interest = interest::of(packet, hook);
+    if interest.none() {
+        return not_ours(packet, hook);
+    }
+    scratch.key = FlowKey::new(packet.src, packet.src_port, packet.dst, packet.dst_port, packet.proto);
+    let mut walk = Walk { frame, hook, s: scratch };
+    // Two functions of their own, so that neither's stack adds to the other's.
+    if interest.frontend || interest.reply {
+        let known = walk.known();
+        if known != Code::BEGIN {
+            return known.verdict();
+        }
+    }
+    if interest.frontend || interest.closed {
+        return walk.begin(interest.closed).verdict();
+    }
+    Verdict::Pass
+}
+
+/// A packet to no Service's address. What must not leave the node is dropped here (P13), all else passes (Z4).
+#[inline(always)]
+fn not_ours(packet: &Packet, hook: Hook) -> Verdict {
+    if hook == Hook::UplinkEgress && service::in_service_range(&packet.dst) {
+        return Verdict::Drop(Reason::UnknownService);
+    }
+    Verdict::Pass
+}
+
+/// Turns the frame into what tells its sender no.
+#[inline(never)]
+fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Code {
+    let packet = &scratch.packet;
+    let error = if reason == Reason::TtlExceeded {
+        Some(IcmpError::TIME_EXCEEDED)
+    } else if reason == Reason::TooBig {
+        Some(IcmpError::fragmentation_needed(scratch.way.mtu))
+    } else {
+        None
+    };
+    let written = match error {
+        Some(error) => {
+            // In the node's own name, as a router would.
+            let source = service::node().map_or(packet.dst, |node| *forward::primary(node, &packet.dst));
+            reject::icmp(frame, packet, &source, error)
+        }
+        None => reject::refuse(frame, packet),
+    };
+    let (reason, verdict) = match written {
+        Ok(()) => (reason, Verdict::Answer),
+        Err(_) => (Reason::WriteFailed, Verdict::Drop(Reason::WriteFailed)),
+    };
+    count::reason(reason);
+    verdict.into()
+}
+
+impl<F: Frame> Walk<'_, F> {
+    /// A packet of a known flow; [`Verdict::Begin`] if there is none, or if it ended with this packet's arrival.
+    #[inline(never)]
+    fn known(&mut self) -> Code {
+        self.continue_flow().into()
+    }
+
+    #[inline(always)]
+    fn continue_flow(&mut self) -> Verdict {
+        let Some(found) = flow::lookup(&self.s.key, &mut self.s.flow) else { return Verdict::Begin };
+        if !self.applies() {
+            return Verdict::Pass;
+        }
+        if let Some(reason) = self.obstacle() {
+            return Verdict::Drop(reason);
+        }
+        let reply = self.s.flow.has(Flow::REPLY);
+        let status = select::status(self.s.flow.backend);
+        let known = status.generation() == self.s.flow.generation;
+        if !reply && self.begins_anew(found.place, known && status.has(BackendStatus::SERVING)) {
+            flow::remove(&self.s.key, &self.s.flow);
+            return Verdict::Begin;
+        }
+        let exit = match self.exit() {
+            Ok(exit) => exit,
+            Err(verdict) => return verdict,
+        };
+        found.touch(&self.s.flow);
+        if known {
+            let direction = if reply { Direction::Out } else { Direction::In };
+            count::packet(self.s.flow.service, self.s.flow.backend, direction, self.s.packet.length);
+        }
+        progress(&self.s.key, found.place, &self.s.packet, &self.s.flow);
+        self.send(exit)
+    }
+
+    /// Whether this hook is the one that translates this direction of the flow.
+    #[inline(always)]
+    fn applies(&self) -> bool {
+        let flow = &self.s.flow;
+        let ingress = self.hook.is_ingress();
+        let from_node = self.hook == Hook::UplinkEgress;
+        match (flow.has(Flow::REPLY), flow.has(Flow::NODE_CLIENT), flow.has(Flow::SOURCE_TRANSLATED)) {
+            // The node as a client is translated where its packets leave.
+            (false, true, _) => from_node,
+            (false, false, _) => ingress,
+            // The node talks to itself: the answer leaves where the question left.
+            (true, true, true) => from_node,
+            // The reply is addressed to the node and must not be delivered as it is.
+            (true, true, false) | (true, false, true) => ingress,
+            // The reply passes the stack with the endpoint's address and is restored where it leaves.
+            (true, false, false) => !ingress,
+        }
+    }
+
+    /// Whether a client's packet must choose an endpoint again although its flow is known.
+    #[inline(always)]
+    fn begins_anew(&self, place: Place, serving: bool) -> bool {
+        let packet = &self.s.packet;
+        if packet.proto == Protocol::Tcp as u8 {
+            // C2: an established connection is left alone; a new one on the same ports is not bound by the old.
+            let opens = packet.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::SYN);
+            return opens && (!serving || place == Place::Closing);
+        }
+        // C1.
+        if !serving {
+            count::reason(Reason::Rebalanced);
+        }
+        !serving
+    }
+
+    /// How a packet of the flow leaves this hook.
+    ///
+    /// # Errors
+    /// The verdict that ends the walk: there is no way, or the sender must be told so.
+    #[inline(always)]
+    fn exit(&mut self) -> Result<Exit, Verdict> {
+        let flow = &self.s.flow;
+        let node_client = flow.has(Flow::NODE_CLIENT);
+        if flow.has(Flow::REPLY) && node_client {
+            if self.hook == Hook::UplinkIngress && self.frame.ifindex() == flow.uplink {
+                return Ok(Exit::Stack);
+            }
+            if F::LEAVES_TO_TC {
+                return Err(Verdict::LeaveToTc);
+            }
+            (self.s.way.ifindex, self.s.way.destination_mac) = (flow.uplink, flow.uplink_mac);
+            return Ok(Exit::HandUp);
+        }
+        if node_client || flow.has(Flow::SOURCE_TRANSLATED) {
+            return self.routed_exit();
+        }
+        Ok(Exit::Stack)
+    }
+
+    /// Finds the way to the flow's destination past the stack, and the source address the kernel would use.
+    #[inline(never)]
+    fn routed_exit(&mut self) -> Result<Exit, Verdict> {
+        let Scratch { packet, flow, way, fib, .. } = &mut *self.s;
+        let sent = flow.has(Flow::NODE_CLIENT);
+        if !sent && packet.ttl <= 1 {
+            return Err(Verdict::Refuse(Reason::TtlExceeded));
+        }
+        let origin = if sent { Origin::Sent } else { Origin::Received };
+        match forward::route(self.frame, packet, &flow.dst, origin, fib, way) {
+            Route::Via if way.resolved || !F::LEAVES_TO_TC => Ok(Exit::Forward),
+            Route::Via => Err(Verdict::LeaveToTc),
+            Route::Local => {
+                // The endpoint is in the node's own network. The node as its own client would meet a martian: its
+                // packet must come from the frontend's address.
+                way.source = packet.dst;
+                (way.ifindex, way.destination_mac) = (flow.uplink, flow.uplink_mac);
+                Ok(if sent { Exit::HandUp } else { Exit::Stack })
+            }
+            Route::TooBig => Err(Verdict::Refuse(Reason::TooBig)),
+            Route::None(reason) => Err(Verdict::Drop(reason)),
+        }
+    }
+
+    /// Writes the translation and sends the packet on its way.
+    #[inline(always)]
+    fn send(&mut self, exit: Exit) -> Verdict {
+        let (packet, flow) = (&self.s.packet, &self.s.flow);
+        // Only a router lowers the time to live, not the sender itself.
+        let routed = exit == Exit::Forward && !flow.has(Flow::NODE_CLIENT);
+        if nat::apply(self.frame, packet, &nat::plan(packet, flow, routed)).is_err() {
+            return Verdict::Drop(Reason::WriteFailed);
+        }
+        match exit {
+            Exit::Stack => Verdict::Pass,
+            Exit::Forward => Verdict::Forward,
+            Exit::HandUp => Verdict::HandUp,
+        }
+    }
+
+    /// Why a packet that is ours cannot be translated.
+    #[inline(always)]
+    fn obstacle(&self) -> Option<Reason> {
+        match self.s.packet.obstacle {
+            Obstacle::None => None,
+            Obstacle::Fragment => Some(Reason::Fragment),
+            Obstacle::Options => Some(Reason::IpOptions),
+            Obstacle::Malformed => Some(Reason::Malformed),
+            Obstacle::Protocol => Some(Reason::UnsupportedProtocol),
+        }
+    }
+
+    /// A client's packet that belongs to no flow yet.
+    #[inline(never)]
+    fn begin(&mut self, closed: bool) -> Code {
+        self.begin_flow(closed).into()
+    }
+
+    #[inline(always)]
+    fn begin_flow(&mut self, closed: bool) -> Verdict {
+        let packet = &self.s.packet;
+        let source = match self.hook {
+            Hook::PodIngress => Source::Pod,
+            Hook::UplinkIngress => Source::Outside,
+            Hook::UplinkEgress if service::node_address(&packet.src).is_some() => Source::Node,
+            // Forwarded for somebody else: whatever it is, it met its translation where it came in.
+            Hook::UplinkEgress | Hook::PodEgress => return not_ours(packet, self.hook),
+        };
+        let destination = match service::lookup(&packet.dst, packet.dst_port, packet.proto) {
+            Ok(Some(destination)) => destination,
+            Ok(None) if closed && service::is_closed(&packet.dst) => return self.closed_port(),
+            Ok(None) => return not_ours(packet, self.hook),
+            Err(reason) => return Verdict::Drop(reason),
+        };
+        if let Some(reason) = self.obstacle() {
+            return Verdict::Drop(reason);
+        }
+        // Z3, second half.
+        if packet.src.is_multicast_or_broadcast() || packet.src.is_unspecified() || packet.src == packet.dst {
+            return Verdict::Drop(Reason::BadSource);
+        }
+        if packet.tcp(tcp::RST, tcp::RST) {
+            return Verdict::Drop(Reason::StrayReset);
+        }
+        let inside_only = service::node().is_some_and(|node| node.has(Node::CLUSTER_IP_INSIDE_ONLY));
+        if inside_only && source == Source::Outside && destination.kind == FrontendKind::ClusterIp {
+            return Verdict::Drop(Reason::ClusterIpFromOutside);
+        }
+        match service::endpoints(destination, source) {
+            Ok(set) => self.new_flow(destination, source, set),
+            Err(Reason::NoEndpoints) => Verdict::Refuse(Reason::NoEndpoints),
+            Err(reason) => Verdict::Drop(reason),
+        }
+    }
+
+    /// A ClusterIP on a port that no Service has (P13).
+    #[inline(always)]
+    fn closed_port(&self) -> Verdict {
+        let packet = &self.s.packet;
+        let refusable = match packet.obstacle {
+            Obstacle::None => !packet.tcp(tcp::RST, tcp::RST),
+            // Another protocol gets the same answer, but never an error for what may be an error (RFC 1122, 3.2.2).
+            Obstacle::Protocol => packet.proto != ICMP,
+            Obstacle::Fragment | Obstacle::Options | Obstacle::Malformed => false,
+        };
+        if refusable {
+            Verdict::Refuse(Reason::ClosedPort)
+        } else {
+            Verdict::Drop(self.obstacle().unwrap_or(Reason::StrayReset))
+        }
+    }
+
+    /// Chooses an endpoint, enters the flow and sends its first packet.
+    #[inline(always)]
+    fn new_flow(&mut self, destination: Destination, source: Source, set: EndpointSet) -> Verdict {
+        for _ in 0..ENDPOINT_TRIES {
+            let chosen = match select::select(set) {
+                Ok(chosen) => chosen,
+                Err(reason) => return Verdict::Drop(reason),
+            };
+            self.propose(destination, source, &chosen);
+            if self.translates_source(destination, source, &chosen) {
+                return self.enter_translated();
+            }
+            match flow::claim(&self.s.key, &mut self.s.flow, &mut self.s.reply) {
+                Claim::Made => return self.launch(None),
+                // Another flow has the same reply: another endpoint may do.
+                Claim::Taken => {}
+                Claim::Failed => return Verdict::Drop(Reason::FlowInsert),
+            }
+        }
+        // Better a translated source, whatever the policy says, than a client refused.
+        count::reason(Reason::ReplyCollision);
+        self.enter_translated()
+    }
+
+    /// Whether the endpoint must see an address of this node instead of the client's (P4, P5, P9, P10, P11).
+    #[inline(always)]
+    fn translates_source(&self, destination: Destination, source: Source, chosen: &Chosen) -> bool {
+        // P11: the endpoint is the client.
+        if chosen.addr == self.s.packet.src {
+            return true;
+        }
+        match source {
+            Source::Pod => false,
+            // The node as a client of an endpoint in its own network: also a hairpin, whatever address it sends from.
+            Source::Node => service::node_address(&chosen.addr).is_some(),
+            // P10.
+            Source::Outside if destination.kind == FrontendKind::ClusterIp => true,
+            // P7.
+            Source::Outside if service::keeps_source(destination, source) => false,
+            // P4.
+            Source::Outside => {
+                !chosen.status.has(BackendStatus::LOCAL)
+                    || service::node().is_some_and(|node| node.has(Node::MASQUERADE_ALL))
+            }
+        }
+    }
+
+    /// Both halves of a new flow to the chosen endpoint, in the walk's working memory; the source is the client's still.
+    #[inline(always)]
+    fn propose(&mut self, destination: Destination, source: Source, chosen: &Chosen) {
+        let Scratch { packet, flow, reply, .. } = &mut *self.s;
+        let from_node = source == Source::Node;
+        *flow = Flow::with_flags(if from_node { Flow::NODE_CLIENT } else { 0 });
+        (flow.src, flow.src_port) = (packet.src, packet.src_port);
+        (flow.dst, flow.dst_port) = (chosen.addr, chosen.port);
+        (flow.service, flow.backend) = (destination.service, chosen.id);
+        flow.generation = chosen.status.generation();
+        flow.last_seen = flow::now();
+        if from_node {
+            flow.uplink = self.frame.ifindex();
+            // The node's own packets carry the uplink's address as they leave.
+            flow.uplink_mac = self.frame.read::<6>(LINK_SOURCE).unwrap_or_default();
+        }
+        *reply = *flow;
+        reply.set(Flow::REPLY);
+        (reply.src, reply.src_port) = (packet.dst, packet.dst_port);
+        (reply.dst, reply.dst_port) = (packet.src, packet.src_port);
+    }
+
+    /// Finds the way, enters the proposed flow with a translated source, and sends the packet.
+    #[inline(always)]
+    fn enter_translated(&mut self) -> Verdict {
+        self.s.flow.set(Flow::SOURCE_TRANSLATED);
+        self.s.reply.set(Flow::SOURCE_TRANSLATED);
+        let exit = match self.routed_exit() {
+            Ok(exit) => exit,
+            Err(verdict) => return verdict,
+        };
+        let Scratch { key, flow, reply, way, .. } = &mut *self.s;
+        flow.src = way.source;
+        match claim_port(key, flow, reply) {
+            Claim::Made => self.launch(Some(exit)),
+            Claim::Taken => Verdict::Drop(Reason::PortsExhausted),
+            Claim::Failed => Verdict::Drop(Reason::FlowInsert),
+        }
+    }
+
+    /// Sends the first packet of a flow that was entered.
+    #[inline(always)]
+    fn launch(&mut self, exit: Option<Exit>) -> Verdict {
+        let exit = match exit.map_or_else(|| self.exit(), Ok) {
+            Ok(exit) => exit,
+            Err(verdict) => return verdict,
+        };
+        let flow = &self.s.flow;
+        count::new_flow(flow.service, flow.backend);
+        count::packet(flow.service, flow.backend, Direction::In, self.s.packet.length);
+        self.send(exit)
+    }
+}
+
+/// How many endpoints are tried before the source is translated to avoid a collision.
+const ENDPOINT_TRIES: u32 = 3;
+
+/// How many translated source ports are tried (P12).
+const PORT_TRIES: u32 = 32;
+
+/// IP protocol number of ICMP.
+const ICMP: u8 = 1;
+
+/// Offset of the source address in an Ethernet header.
+const LINK_SOURCE: u32 = 6;
+
+/// Moves a flow through its life: half-open, established, closing.
+#[inline(always)]
+fn progress(key: &FlowKey, place: Place, packet: &Packet, flow: &Flow) {
+    match place {
+        Place::HalfOpen => {
+            // A connection that was refused leaves nothing behind.
+            if !confirm(key, packet, flow) && packet.tcp(tcp::RST, tcp::RST) {
+                flow::remove(key, flow);
+            }
+        }
+        Place::Established if packet.proto == Protocol::Tcp as u8 => {
+            if packet.flags & tcp::RST != 0 {
+                flow::close(key);
+            } else if packet.flags & tcp::FIN != 0 {
+                finish(key, flow);
+            }
+        }
+        Place::Established | Place::Closing => {}
+    }
+}
+
+/// A FIN on an established flow: when both ends have sent one, the flow is closing.
+#[inline(always)]
+fn finish(key: &FlowKey, flow: &Flow) {
+    let (own, others) = if flow.has(Flow::REPLY) {
+        (Flow::ENDPOINT_FIN, Flow::CLIENT_FIN)
+    } else {
+        (Flow::CLIENT_FIN, Flow::ENDPOINT_FIN)
+    };
+    flow::note_fin(key, flow, own);
+    if flow.has(others) {
+        flow::close(key);
+    }
+}
+
+/// Takes a half-open flow forward: notes the endpoint's answer, or promotes on the client's proof that it saw one.
+/// Whether the flow is established now.
+#[inline(always)]
+fn confirm(key: &FlowKey, packet: &Packet, flow: &Flow) -> bool {
+    let is_tcp = packet.proto == Protocol::Tcp as u8;
+    if flow.has(Flow::REPLY) {
+        if !is_tcp {
+            flow::answered(flow, packet.proto, None);
+        } else if packet.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::SYN | tcp::ACK) {
+            flow::answered(flow, packet.proto, Some(packet.seq.wrapping_add(1)));
+        }
+        return false;
+    }
+    let confirmed = if is_tcp {
+        packet.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::ACK) && flow::proves(flow, packet.ack)
+    } else {
+        flow.has(Flow::ANSWERED)
+    };
+    if !confirmed {
+        return false;
+    }
+    if let Err(reason) = flow::promote(key) {
+        count::reason(reason);
+        return false;
+    }
+    if packet.tcp(tcp::FIN, tcp::FIN) {
+        flow::note_fin(key, flow, Flow::CLIENT_FIN);
+    }
+    true
+}
+
+/// The search for a translated source port, as its steps see it.
+struct PortSearch<'a> {
+    key: &'a FlowKey,
+    flow: &'a mut Flow,
+    reply: &'a mut Flow,
+    first: u32,
+    range: u32,
+    offset: u32,
+    stride: u32,
+    claim: Claim,
+}
+
+/// Claims a translated source port: from a random start by a random odd stride, a bounded number of tries (P12).
+#[inline(always)]
+fn claim_port(key: &FlowKey, flow: &mut Flow, reply: &mut Flow) -> Claim {
+    let Some(node) = service::node() else { return Claim::Failed };
+    let (first, last) = (node.first_port as u32, node.last_port as u32);
+    if last < first {
+        return Claim::Taken;
+    }
+    let range = last - first + 1;
+    // SAFETY: a helper without arguments.
+    let random = unsafe { bpf_get_prandom_u32() };
+    let (offset, stride) = (random.checked_rem(range).unwrap_or(0), (random >> 16) | 1);
+    let mut search = PortSearch { key, flow, reply, first, range, offset, stride, claim: Claim::Taken };
+    // SAFETY: the callback has the signature that the helper calls, and `search` outlives the call.
+    unsafe { bpf_loop(PORT_TRIES, try_port as *mut c_void, (&raw mut search).cast(), 0) };
+    search.claim
+}
+
+/// One step of the search: 1 ends it. A callback of `bpf_loop`, so that the verifier walks it once.
+unsafe extern "C" fn try_port(_step: u32, search: *mut c_void) -> i64 {
+    // SAFETY: `claim_port` passes a `PortSearch` that outlives the loop.
+    let search = unsafe { &mut *search.cast::<PortSearch<'_>>() };
+    search.flow.src_port = Port::new((search.first + search.offset) as u16);
+    search.claim = flow::claim(search.key, search.flow, search.reply);
+    search.offset = (search.offset + search.stride).checked_rem(search.range).unwrap_or(0);
+    (search.claim != Claim::Taken) as i64
+}

@@ -1,0 +1,39 @@
+//! Working memory of a walk: one element per CPU, because the stack of an eBPF program has 512 bytes only.
+//!
+//! Programs at XDP and tc run with bottom halves disabled and do not nest, so an element has one user at a time. The
+//! socket hooks run in preemptible process context and must not use it.
+
+use crate::maps::SCRATCH;
+use crate::parse::Packet;
+use crate::verdict::Way;
+use aya_ebpf::bindings::bpf_fib_lookup;
+use dataplane_common::flow::{Flow, FlowKey};
+
+/// What a walk knows.
+///
+/// All zero is a valid value: that is how the kernel makes the element.
+#[derive(Clone, Copy)]
+pub struct Scratch {
+    /// The packet's headers.
+    pub packet: Packet,
+    /// Its five-tuple.
+    pub key: FlowKey,
+    /// The flow that was found, or the client's half of the one that begins.
+    pub flow: Flow,
+    /// The endpoint's half of the flow that begins.
+    pub reply: Flow,
+    /// Parameters of a route lookup.
+    pub fib: bpf_fib_lookup,
+    /// Where the packet goes past the stack.
+    pub way: Way,
+}
+
+const _: () = assert!(size_of::<Scratch>() <= size_of::<[u64; 64]>() && align_of::<Scratch>() <= 8);
+
+/// This CPU's working memory.
+#[inline(always)]
+pub fn get() -> Option<&'static mut Scratch> {
+    // SAFETY: the element is large enough and aligned (asserted above), it holds zeros or what an earlier walk left, and
+    // nobody else uses it while this program runs on this CPU.
+    SCRATCH.get_ptr_mut(0).map(|element| unsafe { &mut *element.cast::<Scratch>() })
+}

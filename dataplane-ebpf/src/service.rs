@@ -1,0 +1,134 @@
+//! From a destination to a service port, and from a service port to the set of endpoints that a client may have.
+
+use crate::maps::{FRONTENDS, NODE, NODE_ADDRS, SERVICES};
+use dataplane_common::drop::Reason;
+use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
+use dataplane_common::node::{Node, NodeAddress};
+use dataplane_common::service::{EndpointSet, Policy};
+use dataplane_common::{Addr, Port};
+
+/// Where a client is, as far as policies ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A pod of this node.
+    Pod,
+    /// This node itself.
+    Node,
+    /// Anywhere else.
+    Outside,
+}
+
+/// What a destination leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// Id of the service port.
+    pub service: u32,
+    /// The kind of address that was called.
+    pub kind: FrontendKind,
+}
+
+/// The node's settings; `None` only before the agent wrote them.
+#[inline(always)]
+pub fn node() -> Option<&'static Node> {
+    NODE.get(0)
+}
+
+/// What the node's address `addr` is for; `None` if it is no address of the node.
+#[inline(always)]
+pub fn node_address(addr: &Addr) -> Option<NodeAddress> {
+    // SAFETY: the value is one word and copied at once.
+    unsafe { NODE_ADDRS.get(addr) }.copied()
+}
+
+/// The service port that a destination leads to.
+///
+/// # Errors
+/// [`Reason::CorruptTable`] if the entry is none that this program understands.
+#[inline(always)]
+pub fn lookup(addr: &Addr, port: Port, proto: u8) -> Result<Option<Destination>, Reason> {
+    if let Some(frontend) = exact(&FrontendKey::new(*addr, port, proto)) {
+        return destination(frontend).map(Some);
+    }
+    // P16, P17: node ports answer on the node's chosen addresses only.
+    if !node_address(addr).is_some_and(|address| address.has(NodeAddress::NODE_PORTS)) {
+        return Ok(None);
+    }
+    let any = if addr.is_v4() { Addr::from_v4([0; 4]) } else { Addr::UNSPECIFIED };
+    exact(&FrontendKey::new(any, port, proto)).map(destination).transpose()
+}
+
+/// Whether `addr` is a ClusterIP whose other ports are refused (P13).
+#[inline(always)]
+pub fn is_closed(addr: &Addr) -> bool {
+    exact(&FrontendKey::any_port(*addr)).is_some()
+}
+
+/// Whether `addr` lies in a service range (P13).
+#[inline(always)]
+pub fn in_service_range(addr: &Addr) -> bool {
+    let Some(node) = node() else { return false };
+    let mut found = false;
+    for range in &node.service_ranges {
+        found |= range.contains(addr);
+    }
+    found
+}
+
+/// The endpoints a client at `source` may have (P2 to P9).
+///
+/// # Errors
+/// Why there are none.
+#[inline(always)]
+pub fn endpoints(destination: Destination, source: Source) -> Result<EndpointSet, Reason> {
+    let service = SERVICES.get_ptr(destination.service).ok_or(Reason::CorruptTable)?;
+    // SAFETY: array elements stay; each word is read once, as it was written.
+    let policy: Policy = unsafe { (&raw const (*service).policy).read_volatile() };
+    let external = destination.kind != FrontendKind::ClusterIp;
+    let local = if external {
+        // P5, P6: the node and its pods are spared the detour; P7: anybody else gets local endpoints only.
+        policy.has(Policy::EXTERNAL_LOCAL) && source == Source::Outside
+    } else {
+        policy.has(Policy::INTERNAL_LOCAL)
+    };
+    // SAFETY: as above.
+    let set: EndpointSet = unsafe {
+        if local {
+            (&raw const (*service).local).read_volatile()
+        } else {
+            (&raw const (*service).cluster).read_volatile()
+        }
+    };
+    if set.count() == 0 {
+        // P1 against P2 and P3.
+        return Err(if policy.has(Policy::HAS_ENDPOINTS) {
+            Reason::NoLocalEndpoints
+        } else {
+            Reason::NoEndpoints
+        });
+    }
+    Ok(set)
+}
+
+/// Whether P7 or iTP Local chose among local endpoints, so that the source must be kept.
+#[inline(always)]
+pub fn keeps_source(destination: Destination, source: Source) -> bool {
+    let Some(service) = SERVICES.get_ptr(destination.service) else { return false };
+    // SAFETY: as in `endpoints`.
+    let policy: Policy = unsafe { (&raw const (*service).policy).read_volatile() };
+    destination.kind != FrontendKind::ClusterIp
+        && policy.has(Policy::EXTERNAL_LOCAL)
+        && source == Source::Outside
+}
+
+#[inline(always)]
+fn exact(key: &FrontendKey) -> Option<Frontend> {
+    // SAFETY: the value is one word and copied at once.
+    let word: u64 = unsafe { FRONTENDS.get_ptr(key)?.cast::<u64>().read_volatile() };
+    Some(bytemuck::cast(word))
+}
+
+#[inline(always)]
+fn destination(frontend: Frontend) -> Result<Destination, Reason> {
+    let kind = frontend.kind().map_err(|_| Reason::CorruptTable)?;
+    Ok(Destination { service: frontend.service(), kind })
+}
