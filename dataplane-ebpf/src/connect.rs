@@ -141,14 +141,14 @@ pub fn send<S: SocketAddress>(mut socket: S) -> i32 {
     }
     let key = SocketChoiceKey::new(cookie(&socket), destination.service);
     // SAFETY: the value is one word and copied at once.
-    let kept = unsafe { SOCKET_CHOICES.get(key) }.copied().and_then(still_serves);
+    let kept = unsafe { SOCKET_CHOICES.get(&key) }.copied().and_then(still_serves);
     let (chosen, new) = match kept {
         Some(chosen) => (chosen, false),
         None => {
             let Ok(set) = service::endpoints(destination, source) else { return PROCEED };
             let Ok(chosen) = select::select(set) else { return PROCEED };
             let choice = SocketChoice { backend: chosen.id, generation: chosen.status.generation() };
-            let _ = SOCKET_CHOICES.insert(key, choice, BPF_ANY as u64);
+            let _ = SOCKET_CHOICES.insert(&key, &choice, BPF_ANY as u64);
             (chosen, true)
         }
     };
@@ -163,7 +163,7 @@ pub fn restore<S: SocketAddress>(mut socket: S) -> i32 {
     let (addr, port) = socket.read();
     let key = SocketPeerKey::new(cookie(&socket), addr, port, proto);
     // SAFETY: written once per socket and endpoint; the same socket does not race itself to another frontend.
-    if let Some(peer) = unsafe { SOCKET_PEERS.get(key) } {
+    if let Some(peer) = unsafe { SOCKET_PEERS.get(&key) } {
         let (addr, port) = (peer.addr, peer.port);
         socket.write(&addr, port);
     }
@@ -231,7 +231,7 @@ fn translate<S: SocketAddress>(
         let generation = chosen.status.generation();
         let key = SocketPeerKey::new(cookie(socket), chosen.addr, chosen.port, proto);
         let peer = SocketPeer::new(addr, port, destination.service, chosen.id, generation);
-        let _ = SOCKET_PEERS.insert(key, peer, BPF_ANY as u64);
+        let _ = SOCKET_PEERS.insert(&key, &peer, BPF_ANY as u64);
         count::new_flow(destination.service, chosen.id);
     }
     socket.write(&chosen.addr, chosen.port);

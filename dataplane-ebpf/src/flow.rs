@@ -57,10 +57,10 @@ pub fn lookup(key: &FlowKey, flow: &mut Flow) -> Option<Found> {
         return Some(found);
     }
     if let Some(found) = copy(HALF_OPEN.get_ptr_mut(key), key, Place::HalfOpen, flow) {
-        return HALF_OPEN.get_ptr(flow.partner(key.proto())).is_some().then_some(found);
+        return HALF_OPEN.get_ptr(&flow.partner(key.proto())).is_some().then_some(found);
     }
     if let Some(found) = copy(CLOSING.get_ptr_mut(key), key, Place::Closing, flow) {
-        return CLOSING.get_ptr(flow.partner(key.proto())).is_some().then_some(found);
+        return CLOSING.get_ptr(&flow.partner(key.proto())).is_some().then_some(found);
     }
     // It may have been promoted between the first look and the second.
     copy(ESTABLISHED.get_ptr_mut(key), key, Place::Established, flow)
@@ -96,25 +96,25 @@ pub enum Claim {
 pub fn claim(key: &FlowKey, forward: &mut Flow, reply: &mut Flow) -> Claim {
     let reply_key = forward.partner(key.proto());
     (forward.check, reply.check) = (key.check(), reply_key.check());
-    if ESTABLISHED.get_ptr(reply_key).is_some() || is_taken(CLOSING.get_ptr(reply_key), key) {
+    if ESTABLISHED.get_ptr(&reply_key).is_some() || is_taken(CLOSING.get_ptr(&reply_key), key) {
         return Claim::Taken;
     }
-    if HALF_OPEN.insert(reply_key, *reply, BPF_NOEXIST as u64).is_err() {
+    if HALF_OPEN.insert(&reply_key, &*reply, BPF_NOEXIST as u64).is_err() {
         // A leftover of this very client, or of a flow whose other half was pushed out, may be replaced.
-        if is_taken(HALF_OPEN.get_ptr(reply_key), key) {
+        if is_taken(HALF_OPEN.get_ptr(&reply_key), key) {
             return Claim::Taken;
         }
-        if HALF_OPEN.insert(reply_key, *reply, BPF_ANY as u64).is_err() {
+        if HALF_OPEN.insert(&reply_key, &*reply, BPF_ANY as u64).is_err() {
             return Claim::Failed;
         }
     }
     // A flow of the same reply that was promoted in between has won.
-    if ESTABLISHED.get_ptr(reply_key).is_some() {
-        let _ = HALF_OPEN.remove(reply_key);
+    if ESTABLISHED.get_ptr(&reply_key).is_some() {
+        let _ = HALF_OPEN.remove(&reply_key);
         return Claim::Taken;
     }
-    if HALF_OPEN.insert(key, *forward, BPF_ANY as u64).is_err() {
-        let _ = HALF_OPEN.remove(reply_key);
+    if HALF_OPEN.insert(key, &*forward, BPF_ANY as u64).is_err() {
+        let _ = HALF_OPEN.remove(&reply_key);
         return Claim::Failed;
     }
     Claim::Made
@@ -126,13 +126,13 @@ fn is_taken(reply: Option<*const Flow>, key: &FlowKey) -> bool {
     let Some(reply) = reply else { return false };
     // SAFETY: an element of a map, valid until the program ends.
     let owner = unsafe { (*reply).partner(key.proto()) };
-    owner != *key && (HALF_OPEN.get_ptr(owner).is_some() || CLOSING.get_ptr(owner).is_some())
+    owner != *key && (HALF_OPEN.get_ptr(&owner).is_some() || CLOSING.get_ptr(&owner).is_some())
 }
 
 /// Notes in the client's half what an endpoint's answer shows: the number that the client will acknowledge.
 #[inline(always)]
 pub fn answered(reply: &Flow, proto: u8, expected_ack: Option<u32>) {
-    let Some(forward) = HALF_OPEN.get_ptr_mut(reply.partner(proto)) else { return };
+    let Some(forward) = HALF_OPEN.get_ptr_mut(&reply.partner(proto)) else { return };
     // SAFETY: an element of a map, valid until the program ends; each field is one aligned store, the flags last.
     unsafe {
         let mut flags = Flow::ANSWERED;
@@ -162,29 +162,33 @@ pub fn promote(key: &FlowKey) -> Result<(), Reason> {
     // SAFETY: an element of a map, valid until the program ends.
     let forward: &Flow = unsafe { &*forward };
     let reply_key = forward.partner(key.proto());
-    let Some(reply) = HALF_OPEN.get_ptr(reply_key) else { return Ok(()) };
+    let Some(reply) = HALF_OPEN.get_ptr(&reply_key) else { return Ok(()) };
     // SAFETY: as above.
     let reply: &Flow = unsafe { &*reply };
-    if ESTABLISHED.insert(reply_key, reply, BPF_ANY as u64).is_err() {
+    if ESTABLISHED.insert(&reply_key, reply, BPF_ANY as u64).is_err() {
         return Err(Reason::EstablishedFull);
     }
     if ESTABLISHED.insert(key, forward, BPF_ANY as u64).is_err() {
-        let _ = ESTABLISHED.remove(reply_key);
+        let _ = ESTABLISHED.remove(&reply_key);
         return Err(Reason::EstablishedFull);
     }
     let _ = HALF_OPEN.remove(key);
-    let _ = HALF_OPEN.remove(reply_key);
+    let _ = HALF_OPEN.remove(&reply_key);
     Ok(())
 }
 
 /// Notes a FIN (`flag` says whose) in both halves of an established flow.
-#[inline(always)]
+#[inline(never)]
 pub fn note_fin(key: &FlowKey, flow: &Flow, flag: u32) {
-    for key in [*key, flow.partner(key.proto())] {
-        if let Some(half) = ESTABLISHED.get_ptr_mut(key) {
-            // SAFETY: an element of a map, valid until the program ends.
-            unsafe { (*half).set(flag) };
-        }
+    set_flag(key, flag);
+    set_flag(&flow.partner(key.proto()), flag);
+}
+
+#[inline(always)]
+fn set_flag(key: &FlowKey, flag: u32) {
+    if let Some(half) = ESTABLISHED.get_ptr_mut(key) {
+        // SAFETY: an element of a map, valid until the program ends.
+        unsafe { (*half).set(flag) };
     }
 }
 
@@ -195,25 +199,28 @@ pub fn close(key: &FlowKey) {
     // SAFETY: an element of a map, valid until the program ends.
     let flow: &Flow = unsafe { &*flow };
     let partner_key = flow.partner(key.proto());
-    let Some(partner) = ESTABLISHED.get_ptr(partner_key) else { return };
+    let Some(partner) = ESTABLISHED.get_ptr(&partner_key) else { return };
     // SAFETY: as above.
     let partner: &Flow = unsafe { &*partner };
-    if CLOSING.insert(partner_key, partner, BPF_ANY as u64).is_err()
+    if CLOSING.insert(&partner_key, partner, BPF_ANY as u64).is_err()
         || CLOSING.insert(key, flow, BPF_ANY as u64).is_err()
     {
         return;
     }
     let _ = ESTABLISHED.remove(key);
-    let _ = ESTABLISHED.remove(partner_key);
+    let _ = ESTABLISHED.remove(&partner_key);
 }
 
 /// Removes a flow, both directions.
 #[inline(never)]
 pub fn remove(key: &FlowKey, flow: &Flow) {
-    let partner = flow.partner(key.proto());
-    for key in [key, &partner] {
-        let _ = ESTABLISHED.remove(key);
-        let _ = HALF_OPEN.remove(key);
-        let _ = CLOSING.remove(key);
-    }
+    remove_half(key);
+    remove_half(&flow.partner(key.proto()));
+}
+
+#[inline(always)]
+fn remove_half(key: &FlowKey) {
+    let _ = ESTABLISHED.remove(key);
+    let _ = HALF_OPEN.remove(key);
+    let _ = CLOSING.remove(key);
 }

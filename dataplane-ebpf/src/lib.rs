@@ -3,6 +3,10 @@
 //! [`path::walk`] is the whole of it: parse, flow, service, select, route, claim, translate. XDP and tc run the same walk
 //! through a [`frame::Frame`]; a third frame over a byte slice lets parsing and rewriting be tested on the host.
 #![no_std]
+#![expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key by value is one more copy on a stack of 512 bytes"
+)]
 
 #[cfg(test)]
 extern crate std;
