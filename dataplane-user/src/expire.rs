@@ -166,7 +166,7 @@ impl Census {
             present.insert(hasher.hash_one(key));
             let age = clock.since(flow.last_seen);
             if age >= ALONE {
-                let candidate = Candidate { partner: flow.partner(key.proto), flags: flow.flags(), age };
+                let candidate = Candidate { partner: flow.partner(key.proto()), flags: flow.flags(), age };
                 candidates.insert(key, candidate);
             }
         })?;
@@ -189,7 +189,7 @@ where
     for (key, candidate) in &census.candidates {
         if let Some(partner) = census.candidates.get(&candidate.partner) {
             // Both directions say the same of themselves, so both are found here.
-            let limit = limit(key.proto, candidate.flags | partner.flags);
+            let limit = limit(key.proto(), candidate.flags | partner.flags);
             if candidate.age.min(partner.age) >= limit {
                 idle.push(*key);
             }

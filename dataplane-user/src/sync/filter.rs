@@ -138,8 +138,8 @@ impl LingeringBits {
             return;
         }
         let needed = [
-            FilterBit::frontend(&key.dst, key.dst_port, key.proto),
-            FilterBit::backend(&key.src, key.src_port, key.proto),
+            FilterBit::frontend(&key.dst, key.dst_port, key.proto()),
+            FilterBit::backend(&key.src, key.src_port, key.proto()),
             FilterBit::node_address(&key.dst),
         ];
         for bit in needed {
