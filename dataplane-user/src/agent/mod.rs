@@ -1,12 +1,162 @@
 //! The node agent: wires the watches, the compiler, `sync` and the kernel together. It calls and decides nothing itself.
+//!
+//! Whatever ends it, it leaves everything in place: the kernel goes on serving (C3).
 
+mod dataplane;
+mod dry_run;
+mod hooks;
 mod notify;
+mod serve;
+mod settings;
 
 use crate::config::AgentArgs;
-use anyhow::Result;
+use crate::health::Health;
+use crate::kernel::attach::Attachments;
+use crate::kernel::clock::Clock;
+use crate::kernel::links::{self, Interfaces};
+use crate::kernel::maps::{KernelMaps, Map};
+use crate::kernel::object::{Object, Options, ProgramLog};
+use crate::kernel::pins::Pins;
+use crate::kernel::{capability, probe};
+use crate::metrics::Metrics;
+use crate::model::Change;
+use crate::watch::{self, Watch};
+use anyhow::{Context as _, Result};
+use dataplane::Dataplane;
+use dataplane_common::drop::Reason;
+use dataplane_common::tables;
+use hooks::Hooks;
+use serve::Service;
+use settings::Settings;
+use std::sync::Arc;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
 
-/// Runs until SIGTERM or SIGINT. Leaves everything in place.
+/// How many changes may wait for the loop before the sources wait for it.
+const CHANGES: usize = 1_024;
+/// Threads of the runtime: one for the loop, one for all else.
+const THREADS: usize = 2;
+
+/// Runs until SIGTERM or SIGINT, or prints what it would do.
+///
+/// # Errors
+/// What keeps it from starting, and what to do about it.
 pub fn run(args: AgentArgs) -> Result<()> {
-    tracing::info!(bpffs = %args.bpffs.display(), "agent of Portolan {}", env!("CARGO_PKG_VERSION"));
-    anyhow::bail!("the agent is not wired up yet")
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build()?;
+    // The loop must not share a thread with tasks that wait for it.
+    runtime.block_on(async move {
+        if args.dry_run {
+            return dry_run::print(&args).await;
+        }
+        tokio::spawn(serve(args)).await?
+    })
+}
+
+async fn serve(args: AgentArgs) -> Result<()> {
+    tracing::info!("Portolan {}, pins in {}", env!("CARGO_PKG_VERSION"), args.bpffs.display());
+    capability::check()?;
+    let features = probe::features()?;
+    tracing::info!("{features}");
+    let cgroup = match args.socket_lb {
+        crate::config::SocketLb::Off => None,
+        crate::config::SocketLb::All | crate::config::SocketLb::Host => {
+            Some(probe::cgroup(args.cgroup.as_deref())?)
+        }
+    };
+    let pins = Pins::new(&args.bpffs);
+    pins.prepare()?;
+    let _held = pins.hold()?;
+
+    let log = tracing::enabled!(target: "dataplane_ebpf", tracing::Level::DEBUG);
+    let mut object = Object::open(&Options { pins: Some(&pins), sizes: &args.map_sizes(), log })?;
+    if log {
+        tokio::spawn(forward_log(object.logger().context("the programs' log")?));
+    }
+    let clock = Clock::new(&mut object)?;
+    let attachments = Attachments::new(object, pins.clone(), &features, args.xdp, args.socket_lb)?;
+    let interfaces = links::follow().await?;
+    let maps = KernelMaps::open(&pins.maps())?;
+
+    let health = Arc::new(Health::new(args.healthy_within));
+    let metrics = Arc::new(Metrics::default());
+    spawn_servers(&args, &pins, &health, &metrics)?;
+    let netns_cookie = links::netns_cookie().context("the cookie of this network namespace")?;
+    let settings = Settings::new(&args, netns_cookie, features.fib_source);
+    let (sender, changes) = mpsc::channel(CHANGES);
+    let watch = watch_objects(&args, &settings, sender).await?;
+
+    let choice = settings::choice(&args);
+    let mut hooks = Hooks {
+        attachments,
+        interfaces: interfaces.clone(),
+        choice: choice.clone(),
+        cgroup,
+        health: health.clone(),
+        metrics: metrics.clone(),
+        told: hooks::Told::default(),
+    };
+    hooks.start();
+    let hooks = tokio::spawn(hooks.run());
+
+    let addresses = own_addresses(&interfaces.borrow(), &choice);
+    let dataplane = Dataplane::open(settings, maps, addresses)?;
+    let service = Service::new(dataplane, watch, health, metrics, clock, &args);
+    let result = service.run(changes, interfaces, choice).await;
+    hooks.abort();
+    result
+}
+
+fn own_addresses(interfaces: &Interfaces, choice: &links::Choice) -> Vec<std::net::IpAddr> {
+    interfaces.own_addresses(&interfaces.roles(choice))
+}
+
+async fn watch_objects(
+    args: &AgentArgs,
+    settings: &Settings,
+    changes: mpsc::Sender<Change>,
+) -> Result<Watch> {
+    let options = watch::Options {
+        node_name: settings.node_name.clone(),
+        service_proxy_name: settings.proxy_name.clone(),
+    };
+    match &args.manifests {
+        Some(folder) => Ok(watch::manifests::watch(folder.clone(), options, changes)?),
+        None => anyhow::bail!("this build reads manifests only: give --manifests DIR"),
+    }
+}
+
+fn spawn_servers(args: &AgentArgs, pins: &Pins, health: &Arc<Health>, metrics: &Arc<Metrics>) -> Result<()> {
+    if let Some(address) = args.healthz_bind_address.0 {
+        let health = health.clone();
+        tokio::spawn(crate::http::serve("health", address, move |path| health.page(path)));
+    }
+    if let Some(address) = args.metrics_bind_address.0 {
+        let reasons = Map::<tables::Reasons>::open(&pins.maps())?;
+        let metrics = metrics.clone();
+        let page = move |path: &str| match path {
+            "/metrics" => crate::http::Page::text(200, metrics.text(&reason_counts(&reasons))),
+            "/proxyMode" => crate::http::Page::text(200, "ebpf"),
+            _ => crate::http::Page::not_found(),
+        };
+        tokio::spawn(crate::http::serve("metrics", address, page));
+    }
+    Ok(())
+}
+
+/// How often each reason occurred, over all CPUs.
+fn reason_counts(reasons: &Map<tables::Reasons>) -> Vec<(&'static str, u64)> {
+    let count = |reason: &Reason| reasons.sum(&u32::from(*reason as u8)).ok().flatten().unwrap_or_default();
+    Reason::ALL.iter().map(|reason| (reason.label(), count(reason))).collect()
+}
+
+/// Passes on what the programs log.
+async fn forward_log(logger: ProgramLog) {
+    // SAFETY: the logger keeps its one descriptor open and the same for as long as it lives.
+    let registered = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
+    let Ok(mut logger) = registered else { return };
+    while let Ok(mut ready) = logger.readable_mut().await {
+        ready.get_inner_mut().flush();
+        ready.clear_ready();
+    }
 }

@@ -4,6 +4,7 @@ pub mod attach;
 pub mod bpf;
 pub mod capability;
 pub mod cleanup;
+pub mod clock;
 mod clsact;
 pub mod hook;
 pub mod link;

@@ -15,7 +15,7 @@ use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use dataplane_common::tables;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 /// The programs, compiled by the build script.
@@ -82,6 +82,22 @@ pub struct Options<'a> {
     pub sizes: &'a [MapSize],
     /// Whether programs tell why they drop or refuse packets. Off, it costs them nothing.
     pub log: bool,
+}
+
+/// Records that the programs log; readable when there are some.
+pub struct ProgramLog(aya_log::EbpfLogger<&'static dyn log::Log>);
+
+impl ProgramLog {
+    /// Passes on all records that there are.
+    pub fn flush(&mut self) {
+        self.0.flush();
+    }
+}
+
+impl AsRawFd for ProgramLog {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
 }
 
 /// The object, loaded.
@@ -208,8 +224,8 @@ impl Object {
     ///
     /// # Errors
     /// If the object logs nothing.
-    pub fn logger(&mut self) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>, aya_log::Error> {
-        aya_log::EbpfLogger::init(&mut self.ebpf)
+    pub fn logger(&mut self) -> Result<ProgramLog, aya_log::Error> {
+        aya_log::EbpfLogger::init(&mut self.ebpf).map(ProgramLog)
     }
 
     /// The tc program of this name, for attaching by clsact.

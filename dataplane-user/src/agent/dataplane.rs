@@ -1,0 +1,376 @@
+//! One node's dataplane: objects in, tables out, whatever holds the tables.
+//!
+//! It keeps what could not be written yet and tries it again; nothing that an object says can end it (Z5).
+
+use super::settings::Settings;
+use crate::compile::{self, Compiler, Complaint, Context, NodeTables, ServiceTables};
+use crate::kernel::maps::MapError;
+use crate::model::{Change, Dirty, Kind, Object, ObjectName, Store};
+use crate::sync::{Maps, Mirror, Outcome};
+use dataplane_common::Addr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::time::{Instant, SystemTime};
+
+/// The kinds that must have been listed before the first tables are written.
+const KINDS: [Kind; 4] = crate::watch::KINDS;
+
+/// What a flush came to.
+#[derive(Debug, Default)]
+pub(super) struct Flushed {
+    /// What `sync` says.
+    pub(super) outcome: Outcome,
+    /// When the endpoints changed that are in the kernel now.
+    pub(super) triggers: Vec<SystemTime>,
+}
+
+/// What dirty objects were compiled to; the node's tables only if they may differ.
+struct Compilation {
+    services: BTreeMap<ObjectName, compile::Compiled>,
+    node: Option<(NodeTables, Vec<Complaint>)>,
+}
+
+/// The objects, the compiler and the mirror of the tables in `maps`.
+#[derive(Debug)]
+pub(super) struct Dataplane<M> {
+    settings: Settings,
+    maps: M,
+    store: Store,
+    compiler: Compiler,
+    mirror: Mirror,
+    addresses: Vec<IpAddr>,
+    listed: BTreeSet<Kind>,
+    dirty: Dirty,
+    complete: bool,
+    triggers: Vec<SystemTime>,
+    /// What objects get wrong now, by Service; without a name, the node.
+    complaints: BTreeMap<Option<ObjectName>, Vec<Complaint>>,
+    /// What of it nobody was told yet.
+    news: Vec<Complaint>,
+}
+
+impl<M: Maps> Dataplane<M> {
+    /// Reads what `maps` hold. `addresses` are those on the node's interfaces, in the order that decides which is primary.
+    ///
+    /// # Errors
+    /// If a map cannot be read.
+    pub(super) fn open(settings: Settings, maps: M, addresses: Vec<IpAddr>) -> Result<Self, MapError> {
+        let mirror = Mirror::open(&maps, Instant::now())?;
+        Ok(Self {
+            store: Store::new(settings.node_name.clone()),
+            settings,
+            maps,
+            compiler: Compiler::default(),
+            mirror,
+            addresses,
+            listed: BTreeSet::new(),
+            dirty: Dirty { node: true, ..Dirty::default() },
+            complete: false,
+            triggers: Vec::new(),
+            complaints: BTreeMap::new(),
+            news: Vec::new(),
+        })
+    }
+
+    /// The maps.
+    #[cfg(test)]
+    pub(super) fn maps(&self) -> &M {
+        &self.maps
+    }
+
+    /// What the kernel holds.
+    pub(super) fn mirror(&mut self) -> (&mut Mirror, &M) {
+        (&mut self.mirror, &self.maps)
+    }
+
+    /// The objects.
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Whether a complete snapshot was written.
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// Whether all was told that the first tables need.
+    pub(super) fn is_informed(&self) -> bool {
+        KINDS.iter().all(|kind| self.listed.contains(kind))
+            && (!self.settings.needs_node || self.store.own_node().is_some())
+    }
+
+    /// Whether something waits to be written.
+    pub(super) fn is_dirty(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    /// What objects get wrong and did not a moment ago; each is told once.
+    pub(super) fn new_complaints(&mut self) -> Vec<Complaint> {
+        std::mem::take(&mut self.news)
+    }
+
+    /// All that objects get wrong now.
+    pub(super) fn complaints(&self) -> impl Iterator<Item = &Complaint> {
+        self.complaints.values().flatten()
+    }
+
+    /// Takes in a change; writes nothing.
+    pub(super) fn take_in(&mut self, change: Change) {
+        match &change {
+            Change::Applied(Object::EndpointSlice(slice)) if self.complete => {
+                let trigger =
+                    slice.trigger_time.as_deref().and_then(|time| time.parse::<jiff::Timestamp>().ok());
+                self.triggers.extend(trigger.map(SystemTime::from));
+            }
+            Change::Replaced(kind, _) => {
+                self.listed.insert(*kind);
+            }
+            Change::Applied(_) | Change::Deleted(_) | Change::Unreadable { .. } => {}
+        }
+        self.dirty.merge(self.store.apply(change));
+    }
+
+    /// The addresses on the node's interfaces are these now.
+    pub(super) fn set_addresses(&mut self, addresses: Vec<IpAddr>) {
+        if self.addresses == addresses {
+            return;
+        }
+        let (old, new) = (addrs(&self.addresses), addrs(&addresses));
+        let changed = old.symmetric_difference(&new).copied().collect();
+        self.dirty.services.append(&mut self.store.services_with_cluster_ip(&changed));
+        self.dirty.node = true;
+        self.addresses = addresses;
+    }
+
+    /// Compiles and writes what waits, as soon as all was told that it needs. What fails waits for the next flush.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub(super) fn flush(&mut self) -> Result<Option<Flushed>, MapError> {
+        if !self.is_informed() || (self.complete && self.dirty.is_empty()) {
+            return Ok(None);
+        }
+        let dirty = std::mem::take(&mut self.dirty);
+        let result = self.write(&dirty);
+        match result {
+            Ok(mut flushed) => {
+                self.complete = true;
+                flushed.triggers = std::mem::take(&mut self.triggers);
+                Ok(Some(flushed))
+            }
+            Err(error) => {
+                self.dirty.merge(dirty);
+                Err(error)
+            }
+        }
+    }
+
+    /// All tables as text: the node's, then each Service's by name.
+    pub(super) fn text(&mut self) -> String {
+        let context = self.context();
+        let ips = self.compiler.load_balancer_ips(&context.node_addresses);
+        let (node, _) = compile::node(&self.settings.node, self.store.own_node(), &self.addresses, &ips);
+        let update = self.compiler.update(&self.store, &self.store.service_names(), &context);
+        let mut text = node.to_string();
+        for (name, compiled) in update.services {
+            let _ = write!(text, "Service {name}\n{}", compiled.tables);
+        }
+        text
+    }
+
+    fn context(&self) -> Context {
+        let addresses = addrs(&self.addresses);
+        Context::new(&self.store, self.settings.proxy_name.clone(), &self.settings.cluster_cidrs, addresses)
+    }
+
+    fn write(&mut self, dirty: &Dirty) -> Result<Flushed, MapError> {
+        let Compilation { services, node } = self.compile(dirty);
+        let mut flushed = Flushed::default();
+        let now = Instant::now();
+        if let Some((tables, complaints)) = node {
+            self.complain(None, complaints);
+            flushed.outcome = self.mirror.set_node(&self.maps, &tables, now)?;
+        }
+        let names: Vec<_> = services.keys().cloned().collect();
+        let mut tables: BTreeMap<ObjectName, ServiceTables> = BTreeMap::new();
+        for (name, compiled) in services {
+            self.complain(Some(name.clone()), compiled.complaints);
+            tables.insert(name, compiled.tables);
+        }
+        let wanted =
+            names.iter().map(|name| (name, tables.get(name).filter(|it| **it != ServiceTables::default())));
+        let outcome = if self.complete {
+            self.mirror.change(&self.maps, wanted, now)?
+        } else {
+            let all = wanted.filter_map(|(name, tables)| Some((name, tables?)));
+            self.mirror.replace(&self.maps, all, now)?
+        };
+        flushed.outcome = add(flushed.outcome, outcome);
+        Ok(flushed)
+    }
+
+    /// What is dirty, compiled: all there is, if nothing was written yet.
+    fn compile(&mut self, dirty: &Dirty) -> Compilation {
+        let context = self.context();
+        let all;
+        let services = if self.complete {
+            &dirty.services
+        } else {
+            all = self.store.service_names();
+            &all
+        };
+        let update = self.compiler.update(&self.store, services, &context);
+        let node = (dirty.node || update.node || !self.complete).then(|| {
+            if self.settings.service_cidrs.is_empty() {
+                self.settings.node.service_ranges = self.store.service_ranges();
+            }
+            let ips = self.compiler.load_balancer_ips(&context.node_addresses);
+            compile::node(&self.settings.node, self.store.own_node(), &self.addresses, &ips)
+        });
+        Compilation { services: update.services, node }
+    }
+
+    /// Replaces what is wrong with one Service.
+    fn complain(&mut self, about: Option<ObjectName>, complaints: Vec<Complaint>) {
+        let old = match complaints.is_empty() {
+            true => self.complaints.remove(&about),
+            false => self.complaints.insert(about, complaints.clone()),
+        };
+        let old = old.unwrap_or_default();
+        self.news.extend(complaints.into_iter().filter(|complaint| !old.contains(complaint)));
+    }
+}
+
+fn addrs(addresses: &[IpAddr]) -> BTreeSet<Addr> {
+    addresses.iter().map(|address| Addr::from(*address)).collect()
+}
+
+/// Both outcomes as one.
+pub(super) fn add(mut first: Outcome, second: Outcome) -> Outcome {
+    first.ops += second.ops;
+    first.calls += second.calls;
+    first.refused.extend(second.refused);
+    first.names_changed |= second.names_changed;
+    first.repaired += second.repaired;
+    first
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Cli, Command};
+    use crate::sync::MemoryMaps;
+    use crate::watch::manifests;
+    use clap::Parser as _;
+    use dataplane_common::tables;
+
+    const WEB: &str = "
+apiVersion: v1
+kind: Service
+metadata: {namespace: default, name: web}
+spec: {clusterIP: 10.96.0.10, ports: [{port: 80}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {namespace: default, name: web-1, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{port: 8080}]
+endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
+";
+
+    fn dataplane(maps: MemoryMaps) -> Dataplane<MemoryMaps> {
+        let cli = Cli::try_parse_from(["portolan", "agent", "--node-name", "n", "--manifests", "d"]).unwrap();
+        let Command::Agent(args) = cli.command else { panic!("not the agent") };
+        let own = vec!["192.0.2.1".parse().unwrap()];
+        Dataplane::open(Settings::new(&args, 1, true), maps, own).unwrap()
+    }
+
+    fn objects(text: &str) -> Vec<Object> {
+        let (objects, errors) = manifests::parse(text, "test.yaml");
+        assert!(errors.is_empty(), "{errors:?}");
+        objects
+    }
+
+    fn list(dataplane: &mut Dataplane<MemoryMaps>, kinds: &[Kind], text: &str) {
+        for kind in kinds {
+            let of_kind =
+                objects(text).into_iter().filter(|object| object.reference().kind == *kind).collect();
+            dataplane.take_in(Change::Replaced(*kind, of_kind));
+        }
+    }
+
+    fn frontends(dataplane: &Dataplane<MemoryMaps>) -> usize {
+        let mut count = 0;
+        dataplane.maps().visit::<tables::Frontends>(|_, _| count += 1).unwrap();
+        count
+    }
+
+    #[test]
+    fn nothing_is_written_before_every_kind_was_listed() {
+        let mut dataplane = dataplane(MemoryMaps::default());
+        list(&mut dataplane, &[Kind::Service, Kind::EndpointSlice, Kind::Node], WEB);
+        assert!(dataplane.flush().unwrap().is_none());
+        assert_eq!(frontends(&dataplane), 0);
+        list(&mut dataplane, &[Kind::ServiceCidr], "");
+        assert!(dataplane.flush().unwrap().is_some());
+        // The port, and the refusal of all other ports (P13).
+        assert_eq!(frontends(&dataplane), 2);
+        assert!(dataplane.is_complete());
+    }
+
+    #[test]
+    fn a_service_that_goes_leaves_nothing() {
+        let mut dataplane = dataplane(MemoryMaps::default());
+        list(&mut dataplane, &KINDS, WEB);
+        dataplane.flush().unwrap();
+        list(&mut dataplane, &[Kind::Service], "");
+        assert!(dataplane.is_dirty());
+        dataplane.flush().unwrap();
+        assert_eq!(frontends(&dataplane), 0);
+        assert_eq!(dataplane.mirror().0.sizes(), (0, 0, 0));
+    }
+
+    /// Z5
+    #[test]
+    fn a_complaint_is_told_once_and_goes_with_its_cause() {
+        let mut dataplane = dataplane(MemoryMaps::default());
+        let bad = WEB.replace("10.0.0.2", "127.0.0.1");
+        list(&mut dataplane, &KINDS, &bad);
+        dataplane.flush().unwrap();
+        assert_eq!(dataplane.new_complaints().len(), 1);
+        list(&mut dataplane, &[Kind::Service], &bad.replace("port: 80}", "port: 81}"));
+        dataplane.flush().unwrap();
+        assert_eq!(dataplane.new_complaints(), []);
+        assert_eq!(dataplane.complaints().count(), 1);
+        list(&mut dataplane, &[Kind::EndpointSlice], WEB);
+        dataplane.flush().unwrap();
+        assert_eq!(dataplane.complaints().count(), 0);
+    }
+
+    #[test]
+    fn a_full_table_costs_the_service_that_found_no_room_only() {
+        let mut dataplane = dataplane(MemoryMaps::with_capacities([("frontends", 3)]));
+        let second = WEB.replace("name: web", "name: two").replace("10.96.0.10", "10.96.0.11");
+        let second = second.replace("service-name: web", "service-name: two");
+        list(&mut dataplane, &KINDS, &format!("{WEB}---{second}"));
+        let flushed = dataplane.flush().unwrap().unwrap();
+        assert_eq!(flushed.outcome.refused.len(), 1);
+        assert!(flushed.outcome.refused[0].error.to_string().contains("--map-size frontends="));
+        assert_eq!(frontends(&dataplane), 2);
+    }
+
+    #[test]
+    fn an_address_of_the_node_is_followed() {
+        let mut dataplane = dataplane(MemoryMaps::default());
+        list(&mut dataplane, &KINDS, WEB);
+        dataplane.flush().unwrap();
+        dataplane.set_addresses(vec!["192.0.2.1".parse().unwrap(), "10.96.0.10".parse().unwrap()]);
+        dataplane.flush().unwrap();
+        // P13: a ClusterIP that is on an interface of this node is left to the node.
+        assert_eq!(frontends(&dataplane), 1);
+        let mut addresses = 0;
+        dataplane.maps().visit::<tables::NodeAddrs>(|_, _| addresses += 1).unwrap();
+        assert_eq!(addresses, 2);
+    }
+}

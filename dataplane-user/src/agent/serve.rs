@@ -1,0 +1,340 @@
+//! The loop: changes in, tables written, signals heard. Everything that waits is tried again; only a signal ends it.
+
+use super::dataplane::{Dataplane, Flushed};
+use super::notify::{State, notify};
+use crate::compile::Complaint;
+use crate::config::AgentArgs;
+use crate::expire::{self, IdleTimes};
+use crate::health::{AUTOSCALER_TAINT, Health};
+use crate::kernel::clock::Clock;
+use crate::kernel::links::{Choice, Interfaces};
+use crate::kernel::maps::{KernelMaps, MapError};
+use crate::metrics::Metrics;
+use crate::model::{Change, Kind, Object};
+use crate::sync::{LingeringBits, Outcome};
+use crate::watch::Watch;
+use crate::watch::events::{Event, Severity};
+use anyhow::{Result, bail};
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval};
+
+/// How many changes are taken in before their tables are written.
+const BATCH: usize = 256;
+/// Time between tries of what found no room, and between looks at what is due.
+const TICK: Duration = Duration::from_secs(1);
+/// Time between two sweeps of the flow tables.
+const SWEEP: Duration = Duration::from_secs(15);
+/// The first and the longest wait after the kernel refused a write.
+const RETRY: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
+
+type Sweeping = JoinHandle<Result<LingeringBits, MapError>>;
+
+/// The dataplane and all that is told about it.
+pub(super) struct Service {
+    dataplane: Dataplane<KernelMaps>,
+    watch: Watch,
+    health: Arc<Health>,
+    metrics: Arc<Metrics>,
+    clock: Arc<Clock>,
+    idle: IdleTimes,
+    audit_period: Duration,
+    audited: Instant,
+    swept: Instant,
+    sweeping: Option<Sweeping>,
+    /// After a refusal: how long to wait, and until when.
+    backoff: Option<(Duration, Instant)>,
+    ready: bool,
+    /// The Services that found no room, as far as that was told.
+    refused: usize,
+}
+
+impl Service {
+    pub(super) fn new(
+        mut dataplane: Dataplane<KernelMaps>,
+        watch: Watch,
+        health: Arc<Health>,
+        metrics: Arc<Metrics>,
+        clock: Clock,
+        args: &AgentArgs,
+    ) -> Self {
+        let (_, _, frontends) = dataplane.mirror().0.sizes();
+        if frontends > 0 {
+            tracing::info!("{frontends} frontends of an earlier agent are in the kernel and served");
+            health.serving();
+        }
+        let idle = IdleTimes {
+            established: args.conntrack_tcp_timeout_established,
+            udp: args.conntrack_udp_timeout_stream,
+            ..IdleTimes::default()
+        };
+        Self {
+            dataplane,
+            watch,
+            health,
+            metrics,
+            clock: Arc::new(clock),
+            idle,
+            audit_period: args.audit_period,
+            audited: Instant::now(),
+            swept: Instant::now(),
+            sweeping: None,
+            backoff: None,
+            ready: false,
+            refused: 0,
+        }
+    }
+
+    /// Until SIGTERM or SIGINT.
+    pub(super) async fn run(
+        mut self,
+        mut changes: mpsc::Receiver<Change>,
+        mut interfaces: watch::Receiver<Interfaces>,
+        choice: Choice,
+    ) -> Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut batch = Vec::with_capacity(BATCH);
+        loop {
+            tokio::select! {
+                biased;
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => {
+                    notify(State::Reloading);
+                    self.audit();
+                    notify(State::Ready);
+                }
+                _ = tick.tick() => self.tick().await,
+                changed = interfaces.changed() => {
+                    changed?;
+                    let addresses = super::own_addresses(&interfaces.borrow_and_update(), &choice);
+                    self.dataplane.set_addresses(addresses);
+                    self.flush();
+                }
+                count = changes.recv_many(&mut batch, BATCH) => {
+                    if count == 0 {
+                        bail!("the source of objects ended: this is a fault of portolan");
+                    }
+                    batch.drain(..).for_each(|change| self.take_in(change));
+                    self.flush();
+                }
+            }
+        }
+        notify(State::Stopping);
+        tracing::info!("ending; the programs and their tables stay");
+        Ok(())
+    }
+
+    fn take_in(&mut self, change: Change) {
+        let node_before = self.dataplane.store().own_node().cloned();
+        match &change {
+            Change::Unreadable { object, error } => {
+                tracing::error!("{object}: {error}; what was known of it stays");
+                self.metrics.unreadable.add(1);
+            }
+            Change::Applied(Object::Service(_)) => self.metrics.service_changes.add(1),
+            Change::Applied(Object::EndpointSlice(_)) => self.metrics.endpoint_changes.add(1),
+            Change::Deleted(object) => match object.kind {
+                Kind::Service => self.metrics.service_changes.add(1),
+                Kind::EndpointSlice => self.metrics.endpoint_changes.add(1),
+                Kind::Node | Kind::ServiceCidr => {}
+            },
+            Change::Applied(_) | Change::Replaced(..) => {}
+        }
+        self.dataplane.take_in(change);
+        let node = self.dataplane.store().own_node();
+        if node != node_before.as_ref() {
+            let goes = |node: &crate::model::Node| {
+                node.deleting || node.taints.iter().any(|taint| **taint == *AUTOSCALER_TAINT)
+            };
+            self.health.eligible(!node.is_some_and(goes));
+        }
+    }
+
+    /// Writes what waits, unless the kernel refused a moment ago.
+    fn flush(&mut self) {
+        if self.backoff.is_some_and(|(_, until)| Instant::now() < until) {
+            return;
+        }
+        if self.dataplane.is_informed() && self.dataplane.is_dirty() {
+            self.health.queued();
+            self.metrics.queued.set_now();
+        }
+        let begun = Instant::now();
+        match self.dataplane.flush() {
+            Ok(None) => {}
+            Ok(Some(flushed)) => self.flushed(flushed, begun.elapsed()),
+            Err(error) => self.failed(&error),
+        }
+        for complaint in self.dataplane.new_complaints() {
+            self.complain(&complaint);
+        }
+    }
+
+    fn flushed(&mut self, flushed: Flushed, took: Duration) {
+        self.backoff = None;
+        self.metrics.sync.observe(took);
+        let now = SystemTime::now();
+        for trigger in flushed.triggers {
+            self.metrics.programming.observe(now.duration_since(trigger).unwrap_or_default());
+        }
+        tracing::debug!(
+            "{} entries in {} calls and {} µs",
+            flushed.outcome.ops,
+            flushed.outcome.calls,
+            took.as_micros()
+        );
+        self.account(flushed.outcome);
+        self.count_complaints();
+        if !self.ready {
+            self.ready = true;
+            let (ports, backends, frontends) = self.dataplane.mirror().0.sizes();
+            tracing::info!(
+                "{ports} service ports, {backends} backends and {frontends} frontends in {} ms",
+                took.as_millis()
+            );
+            self.health.serving();
+            println!("ready");
+            notify(State::Ready);
+        }
+    }
+
+    /// Takes over what `sync` says, and tells who found no room.
+    fn account(&mut self, outcome: Outcome) {
+        self.metrics.ops.add(outcome.ops as u64);
+        self.metrics.calls.add(outcome.calls);
+        self.metrics.repairs.add(outcome.repaired as u64);
+        self.metrics.synced.set_now();
+        let (ports, backends, frontends) = self.dataplane.mirror().0.sizes();
+        for (number, size) in self.metrics.sizes.iter().zip([ports, backends, frontends]) {
+            number.set(size as u64);
+        }
+        let waiting = self.dataplane.mirror().0.waiting().count();
+        self.metrics.waiting.set(waiting as u64);
+        if waiting > self.refused {
+            for refused in outcome.refused.iter().take(10) {
+                tracing::error!(
+                    "Service {} waits: {}; what was served of it goes on",
+                    refused.service,
+                    refused.error
+                );
+            }
+            if outcome.refused.len() > 10 {
+                tracing::error!("{} Services wait for room", outcome.refused.len());
+            }
+        }
+        self.refused = waiting;
+        match outcome.refused.first() {
+            Some(refused) => self.health.fault(refused.error.to_string()),
+            None if waiting == 0 => self.health.updated(),
+            None => {}
+        }
+    }
+
+    fn failed(&mut self, error: &MapError) {
+        let [first, longest] = RETRY;
+        let wait = self.backoff.map_or(first, |(wait, _)| (wait * 2).min(longest));
+        self.backoff = Some((wait, Instant::now() + wait));
+        self.metrics.sync_errors.add(1);
+        self.health.fault(error.to_string());
+        tracing::error!("{error}; trying again in {} ms, what is in the kernel stays", wait.as_millis());
+    }
+
+    fn complain(&self, complaint: &Complaint) {
+        tracing::warn!("{complaint}");
+        let service = self.dataplane.store().service(&complaint.object.name);
+        let uid =
+            service.filter(|_| complaint.object.kind == Kind::Service).map(|service| service.uid.clone());
+        self.watch.events().publish(Event {
+            kind: complaint.object.kind,
+            name: complaint.object.name.clone(),
+            uid: uid.unwrap_or_default(),
+            severity: Severity::Warning,
+            reason: complaint.reason.label(),
+            note: complaint.text.clone(),
+        });
+    }
+
+    fn count_complaints(&self) {
+        let mut counts: BTreeMap<_, u64> = BTreeMap::new();
+        for complaint in self.dataplane.complaints() {
+            *counts.entry(complaint.reason.label()).or_default() += 1;
+        }
+        *self.metrics.complaints.lock().unwrap_or_else(PoisonError::into_inner) =
+            counts.into_iter().collect();
+    }
+
+    async fn tick(&mut self) {
+        self.flush();
+        if !self.dataplane.is_complete() || self.backoff.is_some() {
+            return;
+        }
+        if self.refused > 0 {
+            let (mirror, maps) = self.dataplane.mirror();
+            match mirror.tick(maps, Instant::now()) {
+                Ok(outcome) => self.account(outcome),
+                Err(error) => self.failed(&error),
+            }
+        }
+        if !self.audit_period.is_zero() && self.audited.elapsed() >= self.audit_period {
+            self.audit();
+        }
+        self.sweep().await;
+    }
+
+    /// Reads the kernel's tables again and repairs what differs (H2).
+    fn audit(&mut self) {
+        self.audited = Instant::now();
+        let (mirror, maps) = self.dataplane.mirror();
+        let begun = Instant::now();
+        match mirror.audit(maps, begun) {
+            Ok(0) => tracing::debug!("audit: nothing to repair, {} ms", begun.elapsed().as_millis()),
+            Ok(repaired) => {
+                tracing::warn!("audit: repaired {repaired} entries. Does something else write the maps?");
+                self.metrics.repairs.add(repaired as u64);
+            }
+            Err(error) => return self.failed(&error),
+        }
+        self.metrics.audits.add(1);
+    }
+
+    /// Removes idle flows from time to time, beside the loop; and clears the filter bits that nothing needs any more.
+    async fn sweep(&mut self) {
+        match self.sweeping.take() {
+            Some(sweeping) if !sweeping.is_finished() => self.sweeping = Some(sweeping),
+            Some(sweeping) => match sweeping.await {
+                Ok(Ok(bits)) => {
+                    let (mirror, maps) = self.dataplane.mirror();
+                    match mirror.clear_bits(maps, &bits, Instant::now()) {
+                        Ok(outcome) => self.metrics.calls.add(outcome.calls),
+                        Err(error) => self.failed(&error),
+                    }
+                }
+                Ok(Err(error)) => tracing::warn!("sweep of the flow tables: {error}"),
+                Err(error) => tracing::error!("sweep of the flow tables: {error}"),
+            },
+            None if self.swept.elapsed() >= SWEEP => self.start_sweep(),
+            None => {}
+        }
+    }
+
+    fn start_sweep(&mut self) {
+        self.swept = Instant::now();
+        let (mirror, maps) = self.dataplane.mirror();
+        let (mut bits, maps) = (mirror.lingering_bits(Instant::now()), maps.clone());
+        let (idle, clock) = (self.idle, self.clock.clone());
+        self.sweeping = Some(tokio::task::spawn_blocking(move || {
+            let swept = expire::sweep(&maps, &idle, || clock.tick(), clock.ticks_per_second(), &mut bits)?;
+            tracing::debug!("{swept:?}");
+            Ok(bits)
+        }));
+    }
+}

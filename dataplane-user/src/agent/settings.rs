@@ -1,0 +1,126 @@
+//! From flags to what the parts of the agent ask for.
+
+use crate::compile::{NodePortAddresses, NodeSettings};
+use crate::config::{AgentArgs, FromOutside, NodePortRange, SocketLb};
+use crate::kernel::links::Choice;
+use dataplane_common::node::Node;
+use ipnet::IpNet;
+use std::sync::Arc;
+
+/// What the flags say about Services and the node, once and for all.
+#[derive(Clone, Debug)]
+pub(super) struct Settings {
+    /// Name of the Node object.
+    pub(super) node_name: Arc<str>,
+    /// `--service-proxy-name`.
+    pub(super) proxy_name: Option<Arc<str>>,
+    /// `--cluster-cidr`.
+    pub(super) cluster_cidrs: Vec<IpNet>,
+    /// `--service-cidr`; empty if the ServiceCIDR objects say it.
+    pub(super) service_cidrs: Vec<IpNet>,
+    /// All else that the node's tables say. The service ranges in it are those of the moment.
+    pub(super) node: NodeSettings,
+    /// Whether there is no dataplane before the own Node is known.
+    pub(super) needs_node: bool,
+}
+
+impl Settings {
+    /// What the flags say, on a kernel that names source addresses itself or does not.
+    pub(super) fn new(args: &AgentArgs, netns_cookie: u64, fib_source: bool) -> Self {
+        let flags = [
+            (fib_source, Node::FIB_SOURCE),
+            (args.socket_lb == SocketLb::All, Node::SOCKET_LB_PODS),
+            (args.cluster_ip_from_outside == FromOutside::Refuse, Node::CLUSTER_IP_INSIDE_ONLY),
+            (args.masquerade_all, Node::MASQUERADE_ALL),
+        ];
+        let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |flags, (_, flag)| flags | flag);
+        Self {
+            node_name: node_name(args.node_name.as_deref()),
+            proxy_name: args.service_proxy_name.as_deref().map(Arc::from),
+            cluster_cidrs: args.cluster_cidr.clone(),
+            service_cidrs: args.service_cidr.clone(),
+            node: NodeSettings {
+                service_ranges: args.service_cidr.clone(),
+                node_port_addresses: node_port_addresses(&args.nodeport_addresses),
+                snat_ports: args.snat_ports.first..=args.snat_ports.last,
+                flags,
+                netns_cookie,
+            },
+            needs_node: args.manifests.is_none(),
+        }
+    }
+}
+
+/// Which interfaces the flags choose.
+pub(super) fn choice(args: &AgentArgs) -> Choice {
+    Choice { uplinks: args.uplink.clone(), pods: args.pod_interface.clone() }
+}
+
+/// As kubelet and kube-proxy: without a name, the host's in lower case.
+fn node_name(given: Option<&str>) -> Arc<str> {
+    let host = || {
+        let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        name.trim().to_lowercase()
+    };
+    given.map_or_else(|| host().into(), |name| name.trim().to_lowercase().into())
+}
+
+fn node_port_addresses(ranges: &[NodePortRange]) -> NodePortAddresses {
+    let cidrs: Vec<_> = ranges
+        .iter()
+        .filter_map(|range| match range {
+            NodePortRange::Cidr(cidr) => Some(*cidr),
+            NodePortRange::Primary => None,
+        })
+        .collect();
+    match (ranges, cidrs.is_empty()) {
+        ([], _) => NodePortAddresses::All,
+        (_, true) => NodePortAddresses::Primary,
+        (_, false) => NodePortAddresses::Within(cidrs),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Cli, Command};
+    use clap::Parser as _;
+
+    fn settings(flags: &[&str]) -> Settings {
+        match Cli::try_parse_from(["portolan", "agent"].iter().chain(flags)).unwrap().command {
+            Command::Agent(args) => Settings::new(&args, 7, true),
+            Command::Cleanup(_)
+            | Command::Services(_)
+            | Command::Backends(_)
+            | Command::Flows(_)
+            | Command::Drops(_) => panic!("not the agent"),
+        }
+    }
+
+    #[test]
+    fn flags_become_the_bits_that_programs_read() {
+        assert_eq!(settings(&[]).node.flags, Node::FIB_SOURCE | Node::SOCKET_LB_PODS);
+        let flags = ["--socket-lb=host", "--cluster-ip-from-outside=refuse", "--masquerade-all"];
+        let expected = Node::FIB_SOURCE | Node::CLUSTER_IP_INSIDE_ONLY | Node::MASQUERADE_ALL;
+        assert_eq!(settings(&flags).node.flags, expected);
+    }
+
+    /// P17
+    #[test]
+    fn node_ports_answer_everywhere_unless_told() {
+        assert_eq!(settings(&[]).node.node_port_addresses, NodePortAddresses::All);
+        let primary = settings(&["--nodeport-addresses", "primary"]);
+        assert_eq!(primary.node.node_port_addresses, NodePortAddresses::Primary);
+        let ranges = settings(&["--nodeport-addresses", "10.0.0.0/8,fd00::/8"]).node.node_port_addresses;
+        assert_eq!(
+            ranges,
+            NodePortAddresses::Within(vec!["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()])
+        );
+    }
+
+    #[test]
+    fn a_node_s_name_is_lower_case_as_kubelet_has_it() {
+        assert_eq!(&*settings(&["--node-name", "Node-1"]).node_name, "node-1");
+        assert_eq!(&*settings(&["--hostname-override", "other"]).node_name, "other");
+    }
+}
