@@ -3,3 +3,4 @@
 pub mod bench_sync;
 pub mod controlplane;
 pub mod lab;
+pub mod tour;

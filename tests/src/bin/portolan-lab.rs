@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use dataplane_tests::lab;
+use dataplane_tests::{lab, tour};
 use std::process::ExitCode;
 
 #[derive(Debug, Parser)]
@@ -14,6 +14,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Raise a lab with agents and a web server, and show what the dataplane does; stays up until Ctrl-C.
+    Run(tour::TourOptions),
     /// Run a command in a place of a running lab: a node, a pod, `client` or `net`.
     Exec {
         /// Which lab, if several run.
@@ -39,6 +41,7 @@ enum Verb {
 
 fn main() -> Result<ExitCode> {
     match Arguments::parse().verb {
+        Verb::Run(options) => return tour::run(&options),
         Verb::Exec { lab, place, command } => {
             let status = lab::exec(lab.as_deref(), &place, &command)?;
             return Ok(ExitCode::from(status.code().and_then(|code| code.try_into().ok()).unwrap_or(1)));

@@ -1,9 +1,9 @@
 //! The lab's scheduler: gives each pod without a node the node that has the fewest pods. It knows no resources, taints or
-//! affinity.
+//! affinity, only `spec.unschedulable` (`kubectl cordon`).
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::Pod;
-use kube::api::PostParams;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::api::{ListParams, PostParams};
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, ResourceExt};
 use serde_json::{Value, json};
@@ -22,7 +22,8 @@ pub(crate) async fn run(client: Client, nodes: Vec<String>) {
                         bound.insert(uid, node);
                     }
                     None if pod.metadata.deletion_timestamp.is_none() && !bound.contains_key(&uid) => {
-                        let Some(node) = emptiest(&nodes, &bound) else { continue };
+                        let open = schedulable(&client, &nodes).await;
+                        let Some(node) = emptiest(&open, &bound) else { continue };
                         match bind(&client, &pod, &node).await {
                             Ok(()) => {
                                 bound.insert(uid, node);
@@ -41,6 +42,15 @@ pub(crate) async fn run(client: Client, nodes: Vec<String>) {
             Err(_) => tokio::time::sleep(std::time::Duration::from_millis(200)).await,
         }
     }
+}
+
+/// The nodes that are not cordoned.
+async fn schedulable(client: &Client, nodes: &[String]) -> Vec<String> {
+    let cordoned = |node: &Node| node.spec.as_ref().is_some_and(|spec| spec.unschedulable == Some(true));
+    let Ok(list) = Api::<Node>::all(client.clone()).list(&ListParams::default()).await else {
+        return nodes.to_vec();
+    };
+    list.items.iter().filter(|node| !cordoned(node)).map(|node| node.name_any()).collect()
 }
 
 fn emptiest(nodes: &[String], bound: &BTreeMap<String, String>) -> Option<String> {

@@ -52,6 +52,11 @@ impl Service {
         }
     }
 
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// In another namespace.
     #[must_use]
     pub fn namespace(mut self, namespace: &str) -> Self {

@@ -27,7 +27,7 @@ pub mod server;
 mod xdp;
 
 pub use agent::{Agent, AgentOptions, Source, portolan};
-pub use client::{Answer, Asked, Client, Failure, Stream, at};
+pub use client::{Answer, Asked, Client, Failure, Stream, ask_datagram, at};
 pub use leftovers::{LABS, labs, on_signal_exit_with, sweep};
 pub use manifests::{Endpoint, Manifests, Service};
 pub use network::PodNetwork;
@@ -321,6 +321,11 @@ impl Lab {
         self.nodes.iter().find_map(|node| node.pod(name))
     }
 
+    /// Prints the end of each agent's log to standard error.
+    pub fn tell_agent_logs(&self) {
+        self.nodes.iter().for_each(|node| node.tell_agent_log());
+    }
+
     /// Starts an agent on each node that has none and waits until each is ready.
     pub fn start_agents(&self, options: &AgentOptions) -> Result<()> {
         self.nodes.iter().try_for_each(|node| node.launch_agent(options))?;
@@ -331,9 +336,7 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            for node in &self.nodes {
-                node.tell_agent_log();
-            }
+            self.tell_agent_logs();
         }
         self.nodes.clear();
         if let Err(error) = self.traces.remove() {

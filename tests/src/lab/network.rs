@@ -36,7 +36,7 @@ pub(crate) fn ip_batch(namespace: Option<&str>, lines: &[String]) -> Result<()> 
 }
 
 /// How pods are joined to their node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum PodNetwork {
     /// A point-to-point veth for each pod, with a host route (as kindnet).
     #[default]

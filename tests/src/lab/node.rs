@@ -187,6 +187,11 @@ impl Node {
         self.pods().by_name.get(name).cloned()
     }
 
+    /// All its pods, by name.
+    pub fn pods_by_name(&self) -> Vec<Arc<Pod>> {
+        self.pods().by_name.values().cloned().collect()
+    }
+
     /// Makes a pod and waits until its server listens. The name is unique in the lab.
     pub fn add_pod(&self, name: &str, options: &PodOptions) -> Result<Arc<Pod>> {
         let host = self.reserve_address()?;

@@ -1,0 +1,258 @@
+//! The steps of the tour. Each asks real servers, shows the answers and checks them against the contract.
+
+use super::narration::{Narration, Tally};
+use super::world::{BARE_NODE, LEAVING, LOCAL_PORT, NODE_PORT, PODS, PORT, SHELL, WEB, World, pod, wait};
+use crate::lab::{Asked, Client, Failure, Lab, ask_datagram, at};
+use anyhow::{Context, Result};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+/// Requests from which the spread over endpoints is told. One of three is missed with a probability below 1 in a million.
+const MANY: usize = 40;
+/// How long silence must last to count as a drop.
+const SILENCE: Duration = Duration::from_millis(700);
+/// Lines of a dump that are shown.
+const DUMP_LINES: usize = 36;
+
+/// One step.
+type Step = fn(&Tour, &mut Narration) -> Result<()>;
+
+/// The steps in their order.
+pub(crate) const STEPS: [(&str, Step); 8] = [
+    ("A ClusterIP from a pod", Tour::cluster_ip_from_a_pod),
+    ("A ClusterIP from a node", Tour::cluster_ip_from_a_node),
+    ("The node port on 127.0.0.1 of a node", Tour::loopback),
+    ("The node port of every node from outside", Tour::node_ports),
+    ("externalTrafficPolicy Cluster and Local side by side", Tour::policies),
+    ("A pod goes away and the traffic moves on", Tour::a_pod_leaves),
+    ("The endpoints' counters", Tour::counters),
+    ("A map as bpftool shows it", Tour::a_map),
+];
+
+/// What the steps look at.
+pub(crate) struct Tour {
+    pub(crate) lab: Lab,
+    pub(crate) world: World,
+}
+
+/// Whether it was a pod of the Service that answered, and saw this client.
+fn from(answer: &Asked, client: Ipv4Addr) -> bool {
+    answer
+        .as_ref()
+        .is_ok_and(|answer| PODS.contains(&answer.pod.as_str()) && answer.client.ip() == IpAddr::V4(client))
+}
+
+impl Tour {
+    fn shell(&self) -> Result<Client> {
+        Ok(Client::at(pod(&self.lab, SHELL)?.place()))
+    }
+
+    fn cluster_ip_from_a_pod(&self, say: &mut Narration) -> Result<()> {
+        let shell = self.shell()?;
+        let own = pod(&self.lab, SHELL)?.address();
+        say.tell(&format!("Service web is {WEB}:{PORT}; the pod {SHELL} is {own}"));
+        let tcp = shell.tcp(at(WEB, PORT));
+        say.asked(&format!("{SHELL}: TCP {WEB}:{PORT}"), &tcp);
+        let udp = shell.udp(at(WEB, PORT));
+        say.asked(&format!("{SHELL}: UDP {WEB}:{PORT}"), &udp);
+        say.check(
+            from(&tcp, own) && from(&udp, own),
+            "pods of the Service answer and see the pod's own address (P9)",
+        );
+        let tally = Tally::of(MANY, || shell.tcp(at(WEB, PORT)));
+        say.seen(&format!("{MANY} connections"), &tally);
+        say.check(
+            tally.pods().len() == PODS.len() && tally.failures.is_empty(),
+            "all three pods take their part and none fails",
+        );
+        let unused = shell.tcp(at(WEB, 81));
+        say.asked(&format!("{SHELL}: TCP {WEB}:81, a port of no Service"), &unused);
+        say.check(unused == Err(Failure::Refused), "refused at once (P13)");
+        Ok(())
+    }
+
+    fn cluster_ip_from_a_node(&self, say: &mut Narration) -> Result<()> {
+        let node = self.lab.node(BARE_NODE);
+        let client = Client::at(node.place());
+        say.tell(&format!("{} is {}", node.name(), node.address()));
+        let tcp = client.tcp(at(WEB, PORT));
+        say.asked(&format!("{}: TCP {WEB}:{PORT}", node.name()), &tcp);
+        let udp = client.udp(at(WEB, PORT));
+        say.asked(&format!("{}: UDP {WEB}:{PORT}", node.name()), &udp);
+        let own = node.address();
+        say.check(
+            from(&tcp, own) && from(&udp, own),
+            "pods of the Service answer and see the node's address (P9)",
+        );
+        Ok(())
+    }
+
+    fn loopback(&self, say: &mut Narration) -> Result<()> {
+        let loopback = Ipv4Addr::LOCALHOST;
+        for node in self.lab.nodes() {
+            let client = Client::at(node.place());
+            let tcp = client.tcp(at(loopback, NODE_PORT));
+            say.asked(&format!("{}: TCP {loopback}:{NODE_PORT}", node.name()), &tcp);
+            let udp = client.udp(at(loopback, NODE_PORT));
+            say.asked(&format!("{}: UDP {loopback}:{NODE_PORT}", node.name()), &udp);
+            let answered = [&tcp, &udp].iter().all(|answer| answer.is_ok());
+            say.check(answered, &format!("on {} a pod of the Service answers (P18)", node.name()));
+        }
+        Ok(())
+    }
+
+    fn node_ports(&self, say: &mut Narration) -> Result<()> {
+        let client = Client::at(self.lab.client());
+        let own = self.lab.client_address();
+        say.tell(&format!("the client outside is {own}"));
+        for node in self.lab.nodes() {
+            let to = at(node.address(), NODE_PORT);
+            let (mut sources, mut right) = (BTreeSet::new(), true);
+            for udp in [false, true] {
+                let tally = Tally::of(MANY, || if udp { client.udp(to) } else { client.tcp(to) });
+                right &= tally.failures.is_empty() && tally.pods().len() == PODS.len();
+                for answer in &tally.answers {
+                    let expected = if answer.node == node.name() { own } else { node.address() };
+                    right &= answer.client_ip() == IpAddr::V4(expected);
+                    sources.insert((answer.pod.clone(), answer.node.clone(), answer.client_ip()));
+                }
+                if let Some(failure) = tally.failures.first() {
+                    say.seen(&format!("client: {to}"), failure);
+                }
+            }
+            for (pod, on, source) in sources {
+                say.seen(
+                    &format!("client: TCP and UDP {} {to}", node.name()),
+                    format!("{pod} on {on} saw {source}"),
+                );
+            }
+            say.check(
+                right,
+                &format!(
+                    "{} serves all pods; its own see the client, those of other nodes see the node (P4)",
+                    node.name()
+                ),
+            );
+        }
+        Ok(())
+    }
+
+    fn policies(&self, say: &mut Narration) -> Result<()> {
+        let own = IpAddr::V4(self.lab.client_address());
+        let client = Client::at(self.lab.client()).timeout(SILENCE);
+        for node in self.lab.nodes() {
+            let has_pods = PODS.iter().any(|name| node.pod(name).is_some());
+            let cluster = client.tcp(at(node.address(), NODE_PORT));
+            say.asked(&format!("client: {}:{NODE_PORT} (Cluster)", node.name()), &cluster);
+            let local = client.tcp(at(node.address(), LOCAL_PORT));
+            say.asked(&format!("client: {}:{LOCAL_PORT} (Local)", node.name()), &local);
+            say.check(cluster.is_ok(), "Cluster: every node answers (P4)");
+            if has_pods {
+                let right = local
+                    .as_ref()
+                    .is_ok_and(|answer| answer.node == node.name() && answer.client_ip() == own);
+                say.check(right, "Local: a pod of this node answers and sees the client's address (P7)");
+            } else {
+                say.check(local == Err(Failure::TimedOut), "Local: a node without a pod is silent (P3)");
+            }
+        }
+        let bare = self.lab.node(BARE_NODE);
+        let inside = self.shell()?.tcp(at(bare.address(), LOCAL_PORT));
+        say.asked(&format!("{SHELL}: {}:{LOCAL_PORT} (Local)", bare.name()), &inside);
+        let shell = pod(&self.lab, SHELL)?.address();
+        say.check(from(&inside, shell), "but a pod on that node is answered, with its own address (P5)");
+        Ok(())
+    }
+
+    fn a_pod_leaves(&self, say: &mut Narration) -> Result<()> {
+        let shell = self.shell()?;
+        let leaving = pod(&self.lab, LEAVING)?;
+        let mut stream = (0..MANY * 10)
+            .filter_map(|_| shell.connect(at(WEB, PORT)).ok())
+            .find_map(|mut stream| (stream.ask().ok()?.pod == LEAVING).then_some(stream))
+            .with_context(|| format!("{LEAVING} never answers"))?;
+        let datagrams = self.datagrams_to(LEAVING)?;
+        say.tell(&format!(
+            "a TCP connection and a UDP flow are open from {SHELL} to {LEAVING} on {}",
+            leaving.node()
+        ));
+        drop(leaving);
+        say.tell(&self.world.begin_leaving(&self.lab)?);
+        let moved = || {
+            let tally = Tally::of(MANY, || shell.tcp(at(WEB, PORT)));
+            !tally.pods().contains_key(LEAVING)
+        };
+        wait(moved, "new connections go elsewhere")?;
+        let tally = Tally::of(MANY, || shell.tcp(at(WEB, PORT)));
+        say.seen(&format!("{MANY} new connections"), &tally);
+        say.check(
+            tally.failures.is_empty() && !tally.pods().contains_key(LEAVING),
+            "new connections go to the other pods and none fails (T5)",
+        );
+        let old = stream.ask();
+        say.asked("the open connection", &old);
+        say.check(
+            old.is_ok_and(|answer| answer.pod == LEAVING),
+            "the open connection stays with the pod that drains (C2)",
+        );
+        self.world.finish_leaving(&self.lab)?;
+        say.tell(&format!("{LEAVING} has drained and is gone"));
+        let ask = || ask_datagram(&datagrams, None, SILENCE);
+        wait(|| ask().is_ok(), "the UDP flow is answered again")?;
+        let again = ask();
+        say.asked("the UDP flow, same socket", &again);
+        say.check(
+            again.is_ok_and(|answer| answer.pod != LEAVING),
+            "the UDP flow has moved to another pod (C1)",
+        );
+        let tally = Tally::of(MANY, || shell.tcp(at(WEB, PORT)));
+        say.seen(&format!("{MANY} new connections"), &tally);
+        say.check(
+            tally.failures.is_empty() && tally.pods().len() == PODS.len() - 1,
+            "two pods serve, none fails",
+        );
+        Ok(())
+    }
+
+    /// A connected UDP socket of the shell whose flow goes to this pod.
+    fn datagrams_to(&self, name: &str) -> Result<std::net::UdpSocket> {
+        let place = pod(&self.lab, SHELL)?.place().clone();
+        for _ in 0..MANY * 10 {
+            let socket = place.udp_socket(None)?;
+            socket.connect(at(WEB, PORT))?;
+            if ask_datagram(&socket, None, SILENCE).is_ok_and(|answer| answer.pod == name) {
+                return Ok(socket);
+            }
+        }
+        anyhow::bail!("{name} never answers a datagram")
+    }
+
+    fn counters(&self, say: &mut Narration) -> Result<()> {
+        let node = self.lab.node(BARE_NODE);
+        say.tell(&format!("portolan backends, on {}", node.name()));
+        let text = node.portolan(&["backends"])?;
+        say.quote(&text);
+        let address = pod(&self.lab, PODS[0])?.address().to_string();
+        say.check(text.contains(&address), "the endpoints are there with what they have served");
+        Ok(())
+    }
+
+    fn a_map(&self, say: &mut Narration) -> Result<()> {
+        let node = self.lab.node(BARE_NODE);
+        let map = node.bpffs().join(dataplane_common::tables::LAYOUT).join("frontends");
+        let map = map.to_str().context("path")?;
+        say.tell(&format!("bpftool map dump pinned {map}"));
+        let text = node.place().run("bpftool", &["map", "dump", "pinned", map])?;
+        let lines = text.lines().collect::<Vec<_>>();
+        say.quote(&lines[..lines.len().min(DUMP_LINES)].join("\n"));
+        if lines.len() > DUMP_LINES {
+            say.tell(&format!("  … and {} lines more", lines.len() - DUMP_LINES));
+        }
+        say.check(
+            text.contains("\"port\"") || text.contains("port"),
+            "bpftool knows the names of the fields (BTF)",
+        );
+        Ok(())
+    }
+}
