@@ -3,6 +3,7 @@
 //!
 //! `watch` → [`model`] → [`compile`] (pure) → tables → `sync` (pure difference, then one apply) → `kernel`.
 
+pub mod admin;
 pub mod agent;
 pub mod compile;
 pub mod config;

@@ -2,9 +2,11 @@
 
 use anyhow::Result;
 use clap::Parser as _;
+use dataplane_user::admin::{self, View};
 use dataplane_user::agent;
-use dataplane_user::config::{Cli, Command};
+use dataplane_user::config::{Cli, Command, ShowArgs};
 use dataplane_user::kernel::cleanup::cleanup;
+use std::io::{ErrorKind, Write as _};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -26,9 +28,19 @@ fn run(command: Command) -> Result<()> {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             Ok(runtime.block_on(cleanup(&args.bpffs, |removed| println!("removed {removed}")))?)
         }
-        Command::Services(_) | Command::Backends(_) | Command::Flows(_) | Command::Drops(_) => {
-            anyhow::bail!("this build cannot show tables yet")
-        }
+        Command::Services(args) => show(View::Services, &args),
+        Command::Backends(args) => show(View::Backends, &args),
+        Command::Flows(args) => show(View::Flows, &args),
+        Command::Drops(args) => show(View::Drops, &args),
+    }
+}
+
+/// A reader that stops reading, such as `head`, is no error.
+fn show(view: View, args: &ShowArgs) -> Result<()> {
+    let text = admin::show(view, args)?;
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 

@@ -7,6 +7,9 @@ use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::tables::{self, Table};
 use dataplane_common::{Addr, Port};
 use dataplane_tests::bench_sync::{cluster, node, service};
+use dataplane_user::admin::names::Names;
+use dataplane_user::admin::{View, render};
+use dataplane_user::config::Output;
 use dataplane_user::expire::{IdleTimes, sweep};
 use dataplane_user::kernel::bpf;
 use dataplane_user::kernel::maps::{KernelMaps, MapError, create};
@@ -220,4 +223,35 @@ fn idle_flows_leave_hash_and_lru_tables() {
     assert_eq!((swept.established.idle, swept.established.entries), (30_000, 10_000));
     assert_eq!((swept.closing.idle, swept.closing.entries), (3_000, 1_000));
     assert_eq!(swept.established.alone + swept.closing.alone, 0);
+}
+
+#[test]
+fn the_tables_are_shown_for_people_and_for_programs() {
+    let (maps, now) = (KernelMaps::create(&[]).unwrap(), Instant::now());
+    let mut mirror = Mirror::open(&maps, now).unwrap();
+    mirror.replace(&maps, &cluster(3, 2), now).unwrap();
+    mirror.change(&maps, [(&service(2, []).0, None)], now).unwrap();
+    let traffic = Traffic { packets_in: 7, ..Traffic::default() };
+    maps.write::<tables::BackendTraffic>(&[(2, traffic)]).unwrap();
+    maps.write::<tables::Reasons>(&[(1, 5)]).unwrap();
+    let names = Names::new(mirror.names());
+    let shown = |view, output| render(view, &maps, &names, output).unwrap();
+
+    let text = shown(View::Services, Output::Table);
+    let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines.len(), 3);
+    assert_eq!(lines[1][..6], ["bench/service-0:http", "TCP", "ClusterIP", "172.16.0.0:80", "2", "0"]);
+    let json: serde_json::Value = serde_json::from_str(&shown(View::Services, Output::Json)).unwrap();
+    assert_eq!(json[1]["addresses"][0]["address"], "172.16.0.1");
+    assert_eq!(json[1]["cluster_endpoints"], 2);
+
+    let json: serde_json::Value = serde_json::from_str(&shown(View::Backends, Output::Json)).unwrap();
+    assert_eq!(json.as_array().unwrap().len(), 4, "backends of a Service that is gone are not shown");
+    assert_eq!((&json[1]["address"], &json[1]["in_use"]), (&"10.0.0.1".into(), &true.into()));
+    assert_eq!(json[1]["traffic"]["packets_in"], 7 * bpf::possible_cpus().unwrap() as u64);
+
+    let json: serde_json::Value = serde_json::from_str(&shown(View::Drops, Output::Json)).unwrap();
+    assert_eq!((&json[0]["reason"], &json[0]["disposition"]), (&"no-endpoints".into(), &"rejected".into()));
+    assert_eq!(json[0]["count"], 5 * bpf::possible_cpus().unwrap() as u64);
+    assert_eq!(shown(View::Flows, Output::Json), "[]\n");
 }

@@ -1,0 +1,180 @@
+//! `portolan flows`.
+
+use super::columns::{Row, short_time};
+use super::names::Names;
+use super::services::protocol_name;
+use crate::expire::Clock;
+use crate::kernel::maps::{KernelMaps, MapError};
+use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::tables::{Closing, Established, HalfOpen, Table};
+use dataplane_common::{Addr, Port};
+use serde::Serialize;
+use std::collections::HashMap;
+
+/// A flow, both directions in one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FlowRow {
+    /// `TCP`, `UDP` or `SCTP`.
+    pub protocol: String,
+    /// The client's address and port.
+    pub client: String,
+    /// What it called.
+    pub frontend: String,
+    /// Where its packets go.
+    pub endpoint: String,
+    /// The source that the endpoint sees, if it is not the client.
+    pub translated_source: Option<String>,
+    /// The service port: `namespace/name:port`, or `#id` if the name is not known.
+    pub service: String,
+    /// `half-open`, `established` or `closing`.
+    pub state: &'static str,
+    /// Seconds since the last packet in either direction, if the kernel's clock can be read.
+    pub idle_seconds: Option<u64>,
+    /// Whether both directions are in the table; one alone counts as absent.
+    pub whole: bool,
+}
+
+impl Row for FlowRow {
+    const HEADINGS: &'static [&'static str] =
+        &["PROTO", "CLIENT", "FRONTEND", "ENDPOINT", "SOURCE-AS", "SERVICE", "STATE", "IDLE"];
+
+    fn cells(&self) -> Vec<String> {
+        let state = if self.whole { self.state.to_owned() } else { format!("{} (half)", self.state) };
+        vec![
+            self.protocol.clone(),
+            self.client.clone(),
+            self.frontend.clone(),
+            self.endpoint.clone(),
+            self.translated_source.clone().unwrap_or_else(|| "-".to_owned()),
+            self.service.clone(),
+            state,
+            self.idle_seconds.map_or_else(|| "-".to_owned(), short_time),
+        ]
+    }
+}
+
+/// `10.0.0.1:80`, or `[fd00::1]:80`.
+pub(super) fn host_and_port(address: &str, port: u16) -> String {
+    if address.contains(':') { format!("[{address}]:{port}") } else { format!("{address}:{port}") }
+}
+
+fn end(addr: &Addr, port: Port) -> String {
+    host_and_port(&addr.to_string(), port.number())
+}
+
+/// All flows, ordered by client.
+pub(super) fn rows(maps: &KernelMaps, names: &Names, clock: Option<Clock>) -> Result<Vec<FlowRow>, MapError> {
+    let mut rows = table_rows::<HalfOpen>(maps, names, clock, "half-open")?;
+    rows.extend(table_rows::<Established>(maps, names, clock, "established")?);
+    rows.extend(table_rows::<Closing>(maps, names, clock, "closing")?);
+    rows.sort_by(|a, b| (&a.client, &a.frontend, &a.protocol).cmp(&(&b.client, &b.frontend, &b.protocol)));
+    Ok(rows)
+}
+
+fn table_rows<T>(
+    maps: &KernelMaps,
+    names: &Names,
+    clock: Option<Clock>,
+    state: &'static str,
+) -> Result<Vec<FlowRow>, MapError>
+where
+    T: Table<Key = FlowKey, Value = Flow>,
+{
+    let entries: HashMap<FlowKey, Flow> = maps.map::<T>()?.entries()?.into_iter().collect();
+    Ok(fold(&entries, names, clock, state))
+}
+
+/// Rows of the clients' directions, and of replies that are alone.
+fn fold(
+    entries: &HashMap<FlowKey, Flow>,
+    names: &Names,
+    clock: Option<Clock>,
+    state: &'static str,
+) -> Vec<FlowRow> {
+    let mut rows = Vec::new();
+    for (key, flow) in entries {
+        let partner = entries.get(&flow.partner(key.proto()));
+        if flow.has(Flow::REPLY) {
+            if partner.is_none() {
+                rows.push(row(&flow.partner(key.proto()), &key.reversed(), flow, None, names, clock, state));
+            }
+            continue;
+        }
+        let forward = FlowKey::new(flow.src, flow.src_port, flow.dst, flow.dst_port, key.proto());
+        rows.push(row(key, &forward, flow, partner, names, clock, state));
+    }
+    rows
+}
+
+/// A row of the client's packets as they arrive and as they leave.
+fn row(
+    arrives: &FlowKey,
+    leaves: &FlowKey,
+    flow: &Flow,
+    partner: Option<&Flow>,
+    names: &Names,
+    clock: Option<Clock>,
+    state: &'static str,
+) -> FlowRow {
+    let idle = |clock: Clock| {
+        let seen = [Some(flow), partner].into_iter().flatten().map(|flow| clock.since(flow.last_seen));
+        seen.min().unwrap_or_default().as_secs()
+    };
+    let translated = (leaves.src, leaves.src_port) != (arrives.src, arrives.src_port);
+    FlowRow {
+        protocol: protocol_name(arrives.proto()),
+        client: end(&arrives.src, arrives.src_port),
+        frontend: end(&arrives.dst, arrives.dst_port),
+        endpoint: end(&leaves.dst, leaves.dst_port),
+        translated_source: translated.then(|| end(&leaves.src, leaves.src_port)),
+        service: names.name(flow.service),
+        state,
+        idle_seconds: clock.map(idle),
+        whole: partner.is_some(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLIENT: (Addr, Port) = (Addr::from_v4([10, 0, 0, 9]), Port::new(40_000));
+    const FRONTEND: (Addr, Port) = (Addr::from_v4([192, 168, 0, 1]), Port::new(30_002));
+    const SOURCE: (Addr, Port) = (Addr::from_v4([192, 168, 0, 1]), Port::new(61_234));
+    const ENDPOINT: (Addr, Port) = (Addr::from_v4([10, 244, 0, 5]), Port::new(8080));
+
+    fn flow(flags: u32, src: (Addr, Port), dst: (Addr, Port), last_seen: u32) -> Flow {
+        let mut flow = Flow::with_flags(flags);
+        (flow.src, flow.src_port, flow.dst, flow.dst_port) = (src.0, src.1, dst.0, dst.1);
+        flow.last_seen = last_seen;
+        flow
+    }
+
+    fn key(src: (Addr, Port), dst: (Addr, Port)) -> FlowKey {
+        FlowKey::new(src.0, src.1, dst.0, dst.1, 6)
+    }
+
+    #[test]
+    fn both_directions_are_one_row_and_one_alone_is_shown_as_such() {
+        let forward = (key(CLIENT, FRONTEND), flow(0, SOURCE, ENDPOINT, 90));
+        let reply = (key(ENDPOINT, SOURCE), flow(Flow::REPLY, FRONTEND, CLIENT, 95));
+        let clock = Some(Clock { now: 100, ticks_per_second: 1.0 });
+        let rows = |entries: &[(FlowKey, Flow)]| {
+            fold(&entries.iter().copied().collect(), &Names::default(), clock, "established")
+        };
+        let whole = FlowRow {
+            protocol: "TCP".into(),
+            client: "10.0.0.9:40000".into(),
+            frontend: "192.168.0.1:30002".into(),
+            endpoint: "10.244.0.5:8080".into(),
+            translated_source: Some("192.168.0.1:61234".into()),
+            service: "#0".into(),
+            state: "established",
+            idle_seconds: Some(5),
+            whole: true,
+        };
+        assert_eq!(rows(&[forward, reply]), std::slice::from_ref(&whole));
+        let half = |idle| FlowRow { whole: false, idle_seconds: Some(idle), ..whole.clone() };
+        assert_eq!((rows(&[forward]), rows(&[reply])), (vec![half(10)], vec![half(5)]));
+    }
+}

@@ -1,0 +1,78 @@
+//! `portolan services | backends | flows | drops`: what the pinned maps hold, as a table or as JSON.
+//!
+//! Needs no agent and changes nothing. Names of Services are not in the kernel: they come from the file that the agent
+//! keeps ([`names`]); without it, ids are shown.
+
+pub mod names;
+
+mod backends;
+mod clock;
+mod columns;
+mod drops;
+mod flows;
+mod services;
+
+use crate::config::{Output, ShowArgs};
+use crate::kernel::maps::{KernelMaps, MapError};
+use columns::Row;
+use dataplane_common::tables::LAYOUT;
+use names::Names;
+use serde::Serialize;
+
+pub use backends::BackendRow;
+pub use drops::DropRow;
+pub use flows::FlowRow;
+pub use services::{AddressRow, ServiceRow, TrafficRow};
+
+/// Which tables are shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum View {
+    /// Service ports, their addresses, endpoints and traffic.
+    Services,
+    /// Endpoints and their traffic.
+    Backends,
+    /// Flows, both directions in one row.
+    Flows,
+    /// What was dropped, refused or noted, and why.
+    Drops,
+}
+
+/// What went wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// A map cannot be read.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// The rows cannot be written as JSON.
+    #[error("cannot write JSON: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+/// The text that the verb prints, with a closing line break.
+///
+/// # Errors
+/// If there are no pinned maps in the folder, or they cannot be read.
+pub fn show(view: View, args: &ShowArgs) -> Result<String, AdminError> {
+    let maps = KernelMaps::open(&args.bpffs.join(LAYOUT))?;
+    render(view, &maps, &Names::read(&args.bpffs), args.output)
+}
+
+/// [`show`] of maps that are open already.
+///
+/// # Errors
+/// If a map cannot be read.
+pub fn render(view: View, maps: &KernelMaps, names: &Names, output: Output) -> Result<String, AdminError> {
+    match view {
+        View::Services => print(&services::rows(maps, names)?, output),
+        View::Backends => print(&backends::rows(maps, names)?, output),
+        View::Flows => print(&flows::rows(maps, names, clock::read())?, output),
+        View::Drops => print(&drops::rows(maps)?, output),
+    }
+}
+
+fn print<R: Row + Serialize>(rows: &[R], output: Output) -> Result<String, AdminError> {
+    match output {
+        Output::Json => Ok(serde_json::to_string_pretty(rows)? + "\n"),
+        Output::Table => Ok(columns::table(rows)),
+    }
+}

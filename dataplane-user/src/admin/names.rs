@@ -1,0 +1,97 @@
+//! The file that tells which service port has which id, for the command line: a BPF file system holds no files.
+//!
+//! The agent writes it whole and at once whenever a service port comes or goes. Nothing depends on it but what people read.
+
+use crate::compile::ServicePortName;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Where the files lie, in a folder for each pin folder. It is gone after a reboot, as the pins are.
+const RUN_FOLDER: &str = "/run/portolan";
+
+/// Names of service ports (`namespace/name:port`) by their ids.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Names(BTreeMap<u32, String>);
+
+/// The file that belongs to a pin folder: the folder's path with `/` as `-`, and `-` as `\x2d`.
+pub fn path(bpffs: &Path) -> PathBuf {
+    let bpffs = fs::canonicalize(bpffs).or_else(|_| std::path::absolute(bpffs)).unwrap_or(bpffs.to_owned());
+    let escaped = bpffs.to_string_lossy().trim_matches('/').replace('-', "\\x2d").replace('/', "-");
+    Path::new(RUN_FOLDER).join(escaped).join("names.json")
+}
+
+impl Names {
+    /// The names of [`crate::sync::Mirror::names`].
+    pub fn new<'a>(names: impl IntoIterator<Item = (u32, &'a ServicePortName)>) -> Self {
+        Self(names.into_iter().map(|(id, name)| (id, name.to_string())).collect())
+    }
+
+    /// The names that belong to a pin folder; none if the file is missing or cannot be read.
+    pub fn read(bpffs: &Path) -> Self {
+        let text = fs::read(path(bpffs)).unwrap_or_default();
+        serde_json::from_slice(&text).unwrap_or_default()
+    }
+
+    /// Writes the file that belongs to a pin folder. Readers see the old one or the new one.
+    ///
+    /// # Errors
+    /// If the folder or the file cannot be written.
+    pub fn write(&self, bpffs: &Path) -> io::Result<()> {
+        self.write_to(&path(bpffs))
+    }
+
+    fn write_to(&self, path: &Path) -> io::Result<()> {
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let new = path.with_extension("new");
+        fs::write(&new, serde_json::to_vec(self)?)?;
+        fs::rename(&new, path)
+    }
+
+    /// Removes the file that belongs to a pin folder, and its folder.
+    pub fn remove(bpffs: &Path) {
+        let path = path(bpffs);
+        // What cannot be removed does no harm: it is read only together with pinned maps.
+        let _ = fs::remove_file(&path);
+        let _ = path.parent().map(fs::remove_dir);
+    }
+
+    /// The name of an id, else the id itself.
+    pub fn name(&self, id: u32) -> String {
+        self.0.get(&id).cloned().unwrap_or_else(|| format!("#{id}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ObjectName;
+
+    #[test]
+    fn names_come_back_from_their_file_and_others_are_ids() {
+        let port = ServicePortName {
+            service: ObjectName::new("default", "web"),
+            port: "http".into(),
+            proto: 6,
+            ipv6: false,
+        };
+        let folder = std::env::temp_dir().join(format!("portolan-names-{}", std::process::id()));
+        let file = folder.join("names.json");
+        Names::new([(7, &port)]).write_to(&file).unwrap();
+        let names: Names = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        fs::remove_dir_all(folder).unwrap();
+        assert_eq!((names.name(7).as_str(), names.name(8).as_str()), ("default/web:http", "#8"));
+    }
+
+    #[test]
+    fn each_pin_folder_has_a_file_of_its_own() {
+        let file = |bpffs: &str| path(Path::new(bpffs)).to_string_lossy().into_owned();
+        assert_eq!(file("/no/such-pins"), "/run/portolan/no-such\\x2dpins/names.json");
+        assert_ne!(file("/no/such-pins"), file("/no/such/pins"));
+    }
+}
