@@ -4,6 +4,7 @@
 //! source it was: once, when it has seen all there is, a [`Change::Replaced`] of each [`Kind`], then what changes. A
 //! source never tells a deletion because of an error: what was known stays.
 
+pub mod cluster;
 pub mod events;
 pub mod manifests;
 pub mod names;
@@ -16,6 +17,9 @@ use tokio::task::JoinHandle;
 
 pub use events::Events;
 pub use status::{KindStatus, Status};
+
+/// What to add to a log filter: the client reports each failure by itself, again and again, and the source says it once.
+pub const LOG_FILTER: &str = "kube_client=off";
 
 /// The kinds that every source tells.
 pub const KINDS: [Kind; 4] = [Kind::Node, Kind::ServiceCidr, Kind::Service, Kind::EndpointSlice];

@@ -55,16 +55,26 @@ impl Status {
         });
     }
 
-    /// Notes what went wrong. Gives back whether it is something else than before, and so worth a line in the log.
-    #[expect(dead_code, reason = "the API watches use it, which come next")]
-    pub(super) fn failed(&self, kind: Kind, error: &str) -> bool {
-        let mut is_new = false;
+    /// Notes that `action` failed, and why. Gives back whether the log should say so: not if the same was said before,
+    /// of this kind or of another.
+    pub(super) fn failed(&self, kind: Kind, action: &str, why: &str) -> bool {
+        let is_known =
+            self.all().values().any(|status| status.error.as_deref().is_some_and(|e| e.ends_with(why)));
         self.change(kind, |status| {
             status.errors += 1;
             status.connected = false;
-            is_new = status.error.as_deref() != Some(error);
-            status.error = Some(error.to_owned());
+            status.error = Some(format!("{action}: {why}"));
         });
-        is_new
+        !is_known
+    }
+
+    /// Notes that the source answers. Gives back whether that is news: something failed, and nothing does any more.
+    pub(super) fn answered(&self, kind: Kind) -> bool {
+        let mut was_failing = false;
+        self.change(kind, |status| {
+            was_failing = status.error.take().is_some();
+            status.connected = true;
+        });
+        was_failing && self.all().values().all(|status| status.error.is_none() || status.unavailable)
     }
 }
