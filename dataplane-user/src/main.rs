@@ -47,7 +47,7 @@ fn show(view: View, args: &ShowArgs) -> Result<()> {
 /// stdout is for results and the line `ready`; everything else goes to stderr.
 fn log_to_stderr(filter: &str) -> Result<()> {
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_new(filter)?)
+        .with_env_filter(EnvFilter::try_new(format!("{},{filter}", dataplane_user::watch::LOG_FILTER))?)
         .with_writer(std::io::stderr)
         .with_target(false)
         .init();

@@ -44,16 +44,14 @@ impl Failure {
     /// `resource` is the plural, with its group.
     pub(super) fn new(verb: Verb, resource: &str, server: &str, error: &Error) -> Self {
         let action = format!("{} {resource}", verb.word());
-        match error {
-            Error::Api(status) => Self::answered(action, server, status),
-            Error::SerdeError(error) => Self {
-                code: 0,
-                relist: true,
-                action,
-                why: format!("{server} sent what is not Kubernetes JSON ({error}): check the address"),
-            },
-            other => Self { code: 0, relist: false, action, why: unanswered(server, &causes(other)) },
+        if let Error::Api(status) = error {
+            return Self::answered(action, server, status);
         }
+        if let Error::SerdeError(error) = error {
+            let why = format!("{server} sent what is not Kubernetes JSON ({error}): check the address");
+            return Self { code: 0, relist: true, action, why };
+        }
+        Self { code: 0, relist: false, action, why: unanswered(server, &causes(error)) }
     }
 
     /// For an error that came as an answer, or as an event of a watch.

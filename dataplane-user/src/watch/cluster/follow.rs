@@ -106,9 +106,11 @@ impl<W: Written> Follower<W> {
                 Err(error) => return Ok(Err(self.failure(Verb::List, &error))),
             };
             for seen in page.items {
-                match seen.read(&mut self.names) {
-                    Ok(object) => objects.push(object),
-                    Err(change) => unreadable.push(change),
+                let change = seen.read(&mut self.names);
+                if let Change::Applied(object) = change {
+                    objects.push(object);
+                } else {
+                    unreadable.push(change);
                 }
             }
             parameters.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
@@ -151,7 +153,7 @@ impl<W: Written> Follower<W> {
             let seen = match event {
                 Ok(WatchEvent::Added(seen) | WatchEvent::Modified(seen)) => {
                     let next = seen.resource_version().map(str::to_owned);
-                    let change = seen.read(&mut self.names).map_or_else(|change| change, Change::Applied);
+                    let change = seen.read(&mut self.names);
                     self.tell(change).await?;
                     next
                 }

@@ -1,6 +1,6 @@
 //! An object as the API server sends it: read as far as it can be read, so that one that cannot costs no other (Z5).
 
-use crate::model::{Change, Kind, Object, ObjectName, Reference};
+use crate::model::{Change, Kind, ObjectName, Reference};
 use crate::watch::names::Names;
 use crate::watch::objects::{Metadata, Written};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -60,17 +60,20 @@ impl<W: Written> Seen<W> {
         Reference { kind: W::KIND, name: name.unwrap_or_else(|_| ObjectName::new("", "(without a name)")) }
     }
 
-    /// The object, or a [`Change::Unreadable`].
-    pub(super) fn read(self, names: &mut Names) -> Result<Object, Change> {
-        let reference = self.reference(names);
-        let unreadable = |error: String| Change::Unreadable {
-            object: reference,
-            error: format!("{error} (look at it with kubectl get -o yaml)"),
+    /// A [`Change::Applied`], or a [`Change::Unreadable`].
+    pub(super) fn read(self, names: &mut Names) -> Change {
+        let object = self.reference(names);
+        let converted = match self.object {
+            Ok(written) => written.convert(names).map_err(|error| error.to_string()),
+            Err(unread) => Err(unread.error),
         };
-        match self.object {
-            Ok(object) => object.convert(names).map_err(|error| unreadable(error.to_string())),
-            Err(unread) => Err(unreadable(unread.error)),
-        }
+        converted.map_or_else(
+            |error| Change::Unreadable {
+                object,
+                error: format!("{error} (look at it with kubectl get -o yaml)"),
+            },
+            Change::Applied,
+        )
     }
 }
 
