@@ -68,3 +68,82 @@ fn ipv4<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite, addresses: 
     let bytes = [rewrite.ttl, proto, c0, c1, s0, s1, s2, s3, d0, d1, d2, d3, p0, p1, q0, q1];
     frame.write(packet.l3() + TTL, &bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::sample;
+    use crate::frame::slice::SliceFrame;
+    use crate::parse::{parse, tcp};
+
+    fn translated(mut frame: SliceFrame, rewrite: &Rewrite) -> SliceFrame {
+        let mut packet: Packet = parsed(&mut frame);
+        apply(&mut frame, &packet, rewrite).unwrap();
+        packet = parsed(&mut frame);
+        assert_eq!((packet.src, packet.dst), (rewrite.src, rewrite.dst));
+        assert_eq!(
+            (packet.src_port, packet.dst_port, packet.ttl),
+            (rewrite.src_port, rewrite.dst_port, rewrite.ttl)
+        );
+        frame
+    }
+
+    fn parsed(frame: &mut SliceFrame) -> Packet {
+        let mut packet = Packet::EMPTY;
+        assert!(parse(frame, &mut packet));
+        packet
+    }
+
+    const REWRITE: Rewrite = Rewrite {
+        src: Addr::from_v4([10, 0, 0, 1]),
+        dst: Addr::from_v4([10, 244, 3, 9]),
+        src_port: Port::new(61_001),
+        dst_port: Port::new(8_080),
+        ttl: 63,
+    };
+
+    #[test]
+    fn both_checksums_are_right_after_a_translation() {
+        for frame in [sample::tcp(tcp::ACK, b"some data"), sample::udp(b"odd", true), sample::udp(b"", true)]
+        {
+            assert!(sample::sums_right(&frame));
+            let frame = translated(frame, &REWRITE);
+            assert!(sample::sums_right(&frame), "{frame:02x?}");
+        }
+    }
+
+    #[test]
+    fn a_udp_checksum_of_zero_stays_zero() {
+        let frame = translated(sample::udp(b"data", false), &REWRITE);
+        assert_eq!(frame.bytes[40..42], [0, 0]);
+    }
+
+    #[test]
+    fn a_checksum_left_to_the_device_covers_the_new_addresses_only() {
+        let mut frame = sample::tcp(tcp::ACK, b"data");
+        let packet = parsed(&mut frame);
+        let begun = |src: &Addr, dst: &Addr| {
+            Sum::default()
+                .plus(&src.v4_octets())
+                .plus(&dst.v4_octets())
+                .plus(&[0, 6, 0, 24])
+                .fold()
+                .to_ne_bytes()
+        };
+        frame.bytes[50..52].copy_from_slice(&begun(&packet.src, &packet.dst));
+        frame.partial = true;
+        let frame = translated(frame, &REWRITE);
+        assert_eq!(frame.bytes[50..52], begun(&REWRITE.src, &REWRITE.dst));
+    }
+
+    #[test]
+    fn nothing_else_in_the_packet_changes() {
+        let before = sample::tcp(tcp::ACK, b"untouched");
+        let after = translated(before.clone(), &REWRITE);
+        // TTL, header checksum, addresses, ports, TCP checksum.
+        let ours = |at: usize| at == 22 || (24..38).contains(&at) || (50..52).contains(&at);
+        for at in (0..before.bytes.len()).filter(|at| !ours(*at)) {
+            assert_eq!(before.bytes[at], after.bytes[at], "byte {at}");
+        }
+    }
+}

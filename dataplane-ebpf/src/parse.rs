@@ -66,6 +66,22 @@ pub struct Packet {
 }
 
 impl Packet {
+    /// No packet yet.
+    #[cfg(test)]
+    pub(crate) const EMPTY: Self = Self {
+        src: Addr::UNSPECIFIED,
+        dst: Addr::UNSPECIFIED,
+        src_port: Port::ANY,
+        dst_port: Port::ANY,
+        proto: 0,
+        flags: 0,
+        ttl: 0,
+        obstacle: Obstacle::None,
+        seq: 0,
+        ack: 0,
+        length: 0,
+    };
+
     /// Whether the TCP flags in `mask` are exactly `wanted`.
     #[inline(always)]
     pub const fn tcp(&self, mask: u8, wanted: u8) -> bool {
@@ -174,5 +190,90 @@ fn ports_behind_options<F: Frame>(frame: &mut F, packet: &mut Packet, header_len
     let l4 = ETHERNET + (header_length & 0x3c);
     if let Some([a, b, c, d]) = frame.read::<4>(l4) {
         (packet.src_port, packet.dst_port) = (Port::from_bytes([a, b]), Port::from_bytes([c, d]));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::sample;
+    use crate::frame::slice::SliceFrame;
+
+    fn parsed(mut frame: SliceFrame) -> Option<Packet> {
+        let mut packet = Packet::EMPTY;
+        parse(&mut frame, &mut packet).then_some(packet)
+    }
+
+    #[test]
+    fn a_tcp_segment_gives_all_its_numbers() {
+        let packet = parsed(sample::tcp(tcp::SYN, b"")).unwrap();
+        assert_eq!(packet.src, Addr::from_v4(sample::CLIENT));
+        assert_eq!(packet.dst, Addr::from_v4(sample::SERVICE));
+        assert_eq!((packet.src_port.number(), packet.dst_port.number()), (40_000, 80));
+        assert_eq!((packet.flags, packet.seq, packet.ack), (tcp::SYN, 1_000, 2_000));
+        assert_eq!((packet.proto, packet.ttl, packet.length, packet.obstacle), (6, 64, 40, Obstacle::None));
+    }
+
+    #[test]
+    fn a_frame_that_is_not_ipv4_is_nobodys() {
+        let mut arp = sample::udp(b"x", true);
+        arp.bytes[13] = 6;
+        assert_eq!(parsed(arp), None);
+        assert_eq!(parsed(SliceFrame::new([0; 13])), None);
+        let mut short = sample::udp(b"x", true);
+        short.bytes.truncate(33);
+        assert_eq!(parsed(short), None);
+    }
+
+    #[test]
+    fn what_stands_in_the_way_is_said_and_the_ports_are_still_read() {
+        let obstacle = |change: &dyn Fn(&mut SliceFrame)| {
+            let mut frame = sample::udp(b"0123456789", true);
+            change(&mut frame);
+            let packet = parsed(frame).unwrap();
+            (packet.obstacle, packet.dst_port.number())
+        };
+        assert_eq!(obstacle(&|_| {}), (Obstacle::None, 80));
+        assert_eq!(obstacle(&|frame| frame.bytes[20] = 0x20), (Obstacle::Fragment, 80));
+        assert_eq!(
+            obstacle(&|frame| frame.bytes[21] = 1),
+            (Obstacle::Fragment, 0),
+            "a later fragment has no ports"
+        );
+        assert_eq!(
+            obstacle(&|frame| frame.bytes[14] = 0x44),
+            (Obstacle::Malformed, 80),
+            "a header of 16 bytes"
+        );
+        assert_eq!(
+            obstacle(&|frame| frame.bytes[17] += 1),
+            (Obstacle::Malformed, 80),
+            "longer than the frame"
+        );
+        assert_eq!(obstacle(&|frame| frame.bytes[39] = 7), (Obstacle::Malformed, 80), "a UDP length under 8");
+        assert_eq!(
+            obstacle(&|frame| frame.bytes[39] = 19),
+            (Obstacle::Malformed, 80),
+            "a UDP length past the end"
+        );
+        assert_eq!(obstacle(&|frame| frame.bytes[23] = 47), (Obstacle::Protocol, 0), "GRE has no ports");
+        assert_eq!(obstacle(&|frame| frame.bytes.truncate(36)), (Obstacle::Malformed, 0));
+    }
+
+    #[test]
+    fn ports_behind_options_are_found() {
+        let mut frame = sample::udp(b"", true);
+        frame.bytes[14] = 0x46;
+        frame.bytes.splice(34..34, [1, 1, 1, 1]);
+        let packet = parsed(frame).unwrap();
+        assert_eq!((packet.obstacle, packet.dst_port.number()), (Obstacle::Options, 80));
+    }
+
+    #[test]
+    fn link_padding_is_not_part_of_the_packet() {
+        let mut frame = sample::udp(b"", true);
+        frame.bytes.resize(60, 0);
+        let packet = parsed(frame).unwrap();
+        assert_eq!((packet.length, packet.obstacle), (28, Obstacle::None));
     }
 }

@@ -125,3 +125,63 @@ fn ipv4_header(src: &Addr, dst: &Addr, proto: u8, length: u16) -> [u8; IPV4_HEAD
     [header[10], header[11]] = Sum::default().plus(&header).checksum();
     header
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::sample;
+    use crate::frame::slice::SliceFrame;
+    use crate::parse::parse;
+
+    fn refused(mut frame: SliceFrame) -> (SliceFrame, Packet) {
+        let mut packet = Packet::EMPTY;
+        assert!(parse(&mut frame, &mut packet));
+        refuse(&mut frame, &packet).unwrap();
+        assert!(parse(&mut frame, &mut packet));
+        (frame, packet)
+    }
+
+    #[test]
+    fn a_syn_is_refused_by_a_reset_that_acknowledges_it() {
+        // P1; RFC 9293 section 3.10.7.1, "CLOSED".
+        let (frame, answer) = refused(sample::tcp(tcp::SYN, b""));
+        assert!(sample::sums_right(&frame));
+        assert_eq!((answer.src, answer.dst), (Addr::from_v4(sample::SERVICE), Addr::from_v4(sample::CLIENT)));
+        assert_eq!((answer.src_port.number(), answer.dst_port.number()), (80, 40_000));
+        assert_eq!((answer.flags, answer.seq, answer.ack), (tcp::RST | tcp::ACK, 0, 1_001));
+        assert_eq!(frame.bytes.len(), 54);
+    }
+
+    #[test]
+    fn data_and_fin_count_in_the_number_that_a_reset_acknowledges() {
+        let (_, answer) = refused(sample::tcp(tcp::SYN | tcp::FIN, b"hello"));
+        assert_eq!(answer.ack, 1_000 + 5 + 2);
+    }
+
+    #[test]
+    fn an_acknowledgement_is_refused_by_a_reset_with_its_number() {
+        let (frame, answer) = refused(sample::tcp(tcp::ACK, b"data"));
+        assert!(sample::sums_right(&frame));
+        assert_eq!((answer.flags, answer.seq, answer.ack), (tcp::RST, 2_000, 0));
+    }
+
+    #[test]
+    fn a_datagram_is_refused_by_port_unreachable_that_quotes_it() {
+        // P1; RFC 792.
+        let sent = sample::udp(b"question", true);
+        let (frame, answer) = refused(sent.clone());
+        assert!(sample::sums_right(&frame));
+        assert_eq!((answer.src, answer.dst), (Addr::from_v4(sample::SERVICE), Addr::from_v4(sample::CLIENT)));
+        assert_eq!(frame.bytes[34..36], [3, 3]);
+        assert_eq!(frame.bytes[42..], sent.bytes[14..42], "the header and eight bytes");
+    }
+
+    #[test]
+    fn a_reset_whose_checksum_is_left_to_the_device_begins_with_the_pseudo_header() {
+        let mut sent = sample::tcp(tcp::SYN, b"");
+        sent.partial = true;
+        let (frame, _) = refused(sent);
+        let pseudo = Sum::default().plus(&sample::SERVICE).plus(&sample::CLIENT).plus(&[0, 6, 0, 20]);
+        assert_eq!(frame.bytes[50..52], pseudo.fold().to_ne_bytes());
+    }
+}

@@ -1,5 +1,7 @@
 //! The three shapes in which a packet comes: XDP, a socket buffer, a byte slice.
 
+#[cfg(test)]
+pub(crate) mod sample;
 pub mod skb;
 #[cfg(test)]
 pub mod slice;
