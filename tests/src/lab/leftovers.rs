@@ -259,7 +259,7 @@ fn watch_signals() {
         let ids: Vec<_> = live().iter().cloned().collect();
         for id in ids {
             if let Err(error) = remove(&id) {
-                eprintln!("{error}");
+                super::complain(&format!("{error:#}"));
             }
         }
         std::process::exit(STATUS.load(Ordering::Relaxed));

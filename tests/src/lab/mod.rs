@@ -40,6 +40,7 @@ use anyhow::{Context, Result, bail};
 use leftovers::Traces;
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write as _;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -340,9 +341,14 @@ impl Drop for Lab {
         }
         self.nodes.clear();
         if let Err(error) = self.traces.remove() {
-            eprintln!("{error:#}");
+            complain(&format!("{error:#}"));
         }
     }
+}
+
+/// Prints to standard error, also where nobody reads it any more: a panic here would leave the lab behind.
+pub(crate) fn complain(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Removes a lab whose making failed before there was a [`Lab`].

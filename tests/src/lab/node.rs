@@ -165,7 +165,7 @@ impl Node {
     pub(crate) fn tell_agent_log(&self) {
         if let Some(agent) = self.agent() {
             let log = super::process::last_lines(&agent.process().log(), 40);
-            eprintln!("--- log of the agent of {}\n{log}", self.name());
+            super::complain(&format!("--- log of the agent of {}\n{log}", self.name()));
         }
     }
 

@@ -98,6 +98,9 @@ fn red(text: &str) -> String {
     colour("31", text)
 }
 
+/// So many failures are enough.
+const FAILURES: usize = 3;
+
 /// How often each pod answered, and the failures.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
@@ -110,6 +113,10 @@ impl Tally {
     pub(crate) fn of(count: usize, mut ask: impl FnMut() -> Asked) -> Self {
         let mut tally = Self::default();
         for _ in 0..count {
+            // Where nothing answers, a few times are enough to know it.
+            if tally.failures.len() >= FAILURES {
+                break;
+            }
             match ask() {
                 Ok(answer) => tally.answers.push(answer),
                 Err(failure) => tally.failures.push(failure),
