@@ -6,7 +6,7 @@ use dataplane_user::admin::{self, View};
 use dataplane_user::agent;
 use dataplane_user::config::{Cli, Command, ShowArgs};
 use dataplane_user::kernel::cleanup::cleanup;
-use std::io::{ErrorKind, Write as _};
+use std::io::{ErrorKind, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -49,6 +49,7 @@ fn log_to_stderr(filter: &str) -> Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_new(format!("{},{filter}", dataplane_user::watch::LOG_FILTER))?)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
     Ok(())

@@ -16,7 +16,7 @@ use crate::kernel::clock::Clock;
 use crate::kernel::links::{self, Interfaces};
 use crate::kernel::maps::{KernelMaps, Map};
 use crate::kernel::object::{Object, Options, ProgramLog};
-use crate::kernel::pins::Pins;
+use crate::kernel::pins::{self, Pins};
 use crate::kernel::{capability, probe};
 use crate::metrics::Metrics;
 use crate::model::Change;
@@ -66,7 +66,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     };
     let pins = Pins::new(&args.bpffs);
     pins.prepare()?;
-    let _held = pins.hold()?;
+    let _held = pins.hold(pins::ENDING)?;
 
     let log = tracing::enabled!(target: "dataplane_ebpf", tracing::Level::DEBUG);
     let mut object = Object::open(&Options { pins: Some(&pins), sizes: &args.map_sizes(), log })?;

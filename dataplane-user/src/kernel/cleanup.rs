@@ -4,7 +4,7 @@
 use super::clsact;
 use super::hook::Hook;
 use super::links::LinksError;
-use super::pins::{PinError, Pins};
+use super::pins::{self, PinError, Pins};
 use rtnetlink::packet_route::tc::{TcAttribute, TcHandle};
 use std::path::Path;
 
@@ -26,7 +26,7 @@ pub enum CleanupError {
 /// If an agent still uses the folder, or something cannot be removed.
 pub async fn cleanup(bpffs: &Path, mut removed: impl FnMut(String)) -> Result<(), CleanupError> {
     let pins = Pins::new(bpffs);
-    let _held = if pins.root().exists() { Some(pins.hold()?) } else { None };
+    let _held = if pins.root().exists() { Some(pins.hold(pins::ENDING)?) } else { None };
     // First the programs, the translating ones before those that restore what they did; then what they read.
     let mut links = pins.pinned_links()?;
     links.sort_by_key(|name| is_restoring(name));

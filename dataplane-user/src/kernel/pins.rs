@@ -10,9 +10,12 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// `BPF_FS_MAGIC` of linux/magic.h.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+/// How long a process may take to end before its folder counts as held.
+pub const ENDING: Duration = Duration::from_secs(3);
 /// Where BPF file systems are mounted by custom.
 const SYS_FS_BPF: &str = "/sys/fs/bpf";
 
@@ -117,23 +120,36 @@ impl Pins {
 
     /// Takes the folder for this process; it is free again when the process ends, however it ends.
     ///
+    /// Waits up to `patience` for a process that is just ending: one that was killed has it until the kernel is done with it.
+    ///
     /// # Errors
     /// [`PinError::Held`] names the process that has it.
-    pub fn hold(&self) -> Result<Held, PinError> {
+    pub fn hold(&self, patience: Duration) -> Result<Held, PinError> {
         let folder = File::open(&self.root).map_err(folder_error("open", &self.root))?;
-        // SAFETY: a plain system call on a descriptor that is open.
-        if unsafe { libc::flock(folder.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
-            return Ok(Held { _folder: folder });
+        let begun = Instant::now();
+        loop {
+            // SAFETY: a plain system call on a descriptor that is open.
+            if unsafe { libc::flock(folder.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+                return Ok(Held { _folder: folder });
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::WouldBlock {
+                return Err(folder_error("lock", &self.root)(error));
+            }
+            if begun.elapsed() >= patience {
+                return Err(self.held(&folder)?);
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::WouldBlock {
-            return Err(folder_error("lock", &self.root)(error));
-        }
+    }
+
+    /// Who holds the folder, as an error.
+    fn held(&self, folder: &File) -> Result<PinError, PinError> {
         let file = folder.metadata().map_err(folder_error("read", &self.root))?;
         let file = format!("{:02x}:{:02x}:{}", libc::major(file.dev()), libc::minor(file.dev()), file.ino());
         let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
         let holder = holder(&locks, &file).map_or_else(|| "another process".to_owned(), describe);
-        Err(PinError::Held { path: self.root.clone(), holder })
+        Ok(PinError::Held { path: self.root.clone(), holder })
     }
 
     /// The links that are pinned: names, sorted. None if there is no folder.
@@ -277,11 +293,11 @@ mod tests {
         let root = std::env::temp_dir().join(format!("portolan-pins-{}", std::process::id()));
         fs::create_dir_all(&root).unwrap();
         let pins = Pins::new(&root);
-        let held = pins.hold().unwrap();
-        let error = pins.hold().unwrap_err().to_string();
+        let held = pins.hold(Duration::ZERO).unwrap();
+        let error = pins.hold(Duration::ZERO).unwrap_err().to_string();
         assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
         drop(held);
-        pins.hold().unwrap();
+        pins.hold(Duration::ZERO).unwrap();
         fs::remove_dir(&root).unwrap();
     }
 
