@@ -122,7 +122,7 @@ async fn watch_objects(
     };
     match &args.manifests {
         Some(folder) => Ok(watch::manifests::watch(folder.clone(), options, changes)?),
-        None => anyhow::bail!("this build reads manifests only: give --manifests DIR"),
+        None => Ok(watch::cluster::watch(args.kubeconfig.as_deref(), options, changes).await?),
     }
 }
 

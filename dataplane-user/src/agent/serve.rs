@@ -2,6 +2,7 @@
 
 use super::dataplane::{Dataplane, Flushed};
 use super::notify::{State, notify};
+use crate::admin::names::Names;
 use crate::compile::Complaint;
 use crate::config::AgentArgs;
 use crate::expire::{self, IdleTimes};
@@ -16,6 +17,7 @@ use crate::watch::Watch;
 use crate::watch::events::{Event, Severity};
 use anyhow::{Result, bail};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::signal::unix::{SignalKind, signal};
@@ -49,6 +51,9 @@ pub(super) struct Service {
     /// After a refusal: how long to wait, and until when.
     backoff: Option<(Duration, Instant)>,
     ready: bool,
+    /// The pin folder, by which the command line finds the names of service ports.
+    bpffs: PathBuf,
+    names_changed: bool,
     /// The Services that found no room, as far as that was told.
     refused: usize,
 }
@@ -85,6 +90,8 @@ impl Service {
             sweeping: None,
             backoff: None,
             ready: false,
+            bpffs: args.bpffs.clone(),
+            names_changed: false,
             refused: 0,
         }
     }
@@ -213,6 +220,7 @@ impl Service {
         self.metrics.calls.add(outcome.calls);
         self.metrics.repairs.add(outcome.repaired as u64);
         self.metrics.synced.set_now();
+        self.names_changed |= outcome.names_changed;
         let (ports, backends, frontends) = self.dataplane.mirror().0.sizes();
         for (number, size) in self.metrics.sizes.iter().zip([ports, backends, frontends]) {
             number.set(size as u64);
@@ -287,7 +295,22 @@ impl Service {
         if !self.audit_period.is_zero() && self.audited.elapsed() >= self.audit_period {
             self.audit();
         }
+        if self.names_changed {
+            self.names_changed = false;
+            self.write_names();
+        }
         self.sweep().await;
+    }
+
+    /// Beside the loop, and not for every change: people read it.
+    fn write_names(&mut self) {
+        let names = Names::new(self.dataplane.mirror().0.names());
+        let bpffs = self.bpffs.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = names.write(&bpffs) {
+                tracing::warn!("cannot write the names of Services for the command line: {error}");
+            }
+        });
     }
 
     /// Reads the kernel's tables again and repairs what differs (H2).

@@ -5,6 +5,7 @@ use super::clsact;
 use super::hook::Hook;
 use super::links::LinksError;
 use super::pins::{self, PinError, Pins};
+use crate::admin::names::Names;
 use rtnetlink::packet_route::tc::{TcAttribute, TcHandle};
 use std::path::Path;
 
@@ -39,6 +40,7 @@ pub async fn cleanup(bpffs: &Path, mut removed: impl FnMut(String)) -> Result<()
         pins.remove(&map)?;
         removed(format!("map {}", map.file_name().unwrap_or_default().to_string_lossy()));
     }
+    Names::remove(bpffs);
     if pins.root().exists() {
         pins.remove_folders()?;
         removed(format!("folder {}", pins.root().display()));
