@@ -150,6 +150,8 @@ impl Mirror {
         for name in &gone {
             self.plan_or_wait(&mut plan, &mut outcome, name, None, now);
         }
+        // The first time, the file of names may be of an earlier agent, or missing.
+        outcome.names_changed |= self.recovered.is_some();
         self.plan_orphans(&mut plan, now);
         self.finish(maps, plan, outcome)
     }
