@@ -82,6 +82,9 @@ pub struct AgentArgs {
     /// XDP on uplinks: `auto` is native where the driver keeps its offloads, else off.
     #[arg(long, value_enum, default_value_t = XdpMode::Auto)]
     pub xdp: XdpMode,
+    /// How tc programs are attached: `clsact` is what kernels before 6.6 get, for tests.
+    #[arg(long, value_enum, default_value_t = TcMode::Auto, hide = true)]
+    pub tc: TcMode,
     /// Ports that translated sources get; no local socket may use them.
     #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
     pub snat_ports: PortRange,
@@ -178,6 +181,15 @@ pub enum XdpMode {
     Generic,
     /// tc does the work.
     Off,
+}
+
+/// `--tc`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TcMode {
+    /// TCX links where the kernel has them.
+    Auto,
+    /// clsact filters.
+    Clsact,
 }
 
 /// `--cluster-ip-from-outside`.

@@ -26,7 +26,15 @@ fn run(command: Command) -> Result<()> {
         Command::Agent(args) => agent::run(*args),
         Command::Cleanup(args) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            Ok(runtime.block_on(cleanup(&args.bpffs, |removed| println!("removed {removed}")))?)
+            let mut count = 0;
+            runtime.block_on(cleanup(&args.bpffs, |removed| {
+                count += 1;
+                println!("removed {removed}");
+            }))?;
+            if count == 0 {
+                println!("nothing to remove at {} and on the interfaces here", args.bpffs.display());
+            }
+            Ok(())
         }
         Command::Services(args) => show(View::Services, &args),
         Command::Backends(args) => show(View::Backends, &args),

@@ -9,7 +9,7 @@ mod notify;
 mod serve;
 mod settings;
 
-use crate::config::AgentArgs;
+use crate::config::{AgentArgs, SocketLb, TcMode};
 use crate::health::Health;
 use crate::kernel::attach::Attachments;
 use crate::kernel::clock::Clock;
@@ -56,13 +56,12 @@ pub fn run(args: AgentArgs) -> Result<()> {
 async fn serve(args: AgentArgs) -> Result<()> {
     tracing::info!("Portolan {}, pins in {}", env!("CARGO_PKG_VERSION"), args.bpffs.display());
     capability::check()?;
-    let features = probe::features()?;
+    let mut features = probe::features()?;
+    features.tcx &= args.tc == TcMode::Auto;
     tracing::info!("{features}");
     let cgroup = match args.socket_lb {
-        crate::config::SocketLb::Off => None,
-        crate::config::SocketLb::All | crate::config::SocketLb::Host => {
-            Some(probe::cgroup(args.cgroup.as_deref())?)
-        }
+        SocketLb::Off => None,
+        SocketLb::All | SocketLb::Host => Some(probe::cgroup(args.cgroup.as_deref())?),
     };
     let pins = Pins::new(&args.bpffs);
     pins.prepare()?;

@@ -203,6 +203,7 @@ impl Service {
         self.count_complaints();
         if !self.ready {
             self.ready = true;
+            self.names_changed = true;
             let (ports, backends, frontends) = self.dataplane.mirror().0.sizes();
             tracing::info!(
                 "{ports} service ports, {backends} backends and {frontends} frontends in {} ms",

@@ -135,6 +135,16 @@ impl Interfaces {
             .collect()
     }
 
+    /// A node whose last default route goes keeps its uplinks: the route may be about to be replaced, and flows go on.
+    fn set_default_routes(&mut self, routes: BTreeSet<u32>) {
+        if routes.is_empty() {
+            let links = &self.links;
+            self.default_routes.retain(|index| links.contains_key(index));
+        } else {
+            self.default_routes = routes;
+        }
+    }
+
     fn add(&mut self, index: u32, address: IpAddr) {
         let addresses = self.addresses.entry(index).or_default();
         if !addresses.contains(&address) {
@@ -353,7 +363,10 @@ impl Stream {
         }
         match news {
             News::Seen => {}
-            News::Routes => self.now.default_routes = default_routes(&self.handle).await?,
+            News::Routes => {
+                let routes = default_routes(&self.handle).await?;
+                self.now.set_default_routes(routes);
+            }
             News::Lost => {
                 tracing::warn!("netlink messages were lost; reading interfaces and addresses anew");
                 self.now = dump(&self.handle).await?;
@@ -479,6 +492,15 @@ mod tests {
         }
         let own = node.own_addresses(&node.roles(&Choice::default()));
         assert_eq!(own, [ip("192.0.2.7"), ip("127.0.0.1"), ip("172.17.0.1")]);
+    }
+
+    #[test]
+    fn an_uplink_stays_one_while_there_is_no_default_route() {
+        let mut node = interfaces(&[(2, "eth0", true), (3, "eth1", true)], &[2]);
+        node.set_default_routes(BTreeSet::new());
+        assert_eq!(node.roles(&Choice::default())[&2], Role::Uplink);
+        node.set_default_routes([3].into());
+        assert_eq!(node.roles(&Choice::default()), BTreeMap::from([(2, Role::Pod), (3, Role::Uplink)]));
     }
 
     #[test]
