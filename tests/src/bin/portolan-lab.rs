@@ -39,7 +39,14 @@ enum Verb {
     Clean,
 }
 
-fn main() -> Result<ExitCode> {
+fn main() -> ExitCode {
+    run().unwrap_or_else(|error| {
+        eprintln!("portolan-lab: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run() -> Result<ExitCode> {
     match Arguments::parse().verb {
         Verb::Run(options) => return tour::run(&options),
         Verb::Exec { lab, place, command } => {

@@ -12,8 +12,8 @@ use std::time::Duration;
 const MANY: usize = 40;
 /// How long silence must last to count as a drop.
 const SILENCE: Duration = Duration::from_millis(700);
-/// Lines of a dump that are shown.
-const DUMP_LINES: usize = 36;
+/// Entries of a dump that are shown.
+const DUMP_ENTRIES: usize = 2;
 
 /// One step.
 type Step = fn(&Tour, &mut Narration) -> Result<()>;
@@ -244,14 +244,18 @@ impl Tour {
         let map = map.to_str().context("path")?;
         say.tell(&format!("bpftool map dump pinned {map}"));
         let text = node.place().run("bpftool", &["map", "dump", "pinned", map])?;
-        let lines = text.lines().collect::<Vec<_>>();
-        say.quote(&lines[..lines.len().min(DUMP_LINES)].join("\n"));
-        if lines.len() > DUMP_LINES {
-            say.tell(&format!("  … and {} lines more", lines.len() - DUMP_LINES));
-        }
+        // Entries without a service port stand for whole addresses; those with one tell more.
+        let entries: Vec<_> = text.split("},{").collect();
+        let telling = entries.iter().filter(|entry| !entry.contains("\"service\": 0,")).take(DUMP_ENTRIES);
+        let telling: Vec<_> = telling
+            .map(|entry| entry.trim_start_matches("[{").trim_end().trim_end_matches("}]").trim_end())
+            .collect();
+        say.quote(telling.join("\n        },{").trim_start_matches('\n'));
+        say.tell(&format!("  ({DUMP_ENTRIES} of {} entries)", entries.len()));
+        let names = ["\"addr\"", "\"port\"", "\"service\""];
         say.check(
-            text.contains("\"port\"") || text.contains("port"),
-            "bpftool knows the names of the fields (BTF)",
+            names.iter().all(|name| text.contains(name)),
+            "bpftool knows the names of the fields (the map has BTF)",
         );
         Ok(())
     }
