@@ -13,30 +13,27 @@ mod programs {
     use aya_ebpf::macros::{cgroup_sock_addr, classifier, xdp};
     use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
     use aya_log_ebpf::debug;
+    use dataplane_common::drop::Reason;
     use dataplane_ebpf::connect::{self, Inet4, Inet6};
     use dataplane_ebpf::frame::Frame as _;
     use dataplane_ebpf::frame::skb::SkbFrame;
     use dataplane_ebpf::frame::xdp::XdpFrame;
     use dataplane_ebpf::path::{Hook, walk};
     use dataplane_ebpf::scratch;
-    use dataplane_ebpf::verdict::Verdict;
 
     #[inline(always)]
     fn tc(ctx: &TcContext, hook: Hook) -> i32 {
         // SAFETY: the context the kernel handed to the program.
         let mut frame = unsafe { SkbFrame::new(ctx.skb.skb) };
         let Some(scratch) = scratch::get() else { return TC_ACT_UNSPEC };
-        let verdict = walk(&mut frame, hook, scratch);
-        if let Verdict::Drop(reason) = verdict {
-            log_drop(ctx, reason as u8);
-        }
+        let verdict = walk(&mut frame, hook, scratch, |reason| log(ctx, reason));
         frame.finish(verdict, &scratch.way, hook.is_ingress())
     }
 
-    /// Says at debug level why a packet was dropped. Where that level is off the verifier removes the whole body.
+    /// Says at debug level why a packet was dropped or refused. Where that level is off the verifier removes the body.
     #[inline(never)]
-    fn log_drop<C: EbpfContext>(ctx: &C, reason: u8) {
-        debug!(ctx, "packet dropped: reason {}", reason);
+    fn log<C: EbpfContext>(ctx: &C, reason: Reason) {
+        debug!(ctx, "packet dropped or refused: reason {}", reason as u8);
     }
 
     /// From the network, before a socket buffer exists.
@@ -45,10 +42,7 @@ mod programs {
         // SAFETY: the context the kernel handed to the program.
         let mut frame = unsafe { XdpFrame::new(ctx.ctx) };
         let Some(scratch) = scratch::get() else { return XDP_PASS };
-        let verdict = walk(&mut frame, Hook::UplinkIngress, scratch);
-        if let Verdict::Drop(reason) = verdict {
-            log_drop(&ctx, reason as u8);
-        }
+        let verdict = walk(&mut frame, Hook::UplinkIngress, scratch, |reason| log(&ctx, reason));
         frame.finish(verdict, &scratch.way, true) as u32
     }
 

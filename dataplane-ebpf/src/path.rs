@@ -60,12 +60,14 @@ enum Exit {
     HandUp,
 }
 
-/// Takes a packet through the dataplane. [`Verdict::Forward`] and [`Verdict::HandUp`] go by `scratch.way`.
+/// Takes a packet through the dataplane. [`Verdict::Forward`] and [`Verdict::HandUp`] go by `scratch.way`. `log` is told
+/// why a packet was dropped or refused.
 #[inline(always)]
-pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict {
+pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, log: impl Fn(Reason)) -> Verdict {
     let verdict = decide(frame, hook, scratch);
     match verdict {
         Verdict::Drop(reason) => {
+            log(reason);
             count::reason(reason);
             verdict
         }
@@ -73,7 +75,10 @@ pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdi
             count::reason(Reason::XdpLeftToTc);
             Verdict::Pass
         }
-        Verdict::Refuse(reason) => answer(frame, scratch, reason).verdict(),
+        Verdict::Refuse(reason) => {
+            log(reason);
+            answer(frame, scratch, reason).verdict()
+        }
         Verdict::Pass | Verdict::Forward | Verdict::HandUp | Verdict::Answer => verdict,
         Verdict::Begin | Verdict::LeaveToTc => Verdict::Pass,
     }
@@ -193,7 +198,9 @@ impl<F: Frame> Walk<'_, F> {
             // The node talks to itself: the answer leaves where the question left.
             (true, true, true) => from_node,
             // The reply is addressed to the node and must not be delivered as it is.
-            (true, true, false) | (true, false, true) => ingress,
+            (true, true, false) => ingress,
+            // The same; but an endpoint in the node's own network answers the frontend's address, and leaves.
+            (true, false, true) => ingress || from_node,
             // The reply passes the stack with the endpoint's address and is restored where it leaves.
             (true, false, false) => !ingress,
         }
@@ -243,7 +250,7 @@ impl<F: Frame> Walk<'_, F> {
     #[inline(never)]
     fn routed_exit(&mut self) -> Result<Exit, Verdict> {
         let Scratch { packet, flow, way, fib, .. } = &mut *self.s;
-        let sent = flow.has(Flow::NODE_CLIENT);
+        let sent = self.hook == Hook::UplinkEgress;
         if !sent && packet.ttl <= 1 {
             return Err(Verdict::Refuse(Reason::TtlExceeded));
         }
@@ -268,7 +275,7 @@ impl<F: Frame> Walk<'_, F> {
     fn send(&mut self, exit: Exit) -> Verdict {
         let (packet, flow) = (&self.s.packet, &self.s.flow);
         // Only a router lowers the time to live, not the sender itself.
-        let routed = exit == Exit::Forward && !flow.has(Flow::NODE_CLIENT);
+        let routed = exit == Exit::Forward && self.hook.is_ingress();
         if nat::apply(self.frame, packet, &nat::plan(packet, flow, routed)).is_err() {
             return Verdict::Drop(Reason::WriteFailed);
         }
