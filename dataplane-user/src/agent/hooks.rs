@@ -44,6 +44,7 @@ impl Hooks {
     pub(super) fn start(&mut self) {
         let mut errors = self.attachments.sockets(self.cgroup.as_ref());
         errors.extend(self.attach());
+        self.attachments.settled();
         self.tell(errors.iter().map(ToString::to_string).collect());
     }
 

@@ -110,9 +110,9 @@ impl Attachments {
         Ok(Self { object, pins, tcx: features.tcx, xdp, attached: BTreeSet::new(), sockets: Vec::new() })
     }
 
-    /// The object whose programs these are.
-    pub fn object(&mut self) -> &mut Object {
-        &mut self.object
+    /// All is attached for the first time: what the programs before these wrote is carried over.
+    pub fn settled(&mut self) {
+        self.object.carry_over(&self.pins);
     }
 
     /// Attaches the socket hooks to the cgroup; without one, removes them.

@@ -6,6 +6,7 @@ pub mod capability;
 pub mod cleanup;
 pub mod clock;
 mod clsact;
+mod enlarge;
 pub mod hook;
 pub mod link;
 pub mod links;

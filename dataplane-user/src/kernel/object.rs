@@ -7,8 +7,9 @@
 )]
 
 use super::bpf::MapFd;
+use super::enlarge::{self, Enlarged};
 use super::maps::map_type;
-use super::pins::Pins;
+use super::pins::{PinError, Pins};
 use crate::config::MapSize;
 use aya::maps::{Map, MapData};
 use aya::programs::{Program, ProgramError};
@@ -16,7 +17,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 use dataplane_common::tables;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The programs, compiled by the build script.
 static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portolan-ebpf.o"));
@@ -52,6 +53,17 @@ pub enum ObjectError {
     /// The maps or the object itself.
     #[error("cannot make the maps: {0}")]
     Maps(#[source] Box<EbpfError>),
+    /// The pin folder.
+    #[error(transparent)]
+    Pins(#[from] PinError),
+    /// A map could not be given more room.
+    #[error("cannot give map {name} more room: {source}. Start without --map-size and --max-flows for it")]
+    Enlarge {
+        /// The map.
+        name: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// One program.
     #[error("cannot load the program {name}: {source}")]
     Program {
@@ -104,6 +116,8 @@ impl AsRawFd for ProgramLog {
 #[derive(Debug)]
 pub struct Object {
     ebpf: Ebpf,
+    /// Maps that got more room just now.
+    enlarged: Vec<Enlarged>,
 }
 
 impl Object {
@@ -114,6 +128,7 @@ impl Object {
     pub fn open(options: &Options<'_>) -> Result<Self, ObjectError> {
         /// `Level::Debug` of aya-log, and a number below all levels.
         const LEVELS: [u8; 2] = [0, 4];
+        let mut enlarged = Vec::new();
         let mut loader = EbpfLoader::new();
         // No program refers to the kernel's types.
         loader.btf(None);
@@ -127,21 +142,40 @@ impl Object {
         for &(name, kind, capacity) in tables::ALL {
             let Some(pins) = options.pins else { continue };
             let path = pins.map(name);
-            if let Ok(found) = MapFd::open(&path) {
-                let wanted = options.sizes.iter().rfind(|size| size.map == name);
-                let wanted = wanted.map_or(capacity, |size| size.entries as usize);
-                let entries = found_entries(&found, name, map_type(kind), wanted, &path)?;
-                loader.map_max_entries(name, entries);
+            let Ok(found) = MapFd::open(&path) else {
+                loader.map_pin_path(name, path);
+                continue;
+            };
+            let wanted = options.sizes.iter().rfind(|size| size.map == name);
+            let wanted = wanted.map_or(capacity, |size| size.entries as usize);
+            let entries = found_entries(&found, name, map_type(kind), &path)?;
+            if wanted > entries {
+                let path = enlarge::new_pin(pins, name);
+                // What an attempt that was cut short left.
+                pins.remove(&path)?;
+                loader.map_pin_path(name, path);
+                enlarged.push(Enlarged::new(name, found));
+                continue;
+            }
+            if wanted < entries {
+                tracing::info!("map {name} keeps its {entries} entries, more than the {wanted} asked for");
+                loader.map_max_entries(name, entries as u32);
             }
             loader.map_pin_path(name, path);
         }
         let ebpf = loader.load(BYTES).map_err(refused_maps)?;
-        let object = Self { ebpf };
+        let object = Self { ebpf, enlarged };
         if let Some(pins) = options.pins {
+            object.enlarged.iter().try_for_each(|map| map.take_over(pins))?;
             object.verify(pins)?;
         }
         give_back_memory();
         Ok(object)
+    }
+
+    /// Once the new programs are attached: copies what the old ones wrote to maps that got more room.
+    pub fn carry_over(&mut self, pins: &Pins) {
+        std::mem::take(&mut self.enlarged).iter().for_each(|map| map.carry_over(pins));
     }
 
     /// Each pin leads to the map that the programs will use.
@@ -240,28 +274,12 @@ impl Object {
 }
 
 /// Checks a map that is pinned already, and says how many entries it has.
-fn found_entries(
-    found: &MapFd,
-    name: &str,
-    map_type: u32,
-    wanted: usize,
-    path: &std::path::Path,
-) -> Result<u32, ObjectError> {
+fn found_entries(found: &MapFd, name: &str, map_type: u32, path: &Path) -> Result<usize, ObjectError> {
     let shape = found.shape();
     let sizes = tables::SIZES.iter().find(|(table, ..)| *table == name);
     let fits = shape.map_type == map_type
         && sizes.is_some_and(|(_, key, value)| shape.key_size == *key && shape.value_size == *value);
-    if !fits {
-        return Err(ObjectError::Shape { path: path.to_owned() });
-    }
-    if shape.max_entries != wanted {
-        tracing::warn!(
-            "map {name} keeps its {} entries instead of {wanted}, with what it holds; `portolan cleanup` before the next \
-             start gives it the new size, and breaks connections in progress",
-            shape.max_entries
-        );
-    }
-    Ok(shape.max_entries as u32)
+    if fits { Ok(shape.max_entries) } else { Err(ObjectError::Shape { path: path.to_owned() }) }
 }
 
 fn data(map: &Map) -> Option<&MapData> {
