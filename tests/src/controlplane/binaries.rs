@@ -96,7 +96,9 @@ fn build(folder: &Path) -> Result<()> {
         );
     }
     eprintln!("building the control plane once (several minutes) …");
-    let new = parent.join(format!(".new-{}", std::process::id()));
+    // Under the lock: nobody else builds, and what is there is of a build that was cut short.
+    let new = parent.join(".new");
+    let _ = fs::remove_dir_all(&new);
     let all: Vec<_> = KUBERNETES.iter().copied().chain([ETCD]).collect();
     let mut progress = Progress::new(packages(&all)?);
     let version = version()?;

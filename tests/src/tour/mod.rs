@@ -25,6 +25,15 @@ pub struct TourOptions {
     /// How pods are joined to their node.
     #[arg(long, value_enum, default_value_t = PodNetwork::HostRoutes)]
     pod_network: PodNetwork,
+    /// A strict rp_filter on every interface of the nodes.
+    #[arg(long)]
+    strict_rp_filter: bool,
+    /// Senders compute their checksums themselves instead of leaving them to the veth.
+    #[arg(long)]
+    no_tx_checksums: bool,
+    /// Native XDP on the nodes' uplinks.
+    #[arg(long)]
+    xdp: bool,
     /// More arguments for the agents, after `--`.
     #[arg(last = true)]
     agent_arguments: Vec<String>,
@@ -39,7 +48,12 @@ pub fn run(options: &TourOptions) -> Result<ExitCode> {
     portolan()?;
     let begun = Instant::now();
     println!("raising a lab of three nodes …");
-    let lab = Options::default().pods(options.pod_network).create()?;
+    let lab = Options::default()
+        .pods(options.pod_network)
+        .strict_rp_filter(options.strict_rp_filter)
+        .tx_checksums(!options.no_tx_checksums)
+        .xdp(options.xdp)
+        .create()?;
     let tell = |text: &str| println!("  {text}");
     let world = if options.cluster {
         World::from_cluster(&lab, &tell).context("the control plane")?
@@ -47,7 +61,9 @@ pub fn run(options: &TourOptions) -> Result<ExitCode> {
         World::from_manifests(&lab)?
     };
     println!("starting an agent on each node …");
-    let arguments: Vec<_> = options.agent_arguments.iter().map(String::as_str).collect();
+    let xdp = if options.xdp { ["--xdp", "native"].as_slice() } else { &[] };
+    let arguments = options.agent_arguments.iter().map(String::as_str);
+    let arguments: Vec<_> = xdp.iter().copied().chain(arguments).collect();
     lab.start_agents(&world.agents().arguments(&arguments))?;
     println!("lab {} is up after {:.1} s", lab.id(), begun.elapsed().as_secs_f32());
     introduce(&lab);

@@ -250,7 +250,7 @@ impl Tour {
         let telling: Vec<_> = telling
             .map(|entry| entry.trim_start_matches("[{").trim_end().trim_end_matches("}]").trim_end())
             .collect();
-        say.quote(telling.join("\n        },{").trim_start_matches('\n'));
+        say.quote(telling.join("\n    },{\n").trim_start_matches('\n'));
         say.tell(&format!("  ({DUMP_ENTRIES} of {} entries)", entries.len()));
         let names = ["\"addr\"", "\"port\"", "\"service\""];
         say.check(
