@@ -10,12 +10,14 @@ use crate::health::{AUTOSCALER_TAINT, Health};
 use crate::kernel::clock::Clock;
 use crate::kernel::links::{Choice, Interfaces};
 use crate::kernel::maps::{KernelMaps, MapError};
+use crate::kernel::sockets::{self, SocketError};
 use crate::metrics::Metrics;
 use crate::model::{Change, Kind, Object};
 use crate::sync::{LingeringBits, Outcome};
 use crate::watch::Watch;
 use crate::watch::events::{Event, Severity};
 use anyhow::{Result, bail};
+use dataplane_common::tables::{Backends, SocketPeers};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
@@ -56,6 +58,8 @@ pub(super) struct Service {
     names_changed: bool,
     /// The Services that found no room, as far as that was told.
     refused: usize,
+    /// Endpoints changed since sockets were last looked through.
+    sockets_due: bool,
 }
 
 impl Service {
@@ -93,6 +97,7 @@ impl Service {
             bpffs: args.bpffs.clone(),
             names_changed: false,
             refused: 0,
+            sockets_due: true,
         }
     }
 
@@ -199,6 +204,7 @@ impl Service {
             flushed.outcome.calls,
             took.as_micros()
         );
+        self.sockets_due |= flushed.outcome.ops > 0;
         self.account(flushed.outcome);
         self.count_complaints();
         if !self.ready {
@@ -300,7 +306,27 @@ impl Service {
             self.names_changed = false;
             self.write_names();
         }
+        if std::mem::take(&mut self.sockets_due) {
+            self.close_orphans();
+        }
         self.sweep().await;
+    }
+
+    /// Beside the loop: a node's own UDP sockets do not follow their endpoints by themselves (C1).
+    fn close_orphans(&mut self) {
+        let maps = self.dataplane.mirror().1.clone();
+        tokio::task::spawn_blocking(move || {
+            let closed = maps
+                .map::<SocketPeers>()
+                .and_then(|peers| Ok((peers, maps.map::<Backends>()?)))
+                .map_err(SocketError::from)
+                .and_then(|(peers, backends)| sockets::close_orphans(&peers, &backends));
+            match closed {
+                Ok(0) => {}
+                Ok(closed) => tracing::info!("closed {closed} UDP sockets whose endpoint is gone"),
+                Err(error) => tracing::warn!("{error}"),
+            }
+        });
     }
 
     /// Beside the loop, and not for every change: people read it.

@@ -14,3 +14,4 @@ pub mod maps;
 pub mod object;
 pub mod pins;
 pub mod probe;
+pub mod sockets;
