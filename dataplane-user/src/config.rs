@@ -67,7 +67,7 @@ pub struct AgentArgs {
     /// Interfaces to pods, by name or pattern; without it, every veth that is not an uplink.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',', num_args = 1..)]
     pub pod_interface: Vec<Pattern>,
-    /// Ranges of pod addresses of the whole cluster: a source outside them is outside the cluster.
+    /// Ranges of pod addresses of the whole cluster: no external or load balancer address may lie in them.
     #[arg(long, value_name = "CIDR", value_delimiter = ',', num_args = 1..)]
     pub cluster_cidr: Vec<IpNet>,
     /// Ranges of ClusterIPs; without it, those of the ServiceCIDR objects.

@@ -51,15 +51,19 @@ impl Hooks {
     /// Follows the interfaces for ever.
     pub(super) async fn run(mut self) {
         loop {
-            let mut errors = tokio::select! {
+            let look = tokio::select! {
                 changed = self.interfaces.changed() => match changed {
-                    Ok(()) => Vec::new(),
+                    Ok(()) => false,
                     Err(_) => return,
                 },
-                () = tokio::time::sleep(LOOK) => self.look(),
+                () = tokio::time::sleep(LOOK) => true,
             };
-            errors.extend(self.attach());
-            self.tell(errors.iter().map(ToString::to_string).collect());
+            // The kernel waits for a grace period with each new link.
+            tokio::task::block_in_place(|| {
+                let mut errors = if look { self.look() } else { Vec::new() };
+                errors.extend(self.attach());
+                self.tell(errors.iter().map(ToString::to_string).collect());
+            });
         }
     }
 

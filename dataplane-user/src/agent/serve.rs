@@ -289,14 +289,17 @@ impl Service {
 
     async fn tick(&mut self) {
         self.flush();
-        if !self.dataplane.is_complete() || self.backoff.is_some() {
+        if !self.dataplane.is_complete() || self.backoff.is_some_and(|(_, until)| Instant::now() < until) {
             return;
         }
-        if self.refused > 0 {
+        if self.refused > 0 || self.backoff.is_some() {
             let (mirror, maps) = self.dataplane.mirror();
             match mirror.tick(maps, Instant::now()) {
-                Ok(outcome) => self.account(outcome),
-                Err(error) => self.failed(&error),
+                Ok(outcome) => {
+                    self.backoff = None;
+                    self.account(outcome);
+                }
+                Err(error) => return self.failed(&error),
             }
         }
         if !self.audit_period.is_zero() && self.audited.elapsed() >= self.audit_period {
