@@ -22,7 +22,14 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
     /// What is logged to stderr: error, warn, info, debug, trace, or a filter such as `info,portolan=debug`.
-    #[arg(long, global = true, env = "PORTOLAN_LOG", default_value = "info", value_name = "FILTER")]
+    #[arg(
+        long,
+        global = true,
+        env = "PORTOLAN_LOG",
+        default_value = "info",
+        value_name = "FILTER",
+        overrides_with = "log"
+    )]
     pub log: String,
 }
 
