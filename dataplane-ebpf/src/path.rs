@@ -6,7 +6,7 @@ use crate::forward::{self, Origin, Route};
 use crate::frame::Frame;
 use crate::parse::{Obstacle, Packet, parse, tcp};
 use crate::reject::{self, IcmpError};
-use crate::scratch::Scratch;
+use crate::scratch::{Opening, Scratch, SourceRule};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use crate::verdict::{Code, Verdict};
@@ -18,7 +18,6 @@ use dataplane_common::drop::Reason;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::Node;
-use dataplane_common::service::EndpointSet;
 use dataplane_common::{Port, Protocol};
 
 /// Where the packet is met.
@@ -100,7 +99,8 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     }
     scratch.key = FlowKey::new(packet.src, packet.src_port, packet.dst, packet.dst_port, packet.proto);
     let mut walk = Walk { frame, hook, s: scratch };
-    // Two functions of their own, so that neither's stack adds to the other's.
+    // Functions of their own, one after the other, so that no one's stack adds to another's: 512 bytes are for a whole
+    // chain of calls, and kernels before 6.8 round each function's share up to 32.
     if interest.frontend || interest.reply {
         let known = walk.known();
         if known != Code::BEGIN {
@@ -108,7 +108,11 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
         }
     }
     if interest.frontend || interest.closed {
-        return walk.begin(interest.closed).verdict();
+        let admitted = walk.admit(interest.closed);
+        if admitted != Code::BEGIN {
+            return admitted.verdict();
+        }
+        return walk.begin().verdict();
     }
     Verdict::Pass
 }
@@ -298,14 +302,15 @@ impl<F: Frame> Walk<'_, F> {
         }
     }
 
-    /// A client's packet that belongs to no flow yet.
+    /// A client's packet that belongs to no flow yet; [`Verdict::Begin`] if it may begin one, from the endpoints that are
+    /// in the walk's working memory then.
     #[inline(never)]
-    fn begin(&mut self, closed: bool) -> Code {
-        self.begin_flow(closed).into()
+    fn admit(&mut self, closed: bool) -> Code {
+        self.find_endpoints(closed).into()
     }
 
     #[inline(always)]
-    fn begin_flow(&mut self, closed: bool) -> Verdict {
+    fn find_endpoints(&mut self, closed: bool) -> Verdict {
         let packet = &self.s.packet;
         let source = match self.hook {
             Hook::PodIngress => Source::Pod,
@@ -335,7 +340,12 @@ impl<F: Frame> Walk<'_, F> {
             return Verdict::Drop(Reason::ClusterIpFromOutside);
         }
         match service::endpoints(destination, source) {
-            Ok(set) => self.new_flow(destination, source, set),
+            Ok(endpoints) => {
+                let service = destination.service;
+                self.s.opening =
+                    Opening { endpoints, service, source, rule: source_rule(destination, source) };
+                Verdict::Begin
+            }
             Err(Reason::NoEndpoints) => Verdict::Refuse(Reason::NoEndpoints),
             Err(reason) => Verdict::Drop(reason),
         }
@@ -359,19 +369,28 @@ impl<F: Frame> Walk<'_, F> {
     }
 
     /// Chooses an endpoint, enters the flow and sends its first packet.
+    #[inline(never)]
+    fn begin(&mut self) -> Code {
+        self.new_flow().into()
+    }
+
     #[inline(always)]
-    fn new_flow(&mut self, destination: Destination, source: Source, set: EndpointSet) -> Verdict {
+    fn new_flow(&mut self) -> Verdict {
         for _ in 0..ENDPOINT_TRIES {
-            let chosen = match select::select(set) {
-                Ok(chosen) => chosen,
-                Err(reason) => return Verdict::Drop(reason),
-            };
-            self.propose(destination, source, &chosen);
-            if self.translates_source(destination, source, &chosen) {
+            let proposed = self.propose();
+            if proposed != Code::BEGIN {
+                return proposed.verdict();
+            }
+            if self.s.flow.has(Flow::SOURCE_TRANSLATED) {
                 return self.enter_translated();
             }
             match flow::claim(&self.s.key, &mut self.s.flow, &mut self.s.reply) {
-                Claim::Made => return self.launch(None),
+                Claim::Made => {
+                    return match self.exit() {
+                        Ok(exit) => self.launch(exit).verdict(),
+                        Err(verdict) => verdict,
+                    };
+                }
                 // Another flow has the same reply: another endpoint may do.
                 Claim::Taken => {}
                 Claim::Failed => return Verdict::Drop(Reason::FlowInsert),
@@ -379,41 +398,50 @@ impl<F: Frame> Walk<'_, F> {
         }
         // Better a translated source, whatever the policy says, than a client refused.
         count::reason(Reason::ReplyCollision);
+        self.s.flow.set(Flow::SOURCE_TRANSLATED);
+        self.s.reply.set(Flow::SOURCE_TRANSLATED);
         self.enter_translated()
+    }
+
+    /// Chooses an endpoint and proposes a flow to it; [`Verdict::Begin`] if there is one.
+    #[inline(never)]
+    fn propose(&mut self) -> Code {
+        let Opening { endpoints, service, source, rule } = self.s.opening;
+        match select::select(endpoints) {
+            Ok(chosen) => {
+                let translated = self.translates_source(rule, &chosen);
+                self.write_flow(service, source, &chosen, translated);
+                Code::BEGIN
+            }
+            Err(reason) => Verdict::Drop(reason).into(),
+        }
     }
 
     /// Whether the endpoint must see an address of this node instead of the client's (P4, P5, P9, P10, P11).
     #[inline(always)]
-    fn translates_source(&self, destination: Destination, source: Source, chosen: &Chosen) -> bool {
+    fn translates_source(&self, rule: SourceRule, chosen: &Chosen) -> bool {
         // P11: the endpoint is the client.
         if chosen.addr == self.s.packet.src {
             return true;
         }
-        match source {
-            Source::Pod => false,
-            // The node as a client of an endpoint in its own network: also a hairpin, whatever address it sends from.
-            Source::Node => service::node_address(&chosen.addr).is_some(),
-            // P10.
-            Source::Outside if destination.kind == FrontendKind::ClusterIp => true,
-            // P7.
-            Source::Outside if service::keeps_source(destination, source) => false,
-            // P4.
-            Source::Outside => {
-                !chosen.status.has(BackendStatus::LOCAL)
-                    || service::node().is_some_and(|node| node.has(Node::MASQUERADE_ALL))
-            }
+        match rule {
+            SourceRule::Keep => false,
+            SourceRule::TranslateToNode => service::node_address(&chosen.addr).is_some(),
+            SourceRule::TranslateToOthers => !chosen.status.has(BackendStatus::LOCAL),
+            SourceRule::Translate => true,
         }
     }
 
     /// Both halves of a new flow to the chosen endpoint, in the walk's working memory; the source is the client's still.
     #[inline(always)]
-    fn propose(&mut self, destination: Destination, source: Source, chosen: &Chosen) {
+    fn write_flow(&mut self, service: u32, source: Source, chosen: &Chosen, translated: bool) {
         let Scratch { packet, flow, reply, .. } = &mut *self.s;
         let from_node = source == Source::Node;
-        *flow = Flow::with_flags(if from_node { Flow::NODE_CLIENT } else { 0 });
+        let flags = if from_node { Flow::NODE_CLIENT } else { 0 };
+        *flow = Flow::with_flags(flags | if translated { Flow::SOURCE_TRANSLATED } else { 0 });
         (flow.src, flow.src_port) = (packet.src, packet.src_port);
         (flow.dst, flow.dst_port) = (chosen.addr, chosen.port);
-        (flow.service, flow.backend) = (destination.service, chosen.id);
+        (flow.service, flow.backend) = (service, chosen.id);
         flow.generation = chosen.status.generation();
         flow.last_seen = flow::now();
         if from_node {
@@ -430,8 +458,6 @@ impl<F: Frame> Walk<'_, F> {
     /// Finds the way, enters the proposed flow with a translated source, and sends the packet.
     #[inline(always)]
     fn enter_translated(&mut self) -> Verdict {
-        self.s.flow.set(Flow::SOURCE_TRANSLATED);
-        self.s.reply.set(Flow::SOURCE_TRANSLATED);
         let exit = match self.routed_exit() {
             Ok(exit) => exit,
             Err(verdict) => return verdict,
@@ -439,23 +465,38 @@ impl<F: Frame> Walk<'_, F> {
         let Scratch { key, flow, reply, way, .. } = &mut *self.s;
         flow.src = way.source;
         match claim_port(key, flow, reply) {
-            Claim::Made => self.launch(Some(exit)),
+            Claim::Made => self.launch(exit).verdict(),
             Claim::Taken => Verdict::Drop(Reason::PortsExhausted),
             Claim::Failed => Verdict::Drop(Reason::FlowInsert),
         }
     }
 
     /// Sends the first packet of a flow that was entered.
-    #[inline(always)]
-    fn launch(&mut self, exit: Option<Exit>) -> Verdict {
-        let exit = match exit.map_or_else(|| self.exit(), Ok) {
-            Ok(exit) => exit,
-            Err(verdict) => return verdict,
-        };
+    #[inline(never)]
+    fn launch(&mut self, exit: Exit) -> Code {
         let flow = &self.s.flow;
         count::new_flow(flow.service, flow.backend);
         count::packet(flow.service, flow.backend, Direction::In, self.s.packet.length);
-        self.send(exit)
+        self.send(exit).into()
+    }
+}
+
+/// The rule by which a flow's source address is kept or translated (P4, P5, P7, P9, P10).
+#[inline(always)]
+fn source_rule(destination: Destination, source: Source) -> SourceRule {
+    match source {
+        Source::Pod => SourceRule::Keep,
+        // The node as a client of an endpoint in its own network: also a hairpin, whatever address it sends from.
+        Source::Node => SourceRule::TranslateToNode,
+        // P10.
+        Source::Outside if destination.kind == FrontendKind::ClusterIp => SourceRule::Translate,
+        // P7.
+        Source::Outside if service::keeps_source(destination, source) => SourceRule::Keep,
+        // P4.
+        Source::Outside if service::node().is_some_and(|node| node.has(Node::MASQUERADE_ALL)) => {
+            SourceRule::Translate
+        }
+        Source::Outside => SourceRule::TranslateToOthers,
     }
 }
 

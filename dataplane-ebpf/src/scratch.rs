@@ -5,9 +5,11 @@
 
 use crate::maps::SCRATCH;
 use crate::parse::Packet;
+use crate::service::Source;
 use crate::verdict::Way;
 use aya_ebpf::bindings::bpf_fib_lookup;
 use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::service::EndpointSet;
 
 /// What a walk knows.
 ///
@@ -22,10 +24,40 @@ pub struct Scratch {
     pub flow: Flow,
     /// The endpoint's half of the flow that begins.
     pub reply: Flow,
+    /// What the flow that begins has to choose from.
+    pub opening: Opening,
     /// Parameters of a route lookup.
     pub fib: bpf_fib_lookup,
     /// Where the packet goes past the stack.
     pub way: Way,
+}
+
+/// A flow that may begin.
+///
+/// All zero is a valid value.
+#[derive(Clone, Copy)]
+pub struct Opening {
+    /// The endpoints that its client may have; not empty.
+    pub endpoints: EndpointSet,
+    /// Id of the service port.
+    pub service: u32,
+    /// Where its client is.
+    pub source: Source,
+    /// What becomes of the client's address.
+    pub rule: SourceRule,
+}
+
+/// Which endpoints see an address of this node instead of the client's, the client itself aside (P11).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceRule {
+    /// None.
+    Keep,
+    /// Those in the node's own network.
+    TranslateToNode,
+    /// Those that are not on this node.
+    TranslateToOthers,
+    /// All.
+    Translate,
 }
 
 const _: () = assert!(size_of::<Scratch>() <= size_of::<[u64; 64]>() && align_of::<Scratch>() <= 8);
