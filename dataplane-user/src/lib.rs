@@ -9,6 +9,7 @@ pub mod compile;
 pub mod config;
 pub mod expire;
 pub mod health;
+pub mod health_checks;
 pub mod http;
 pub mod kernel;
 pub mod metrics;

@@ -3,11 +3,14 @@
 //! It keeps what could not be written yet and tries it again; nothing that an object says can end it (Z5).
 
 use super::settings::Settings;
-use crate::compile::{self, Compiler, Complaint, Context, NodeTables, ServiceTables};
+use crate::compile::{
+    self, Compiler, Complaint, Context, HealthCheck, NodePortAddresses, NodeTables, ServiceTables,
+};
 use crate::kernel::maps::MapError;
 use crate::model::{Change, Dirty, Kind, Object, ObjectName, Store};
 use crate::sync::{Maps, Mirror, Outcome};
 use dataplane_common::Addr;
+use dataplane_common::node::NodeAddress;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -23,11 +26,16 @@ pub(super) struct Flushed {
     pub(super) outcome: Outcome,
     /// When the endpoints changed that are in the kernel now.
     pub(super) triggers: Vec<SystemTime>,
+    /// The health checks of the Services that may have another now (S4).
+    pub(super) health_checks: Vec<(ObjectName, Option<HealthCheck>)>,
+    /// If it may differ now: where node ports answer, `None` for every address (P17).
+    pub(super) node_port_addresses: Option<Option<BTreeSet<IpAddr>>>,
 }
 
 /// What dirty objects were compiled to; the node's tables only if they may differ.
 struct Compilation {
     services: BTreeMap<ObjectName, compile::Compiled>,
+    health_checks: Vec<(ObjectName, Option<HealthCheck>)>,
     node: Option<(NodeTables, Vec<Complaint>)>,
 }
 
@@ -185,11 +193,12 @@ impl<M: Maps> Dataplane<M> {
     }
 
     fn write(&mut self, dirty: &Dirty) -> Result<Flushed, MapError> {
-        let Compilation { services, node } = self.compile(dirty);
-        let mut flushed = Flushed::default();
+        let Compilation { services, health_checks, node } = self.compile(dirty);
+        let mut flushed = Flushed { health_checks, ..Flushed::default() };
         let now = Instant::now();
         if let Some((tables, complaints)) = node {
             self.complain(None, complaints);
+            flushed.node_port_addresses = Some(self.node_port_addresses(&tables));
             flushed.outcome = self.mirror.set_node(&self.maps, &tables, now)?;
         }
         let names: Vec<_> = services.keys().cloned().collect();
@@ -228,7 +237,22 @@ impl<M: Maps> Dataplane<M> {
             let ips = self.compiler.load_balancer_ips(&context.node_addresses);
             compile::node(&self.settings.node, self.store.own_node(), &self.addresses, &ips)
         });
-        Compilation { services: update.services, node }
+        let check = |name: &ObjectName| {
+            let service = self.store.service(name)?;
+            compile::health_check(service, self.store.slices(name), &context)
+        };
+        let health_checks = services.iter().map(|name| (name.clone(), check(name))).collect();
+        Compilation { services: update.services, health_checks, node }
+    }
+
+    fn node_port_addresses(&self, tables: &NodeTables) -> Option<BTreeSet<IpAddr>> {
+        if self.settings.node.node_port_addresses == NodePortAddresses::All {
+            return None;
+        }
+        let answering = tables.addresses.iter().filter(|(_, value)| value.has(NodeAddress::NODE_PORTS));
+        // Nobody can listen at a link-local address without naming its interface.
+        let is_link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        Some(answering.map(|(addr, _)| addr.to_ip()).filter(|ip| !is_link_local(ip)).collect())
     }
 
     /// Replaces what is wrong with one Service.
@@ -329,6 +353,25 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
         dataplane.flush().unwrap();
         assert_eq!(frontends(&dataplane), 0);
         assert_eq!(dataplane.mirror().0.sizes(), (0, 0, 0));
+    }
+
+    /// S4
+    #[test]
+    fn health_checks_follow_services_and_endpoints() {
+        let mut dataplane = dataplane(MemoryMaps::default());
+        let local = "externalTrafficPolicy: Local, healthCheckNodePort: 30000, clusterIP";
+        let web = WEB.replace("clusterIP", &format!("type: LoadBalancer, {local}"));
+        let web = web.replace("{addresses: [10.0.0.1]}", "{addresses: [10.0.0.1], nodeName: n}");
+        list(&mut dataplane, &KINDS, &web);
+        let flushed = dataplane.flush().unwrap().unwrap();
+        let check = flushed.health_checks[0].1.clone().unwrap();
+        assert_eq!((check.port, check.endpoints), (30_000, [Some(1), None]));
+        assert_eq!(flushed.node_port_addresses, Some(None));
+        list(&mut dataplane, &[Kind::EndpointSlice], "");
+        let flushed = dataplane.flush().unwrap().unwrap();
+        assert_eq!(flushed.health_checks[0].1.as_ref().unwrap().endpoints, [Some(0), None]);
+        list(&mut dataplane, &[Kind::Service], "");
+        assert_eq!(dataplane.flush().unwrap().unwrap().health_checks[0].1, None);
     }
 
     /// Z5

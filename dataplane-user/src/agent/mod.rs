@@ -4,6 +4,7 @@
 
 mod dataplane;
 mod dry_run;
+mod health_checks;
 mod hooks;
 mod notify;
 mod serve;
@@ -11,6 +12,7 @@ mod settings;
 
 use crate::config::{AgentArgs, SocketLb, TcMode};
 use crate::health::Health;
+use crate::health_checks::HealthChecks;
 use crate::kernel::attach::Attachments;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::{self, Interfaces};
@@ -79,6 +81,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
 
     let health = Arc::new(Health::new(args.healthy_within));
     let metrics = Arc::new(Metrics::default());
+    let health_checks = Arc::new(HealthChecks::default());
     spawn_servers(&args, &pins, &health, &metrics)?;
     let netns_cookie = links::netns_cookie().context("the cookie of this network namespace")?;
     let settings = Settings::new(&args, netns_cookie, features.fib_source);
@@ -100,7 +103,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
 
     let addresses = own_addresses(&interfaces.borrow(), &choice);
     let dataplane = Dataplane::open(settings, maps, addresses)?;
-    let service = Service::new(dataplane, watch, health, metrics, clock, &args);
+    let tell = health_checks::tell(watch.events());
+    tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), tell));
+    let service = Service::new(dataplane, watch, health, health_checks, metrics, clock, &args);
     let result = service.run(changes, interfaces, choice).await;
     hooks.abort();
     result

@@ -7,6 +7,7 @@ use crate::compile::Complaint;
 use crate::config::AgentArgs;
 use crate::expire::{self, IdleTimes};
 use crate::health::{AUTOSCALER_TAINT, Health};
+use crate::health_checks::HealthChecks;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::{Choice, Interfaces};
 use crate::kernel::maps::{KernelMaps, MapError};
@@ -43,6 +44,7 @@ pub(super) struct Service {
     dataplane: Dataplane<KernelMaps>,
     watch: Watch,
     health: Arc<Health>,
+    health_checks: Arc<HealthChecks>,
     metrics: Arc<Metrics>,
     clock: Arc<Clock>,
     idle: IdleTimes,
@@ -67,6 +69,7 @@ impl Service {
         mut dataplane: Dataplane<KernelMaps>,
         watch: Watch,
         health: Arc<Health>,
+        health_checks: Arc<HealthChecks>,
         metrics: Arc<Metrics>,
         clock: Clock,
         args: &AgentArgs,
@@ -85,6 +88,7 @@ impl Service {
             dataplane,
             watch,
             health,
+            health_checks,
             metrics,
             clock: Arc::new(clock),
             idle,
@@ -167,7 +171,8 @@ impl Service {
             let goes = |node: &crate::model::Node| {
                 node.deleting || node.taints.iter().any(|taint| **taint == *AUTOSCALER_TAINT)
             };
-            self.health.eligible(!node.is_some_and(goes));
+            // A Node that was there and is gone is deleted.
+            self.health.eligible(node.is_some_and(|node| !goes(node)));
         }
     }
 
@@ -204,6 +209,10 @@ impl Service {
             flushed.outcome.calls,
             took.as_micros()
         );
+        self.health_checks.set(flushed.health_checks);
+        if let Some(addresses) = flushed.node_port_addresses {
+            self.health_checks.set_addresses(addresses);
+        }
         self.sockets_due |= flushed.outcome.ops > 0;
         self.account(flushed.outcome);
         self.count_complaints();

@@ -104,7 +104,8 @@ pub(super) fn backend_flags(endpoint: &model::Endpoint, context: &Context) -> Op
     Some(BackendStatus::SERVING | local)
 }
 
-fn is_local(endpoint: &model::Endpoint, context: &Context) -> bool {
+/// Whether it is on this node.
+pub(super) fn is_local(endpoint: &model::Endpoint, context: &Context) -> bool {
     endpoint.node.as_ref() == Some(&context.node_name)
 }
 

@@ -6,6 +6,7 @@
 pub mod claims;
 pub mod complaint;
 mod endpoints;
+pub mod health_check;
 pub mod node;
 pub mod service;
 pub mod tables;
@@ -15,6 +16,7 @@ mod text;
 pub mod update;
 
 pub use complaint::{Complaint, ComplaintReason};
+pub use health_check::{HealthCheck, health_check};
 pub use node::{NodePortAddresses, NodeSettings, node};
 pub use service::{Context, service};
 pub use tables::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables};

@@ -68,7 +68,7 @@ pub fn service(
 
 /// F1: ExternalName Services have no dataplane; nor have headless ones, which have no ClusterIP of either family. F2: nor
 /// have those of another proxy.
-fn has_dataplane(service: &Service, context: &Context) -> bool {
+pub(super) fn has_dataplane(service: &Service, context: &Context) -> bool {
     let named = match service.service_type {
         ServiceType::ClusterIp | ServiceType::NodePort | ServiceType::LoadBalancer => false,
         ServiceType::ExternalName => true,
