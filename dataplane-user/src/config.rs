@@ -117,6 +117,9 @@ pub struct AgentArgs {
     /// Where metrics are told, /metrics and /proxyMode; empty: nowhere.
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:10249")]
     pub metrics_bind_address: BindAddress,
+    /// How many series of service ports and endpoints are told as metrics; the others are left out.
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    pub metrics_max_series: usize,
     /// Idle time after which an established TCP flow is forgotten.
     #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
     pub conntrack_tcp_timeout_established: Duration,

@@ -26,11 +26,15 @@ pub(crate) fn build() -> Result<()> {
     Ok(())
 }
 
-/// Has the golden tests write what they would compare.
+/// Has the golden tests, and the one of the page of metrics, write what they would compare.
 pub(crate) fn bless() -> Result<()> {
-    CommandLine::new("cargo test --package dataplane-tests --test golden")
-        .variable("PORTOLAN_BLESS", "1")
-        .run()
+    for tests in [
+        "cargo test --package dataplane-tests --test golden",
+        "cargo test --package dataplane-user --lib metrics::family",
+    ] {
+        CommandLine::new(tests).variable("PORTOLAN_BLESS", "1").run()?;
+    }
+    Ok(())
 }
 
 /// The programs that laboratories and tests start, side by side in one folder.

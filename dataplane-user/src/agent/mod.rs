@@ -7,6 +7,7 @@ mod dry_run;
 mod health_checks;
 mod hooks;
 mod notify;
+mod scrape;
 mod serve;
 mod settings;
 
@@ -16,7 +17,7 @@ use crate::health_checks::HealthChecks;
 use crate::kernel::attach::Attachments;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::{self, Interfaces};
-use crate::kernel::maps::{KernelMaps, Map};
+use crate::kernel::maps::KernelMaps;
 use crate::kernel::object::{Object, Options, ProgramLog};
 use crate::kernel::pins::{self, Pins};
 use crate::kernel::{capability, probe};
@@ -25,9 +26,8 @@ use crate::model::Change;
 use crate::watch::{self, Watch};
 use anyhow::{Context as _, Result};
 use dataplane::Dataplane;
-use dataplane_common::drop::Reason;
-use dataplane_common::tables;
 use hooks::Hooks;
+use scrape::Scrape;
 use serve::Service;
 use settings::Settings;
 use std::sync::Arc;
@@ -82,7 +82,15 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let health = Arc::new(Health::new(args.healthy_within));
     let metrics = Arc::new(Metrics::default());
     let health_checks = Arc::new(HealthChecks::default());
-    spawn_servers(&args, &pins, &health, &metrics)?;
+    let scrape = Scrape {
+        maps: maps.clone(),
+        programs: attachments.programs(),
+        metrics: metrics.clone(),
+        health: health.clone(),
+        health_checks: health_checks.clone(),
+        max_series: args.metrics_max_series,
+    };
+    spawn_servers(&args, scrape);
     let netns_cookie = links::netns_cookie().context("the cookie of this network namespace")?;
     let settings = Settings::new(&args, netns_cookie, features.fib_source);
     let (sender, changes) = mpsc::channel(CHANGES);
@@ -130,28 +138,21 @@ async fn watch_objects(
     }
 }
 
-fn spawn_servers(args: &AgentArgs, pins: &Pins, health: &Arc<Health>, metrics: &Arc<Metrics>) -> Result<()> {
+fn spawn_servers(args: &AgentArgs, scrape: Scrape) {
     if let Some(address) = args.healthz_bind_address.0 {
-        let health = health.clone();
-        tokio::spawn(crate::http::serve("health", address, move |path| health.page(path)));
+        let (health, metrics) = (scrape.health.clone(), scrape.metrics.clone());
+        let pages = move |path: &str| {
+            let page = health.page(path);
+            metrics.health_answered(path, page.status);
+            page
+        };
+        tokio::spawn(crate::http::serve("health", address, pages));
     }
     if let Some(address) = args.metrics_bind_address.0 {
-        let reasons = Map::<tables::Reasons>::open(&pins.maps())?;
-        let metrics = metrics.clone();
-        let page = move |path: &str| match path {
-            "/metrics" => crate::http::Page::text(200, metrics.text(&reason_counts(&reasons))),
-            "/proxyMode" => crate::http::Page::text(200, "ebpf"),
-            _ => crate::http::Page::not_found(),
-        };
-        tokio::spawn(crate::http::serve("metrics", address, page));
+        // Many maps are read: others need not wait.
+        let pages = move |path: &str| tokio::task::block_in_place(|| scrape.page(path));
+        tokio::spawn(crate::http::serve("metrics", address, pages));
     }
-    Ok(())
-}
-
-/// How often each reason occurred, over all CPUs.
-fn reason_counts(reasons: &Map<tables::Reasons>) -> Vec<(&'static str, u64)> {
-    let count = |reason: &Reason| reasons.sum(&u32::from(*reason as u8)).ok().flatten().unwrap_or_default();
-    Reason::ALL.iter().map(|reason| (reason.label(), count(reason))).collect()
 }
 
 /// Passes on what the programs log.

@@ -5,20 +5,22 @@ use super::notify::{State, notify};
 use crate::admin::names::Names;
 use crate::compile::Complaint;
 use crate::config::AgentArgs;
-use crate::expire::{self, IdleTimes};
+use crate::expire::{self, IdleTimes, Sweep};
 use crate::health::{AUTOSCALER_TAINT, Health};
 use crate::health_checks::HealthChecks;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::{Choice, Interfaces};
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::sockets::{self, SocketError};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Ports, SERIES};
 use crate::model::{Change, Kind, Object};
 use crate::sync::{LingeringBits, Outcome};
 use crate::watch::Watch;
 use crate::watch::events::{Event, Severity};
 use anyhow::{Result, bail};
-use dataplane_common::tables::{Backends, SocketPeers};
+use dataplane_common::tables::{
+    self, Backends, Closing, Established, Frontends, HalfOpen, SocketPeers, Table as _, TableKind,
+};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
@@ -37,7 +39,8 @@ const SWEEP: Duration = Duration::from_secs(15);
 /// The first and the longest wait after the kernel refused a write.
 const RETRY: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 
-type Sweeping = JoinHandle<Result<LingeringBits, MapError>>;
+/// Filter bits that nothing needs, and how many entries each table has that was walked.
+type Sweeping = JoinHandle<Result<(LingeringBits, Vec<(&'static str, usize)>), MapError>>;
 
 /// The dataplane and all that is told about it.
 pub(super) struct Service {
@@ -58,6 +61,8 @@ pub(super) struct Service {
     /// The pin folder, by which the command line finds the names of service ports.
     bpffs: PathBuf,
     names_changed: bool,
+    /// `--metrics-max-series`.
+    max_series: usize,
     /// The Services that found no room, as far as that was told.
     refused: usize,
     /// Endpoints changed since sockets were last looked through.
@@ -100,6 +105,7 @@ impl Service {
             ready: false,
             bpffs: args.bpffs.clone(),
             names_changed: false,
+            max_series: args.metrics_max_series,
             refused: 0,
             sockets_due: true,
         }
@@ -156,13 +162,9 @@ impl Service {
                 tracing::error!("{object}: {error}; what was known of it stays");
                 self.metrics.unreadable.add(1);
             }
-            Change::Applied(Object::Service(_)) => self.metrics.service_changes.add(1),
-            Change::Applied(Object::EndpointSlice(_)) => self.metrics.endpoint_changes.add(1),
-            Change::Deleted(object) => match object.kind {
-                Kind::Service => self.metrics.service_changes.add(1),
-                Kind::EndpointSlice => self.metrics.endpoint_changes.add(1),
-                Kind::Node | Kind::ServiceCidr => {}
-            },
+            Change::Applied(Object::Service(_)) => self.count_change(Kind::Service),
+            Change::Applied(Object::EndpointSlice(_)) => self.count_change(Kind::EndpointSlice),
+            Change::Deleted(object) => self.count_change(object.kind),
             Change::Applied(_) | Change::Replaced(..) => {}
         }
         self.dataplane.take_in(change);
@@ -174,6 +176,17 @@ impl Service {
             // A Node that was there and is gone is deleted.
             self.health.eligible(node.is_some_and(|node| !goes(node)));
         }
+    }
+
+    fn count_change(&self, kind: Kind) {
+        let metrics = &self.metrics;
+        let (total, pending) = match kind {
+            Kind::Service => (&metrics.service_changes, &metrics.service_changes_pending),
+            Kind::EndpointSlice => (&metrics.endpoint_changes, &metrics.endpoint_changes_pending),
+            Kind::Node | Kind::ServiceCidr => return,
+        };
+        total.add(1);
+        pending.add(1);
     }
 
     /// Writes what waits, unless the kernel refused a moment ago.
@@ -190,6 +203,10 @@ impl Service {
             Ok(None) => {}
             Ok(Some(flushed)) => self.flushed(flushed, begun.elapsed()),
             Err(error) => self.failed(&error),
+        }
+        if !self.dataplane.is_dirty() {
+            self.metrics.service_changes_pending.set(0);
+            self.metrics.endpoint_changes_pending.set(0);
         }
         for complaint in self.dataplane.new_complaints() {
             self.complain(&complaint);
@@ -317,6 +334,10 @@ impl Service {
         if self.names_changed {
             self.names_changed = false;
             self.write_names();
+            let names = self.dataplane.mirror().0.names();
+            let ports = Ports::new(names, self.max_series / SERIES);
+            self.metrics.set_ports(ports);
+            self.fill(&[]);
         }
         if std::mem::take(&mut self.sockets_due) {
             self.close_orphans();
@@ -373,7 +394,8 @@ impl Service {
         match self.sweeping.take() {
             Some(sweeping) if !sweeping.is_finished() => self.sweeping = Some(sweeping),
             Some(sweeping) => match sweeping.await {
-                Ok(Ok(bits)) => {
+                Ok(Ok((bits, counts))) => {
+                    self.fill(&counts);
                     let (mirror, maps) = self.dataplane.mirror();
                     match mirror.clear_bits(maps, &bits, Instant::now()) {
                         Ok(outcome) => self.metrics.calls.add(outcome.calls),
@@ -396,7 +418,38 @@ impl Service {
         self.sweeping = Some(tokio::task::spawn_blocking(move || {
             let swept = expire::sweep(&maps, &idle, || clock.tick(), clock.ticks_per_second(), &mut bits)?;
             tracing::debug!("{swept:?}");
-            Ok(bits)
+            let counts = count(&maps, &swept)?;
+            Ok((bits, counts))
         }));
     }
+
+    /// Takes over how full the tables are; warns of those that soon are full.
+    fn fill(&mut self, counts: &[(&'static str, usize)]) {
+        let (mirror, maps) = self.dataplane.mirror();
+        let rooms: BTreeMap<_, _> = maps.iter().map(|(name, map)| (name, map.shape().max_entries)).collect();
+        let counted = counts.iter().filter_map(|(name, count)| Some((*name, *count, *rooms.get(name)?)));
+        for (table, entries, room) in mirror.fill().into_iter().chain(counted) {
+            self.metrics.filled(table, entries, room);
+        }
+    }
+}
+
+/// How many entries the hash tables have: the flow tables as they were swept, all others counted, but for what `sync`
+/// keeps count of.
+fn count(maps: &KernelMaps, swept: &Sweep) -> Result<Vec<(&'static str, usize)>, MapError> {
+    let mut counts = vec![
+        (HalfOpen::NAME, swept.half_open.entries),
+        (Established::NAME, swept.established.entries),
+        (Closing::NAME, swept.closing.entries),
+    ];
+    for (name, kind, _) in tables::ALL {
+        let hash = match kind {
+            TableKind::Hash | TableKind::LruHash => true,
+            TableKind::Array | TableKind::PerCpuArray => false,
+        };
+        if hash && *name != Frontends::NAME && !counts.iter().any(|(counted, _)| counted == name) {
+            counts.push((name, maps.count(name)?));
+        }
+    }
+    Ok(counts)
 }

@@ -13,7 +13,7 @@ use super::probe::{self, Cgroup, Features};
 use crate::config::{SocketLb, XdpMode};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 // `enum bpf_attach_type` of linux/bpf.h.
@@ -108,6 +108,14 @@ impl Attachments {
         }
         programs.into_iter().try_for_each(|program| object.load(program))?;
         Ok(Self { object, pins, tcx: features.tcx, xdp, attached: BTreeSet::new(), sockets: Vec::new() })
+    }
+
+    /// Every program that was loaded, by its name.
+    pub fn programs(&self) -> Vec<(&'static str, OwnedFd)> {
+        let names =
+            Hook::ALL.into_iter().map(Hook::program).chain(SOCKET_HOOKS.iter().map(|hook| hook.program));
+        let open = |name| Some((name, self.object.program(name).ok()?.try_clone_to_owned().ok()?));
+        names.filter_map(open).collect()
     }
 
     /// All is attached for the first time: what the programs before these wrote is carried over.

@@ -545,6 +545,24 @@ fn fdinfo(fd: BorrowedFd<'_>, field: &str) -> io::Result<Option<String>> {
     Ok(text.lines().find_map(|line| line.strip_prefix(field)).map(|rest| rest.trim().to_owned()))
 }
 
+/// How often a program ran and for how many nanoseconds, since the kernel counts that ([`counts_runs`]).
+///
+/// # Errors
+/// If `/proc` cannot be read.
+pub fn program_runs(program: BorrowedFd<'_>) -> io::Result<(u64, u64)> {
+    let number = |field| {
+        let text = fdinfo(program, field)?;
+        text.and_then(|text| text.parse().ok()).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+    };
+    Ok((number("run_cnt:")?, number("run_time_ns:")?))
+}
+
+/// Whether the kernel counts the runs of programs, which costs every run some nanoseconds.
+pub fn counts_runs() -> bool {
+    let setting = std::fs::read_to_string("/proc/sys/kernel/bpf_stats_enabled");
+    setting.is_ok_and(|setting| setting.trim() == "1")
+}
+
 /// What to run a program on.
 #[derive(Clone, Debug, Default)]
 pub struct TestRun<'a> {

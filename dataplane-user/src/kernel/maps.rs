@@ -437,6 +437,31 @@ impl KernelMaps {
         Map::from_shared(self.maps.get(T::NAME).cloned().ok_or(MapError::Missing(T::NAME))?)
     }
 
+    /// How many entries a hash table has. It is walked: for tables that nobody else keeps count of.
+    ///
+    /// # Errors
+    /// If there is no such map, or the kernel's.
+    pub fn count(&self, name: &'static str) -> Result<usize, MapError> {
+        let fd = self.maps.get(name).ok_or(MapError::Missing(name))?;
+        let failed = |source| MapError::Call { verb: "read", name, source };
+        let (mut length, mut count) = (CHUNK.min(fd.shape().max_entries.max(1)), 0);
+        let mut cursor = fd.cursor();
+        loop {
+            let mut keys = vec![0; length * fd.shape().key_size];
+            let mut values = vec![0; length * fd.copied_size()];
+            match fd.lookup_batch(&mut cursor, &mut keys, &mut values) {
+                Ok(progress) => {
+                    count += progress.done;
+                    if progress.last {
+                        return Ok(count);
+                    }
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => length *= 2,
+                Err(error) => return Err(failed(error)),
+            }
+        }
+    }
+
     /// All maps that are open, as bytes: for their sizes and their memory.
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, &MapFd)> {
         self.maps.iter().map(|(name, fd)| (*name, &**fd))

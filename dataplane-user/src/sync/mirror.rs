@@ -15,7 +15,7 @@ use dataplane_common::filter::FilterBit;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress};
 use dataplane_common::service::{EndpointSet, Service};
-use dataplane_common::tables;
+use dataplane_common::tables::{self, Table as _};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
 
@@ -242,6 +242,17 @@ impl Mirror {
         let ports = || self.services.values().flat_map(|service| &service.ports);
         let backends = ports().map(|(_, port)| port.backends.len()).sum();
         (ports().count(), backends, self.frontends.len())
+    }
+
+    /// How many entries the tables have that only the agent writes, and how many they have room for.
+    pub fn fill(&self) -> [(&'static str, usize, usize); 4] {
+        let (ports, backends, frontends) = self.sizes();
+        [
+            (tables::Services::NAME, ports, self.service_ids.capacity()),
+            (tables::Backends::NAME, backends, self.backend_ids.capacity()),
+            (tables::Frontends::NAME, frontends, self.frontend_room),
+            (tables::Slots::NAME, self.slots.used(), self.slots.capacity()),
+        ]
     }
 
     fn begin<M: Maps>(&mut self, maps: &M, now: Instant) -> Result<(Plan, Outcome), MapError> {

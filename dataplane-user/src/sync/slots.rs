@@ -41,6 +41,12 @@ impl Slots {
         self.capacity
     }
 
+    /// How many of them are taken, or rest.
+    pub(super) fn used(&self) -> usize {
+        let free: usize = self.gaps.values().map(|length| *length as usize).sum();
+        self.capacity.saturating_sub(free)
+    }
+
     fn add_gap(&mut self, base: u32, length: u32) {
         if length > 0 {
             self.gaps.insert(base, length);

@@ -1,0 +1,108 @@
+//! What is looked up when somebody asks for metrics: counters in the kernel's maps, never more than are told.
+
+use crate::health::Health;
+use crate::health_checks::HealthChecks;
+use crate::http::Page;
+use crate::kernel::bpf;
+use crate::kernel::maps::{KernelMaps, MapError};
+use crate::metrics::{Counts, Metrics, Observed, Ports, SERIES};
+use dataplane_common::backend::BackendStatus;
+use dataplane_common::drop::Reason;
+use dataplane_common::tables::{BackendTraffic, Backends, Reasons, ServiceTraffic};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+
+/// Where all that is told is found.
+pub(super) struct Scrape {
+    pub(super) maps: KernelMaps,
+    pub(super) programs: Vec<(&'static str, OwnedFd)>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) health: Arc<Health>,
+    pub(super) health_checks: Arc<HealthChecks>,
+    /// `--metrics-max-series`.
+    pub(super) max_series: usize,
+}
+
+impl Scrape {
+    /// `/metrics` and `/proxyMode` (H3).
+    pub(super) fn page(&self, path: &str) -> Page {
+        match path {
+            "/metrics" => Page {
+                content_type: "text/plain; version=0.0.4; charset=utf-8",
+                ..Page::text(200, self.metrics.text(&self.observe()))
+            },
+            "/proxyMode" => Page::text(200, "ebpf"),
+            _ => Page::not_found(),
+        }
+    }
+
+    fn observe(&self) -> Observed {
+        let counts = self.counts(&self.metrics.ports()).unwrap_or_else(|error| {
+            tracing::warn!("metrics without traffic: {error}");
+            Counts::default()
+        });
+        Observed {
+            healthy: self.health.trouble().is_none(),
+            unbound: self.health_checks.unbound(),
+            reasons: self.reasons().unwrap_or_default(),
+            rooms: self.maps.iter().map(|(name, map)| (name, map.shape().max_entries)).collect(),
+            counts,
+            runs: self.runs(),
+        }
+    }
+
+    /// How often each reason occurred, over all CPUs.
+    fn reasons(&self) -> Result<Vec<(&'static str, u64)>, MapError> {
+        let reasons = self.maps.map::<Reasons>()?;
+        let count = |reason: &Reason| {
+            let count = reasons.sum(&u32::from(*reason as u8))?;
+            Ok((reason.label(), count.unwrap_or_default()))
+        };
+        Reason::ALL.iter().map(count).collect()
+    }
+
+    /// The counters of service ports, then, as far as series are left, those of endpoints.
+    fn counts(&self, ports: &Ports) -> Result<Counts, MapError> {
+        let traffic = self.maps.map::<ServiceTraffic>()?;
+        let mut counts = Counts { left_out: [ports.left_out, 0], ..Counts::default() };
+        for (id, name) in &ports.ports {
+            counts.services.push((name.clone(), traffic.sum(id)?.unwrap_or_default()));
+        }
+        let room = (self.max_series / SERIES).saturating_sub(counts.services.len());
+        let (mut told, mut all) = (Vec::new(), 0);
+        self.maps.map::<Backends>()?.visit(|id, backends| {
+            let Some(backend) = backends.first() else { return };
+            if !backend.status().has(BackendStatus::SERVING) {
+                return;
+            }
+            all += 1;
+            if told.len() < room
+                && let Some(name) = ports.get(backend.service())
+            {
+                told.push((
+                    id,
+                    name.clone(),
+                    SocketAddr::new(backend.addr().to_ip(), backend.port().number()),
+                ));
+            }
+        })?;
+        counts.left_out[1] = all - told.len();
+        let traffic = self.maps.map::<BackendTraffic>()?;
+        for (id, name, address) in told {
+            counts.endpoints.push((name, address, traffic.sum(&id)?.unwrap_or_default()));
+        }
+        Ok(counts)
+    }
+
+    fn runs(&self) -> Vec<(&'static str, u64, u64)> {
+        if !bpf::counts_runs() {
+            return Vec::new();
+        }
+        let runs = |(name, program): &(&'static str, OwnedFd)| {
+            let (runs, nanoseconds) = bpf::program_runs(program.as_fd()).ok()?;
+            Some((*name, runs, nanoseconds))
+        };
+        self.programs.iter().filter_map(runs).collect()
+    }
+}

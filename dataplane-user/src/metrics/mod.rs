@@ -1,0 +1,269 @@
+//! Metrics in Prometheus' text format (H3). [`family`] is the only place that knows their names; where a metric means what
+//! one of kube-proxy's means, it has that name. Nothing here reads a map: that is [`Observed`]'s maker's part.
+
+pub mod family;
+mod fill;
+mod histogram;
+mod process;
+mod traffic;
+
+pub use fill::Fill;
+pub use histogram::Histogram;
+pub use traffic::{Counts, Ports, SERIES};
+
+use family::Text;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+/// A number that goes up, or stands for a state.
+#[derive(Debug, Default)]
+pub struct Number(AtomicU64);
+
+impl Number {
+    /// Adds to a number that goes up.
+    pub fn add(&self, more: u64) {
+        self.0.fetch_add(more, Relaxed);
+    }
+
+    /// Sets a number that stands for a state.
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Relaxed);
+    }
+
+    /// Sets it to the moment, in seconds since 1970.
+    pub fn set_now(&self) {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.set(since.as_secs());
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// All that the agent counts.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    /// From the change of an object's endpoints to its tables in the kernel.
+    pub programming: Histogram,
+    /// From taking up changes to their tables in the kernel.
+    pub sync: Histogram,
+    /// When tables last reached the kernel.
+    pub synced: Number,
+    /// When a change was last taken up.
+    pub queued: Number,
+    /// Changes of Services.
+    pub service_changes: Number,
+    /// Those of them that are not in the kernel yet.
+    pub service_changes_pending: Number,
+    /// Changes of EndpointSlices.
+    pub endpoint_changes: Number,
+    /// Those of them that are not in the kernel yet.
+    pub endpoint_changes_pending: Number,
+    /// Services whose tables wait for room or another try.
+    pub waiting: Number,
+    /// `bpf(2)` calls of the changes.
+    pub calls: Number,
+    /// Entries that the changes wrote or removed.
+    pub ops: Number,
+    /// How often the kernel refused a write.
+    pub sync_errors: Number,
+    /// Entries that an audit had to repair.
+    pub repairs: Number,
+    /// Audits.
+    pub audits: Number,
+    /// Objects that could not be read (Z5).
+    pub unreadable: Number,
+    /// What objects got wrong now, by reason (Z5).
+    pub complaints: Mutex<Vec<(&'static str, u64)>>,
+    /// Service ports, backends and frontends in the kernel.
+    pub sizes: [Number; 3],
+    /// Uplinks and pod interfaces.
+    pub interfaces: [Number; 2],
+    /// Programs that should be attached and were not, and had to be attached again.
+    pub reattached: Number,
+    /// How full the tables are.
+    pub fill: Fill,
+    /// The service ports whose counters are told.
+    pub ports: Mutex<Arc<Ports>>,
+    /// Answers to `/healthz` and `/livez` by status.
+    health_answers: Mutex<[BTreeMap<u16, u64>; 2]>,
+}
+
+/// What is looked up at the moment somebody asks.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// Whether `/livez` is 200.
+    pub healthy: bool,
+    /// Health check ports that cannot be had.
+    pub unbound: usize,
+    /// How often each reason occurred.
+    pub reasons: Vec<(&'static str, u64)>,
+    /// The room in each table.
+    pub rooms: Vec<(&'static str, usize)>,
+    /// Traffic of service ports and endpoints.
+    pub counts: Counts,
+    /// Runs of each program and their nanoseconds; empty while the kernel does not count them.
+    pub runs: Vec<(&'static str, u64, u64)>,
+}
+
+impl Metrics {
+    /// Somebody asked for health and got this status.
+    pub fn health_answered(&self, path: &str, status: u16) {
+        let at = match path {
+            "/healthz" => 0,
+            "/livez" => 1,
+            _ => return,
+        };
+        let mut answers = self.health_answers.lock().unwrap_or_else(PoisonError::into_inner);
+        *answers[at].entry(status).or_default() += 1;
+    }
+
+    /// A table has so many entries; before it is full, that is said in the log.
+    pub fn filled(&self, table: &'static str, entries: usize, capacity: usize) {
+        if let Some(warning) = self.fill.set(table, entries, capacity) {
+            tracing::warn!("{warning}");
+        }
+    }
+
+    /// The service ports whose counters are told.
+    pub fn ports(&self) -> Arc<Ports> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Other service ports are to be told.
+    pub fn set_ports(&self, ports: Ports) {
+        *self.ports.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(ports);
+    }
+
+    /// All of them.
+    pub fn text(&self, observed: &Observed) -> String {
+        let mut text = Text::default();
+        self.programming.write(&mut text, &family::PROGRAMMING);
+        self.sync.write(&mut text, &family::SYNC);
+        let [ports, backends, frontends] = &self.sizes;
+        let [uplinks, pods] = &self.interfaces;
+        for (family, number) in [
+            (&family::SYNCED, &self.synced),
+            (&family::QUEUED, &self.queued),
+            (&family::SERVICE_CHANGES, &self.service_changes),
+            (&family::SERVICE_CHANGES_PENDING, &self.service_changes_pending),
+            (&family::ENDPOINT_CHANGES, &self.endpoint_changes),
+            (&family::ENDPOINT_CHANGES_PENDING, &self.endpoint_changes_pending),
+            (&family::SYNC_CALLS, &self.calls),
+            (&family::SYNC_OPS, &self.ops),
+            (&family::SYNC_ERRORS, &self.sync_errors),
+            (&family::AUDITS, &self.audits),
+            (&family::REPAIRS, &self.repairs),
+            (&family::UNREADABLE, &self.unreadable),
+            (&family::WAITING, &self.waiting),
+            (&family::REATTACHED, &self.reattached),
+            (&family::SERVICE_PORTS, ports),
+            (&family::BACKENDS, backends),
+            (&family::FRONTENDS, frontends),
+            (&family::UPLINKS, uplinks),
+            (&family::POD_INTERFACES, pods),
+        ] {
+            text.single(family, number.get());
+        }
+        self.health(&mut text, observed);
+        by_reason(&mut text, &family::COMPLAINTS, &self.complaints());
+        self.fill.write(&mut text, &observed.rooms);
+        by_reason(&mut text, &family::REASONS, &observed.reasons);
+        observed.counts.write(&mut text);
+        runs(&mut text, &observed.runs);
+        process::write(&mut text);
+        text.head(&family::BUILD);
+        text.sample(&family::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
+        text.into_string()
+    }
+
+    fn health(&self, text: &mut Text, observed: &Observed) {
+        let answers = self.health_answers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for (family, answers) in [&family::HEALTHZ, &family::LIVEZ].into_iter().zip(&answers) {
+            text.head(family);
+            for code in [200, 503] {
+                let count = answers.get(&code).copied().unwrap_or_default();
+                text.sample(family, &[&code.to_string()], count);
+            }
+        }
+        text.single(&family::HEALTHY, u8::from(observed.healthy));
+        text.single(&family::HEALTH_CHECK_PORTS, observed.unbound);
+    }
+
+    fn complaints(&self) -> Vec<(&'static str, u64)> {
+        self.complaints.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+fn by_reason(text: &mut Text, family: &family::Family, numbers: &[(&str, u64)]) {
+    text.head(family);
+    for (reason, number) in numbers {
+        text.sample(family, &[reason], number);
+    }
+}
+
+fn runs(text: &mut Text, programs: &[(&str, u64, u64)]) {
+    text.head(&family::PROGRAM_RUNS);
+    for (program, runs, _) in programs {
+        text.sample(&family::PROGRAM_RUNS, &[program], runs);
+    }
+    text.head(&family::PROGRAM_SECONDS);
+    for (program, _, nanoseconds) in programs {
+        text.sample(&family::PROGRAM_SECONDS, &[program], *nanoseconds as f64 / 1e9);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    /// H3
+    #[test]
+    fn metrics_that_kube_proxy_has_are_called_as_there() {
+        let metrics = Metrics::default();
+        metrics.programming.observe(Duration::from_millis(3));
+        metrics.service_changes.add(2);
+        metrics.health_answered("/healthz", 503);
+        let text = metrics.text(&Observed { reasons: vec![("no-endpoints", 7)], ..Observed::default() });
+        for line in [
+            "kubeproxy_network_programming_duration_seconds_bucket{le=\"0.0025\"} 0",
+            "kubeproxy_network_programming_duration_seconds_bucket{le=\"0.005\"} 1",
+            "kubeproxy_network_programming_duration_seconds_bucket{le=\"+Inf\"} 1",
+            "kubeproxy_network_programming_duration_seconds_count 1",
+            "kubeproxy_sync_proxy_rules_service_changes_total 2",
+            "kubeproxy_proxy_healthz_total{code=\"503\"} 1",
+            "kubeproxy_proxy_livez_total{code=\"200\"} 0",
+            "portolan_reasons_total{reason=\"no-endpoints\"} 7",
+        ] {
+            assert!(text.lines().any(|other| other == line), "{line} in {text}");
+        }
+    }
+
+    /// H3
+    #[test]
+    fn every_line_is_a_comment_or_a_name_and_a_number() {
+        let observed =
+            Observed { reasons: vec![("x", 1)], runs: vec![("connect4", 2, 3)], ..Observed::default() };
+        for line in Metrics::default().text(&observed).lines().filter(|line| !line.starts_with("# ")) {
+            let (name, number) = line.rsplit_once(' ').unwrap();
+            assert!(number.parse::<f64>().is_ok() && !name.is_empty(), "{line}");
+        }
+    }
+
+    /// H3
+    #[test]
+    fn every_metric_of_the_list_is_told_and_no_other() {
+        let text = Metrics::default().text(&Observed::default());
+        let told: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+        let mut listed: Vec<_> =
+            family::ALL.iter().map(|family| format!("{} {}", family.name, family.kind)).collect();
+        let mut told: Vec<_> = told.into_iter().map(str::to_owned).collect();
+        told.sort();
+        listed.sort();
+        assert_eq!(told, listed);
+    }
+}
