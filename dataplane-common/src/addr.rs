@@ -26,7 +26,14 @@ impl Addr {
     #[inline(always)]
     pub const fn from_v4(octets: [u8; 4]) -> Self {
         let [a, b, c, d] = octets;
-        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d])
+        Self::from_words([0, u64::from_ne_bytes([0, 0, 0xff, 0xff, a, b, c, d])])
+    }
+
+    /// The address whose halves lie in memory as these two words. Whole words are written: a processor waits long for a
+    /// word that was written in pieces a moment ago.
+    #[inline(always)]
+    pub const fn from_words(words: [u64; 2]) -> Self {
+        bytemuck::must_cast(words)
     }
 
     /// The 16 bytes in network order.
@@ -37,8 +44,8 @@ impl Addr {
 
     /// The two halves as they lie in memory: cheap to mix and compare, meaningless as numbers.
     #[inline(always)]
-    pub fn words(&self) -> [u64; 2] {
-        bytemuck::cast(self.0)
+    pub const fn words(&self) -> [u64; 2] {
+        bytemuck::must_cast(self.0)
     }
 
     /// The last four bytes: the IPv4 address, if this is one.

@@ -22,7 +22,11 @@ impl FlowKey {
     /// The key of a packet from `src` to `dst`.
     #[inline(always)]
     pub const fn new(src: Addr, src_port: Port, dst: Addr, dst_port: Port, proto: u8) -> Self {
-        Self { src, dst, src_port, dst_port, proto: proto as u32 }
+        let ([s0, s1], [d0, d1]) = (src.words(), dst.words());
+        let ([a, b], [c, d]) = (src_port.bytes(), dst_port.bytes());
+        // In whole words, as the hash of the key will read it.
+        let [p0, p1, p2, p3] = (proto as u32).to_ne_bytes();
+        bytemuck::must_cast([s0, s1, d0, d1, u64::from_ne_bytes([a, b, c, d, p0, p1, p2, p3])])
     }
 
     /// IP protocol number.
@@ -55,7 +59,7 @@ impl FlowKey {
 /// Both directions are entries of the same table, made and removed together (C4). The partner's key is
 /// [`Flow::partner`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct Flow {
     /// [`FlowKey::check`] of the entry's key. The first field to be written when an element is used again, and the last
     /// to be read: if it still fits, all that was read before belongs to this flow.
@@ -123,6 +127,23 @@ impl Flow {
     #[inline(always)]
     pub fn with_flags(flags: u32) -> Self {
         Self { flags, ..Self::zeroed() }
+    }
+
+    /// Copies what `entry` points to, word by word.
+    ///
+    /// # Safety
+    /// `entry` must be valid for reads. It may change meanwhile: [`Flow::check`] tells.
+    #[inline(always)]
+    pub unsafe fn copy_from(&mut self, entry: *const Self) {
+        const WORDS: usize = size_of::<Flow>() / size_of::<u64>();
+        let words: &mut [u64; WORDS] = bytemuck::must_cast_mut(self);
+        let mut at = 0;
+        while at < WORDS {
+            // SAFETY: the caller promises it; a flow has the size and the alignment of its words. Volatile, because the
+            // compiler would make a call of a plain copy, which copies byte by byte.
+            words[at] = unsafe { entry.cast::<u64>().add(at).read_volatile() };
+            at += 1;
+        }
     }
 
     /// Whether all bits of `flag` are set.

@@ -21,7 +21,10 @@ impl FrontendKey {
     /// The key of one address, port and protocol number.
     #[inline(always)]
     pub const fn new(addr: Addr, port: Port, proto: u8) -> Self {
-        Self { addr, port, proto: proto as u16, _zero: 0 }
+        let ([a, b], [c, d]) = (addr.words(), port.bytes());
+        let [p, q] = (proto as u16).to_ne_bytes();
+        // In whole words, as the hash of the key will read it.
+        bytemuck::must_cast([a, b, u64::from_ne_bytes([c, d, p, q, 0, 0, 0, 0])])
     }
 
     /// The key of an address whatever the port.

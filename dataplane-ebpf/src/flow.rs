@@ -71,7 +71,7 @@ pub fn lookup(key: &FlowKey, flow: &mut Flow) -> Option<Found> {
 fn copy(entry: Option<*mut Flow>, key: &FlowKey, place: Place, flow: &mut Flow) -> Option<Found> {
     let entry = entry?;
     // SAFETY: an element of a map, valid until the program ends; a torn copy is found out below.
-    *flow = unsafe { *entry };
+    unsafe { flow.copy_from(entry) };
     compiler_fence(Ordering::SeqCst);
     // SAFETY: as above.
     let check = unsafe { (&raw const (*entry).check).read_volatile() };

@@ -3,24 +3,23 @@
 use crate::maps::FILTER;
 use crate::parse::Packet;
 use crate::path::Hook;
+use dataplane_common::Addr;
 use dataplane_common::filter::FilterBit;
 
 /// How a packet may concern us. All false: it does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interest {
-    /// Its destination may be a frontend: a client's packet.
+    /// Its destination may be a frontend, or a ClusterIP on a port that no Service has: a client's packet.
     pub frontend: bool,
     /// Its source may be a backend, and the hook is one where such a packet may have to be restored.
     pub reply: bool,
-    /// Its destination may be a ClusterIP, whatever the port.
-    pub closed: bool,
 }
 
 impl Interest {
     /// Whether nothing about it can be ours.
     #[inline(always)]
     pub const fn none(&self) -> bool {
-        !(self.frontend || self.reply || self.closed)
+        !(self.frontend || self.reply)
     }
 }
 
@@ -28,18 +27,29 @@ impl Interest {
 #[inline(always)]
 pub fn of(packet: &Packet, hook: Hook) -> Interest {
     let proto = packet.proto;
-    let frontend = || test(FilterBit::frontend(&packet.dst, packet.dst_port, proto));
     let backend = || test(FilterBit::backend(&packet.src, packet.src_port, proto));
-    let to_node = || test(FilterBit::node_address(&packet.dst));
-    let closed = || test(FilterBit::closed_address(&packet.dst));
     match hook {
-        // Replies of flows whose source was translated, and of the node's own, are addressed to the node.
         Hook::UplinkIngress | Hook::PodIngress => {
-            let to_node = to_node();
-            Interest { frontend: frontend(), reply: to_node && backend(), closed: !to_node && closed() }
+            let (service, to_node) = destination(&packet.dst);
+            if !to_node {
+                return Interest { frontend: service, reply: false };
+            }
+            let node_port = || test(FilterBit::node_port(&packet.dst, packet.dst_port, proto));
+            // Replies of flows whose source was translated, and of the node's own, are addressed to the node.
+            Interest { frontend: service || node_port(), reply: backend() }
         }
-        Hook::UplinkEgress => Interest { frontend: frontend(), reply: backend(), closed: closed() },
-        Hook::PodEgress => Interest { frontend: false, reply: backend(), closed: false },
+        Hook::UplinkEgress => Interest { frontend: destination(&packet.dst).0, reply: backend() },
+        Hook::PodEgress => Interest { frontend: false, reply: backend() },
+    }
+}
+
+/// Whether an address may be one of a Service, and whether it may be one of this node.
+#[inline(always)]
+fn destination(addr: &Addr) -> (bool, bool) {
+    let (service, node) = (FilterBit::service_address(addr), FilterBit::node_address(addr));
+    match FILTER.get(service.word()) {
+        Some(word) => (word & service.mask() != 0, word & node.mask() != 0),
+        None => (false, false),
     }
 }
 

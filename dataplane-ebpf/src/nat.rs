@@ -65,7 +65,11 @@ fn ipv4<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite, addresses: 
     let [c0, c1] = update([c0, c1], delta);
     let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (rewrite.src.v4_octets(), rewrite.dst.v4_octets());
     let ([p0, p1], [q0, q1]) = (rewrite.src_port.bytes(), rewrite.dst_port.bytes());
-    let bytes = [rewrite.ttl, proto, c0, c1, s0, s1, s2, s3, d0, d1, d2, d3, p0, p1, q0, q1];
+    // Two whole words: whoever copies them next waits long for words that were written in pieces.
+    let bytes: [u8; 16] = bytemuck::must_cast([
+        u64::from_ne_bytes([rewrite.ttl, proto, c0, c1, s0, s1, s2, s3]),
+        u64::from_ne_bytes([d0, d1, d2, d3, p0, p1, q0, q1]),
+    ]);
     frame.write(packet.l3() + TTL, &bytes)
 }
 

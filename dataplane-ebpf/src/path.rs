@@ -101,20 +101,18 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     let mut walk = Walk { frame, hook, s: scratch };
     // Functions of their own, one after the other, so that no one's stack adds to another's: 512 bytes are for a whole
     // chain of calls, and kernels before 6.8 round each function's share up to 32.
-    if interest.frontend || interest.reply {
-        let known = walk.known();
-        if known != Code::BEGIN {
-            return known.verdict();
-        }
+    let known = walk.known();
+    if known != Code::BEGIN {
+        return known.verdict();
     }
-    if interest.frontend || interest.closed {
-        let admitted = walk.admit(interest.closed);
+    if interest.frontend {
+        let admitted = walk.admit();
         if admitted != Code::BEGIN {
             return admitted.verdict();
         }
         return walk.begin().verdict();
     }
-    Verdict::Pass
+    not_ours(&walk.s.packet, hook)
 }
 
 /// A packet to no Service's address. What must not leave the node is dropped here (P13), all else passes (Z4).
@@ -305,12 +303,12 @@ impl<F: Frame> Walk<'_, F> {
     /// A client's packet that belongs to no flow yet; [`Verdict::Begin`] if it may begin one, from the endpoints that are
     /// in the walk's working memory then.
     #[inline(never)]
-    fn admit(&mut self, closed: bool) -> Code {
-        self.find_endpoints(closed).into()
+    fn admit(&mut self) -> Code {
+        self.find_endpoints().into()
     }
 
     #[inline(always)]
-    fn find_endpoints(&mut self, closed: bool) -> Verdict {
+    fn find_endpoints(&mut self) -> Verdict {
         let packet = &self.s.packet;
         let source = match self.hook {
             Hook::PodIngress => Source::Pod,
@@ -321,7 +319,7 @@ impl<F: Frame> Walk<'_, F> {
         };
         let destination = match service::lookup(&packet.dst, packet.dst_port, packet.proto) {
             Ok(Some(destination)) => destination,
-            Ok(None) if closed && service::is_closed(&packet.dst) => return self.closed_port(),
+            Ok(None) if service::is_closed(&packet.dst) => return self.closed_port(),
             Ok(None) => return not_ours(packet, self.hook),
             Err(reason) => return Verdict::Drop(reason),
         };

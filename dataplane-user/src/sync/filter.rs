@@ -138,7 +138,8 @@ impl LingeringBits {
             return;
         }
         let needed = [
-            FilterBit::frontend(&key.dst, key.dst_port, key.proto()),
+            FilterBit::service_address(&key.dst),
+            FilterBit::node_port(&key.dst, key.dst_port, key.proto()),
             FilterBit::backend(&key.src, key.src_port, key.proto()),
             FilterBit::node_address(&key.dst),
         ];
@@ -158,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_bit_stays_while_an_entry_or_a_flow_needs_it() {
-        let (bit, now) = (FilterBit::frontend(&CLUSTER_IP, Port::new(80), 6), Instant::now());
+        let (bit, now) = (FilterBit::service_address(&CLUSTER_IP), Instant::now());
         let mut filter = Filter::new([]);
         filter.add(bit);
         filter.add(bit);
@@ -177,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_bit_that_is_needed_again_is_not_cleared() {
-        let (bit, now) = (FilterBit::frontend(&CLUSTER_IP, Port::new(80), 6), Instant::now());
+        let (bit, now) = (FilterBit::service_address(&CLUSTER_IP), Instant::now());
         let mut filter = Filter::new([]);
         filter.add(bit);
         filter.remove(bit, now);
@@ -190,7 +191,7 @@ mod tests {
 
     #[test]
     fn bits_that_an_earlier_agent_left_linger() {
-        let (bit, now) = (FilterBit::frontend(&CLUSTER_IP, Port::new(80), 6), Instant::now());
+        let (bit, now) = (FilterBit::service_address(&CLUSTER_IP), Instant::now());
         let mut filter = Filter::new([(bit.word(), bit.mask()), (0, 0)]);
         filter.linger_unknown(now);
         assert_eq!(filter.lingering(now + REST).len(), 1);

@@ -658,9 +658,9 @@ pub(super) fn bits_of<'a>(
     let node_port = key.addr().is_unspecified();
     let own = (!node_port).then(|| {
         if key.proto() == 0 {
-            FilterBit::closed_address(key.addr())
+            FilterBit::service_address(key.addr())
         } else {
-            FilterBit::frontend(key.addr(), key.port(), key.proto())
+            FilterBit::service_address(key.addr())
         }
     });
     let on_node = addresses
@@ -668,6 +668,6 @@ pub(super) fn bits_of<'a>(
         .filter(move |(addr, value)| {
             node_port && value.has(NodeAddress::NODE_PORTS) && addr.is_v4() == key.addr().is_v4()
         })
-        .map(|(addr, _)| FilterBit::frontend(addr, key.port(), key.proto()));
+        .map(|(addr, _)| FilterBit::node_port(addr, key.port(), key.proto()));
     own.into_iter().chain(on_node)
 }

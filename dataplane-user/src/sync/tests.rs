@@ -106,16 +106,16 @@ fn check(maps: &impl Maps) {
     }
     for (key, frontend) in read::<tables::Frontends>(maps) {
         if frontend.kind() == Ok(FrontendKind::ClosedPort) {
-            assert!(bit_is_set(maps, FilterBit::closed_address(key.addr())));
+            assert!(bit_is_set(maps, FilterBit::service_address(key.addr())));
             continue;
         }
         reach(maps, &key);
         if !key.addr().is_unspecified() {
-            assert!(bit_is_set(maps, FilterBit::frontend(key.addr(), key.port(), key.proto())));
+            assert!(bit_is_set(maps, FilterBit::service_address(key.addr())));
             continue;
         }
         for (addr, _) in addresses.iter().filter(|(_, value)| value.has(NodeAddress::NODE_PORTS)) {
-            assert!(bit_is_set(maps, FilterBit::frontend(addr, key.port(), key.proto())));
+            assert!(bit_is_set(maps, FilterBit::node_port(addr, key.port(), key.proto())));
         }
     }
 }
@@ -457,8 +457,7 @@ fn an_audit_repairs_what_others_changed() {
     maps.write::<tables::Services>(&[(2, Service::default())]).unwrap();
     maps.write::<tables::Backends>(&[(id, Backend::zeroed())]).unwrap();
     maps.write::<tables::Slots>(&[(0, 99)]).unwrap();
-    maps.write::<tables::Filter>(&[(FilterBit::frontend(&cluster_ip(2), Port::new(80), TCP).word(), 0)])
-        .unwrap();
+    maps.write::<tables::Filter>(&[(FilterBit::service_address(&cluster_ip(2)).word(), 0)]).unwrap();
     assert_eq!(mirror.audit(&maps, now).unwrap(), 7);
     assert_eq!(view(&maps), before);
     check(&maps);
@@ -474,10 +473,10 @@ fn filter_bits_linger_until_they_are_cleared() {
     mirror.replace(&maps, [(&name(1), &service(1, &[1], Some(30_000)))], now).unwrap();
     mirror.change(&maps, [(&name(1), None)], now).unwrap();
     let bits = [
-        FilterBit::frontend(&cluster_ip(1), Port::new(80), TCP),
-        FilterBit::frontend(&NODE, Port::new(30_000), TCP),
+        FilterBit::service_address(&cluster_ip(1)),
+        FilterBit::node_port(&NODE, Port::new(30_000), TCP),
         FilterBit::backend(&endpoint(1).addr, endpoint(1).port, TCP),
-        FilterBit::closed_address(&cluster_ip(1)),
+        FilterBit::service_address(&cluster_ip(1)),
     ];
     assert!(bits.iter().all(|bit| bit_is_set(&maps, *bit)));
     assert!(mirror.lingering_bits(now).is_empty());
