@@ -650,19 +650,14 @@ pub(super) fn backend_bit(endpoint: &Endpoint, proto: u8) -> FilterBit {
     FilterBit::backend(&endpoint.addr, endpoint.port, proto)
 }
 
-/// The filter bits of a frontend: a node port has one for each address of the node that answers node ports.
+/// The filter bits of a frontend: that of its address; of a node port, one for each address of the node that answers
+/// node ports.
 pub(super) fn bits_of<'a>(
     key: &'a FrontendKey,
     addresses: &'a BTreeMap<Addr, NodeAddress>,
 ) -> impl Iterator<Item = FilterBit> + 'a {
     let node_port = key.addr().is_unspecified();
-    let own = (!node_port).then(|| {
-        if key.proto() == 0 {
-            FilterBit::service_address(key.addr())
-        } else {
-            FilterBit::service_address(key.addr())
-        }
-    });
+    let own = (!node_port).then(|| FilterBit::service_address(key.addr()));
     let on_node = addresses
         .iter()
         .filter(move |(addr, value)| {

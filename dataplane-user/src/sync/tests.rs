@@ -476,7 +476,6 @@ fn filter_bits_linger_until_they_are_cleared() {
         FilterBit::service_address(&cluster_ip(1)),
         FilterBit::node_port(&NODE, Port::new(30_000), TCP),
         FilterBit::backend(&endpoint(1).addr, endpoint(1).port, TCP),
-        FilterBit::service_address(&cluster_ip(1)),
     ];
     assert!(bits.iter().all(|bit| bit_is_set(&maps, *bit)));
     assert!(mirror.lingering_bits(now).is_empty());
