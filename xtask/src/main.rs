@@ -49,7 +49,7 @@ enum Verb {
     },
     /// Run the tests, tier by tier (the tiers above golden need root).
     Test {
-        /// The tiers to run; all of them if none is named.
+        /// The tiers to run; if none is named, all but `vm`, which takes minutes.
         tiers: Vec<test::Tier>,
         /// Run only the tests whose names contain this.
         #[arg(long)]

@@ -32,11 +32,25 @@ pub(crate) enum Tier {
     Netns,
     /// Real packets in a laboratory with a real API server.
     Cluster,
+    /// The tour on other kernels, emulated. Takes minutes: runs only if it is named.
+    Vm,
 }
 
 impl Tier {
     /// All of them, in the order they run.
-    const ALL: [Self; 7] =
+    const ALL: [Self; 8] = [
+        Self::Unit,
+        Self::Golden,
+        Self::Packet,
+        Self::Kernel,
+        Self::Lab,
+        Self::Netns,
+        Self::Cluster,
+        Self::Vm,
+    ];
+
+    /// Those that run if none is named.
+    const DEFAULT: [Self; 7] =
         [Self::Unit, Self::Golden, Self::Packet, Self::Kernel, Self::Lab, Self::Netns, Self::Cluster];
 
     /// Its name on the command line, and of its test program.
@@ -49,6 +63,7 @@ impl Tier {
             Self::Lab => "lab",
             Self::Netns => "netns",
             Self::Cluster => "cluster",
+            Self::Vm => "vm",
         }
     }
 
@@ -58,7 +73,13 @@ impl Tier {
                 CommandLine::new("cargo test --workspace --exclude dataplane-tests --no-fail-fast"),
                 CommandLine::new("cargo test --package dataplane-tests --lib --bins --no-fail-fast"),
             ],
-            Self::Golden | Self::Packet | Self::Kernel | Self::Lab | Self::Netns | Self::Cluster => {
+            Self::Golden
+            | Self::Packet
+            | Self::Kernel
+            | Self::Lab
+            | Self::Netns
+            | Self::Cluster
+            | Self::Vm => {
                 vec![CommandLine::new("cargo test --package dataplane-tests --test").arg(self.name())]
             }
         }
@@ -67,7 +88,7 @@ impl Tier {
 
 /// The verb, after checks of which some may have failed. The last line is `N passed, N failed`.
 pub(crate) fn test(tiers: &[Tier], filter: Option<&str>, failed_checks: &[&str]) -> Result<ExitCode> {
-    let tiers = if tiers.is_empty() { &Tier::ALL } else { tiers };
+    let tiers = if tiers.is_empty() { Tier::DEFAULT.as_slice() } else { tiers };
     let homeless = homeless_tests()?;
     let mut results = Vec::new();
     if let Err(error) = programs::build_programs() {

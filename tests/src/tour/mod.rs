@@ -34,6 +34,9 @@ pub struct TourOptions {
     /// Native XDP on the nodes' uplinks.
     #[arg(long)]
     xdp: bool,
+    /// Seconds for which a pod goes on serving after SIGTERM; a slow machine needs more.
+    #[arg(long, default_value_t = 4)]
+    drain: u8,
     /// More arguments for the agents, after `--`.
     #[arg(last = true)]
     agent_arguments: Vec<String>,
@@ -56,9 +59,9 @@ pub fn run(options: &TourOptions) -> Result<ExitCode> {
         .create()?;
     let tell = |text: &str| println!("  {text}");
     let world = if options.cluster {
-        World::from_cluster(&lab, &tell).context("the control plane")?
+        World::from_cluster(&lab, options.drain, &tell).context("the control plane")?
     } else {
-        World::from_manifests(&lab)?
+        World::from_manifests(&lab, options.drain)?
     };
     println!("starting an agent on each node …");
     let xdp = if options.xdp { ["--xdp", "native"].as_slice() } else { &[] };

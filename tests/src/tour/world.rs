@@ -27,8 +27,6 @@ pub(crate) const LEAVING: &str = "web-2";
 pub(crate) const SHELL: &str = "shell";
 /// The node (from 0) that gets no web server, so that externalTrafficPolicy makes a difference.
 pub(crate) const BARE_NODE: usize = 2;
-/// How long a pod goes on serving after SIGTERM.
-const DRAIN: Duration = Duration::from_secs(4);
 /// How long the control plane may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -52,7 +50,7 @@ fn services() -> [Service; 3] {
 }
 
 /// The same as a user of Kubernetes would write it.
-fn stateful_set() -> Value {
+fn stateful_set(drain: u8) -> Value {
     let ports = json!([
         { "name": "tcp", "containerPort": POD_PORT, "protocol": "TCP" },
         { "name": "udp", "containerPort": POD_PORT, "protocol": "UDP" },
@@ -65,7 +63,7 @@ fn stateful_set() -> Value {
             "template": {
                 "metadata": {
                     "labels": { "app": "web" },
-                    "annotations": { "lab.portolan.dev/drain-seconds": DRAIN.as_secs().to_string() },
+                    "annotations": { "lab.portolan.dev/drain-seconds": drain.to_string() },
                 },
                 "spec": { "containers": [{ "name": "web", "image": "lab/web", "ports": ports }] },
             },
@@ -81,9 +79,9 @@ fn shell(node: &str) -> Value {
 }
 
 impl World {
-    /// Makes pods and Services from manifests.
-    pub(crate) fn from_manifests(lab: &Lab) -> Result<Self> {
-        let options = PodOptions::default().drain(DRAIN);
+    /// Makes pods and Services from manifests. A pod serves for `drain` seconds after SIGTERM.
+    pub(crate) fn from_manifests(lab: &Lab, drain: u8) -> Result<Self> {
+        let options = PodOptions::default().drain(Duration::from_secs(drain.into()));
         lab.add_pod(SHELL, BARE_NODE, &PodOptions::client())?;
         let pods = PODS.iter().enumerate();
         let pods = pods.map(|(number, name)| lab.add_pod(name, number % BARE_NODE, &options));
@@ -95,13 +93,13 @@ impl World {
     }
 
     /// Starts a control plane and has it make pods and Services.
-    pub(crate) fn from_cluster(lab: &Lab, tell: &dyn Fn(&str)) -> Result<Self> {
+    pub(crate) fn from_cluster(lab: &Lab, drain: u8, tell: &dyn Fn(&str)) -> Result<Self> {
         let plane = ControlPlane::start_telling(lab, tell)?;
         let bare = lab.node(BARE_NODE).name();
         tell(&format!("kubectl cordon {bare}: so that one node has no web server"));
         plane.kubectl(&["cordon", bare], "")?;
         tell("kubectl apply: a StatefulSet `web` of 3 replicas, three Services, a pod `shell`");
-        let mut objects = vec![stateful_set(), shell(bare)];
+        let mut objects = vec![stateful_set(drain), shell(bare)];
         for service in services() {
             let [mut service, _] = service.objects();
             service["spec"]["selector"] = json!({ "app": "web" });
