@@ -23,6 +23,8 @@ struct State {
     detached: BTreeSet<String>,
     /// Why the tables are not what they should be.
     faults: Option<String>,
+    /// Audits in a row that found the tables changed by somebody else.
+    altered: u32,
     /// Whether the Node is there to stay.
     eligible: bool,
 }
@@ -43,6 +45,7 @@ impl Health {
             waiting: None,
             detached: BTreeSet::new(),
             faults: None,
+            altered: 0,
             eligible: true,
         };
         Self { state: Mutex::new(state), patience }
@@ -77,6 +80,12 @@ impl Health {
         state.faults = Some(fault);
     }
 
+    /// An audit found so many entries that differed, and repaired them. Once may be an accident.
+    pub fn audited(&self, repaired: usize) {
+        let mut state = self.state();
+        state.altered = if repaired > 0 { state.altered.saturating_add(1) } else { 0 };
+    }
+
     /// What should be attached and is not, all of it.
     pub fn detached(&self, hooks: BTreeSet<String>) {
         self.state().detached = hooks;
@@ -96,6 +105,11 @@ impl Health {
         if !state.detached.is_empty() {
             let hooks: Vec<_> = state.detached.iter().map(String::as_str).collect();
             return Some(format!("not attached: {}", hooks.join(", ")));
+        }
+        if state.altered > 1 {
+            return Some(
+                "something else keeps changing the maps: the last audits had to repair them".to_owned(),
+            );
         }
         let waited = state.waiting.map(|since| since.elapsed())?;
         (waited > self.patience).then(|| {
@@ -193,6 +207,50 @@ mod tests {
         let page = health.page("/livez");
         assert_eq!(page.status, 503);
         assert!(page.body.contains("tc_uplink_in-2"), "{}", page.body);
+    }
+
+    /// H2
+    #[test]
+    fn tables_that_somebody_keeps_changing_are_unhealthy() {
+        let health = serving(Duration::from_secs(60));
+        health.audited(3);
+        assert_eq!(status(&health, "/livez"), 200, "they were repaired");
+        health.audited(1);
+        assert_eq!(status(&health, "/livez"), 503);
+        health.audited(0);
+        assert_eq!(status(&health, "/livez"), 200);
+    }
+
+    /// H2
+    #[test]
+    fn what_the_kernel_refuses_is_unhealthy_after_a_while_and_named() {
+        let health = serving(Duration::from_millis(1));
+        health.fault("map `frontends` is full".to_owned());
+        std::thread::sleep(Duration::from_millis(5));
+        let page = health.page("/healthz");
+        assert!(page.status == 503 && page.body.contains("`frontends` is full"), "{page:?}");
+        health.updated();
+        assert_eq!(status(&health, "/healthz"), 200);
+    }
+
+    /// H1
+    #[tokio::test]
+    async fn load_balancers_ask_over_http() {
+        use crate::http::client::{free_port, get};
+        let health = std::sync::Arc::new(serving(Duration::from_secs(60)));
+        health.eligible(false);
+        let (asked, port) = (health.clone(), free_port());
+        tokio::spawn(crate::http::serve("health", ([0, 0, 0, 0], port).into(), move |path| asked.page(path)));
+        for host in ["127.0.0.1", "::1"] {
+            let address = std::net::SocketAddr::new(host.parse().unwrap(), port);
+            let answer = get(address, "/healthz").await;
+            assert_eq!((answer.status, answer.json()["nodeEligible"].as_bool()), (503, Some(false)));
+            assert_eq!(answer.header("content-type"), Some("application/json"));
+            assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
+            let answer = get(address, "/livez").await;
+            assert_eq!((answer.status, answer.json().get("nodeEligible")), (200, None));
+            assert_eq!(get(address, "/").await.status, 404);
+        }
     }
 
     #[test]

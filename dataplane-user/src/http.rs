@@ -164,6 +164,7 @@ async fn answer(stream: TcpStream, pages: &(dyn Fn(&str) -> Page + Send + Sync))
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(PATIENCE)
+        .title_case_headers(true)
         .serve_connection(TokioIo::new(stream), service);
     // What goes wrong here is the client's.
     let _ = served.await;

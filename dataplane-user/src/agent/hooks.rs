@@ -78,6 +78,7 @@ impl Hooks {
             lost.join(", ")
         );
         self.metrics.reattached.add(lost.len() as u64);
+        self.health.detached(lost.iter().map(|hook| format!("{hook}: somebody detached it")).collect());
         self.attachments.sockets(self.cgroup.as_ref())
     }
 

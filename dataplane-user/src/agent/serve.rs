@@ -36,6 +36,8 @@ const BATCH: usize = 256;
 const TICK: Duration = Duration::from_secs(1);
 /// Time between two sweeps of the flow tables.
 const SWEEP: Duration = Duration::from_secs(15);
+/// Time to the next audit after one that had to repair something.
+const AUDIT_AGAIN: Duration = Duration::from_secs(10);
 /// The first and the longest wait after the kernel refused a write.
 const RETRY: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 
@@ -53,6 +55,8 @@ pub(super) struct Service {
     idle: IdleTimes,
     audit_period: Duration,
     audited: Instant,
+    /// The last audit had to repair something: the next tells whether that goes on (H2).
+    audit_soon: bool,
     swept: Instant,
     sweeping: Option<Sweeping>,
     /// After a refusal: how long to wait, and until when.
@@ -99,6 +103,7 @@ impl Service {
             idle,
             audit_period: args.audit_period,
             audited: Instant::now(),
+            audit_soon: false,
             swept: Instant::now(),
             sweeping: None,
             backoff: None,
@@ -328,7 +333,8 @@ impl Service {
                 Err(error) => return self.failed(&error),
             }
         }
-        if !self.audit_period.is_zero() && self.audited.elapsed() >= self.audit_period {
+        let due = if self.audit_soon { AUDIT_AGAIN.min(self.audit_period) } else { self.audit_period };
+        if !due.is_zero() && self.audited.elapsed() >= due {
             self.audit();
         }
         if self.names_changed {
@@ -378,7 +384,12 @@ impl Service {
         self.audited = Instant::now();
         let (mirror, maps) = self.dataplane.mirror();
         let begun = Instant::now();
-        match mirror.audit(maps, begun) {
+        let result = mirror.audit(maps, begun);
+        if let Ok(repaired) = result {
+            self.health.audited(repaired);
+            self.audit_soon = repaired > 0;
+        }
+        match result {
             Ok(0) => tracing::debug!("audit: nothing to repair, {} ms", begun.elapsed().as_millis()),
             Ok(repaired) => {
                 tracing::warn!("audit: repaired {repaired} entries. Does something else write the maps?");

@@ -277,16 +277,19 @@ impl Attachments {
     /// Names what should be attached and is not any more (H2), and forgets it, so that it is attached again.
     pub fn lost(&mut self) -> Vec<String> {
         let mut lost = Vec::new();
-        if self.tcx {
-            let (pins, object) = (&self.pins, &self.object);
-            self.attached.retain(|(hook, index)| {
-                let there = is_attached(object, &pins.link(hook.program(), *index), hook.program());
-                if !there {
-                    lost.push(format!("{}-{index}", hook.program()));
-                }
-                there
-            });
-        }
+        let (pins, object, tcx) = (&self.pins, &self.object, self.tcx);
+        self.attached.retain(|(hook, index)| {
+            let there = if tcx || *hook == Hook::XdpUplink {
+                is_attached(object, &pins.link(hook.program(), *index), hook.program())
+            } else {
+                // What cannot be known is not reported.
+                clsact::is_attached(*index, hook.is_egress()).unwrap_or(true)
+            };
+            if !there {
+                lost.push(format!("{}-{index}", hook.program()));
+            }
+            there
+        });
         for hook in &self.sockets {
             if !is_attached(&self.object, &self.pins.socket_link(hook.program), hook.program) {
                 lost.push(hook.program.to_owned());

@@ -6,13 +6,23 @@
     reason = "aya's errors are not ours and name much that cannot happen here"
 )]
 
+use super::netlink;
 use aya::programs::links::Link as _;
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType, tc};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkPayload};
+use netlink_sys::protocols::NETLINK_ROUTE;
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::tc::TcMessage;
 use std::io;
 
 /// The handle of all filters of this agent: "PL".
 const HANDLE: TcHandle = TcHandle::new(0, 0x504c);
+/// The same as netlink has it.
+const HANDLE_NUMBER: u32 = 0x504c;
+/// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)` and `TC_H_MIN_EGRESS` of linux/pkt_sched.h.
+const PARENT_IN: u32 = 0xffff_fff2;
+const PARENT_OUT: u32 = 0xffff_fff3;
 /// On ingress before everybody else's, so that they see what the pods see.
 const INGRESS_PRIORITY: u16 = 1;
 /// On egress behind everybody else's.
@@ -45,6 +55,36 @@ pub(super) fn attach(program: &mut SchedClassifier, interface: &str, egress: boo
     // The filter stays when this process ends; dropping the link would remove it.
     std::mem::forget(program.take_link(link).map_err(program_error)?);
     Ok(())
+}
+
+/// Whether the filter is on the interface with this index (H2). An interface that is gone has lost nothing.
+///
+/// # Errors
+/// If netlink does not answer.
+pub(super) fn is_attached(index: u32, egress: bool) -> io::Result<bool> {
+    let netlink = netlink::connect(NETLINK_ROUTE)?;
+    let mut request = TcMessage::with_index(index.try_into().map_err(io::Error::other)?);
+    request.header.parent = if egress { PARENT_OUT } else { PARENT_IN }.into();
+    netlink::send(&netlink, NLM_F_REQUEST | NLM_F_DUMP, RouteNetlinkMessage::GetTrafficFilter(request))?;
+    let (_, priority) = place(egress);
+    let mut found = false;
+    loop {
+        for message in netlink::receive::<RouteNetlinkMessage>(&netlink)? {
+            match message {
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewTrafficFilter(filter)) => {
+                    // The priority is the upper half of this word, the protocol the lower.
+                    found |= u32::from(filter.header.handle) == HANDLE_NUMBER
+                        && filter.header.info >> 16 == u32::from(priority);
+                }
+                NetlinkPayload::Error(error) if error.to_io().raw_os_error() == Some(libc::ENODEV) => {
+                    return Ok(true);
+                }
+                NetlinkPayload::Error(error) => return Err(error.to_io()),
+                NetlinkPayload::Done(_) => return Ok(found),
+                _ => {}
+            }
+        }
+    }
 }
 
 /// Removes both filters of an interface; says which there were.

@@ -11,6 +11,7 @@ pub mod hook;
 pub mod link;
 pub mod links;
 pub mod maps;
+mod netlink;
 pub mod object;
 pub mod pins;
 pub mod probe;

@@ -1,0 +1,62 @@
+//! One question to the kernel over netlink, and its answer, without a runtime.
+
+use netlink_packet_core::{NetlinkDeserializable, NetlinkSerializable};
+use netlink_packet_core::{NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_sys::{Socket, SocketAddr};
+use std::io;
+use std::time::Duration;
+
+/// Room for one answer of the kernel, which packs a dump into pages.
+const ANSWER: usize = 64 * 1024;
+/// The kernel answers such requests at once.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A socket to one of the kernel's netlink protocols.
+pub(super) fn connect(protocol: isize) -> io::Result<Socket> {
+    let mut socket = Socket::new(protocol)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    Ok(socket)
+}
+
+/// Sends one request.
+pub(super) fn send<M>(netlink: &Socket, flags: u16, message: M) -> io::Result<()>
+where
+    M: NetlinkSerializable + Into<NetlinkPayload<M>>,
+{
+    let mut header = NetlinkHeader::default();
+    header.flags = flags;
+    let mut message = NetlinkMessage::new(header, message.into());
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    netlink.send(&bytes, 0).map(drop)
+}
+
+/// The messages of one answer.
+pub(super) fn receive<M: NetlinkDeserializable>(netlink: &Socket) -> io::Result<Vec<NetlinkPayload<M>>> {
+    wait_readable(netlink)?;
+    let mut buffer = Vec::with_capacity(ANSWER);
+    let length = netlink.recv(&mut buffer, 0)?;
+    let mut rest = &buffer[..length];
+    let mut messages = Vec::new();
+    while !rest.is_empty() {
+        let message = NetlinkMessage::<M>::deserialize(rest).map_err(io::Error::other)?;
+        // Each message is padded to four bytes.
+        let length = (message.header.length as usize).next_multiple_of(4);
+        rest = rest.get(length..).unwrap_or_default();
+        messages.push(message.payload);
+    }
+    Ok(messages)
+}
+
+fn wait_readable(netlink: &Socket) -> io::Result<()> {
+    use std::os::fd::AsRawFd as _;
+    let mut poll = libc::pollfd { fd: netlink.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid `pollfd` for the whole call.
+    match unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as i32) } {
+        0 => Err(io::ErrorKind::TimedOut.into()),
+        ready if ready < 0 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
