@@ -4,13 +4,13 @@
 //! kernel itself reports for a map, so the functions here are safe whatever they are given. Nothing is retried or
 //! logged here; each error is the kernel's `errno`.
 
+use std::cell::Cell;
 use std::ffi::CString;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 // `enum bpf_cmd` of linux/bpf.h.
 const MAP_CREATE: libc::c_int = 0;
@@ -48,12 +48,14 @@ pub const EXIST: u64 = 2;
 /// `BPF_F_TEST_XDP_LIVE_FRAMES`: what an XDP program transmits or redirects really leaves.
 pub const TEST_XDP_LIVE_FRAMES: u32 = 1 << 1;
 
-/// How many times this process entered the kernel through this module.
-static CALLS: AtomicU64 = AtomicU64::new(0);
+thread_local! {
+    /// How many times this thread entered the kernel through this module.
+    static CALLS: Cell<u64> = const { Cell::new(0) };
+}
 
-/// How many `bpf(2)` calls this process has made through this module.
+/// How many `bpf(2)` calls this thread has made through this module: what others do meanwhile does not count.
 pub fn calls() -> u64 {
-    CALLS.load(Ordering::Relaxed)
+    CALLS.get()
 }
 
 /// The members of `union bpf_attr` that are used, as the kernel lays them out.
@@ -150,7 +152,7 @@ mod attr {
 /// `attr` must be the member of `union bpf_attr` that `command` reads, and each address in it must be valid for what
 /// the kernel reads or writes there.
 pub(super) unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_int> {
-    CALLS.fetch_add(1, Ordering::Relaxed);
+    CALLS.set(CALLS.get() + 1);
     // SAFETY: the caller vouches for `attr`; its size is passed along, so the kernel reads no further.
     let result = unsafe {
         libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>() as libc::c_uint)
