@@ -374,6 +374,19 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
         assert_eq!(dataplane.flush().unwrap().unwrap().health_checks[0].1, None);
     }
 
+    /// H3, P2, P3
+    #[test]
+    fn services_without_local_endpoints_are_counted_by_policy() {
+        let mut dataplane = dataplane(MemoryMaps::default());
+        list(&mut dataplane, &KINDS, &WEB.replace("clusterIP", "internalTrafficPolicy: Local, clusterIP"));
+        dataplane.flush().unwrap();
+        assert_eq!(dataplane.mirror().0.without_local_endpoints(), [1, 0]);
+        let here = WEB.replace("{addresses: [10.0.0.1]}", "{addresses: [10.0.0.1], nodeName: n}");
+        list(&mut dataplane, &[Kind::EndpointSlice], &here);
+        dataplane.flush().unwrap();
+        assert_eq!(dataplane.mirror().0.without_local_endpoints(), [0, 0]);
+    }
+
     /// Z5
     #[test]
     fn a_complaint_is_told_once_and_goes_with_its_cause() {

@@ -346,6 +346,10 @@ impl Service {
             self.fill(&[]);
         }
         if std::mem::take(&mut self.sockets_due) {
+            let lacking = self.dataplane.mirror().0.without_local_endpoints();
+            for (number, lacking) in self.metrics.without_local_endpoints.iter().zip(lacking) {
+                number.set(lacking as u64);
+            }
             self.close_orphans();
         }
         self.sweep().await;

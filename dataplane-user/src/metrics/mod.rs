@@ -62,6 +62,8 @@ pub struct Metrics {
     pub endpoint_changes: Number,
     /// Those of them that are not in the kernel yet.
     pub endpoint_changes_pending: Number,
+    /// Service ports with a Local policy, internal and external, that have endpoints on other nodes only.
+    pub without_local_endpoints: [Number; 2],
     /// Services whose tables wait for room or another try.
     pub waiting: Number,
     /// `bpf(2)` calls of the changes.
@@ -167,6 +169,10 @@ impl Metrics {
             (&family::POD_INTERFACES, pods),
         ] {
             text.single(family, number.get());
+        }
+        text.head(&family::NO_LOCAL_ENDPOINTS);
+        for (policy, number) in ["internal", "external"].iter().zip(&self.without_local_endpoints) {
+            text.sample(&family::NO_LOCAL_ENDPOINTS, &[policy], number.get());
         }
         self.health(&mut text, observed);
         by_reason(&mut text, &family::COMPLAINTS, &self.complaints());

@@ -14,7 +14,7 @@ use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::filter::FilterBit;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress};
-use dataplane_common::service::{EndpointSet, Service};
+use dataplane_common::service::{EndpointSet, Policy, Service};
 use dataplane_common::tables::{self, Table as _};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
@@ -253,6 +253,16 @@ impl Mirror {
             (tables::Frontends::NAME, frontends, self.frontend_room),
             (tables::Slots::NAME, self.slots.used(), self.slots.capacity()),
         ]
+    }
+
+    /// Service ports with a Local policy, internal and external, whose endpoints are all on other nodes (P2, P3).
+    pub fn without_local_endpoints(&self) -> [usize; 2] {
+        let ports = || self.services.values().flat_map(|service| &service.ports);
+        [Policy::INTERNAL_LOCAL, Policy::EXTERNAL_LOCAL].map(|local| {
+            let lacking =
+                |value: &Service| value.policy.has(local | Policy::HAS_ENDPOINTS) && value.local.count() == 0;
+            ports().filter(|(_, port)| lacking(&port.value)).count()
+        })
     }
 
     fn begin<M: Maps>(&mut self, maps: &M, now: Instant) -> Result<(Plan, Outcome), MapError> {
