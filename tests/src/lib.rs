@@ -3,4 +3,5 @@
 pub mod bench_sync;
 pub mod controlplane;
 pub mod lab;
+pub mod load;
 pub mod tour;

@@ -1,0 +1,44 @@
+//! `portolan-load`: traffic of a known kind for a known time, and what became of it.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use dataplane_tests::load::{Load, Server, pin};
+use std::net::Ipv4Addr;
+
+/// Measures a path with many flows.
+#[derive(Parser)]
+#[command(name = "portolan-load")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Be the server: echo on a port (TCP and UDP), answer and close on the next, discard on the one after.
+    Serve {
+        /// The first of the three ports.
+        #[arg(long, default_value_t = 7000)]
+        port: u16,
+        /// The CPU of the server.
+        #[arg(long)]
+        cpu: Option<usize>,
+    },
+    /// Be the client, and print what was measured as one line of JSON.
+    Run(Load),
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().verb {
+        Verb::Serve { port, cpu } => {
+            cpu.map_or(Ok(()), pin)?;
+            let mut server = Server::bind(Ipv4Addr::UNSPECIFIED.into(), Some(port))?;
+            println!("serving");
+            server.serve(|| false)
+        }
+        Verb::Run(load) => {
+            println!("{}", serde_json::to_string(&load.run()?)?);
+            Ok(())
+        }
+    }
+}
