@@ -50,13 +50,16 @@ impl Hooks {
 
     /// Follows the interfaces for ever.
     pub(super) async fn run(mut self) {
+        // However often interfaces come and go.
+        let mut looks = tokio::time::interval_at(tokio::time::Instant::now() + LOOK, LOOK);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let look = tokio::select! {
                 changed = self.interfaces.changed() => match changed {
                     Ok(()) => false,
                     Err(_) => return,
                 },
-                () = tokio::time::sleep(LOOK) => true,
+                _ = looks.tick() => true,
             };
             // The kernel waits for a grace period with each new link.
             tokio::task::block_in_place(|| {
