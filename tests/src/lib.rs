@@ -4,4 +4,5 @@ pub mod bench_sync;
 pub mod controlplane;
 pub mod lab;
 pub mod load;
+pub mod packet;
 pub mod tour;

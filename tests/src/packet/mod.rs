@@ -1,0 +1,336 @@
+//! The program runner: real programs, real maps filled by the agent's own compiler and `sync`, one packet at a time
+//! through `BPF_PROG_TEST_RUN`, in a network namespace of its own.
+
+pub mod build;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use dataplane_common::Addr;
+use dataplane_common::drop::Reason;
+use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::tables;
+use dataplane_user::compile::{self, Compiler, Context, NodeSettings};
+use dataplane_user::config::MapSize;
+use dataplane_user::kernel::bpf::{self, TestRun};
+use dataplane_user::kernel::maps::KernelMaps;
+use dataplane_user::kernel::object::{Object, Options};
+use dataplane_user::model::store::Store;
+use dataplane_user::model::{Change, Kind};
+use dataplane_user::sync::Mirror;
+use dataplane_user::watch::manifests;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// The node's address on its uplink.
+pub const NODE: &str = "192.0.2.1";
+/// A client outside the cluster, behind the gateway.
+pub const CLIENT: &str = "198.51.100.7";
+/// A pod of this node.
+pub const POD: &str = "10.244.1.9";
+/// Link-layer address of the gateway and of the other nodes.
+pub const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xfe];
+
+/// Where a packet meets the dataplane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// XDP on the uplink.
+    Xdp,
+    /// tc, from the network.
+    UplinkIn,
+    /// tc, to the network.
+    UplinkOut,
+    /// tc, from a pod.
+    PodIn,
+    /// tc, to a pod.
+    PodOut,
+}
+
+impl Hook {
+    fn program(self) -> &'static str {
+        match self {
+            Self::Xdp => "xdp_uplink",
+            Self::UplinkIn => "tc_uplink_in",
+            Self::UplinkOut => "tc_uplink_out",
+            Self::PodIn => "tc_pod_in",
+            Self::PodOut => "tc_pod_out",
+        }
+    }
+}
+
+/// What a program did with a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// On to the next program and the stack.
+    Pass,
+    /// Gone.
+    Drop,
+    /// Sent elsewhere past the stack.
+    Redirect,
+    /// Back out of the interface it came in on (XDP).
+    Tx,
+}
+
+/// All that came of one packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The whole packet.
+    pub packet: Vec<u8>,
+    /// The counters that moved, by how much. Reasons by their label; `service …` and `backend …` over all ids.
+    pub moved: BTreeMap<String, u64>,
+}
+
+/// A node whose programs are run by hand.
+pub struct World {
+    object: Object,
+    maps: KernelMaps,
+    mirror: Mirror,
+    store: Store,
+    compiler: Compiler,
+    settings: NodeSettings,
+    uplink: u32,
+    pod: u32,
+}
+
+/// Runs a test in a network namespace of its own, which goes with the thread.
+pub fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::spawn(move || {
+        // SAFETY: a plain system call; the namespace is this thread's alone.
+        let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+        assert_eq!(result, 0, "a network namespace needs root: {}", std::io::Error::last_os_error());
+        set_up().unwrap_or_else(|error| panic!("{error:#}"));
+        test();
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// An uplink with a gateway and another node behind it, a pod, and routes to both.
+fn set_up() -> Result<()> {
+    let gateway = "02:00:00:00:00:fe";
+    let commands = format!(
+        "link set lo up
+         link add up0 type veth peer name up1
+         link add pod0 type veth peer name pod1
+         link set up0 up
+         link set up1 up
+         link set pod0 up
+         link set pod1 up
+         addr add {NODE}/24 dev up0
+         route add default via 192.0.2.254
+         route add {POD}/32 dev pod0
+         route add 10.244.2.0/24 via 192.0.2.2
+         route add 10.244.3.0/24 via 192.0.2.3 mtu lock 1000
+         route add unreachable 10.244.9.0/24
+         neigh add 192.0.2.254 lladdr {gateway} nud permanent dev up0
+         neigh add 192.0.2.2 lladdr {gateway} nud permanent dev up0
+         neigh add 192.0.2.3 lladdr {gateway} nud permanent dev up0
+         neigh add {POD} lladdr 02:00:00:00:00:09 nud permanent dev pod0"
+    );
+    for command in commands.lines() {
+        let status = Command::new("ip").args(command.split_whitespace()).status().context("ip")?;
+        ensure!(status.success(), "ip {command}");
+    }
+    std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("ip_forward")
+}
+
+fn index(interface: &str) -> Result<u32> {
+    // /sys shows the namespace it was mounted in; `ip` shows ours.
+    let output = Command::new("ip").args(["-o", "link", "show", interface]).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let number = text.split(':').next().and_then(|number| number.trim().parse().ok());
+    number.with_context(|| format!("no interface {interface}: {text}"))
+}
+
+impl World {
+    /// A node of the name `here` with the objects of these manifests in its tables.
+    ///
+    /// # Errors
+    /// If anything that a test relies on fails.
+    pub fn new(yaml: &str) -> Result<Self> {
+        Self::with(yaml, 0, &[])
+    }
+
+    /// The same with flags of the node's settings and other map sizes.
+    ///
+    /// # Errors
+    /// As [`World::new`].
+    pub fn with(yaml: &str, flags: u32, sizes: &[(&'static str, u32)]) -> Result<Self> {
+        // Small tables: all counters are read before and after each packet.
+        let small = ["backends", "backend_traffic", "services", "service_traffic"].map(|map| (map, 256));
+        let sizes = small.iter().chain(sizes).map(|&(map, entries)| MapSize { map, entries });
+        let sizes: Vec<_> = sizes.collect();
+        let mut object = Object::open(&Options { sizes: &sizes, ..Options::default() })?;
+        for hook in [Hook::Xdp, Hook::UplinkIn, Hook::UplinkOut, Hook::PodIn, Hook::PodOut] {
+            object.load(hook.program())?;
+        }
+        let fds = tables::ALL.iter().map(|(name, ..)| Ok((*name, object.map(name)?)));
+        let maps = KernelMaps::from_fds(fds.collect::<Result<Vec<_>>>()?)?;
+        let mirror = Mirror::open(&maps, Instant::now())?;
+        let settings = NodeSettings {
+            service_ranges: vec!["10.96.0.0/16".parse()?],
+            node_port_addresses: compile::NodePortAddresses::All,
+            snat_ports: 61_000..=61_007,
+            flags,
+            netns_cookie: 1,
+        };
+        let (uplink, pod) = (index("up0")?, index("pod0")?);
+        let (store, compiler) = (Store::new("here"), Compiler::default());
+        let mut world = Self { object, maps, mirror, store, compiler, settings, uplink, pod };
+        world.apply(yaml)?;
+        Ok(world)
+    }
+
+    /// Brings the tables to what these manifests say, as the agent would.
+    ///
+    /// # Errors
+    /// If a manifest does not parse, or the kernel refuses.
+    pub fn apply(&mut self, yaml: &str) -> Result<()> {
+        let (objects, errors) = manifests::parse(yaml, "test");
+        if let Some(error) = errors.first() {
+            bail!("{error}");
+        }
+        let mut dirty = BTreeSet::new();
+        for kind in [Kind::Node, Kind::ServiceCidr, Kind::Service, Kind::EndpointSlice] {
+            let of_kind = objects.iter().filter(|object| object.reference().kind == kind);
+            let change = Change::Replaced(kind, of_kind.cloned().collect());
+            dirty.extend(self.store.apply(change).services);
+        }
+        let interfaces = [IpAddr::from(Ipv4Addr::LOCALHOST), NODE.parse()?];
+        let addresses: BTreeSet<Addr> = interfaces.iter().map(|ip| Addr::from(*ip)).collect();
+        let context = Context::new(&self.store, None, &[], addresses);
+        let update = self.compiler.update(&self.store, &dirty, &context);
+        let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
+        self.mirror.set_node(&self.maps, &tables, Instant::now())?;
+        let changes = update.services.iter().map(|(name, compiled)| (name, Some(&compiled.tables)));
+        let outcome = self.mirror.change(&self.maps, changes, Instant::now())?;
+        ensure!(outcome.refused.is_empty(), "a Service found no room");
+        Ok(())
+    }
+
+    /// Sends a packet through the program at a hook.
+    ///
+    /// # Errors
+    /// If the kernel refuses to run it.
+    pub fn send(&self, hook: Hook, packet: &build::Packet) -> Result<Outcome> {
+        self.send_bytes(hook, &packet.bytes())
+    }
+
+    /// Sends these bytes.
+    ///
+    /// # Errors
+    /// As [`World::send`].
+    pub fn send_bytes(&self, hook: Hook, data: &[u8]) -> Result<Outcome> {
+        /// Offset of `ifindex` in `struct __sk_buff`, and its size.
+        const IFINDEX: usize = 40;
+        const SK_BUFF: usize = 192;
+        let mut context = vec![0; if hook == Hook::Xdp { 0 } else { SK_BUFF }];
+        if hook != Hook::Xdp {
+            let ifindex = match hook {
+                Hook::Xdp | Hook::UplinkIn | Hook::UplinkOut => self.uplink,
+                Hook::PodIn | Hook::PodOut => self.pod,
+            };
+            context[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
+        }
+        let before = self.counters()?;
+        let run = TestRun { data, context: &context, repeat: 1, ..TestRun::default() };
+        let result = bpf::prog_test_run(self.object.program(hook.program())?, &run)?;
+        let moved = self.counters()?.into_iter().filter_map(|(name, count)| {
+            let difference = count - before.get(&name).copied().unwrap_or(0);
+            (difference != 0).then_some((name, difference))
+        });
+        let verdict = match (hook, result.retval as i32) {
+            (Hook::Xdp, 2) => Verdict::Pass,
+            (Hook::Xdp, 1) => Verdict::Drop,
+            (Hook::Xdp, 3) => Verdict::Tx,
+            (Hook::Xdp, 4) => Verdict::Redirect,
+            (Hook::UplinkIn | Hook::UplinkOut | Hook::PodIn | Hook::PodOut, -1) => Verdict::Pass,
+            (Hook::UplinkIn | Hook::UplinkOut | Hook::PodIn | Hook::PodOut, 2) => Verdict::Drop,
+            (Hook::UplinkIn | Hook::UplinkOut | Hook::PodIn | Hook::PodOut, 7) => Verdict::Redirect,
+            (hook, code) => bail!("{hook:?} returned {code}"),
+        };
+        Ok(Outcome { verdict, packet: result.data, moved: moved.collect() })
+    }
+
+    /// All counters, added up over CPUs and ids.
+    fn counters(&self) -> Result<BTreeMap<String, u64>> {
+        let mut counters = BTreeMap::new();
+        for (index, count) in self.maps.map::<tables::Reasons>()?.sums()? {
+            if count != 0 {
+                counters.insert(Reason::from_number(index as u8).label().to_owned(), count);
+            }
+        }
+        let service = self.maps.map::<tables::ServiceTraffic>()?.sums()?;
+        let backend = self.maps.map::<tables::BackendTraffic>()?.sums()?;
+        for (whose, sums) in [("service", service), ("backend", backend)] {
+            for (_, traffic) in sums {
+                let fields = [
+                    ("in", traffic.packets_in),
+                    ("in bytes", traffic.bytes_in),
+                    ("out", traffic.packets_out),
+                    ("out bytes", traffic.bytes_out),
+                    ("new", traffic.new_flows),
+                ];
+                for (field, count) in fields.into_iter().filter(|(_, count)| *count != 0) {
+                    *counters.entry(format!("{whose} {field}")).or_default() += count;
+                }
+            }
+        }
+        Ok(counters)
+    }
+
+    /// The keys in the three flow tables (half-open, established, closing), in that order.
+    ///
+    /// # Errors
+    /// If a table cannot be read.
+    pub fn flows(&self) -> Result<[Vec<(FlowKey, Flow)>; 3]> {
+        Ok([
+            self.maps.map::<tables::HalfOpen>()?.entries()?,
+            self.maps.map::<tables::Established>()?.entries()?,
+            self.maps.map::<tables::Closing>()?.entries()?,
+        ])
+    }
+
+    /// How many entries the three flow tables have.
+    ///
+    /// # Errors
+    /// As [`World::flows`].
+    pub fn flow_counts(&self) -> Result<[usize; 3]> {
+        Ok(self.flows()?.map(|flows| flows.len()))
+    }
+
+    /// Lets freed ids rest, so that the next change may use them again.
+    pub fn rest(&self) {
+        std::thread::sleep(dataplane_user::sync::REST + Duration::from_millis(50));
+    }
+}
+
+/// The counters of one packet of `bytes` bytes from a client; `new` if it began a flow.
+pub fn counted_in(bytes: u64, new: bool) -> BTreeMap<String, u64> {
+    counted("in", bytes, new)
+}
+
+/// The counters of one packet of `bytes` bytes from an endpoint.
+pub fn counted_out(bytes: u64) -> BTreeMap<String, u64> {
+    counted("out", bytes, false)
+}
+
+fn counted(direction: &str, bytes: u64, new: bool) -> BTreeMap<String, u64> {
+    let mut counters = BTreeMap::new();
+    for whose in ["service", "backend"] {
+        counters.insert(format!("{whose} {direction}"), 1);
+        counters.insert(format!("{whose} {direction} bytes"), bytes);
+        if new {
+            counters.insert(format!("{whose} new"), 1);
+        }
+    }
+    counters
+}
+
+/// One reason, once.
+pub fn reason(reason: Reason) -> BTreeMap<String, u64> {
+    BTreeMap::from([(reason.label().to_owned(), 1)])
+}
