@@ -62,7 +62,7 @@ enum Verb {
     Check,
     /// Rewrite the expected tables of the golden tests from what `compile` makes today.
     Bless,
-    /// Measure: `bench prog` and `bench sync` (needs root).
+    /// Measure beside kube-proxy (`bench`, `bench --quick`), or `bench sync` (needs root).
     #[command(disable_help_flag = true)]
     Bench {
         /// Handed to `portolan-bench`.
@@ -99,7 +99,7 @@ fn main() -> Result<ExitCode> {
         Verb::Bless => programs::bless()?,
         Verb::Bench { args } => {
             need_root(&args)?;
-            programs::bench(args)?;
+            programs::bench(bench_of(args))?;
         }
         Verb::Build => programs::build()?,
     }
@@ -110,6 +110,16 @@ fn test_after_checks(tiers: &[test::Tier], filter: Option<&str>, check: bool) ->
     setup::ensure(Purpose::Everything)?;
     let failed_checks = if check { check::failed_checks()? } else { Vec::new() };
     test::test(tiers, filter, &failed_checks)
+}
+
+/// Without the name of a benchmark, the one that compares paths.
+fn bench_of(mut args: Vec<OsString>) -> Vec<OsString> {
+    let text = |arg: &OsString| arg.to_string_lossy().into_owned();
+    let asks_for_help = args.iter().any(|arg| arg == "--help" || arg == "-h");
+    if !asks_for_help && args.first().map(text).is_none_or(|first| first.starts_with('-')) {
+        args.insert(0, "net".into());
+    }
+    args
 }
 
 /// Says so before minutes of building, not after.

@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 pub const FOLDER_VARIABLE: &str = "PORTOLAN_CONTROLPLANE_BIN";
 /// What a control plane consists of.
 const PROGRAMS: [&str; 4] = ["etcd", "kube-apiserver", "kube-controller-manager", "kubectl"];
-/// The packages of those programs that are Kubernetes' own.
-const KUBERNETES: [&str; 3] = [
+/// The packages of those programs that are Kubernetes' own, and of the rival that the benchmarks measure.
+const KUBERNETES: [&str; 4] = [
     "k8s.io/kubernetes/cmd/kube-apiserver",
     "k8s.io/kubernetes/cmd/kube-controller-manager",
+    "k8s.io/kubernetes/cmd/kube-proxy",
     "k8s.io/kubernetes/cmd/kubectl",
 ];
 /// The package of etcd.
