@@ -244,6 +244,18 @@ impl Object {
         Ok((info.id(), info.verified_instruction_count()))
     }
 
+    /// Bytes of machine code that a loaded program became.
+    ///
+    /// # Errors
+    /// If it was not loaded, or there is none.
+    pub fn jit_size(&self, name: &str) -> Result<u32, ObjectError> {
+        let program = self.ebpf.program(name).ok_or_else(|| ObjectError::Missing(name.to_owned()))?;
+        let info = program
+            .info()
+            .map_err(|source| ObjectError::Program { name: name.to_owned(), source: Box::new(source) })?;
+        Ok(info.size_jitted())
+    }
+
     /// A map of the object, by a descriptor of its own.
     ///
     /// # Errors
