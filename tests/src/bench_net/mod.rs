@@ -222,8 +222,14 @@ fn measure(plan: &Plan, case: Case, stations: &mut [Station], record: &mut Recor
         }
     }
     println!("{case}");
+    for (series, station) in all.iter_mut().zip(stations.iter()) {
+        if series.failed() > 0 {
+            series.drops = station.drops();
+        }
+    }
     for series in &all {
         println!("  {}", series.line(&all));
+        series.drops.lines().for_each(|line| println!("      {line}"));
     }
     record.series.extend(all);
 }

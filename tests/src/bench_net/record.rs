@@ -24,11 +24,13 @@ pub struct Series {
     pub rounds: Vec<Option<Outcome>>,
     /// Why the last one that could not run could not.
     pub failure: Option<String>,
+    /// If operations failed: what Portolan says that it dropped until then.
+    pub drops: String,
 }
 
 impl Series {
     pub(super) fn new(case: Case, leg: Leg) -> Self {
-        Self { case, leg, rounds: Vec::new(), failure: None }
+        Self { case, leg, rounds: Vec::new(), failure: None, drops: String::new() }
     }
 
     pub(super) fn enter(&mut self, round: Result<Outcome, String>) {
@@ -39,6 +41,11 @@ impl Series {
                 self.failure = Some(failure);
             }
         }
+    }
+
+    /// Operations that failed, in all rounds.
+    pub(super) fn failed(&self) -> u64 {
+        self.rounds.iter().flatten().map(|outcome| outcome.failed).sum()
     }
 
     /// Operations per second in each round.
@@ -53,7 +60,7 @@ impl Series {
         let name = self.leg.name();
         match (Ratio::of(&self.rates(), &ones), Ratio::of(&self.rates(), &direct)) {
             (Some(rate), Some(ratio)) => {
-                let failed: u64 = self.rounds.iter().flatten().map(|outcome| outcome.failed).sum();
+                let failed = self.failed();
                 let p99s: Vec<_> = self
                     .rounds
                     .iter()

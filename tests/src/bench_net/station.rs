@@ -147,6 +147,14 @@ impl Station {
         self.proxy = None;
     }
 
+    /// What Portolan dropped so far, and why; empty for the others.
+    pub(super) fn drops(&self) -> String {
+        match self.leg {
+            Leg::PortolanSocket | Leg::PortolanPacket => self.node.portolan(&["drops"]).unwrap_or_default(),
+            Leg::Direct | Leg::DirectAgain | Leg::KubeProxyNftables | Leg::KubeProxyIptables => String::new(),
+        }
+    }
+
     /// One more Service that leads to the leg's server.
     pub(super) fn last_service(&self, plane: &ControlPlane, size: usize) -> Result<Ipv4Addr> {
         let name = format!("last-{size}-{}", self.leg.name());
