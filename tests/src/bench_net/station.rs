@@ -150,7 +150,11 @@ impl Station {
     /// What Portolan dropped so far, and why; empty for the others.
     pub(super) fn drops(&self) -> String {
         match self.leg {
-            Leg::PortolanSocket | Leg::PortolanPacket => self.node.portolan(&["drops"]).unwrap_or_default(),
+            Leg::PortolanSocket | Leg::PortolanPacket => {
+                let table = self.node.portolan(&["drops"]).unwrap_or_default();
+                let occurred = |line: &&str| line.split_whitespace().nth(1) != Some("0");
+                table.lines().filter(occurred).collect::<Vec<_>>().join("\n")
+            }
             Leg::Direct | Leg::DirectAgain | Leg::KubeProxyNftables | Leg::KubeProxyIptables => String::new(),
         }
     }
