@@ -96,8 +96,15 @@ pub enum Claim {
 pub fn claim(key: &FlowKey, forward: &mut Flow, reply: &mut Flow) -> Claim {
     let reply_key = forward.partner(key.proto());
     (forward.check, reply.check) = (key.check(), reply_key.check());
-    if ESTABLISHED.get_ptr(&reply_key).is_some() || is_taken(CLOSING.get_ptr(&reply_key), key) {
+    if ESTABLISHED.get_ptr(&reply_key).is_some() {
         return Claim::Taken;
+    }
+    if is_taken(CLOSING.get_ptr(&reply_key), key) {
+        // A translated port can be any other. A client's own port that serves it again ends the flow that is closing.
+        if forward.has(Flow::SOURCE_TRANSLATED) {
+            return Claim::Taken;
+        }
+        let _ = CLOSING.remove(&reply_key);
     }
     if HALF_OPEN.insert(&reply_key, &*reply, BPF_NOEXIST as u64).is_err() {
         // A leftover of this very client, or of a flow whose other half was pushed out, may be replaced.

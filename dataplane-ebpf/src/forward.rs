@@ -6,8 +6,8 @@ use crate::service::node;
 use crate::verdict::Way;
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
-    BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SRC,
-    bpf_fib_lookup, bpf_fib_lookup__bindgen_ty_1, bpf_fib_lookup__bindgen_ty_2, bpf_fib_lookup__bindgen_ty_3,
+    BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup,
+    bpf_fib_lookup__bindgen_ty_1, bpf_fib_lookup__bindgen_ty_2, bpf_fib_lookup__bindgen_ty_3,
     bpf_fib_lookup__bindgen_ty_4, bpf_fib_lookup__bindgen_ty_5,
 };
 use aya_ebpf::helpers::bpf_fib_lookup as helper;
@@ -17,6 +17,8 @@ use dataplane_common::node::Node;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
+/// Index of the loopback interface in every network namespace (`LOOPBACK_IFINDEX`).
+const LOOPBACK: u32 = 1;
 
 /// What the route lookup said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +62,9 @@ pub fn route<F: Frame>(
         sport: u16::from_ne_bytes(packet.src_port.bytes()),
         dport: u16::from_ne_bytes(packet.dst_port.bytes()),
         __bindgen_anon_1: bpf_fib_lookup__bindgen_ty_1 { tot_len: wire_length(frame, packet) },
-        ifindex: frame.ifindex(),
+        // What the node itself sends has come in nowhere: the kernel looks it up as if from loopback. (With
+        // `BPF_FIB_LOOKUP_OUTPUT` the interface would be the only one that the packet may leave by.)
+        ifindex: if origin == Origin::Sent { LOOPBACK } else { frame.ifindex() },
         __bindgen_anon_2: bpf_fib_lookup__bindgen_ty_2 { flowinfo: 0 },
         __bindgen_anon_3: bpf_fib_lookup__bindgen_ty_3 { ipv6_src: words(&packet.src) },
         __bindgen_anon_4: bpf_fib_lookup__bindgen_ty_4 { ipv6_dst: words(dst) },
@@ -69,9 +73,6 @@ pub fn route<F: Frame>(
         dmac: [0; 6],
     };
     let mut flags = 0;
-    if origin == Origin::Sent {
-        flags |= BPF_FIB_LOOKUP_OUTPUT;
-    }
     if node.is_some_and(|node| node.has(Node::FIB_SOURCE)) {
         flags |= BPF_FIB_LOOKUP_SRC;
     }

@@ -241,3 +241,18 @@ fn half_a_flow_is_no_flow() {
         crate::expect_untouched(&world, Hook::PodOut, &stranger);
     });
 }
+
+/// P9: a client's port that serves again, to another address of the same endpoint, keeps the client's address although the
+/// old connection is closing still.
+#[test]
+fn a_closing_flow_does_not_cost_the_next_one_its_source() {
+    in_namespace(|| {
+        let world = World::new(&web("", &[REMOTE])).unwrap();
+        establish(&world);
+        world.send(Hook::PodOut, &tcp_packet((ENDPOINT, 8080), (POD, 40_000), tcp::RST)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [0, 0, 2]);
+        let sent = tcp_packet((POD, 40_000), (dataplane_tests::packet::NODE, 30_080), tcp::SYN);
+        let out = sent.clone().to(ENDPOINT, 8080);
+        expect(&world, Hook::PodIn, &sent, Verdict::Pass, &out, &counted_in(40, true));
+    });
+}

@@ -1,0 +1,96 @@
+//! The node's own node ports, and clients that are their own endpoints: P11, P18.
+
+use crate::world::{BOTH, HOST_TARGET, PORT, SILENCE, ask, ask_many, assert_silent, everywhere};
+use dataplane_tests::lab::at;
+use std::net::{IpAddr, Ipv4Addr};
+
+everywhere! {
+    /// P11: a pod reaches itself through its ClusterIP, and sees an address of its node.
+    fn a_pod_reaches_itself_through_its_service(world) {
+        let web = world.pod("web-1");
+        world.apply(&world.node_port_service(0).endpoints([web.endpoint()]));
+        for to in [world.frontend(0), world.node_frontend(1, 0)] {
+            for transport in BOTH {
+                let answer = ask(&world.in_pod("web-1"), transport, to).unwrap();
+                assert_eq!(answer.pod, "web-1", "{transport:?} {to}");
+            }
+        }
+    }
+}
+
+everywhere! {
+    /// P11: the node reaches a server in its own network through a ClusterIP.
+    fn a_node_reaches_itself_through_a_cluster_ip(world) {
+        let service = world.bare_service(0).tcp(PORT, HOST_TARGET).udp(PORT, HOST_TARGET);
+        world.apply(&service.endpoints([world.host_endpoint(1)]));
+        for transport in BOTH {
+            assert_eq!(ask(&world.on_node(1), transport, world.frontend(0)).unwrap().pod, "host-1");
+            assert_eq!(ask(&world.on_node(3), transport, world.frontend(0)).unwrap().pod, "host-1");
+            assert_eq!(ask(&world.in_pod("shell-1"), transport, world.frontend(0)).unwrap().pod, "host-1");
+            assert_eq!(ask(&world.in_pod("shell-3"), transport, world.frontend(0)).unwrap().pod, "host-1");
+        }
+    }
+}
+
+everywhere! {
+    /// P18: works from the node's own processes, over TCP and UDP, on every address of the node.
+    fn a_node_port_answers_on_loopback_from_the_node_itself(world) {
+        if !world.kind().serves_own_node_ports() {
+            return;
+        }
+        world.apply(&world.node_port_service(0).endpoints(world.webs()));
+        for node in [1, 3] {
+            let client = world.on_node(node);
+            for to in [at(Ipv4Addr::LOCALHOST, world.node_port(0)), world.node_frontend(node, 0)] {
+                for transport in BOTH {
+                    assert_eq!(crate::world::pods(&ask_many(&client, transport, to)).len(), 2, "{transport:?} {to}");
+                }
+                let answer = client.udp_unconnected(to).unwrap();
+                assert!(["web-1", "web-3"].contains(&answer.pod.as_str()));
+            }
+        }
+    }
+}
+
+everywhere! {
+    /// P18: a pod's loopback is its own.
+    fn a_node_port_on_loopback_is_not_for_pods(world) {
+        world.apply(&world.node_port_service(0).endpoints(world.webs()));
+        let to = at(Ipv4Addr::LOCALHOST, world.node_port(0));
+        for transport in BOTH {
+            assert!(ask(&world.in_pod("shell-1").timeout(SILENCE), transport, to).is_err());
+        }
+    }
+}
+
+everywhere! {
+    /// P10: a client outside that has a route to the node reaches a ClusterIP; the endpoint sees the node.
+    fn a_cluster_ip_routed_to_a_node_serves_clients_outside(world) {
+        let number = world.cluster_ip(0);
+        let node = world.node(2);
+        let route = format!("route replace {number}/32 via {}", node.address());
+        world.lab().client().ip(&[route]).unwrap();
+        world.apply(&world.cluster_service(0).endpoints(world.webs()));
+        for transport in BOTH {
+            for answer in ask_many(&world.outside(), transport, world.frontend(0)) {
+                assert_ne!(answer.client_ip(), world.outside_ip(), "{answer}");
+                let own = [world.node_ip(2), IpAddr::from(node.gateway())];
+                assert!(own.contains(&answer.client_ip()), "{answer}");
+            }
+        }
+    }
+}
+
+everywhere! {
+    /// P16, P17: no other address of the lab answers on the node port.
+    fn a_node_port_answers_on_no_pods_address(world) {
+        world.apply(&world.node_port_service(0).endpoints(world.webs()));
+        let pod = at(world.pod("shell-3").address(), world.node_port(0));
+        for transport in BOTH {
+            assert!(ask(&world.in_pod("shell-1").timeout(SILENCE), transport, pod).is_err());
+        }
+        // P13: and on a ClusterIP it is a port that no Service has.
+        crate::world::assert_refused(&world.in_pod("shell-1"), at(world.cluster_ip(0), world.node_port(0)));
+        assert_silent(&world.in_pod("shell-1"), at(world.cluster_ip(150), PORT));
+    }
+}

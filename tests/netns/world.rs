@@ -1,0 +1,455 @@
+//! What the tests of this tier share: laboratories by kind, each made once and removed when the program ends, and a
+//! [`World`] per test with names, addresses and ports of its own. When a test fails, its World tells what the nodes knew.
+//!
+//! Each laboratory has three nodes. `web-1` and `shell-1` are pods of `node-1`, `web-3` and `shell-2` of `node-2`, `shell-3` is
+//! the only pod of `node-3`. The `web` pods serve TCP and UDP on [`TARGET`], and each node itself serves on [`HOST_TARGET`].
+
+use dataplane_common::frontend::FrontendKey;
+use dataplane_common::{Addr, Port, Protocol, tables};
+use dataplane_tests::lab::{
+    AgentOptions, Answer, Asked, Client, Endpoint, Failure, Lab, Node, Options, Pod, PodNetwork, PodOptions,
+    Service, at,
+};
+use dataplane_user::kernel::maps::Map;
+use dataplane_user::kernel::pins::Pins;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, Once, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The port of `web` pods.
+pub(crate) const TARGET: u16 = 8080;
+/// The port of servers in the nodes' own networks.
+pub(crate) const HOST_TARGET: u16 = 9000;
+/// The port of every Service.
+pub(crate) const PORT: u16 = 80;
+/// How long silence must last to count as a drop.
+pub(crate) const SILENCE: Duration = Duration::from_millis(400);
+/// What is refused at once is refused within this time: less than the second after which a SYN is sent again.
+pub(crate) const AT_ONCE: Duration = Duration::from_millis(800);
+/// How long a client waits for an answer that must come.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a change may take to arrive in every kernel.
+const ARRIVAL: Duration = Duration::from_secs(20);
+/// Requests from which the spread over two endpoints is told: one is missed once in 2^23 runs.
+pub(crate) const MANY: usize = 24;
+
+/// A kind of laboratory. Tests with the same kind share one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    /// Host routes, everything by default.
+    Plain,
+    /// Host routes, no tx checksumming, strict `rp_filter`, no socket hooks.
+    PacketPath,
+    /// Pods on a bridge, no tx checksumming, socket hooks for the node only.
+    BridgeHostSockets,
+    /// Pods on a bridge, tx checksumming, strict `rp_filter`, no socket hooks.
+    BridgePacketPath,
+    /// Host routes, native XDP on uplinks.
+    Xdp,
+}
+
+impl Kind {
+    fn options(self) -> Options {
+        let options = Options::default();
+        match self {
+            Self::Plain => options,
+            Self::PacketPath => options.tx_checksums(false).strict_rp_filter(true),
+            Self::BridgeHostSockets => options.pods(PodNetwork::Bridge).tx_checksums(false),
+            Self::BridgePacketPath => options.pods(PodNetwork::Bridge).strict_rp_filter(true),
+            Self::Xdp => options.xdp(true),
+        }
+    }
+
+    fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::Plain => &[],
+            Self::PacketPath | Self::BridgePacketPath => &["--socket-lb=off"],
+            Self::BridgeHostSockets => &["--socket-lb=host"],
+            Self::Xdp => &["--xdp=native"],
+        }
+    }
+
+    /// Whether the node itself reaches node ports on its own addresses: there is no packet path.
+    pub(crate) fn serves_own_node_ports(self) -> bool {
+        match self {
+            Self::Plain | Self::BridgeHostSockets | Self::Xdp => true,
+            Self::PacketPath | Self::BridgePacketPath => false,
+        }
+    }
+}
+
+/// Makes a test of a body for each kind of laboratory.
+macro_rules! everywhere {
+    ($(#[$doc:meta])* fn $name:ident($world:ident) $body:block) => {
+        $(#[$doc])*
+        mod $name {
+            use super::*;
+
+            fn run(kind: crate::world::Kind) {
+                let $world = &crate::world::World::shared(kind);
+                $body
+            }
+
+            #[test]
+            fn plain() {
+                run(crate::world::Kind::Plain);
+            }
+
+            #[test]
+            fn packet_path_without_checksums_strict() {
+                run(crate::world::Kind::PacketPath);
+            }
+
+            #[test]
+            fn bridge_without_checksums_sockets_of_hosts() {
+                run(crate::world::Kind::BridgeHostSockets);
+            }
+
+            #[test]
+            fn bridge_packet_path_strict() {
+                run(crate::world::Kind::BridgePacketPath);
+            }
+
+            #[test]
+            fn native_xdp() {
+                run(crate::world::Kind::Xdp);
+            }
+        }
+    };
+}
+pub(crate) use everywhere;
+
+/// TCP or UDP, for what holds for both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    Tcp,
+    Udp,
+}
+pub(crate) use Transport::{Tcp, Udp};
+
+/// Both.
+pub(crate) const BOTH: [Transport; 2] = [Tcp, Udp];
+
+/// One request on a new connection or from a new socket.
+pub(crate) fn ask(client: &Client, transport: Transport, to: SocketAddr) -> Asked {
+    match transport {
+        Tcp => client.tcp(to),
+        Udp => client.udp(to),
+    }
+}
+
+/// Many requests, all of which must be answered.
+#[track_caller]
+pub(crate) fn ask_many(client: &Client, transport: Transport, to: SocketAddr) -> Vec<Answer> {
+    (0..MANY)
+        .map(|number| {
+            ask(client, transport, to)
+                .unwrap_or_else(|failure| panic!("{transport:?} {to}, request {number}: {failure}"))
+        })
+        .collect()
+}
+
+/// The names of who answered.
+pub(crate) fn pods(answers: &[Answer]) -> BTreeSet<&str> {
+    answers.iter().map(|answer| answer.pod.as_str()).collect()
+}
+
+/// Asserts that TCP and UDP are refused at once.
+#[track_caller]
+pub(crate) fn assert_refused(client: &Client, to: SocketAddr) {
+    for transport in BOTH {
+        assert_transport_refused(client, transport, to);
+    }
+}
+
+/// Asserts that one of them is refused at once.
+#[track_caller]
+pub(crate) fn assert_transport_refused(client: &Client, transport: Transport, to: SocketAddr) {
+    let begun = Instant::now();
+    assert_eq!(ask(client, transport, to), Err(Failure::Refused), "{transport:?} {to}");
+    assert!(begun.elapsed() < AT_ONCE, "{transport:?} {to} was refused after {:?}", begun.elapsed());
+}
+
+/// Asserts that nothing answers, neither TCP nor UDP.
+#[track_caller]
+pub(crate) fn assert_silent(client: &Client, to: SocketAddr) {
+    let client = client.clone().timeout(SILENCE);
+    for transport in BOTH {
+        assert_eq!(ask(&client, transport, to), Err(Failure::TimedOut), "{transport:?} {to}");
+    }
+}
+
+/// Waits until something is so.
+#[track_caller]
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + ARRIVAL;
+    while !condition() {
+        assert!(Instant::now() < end, "after {ARRIVAL:?} it is not so that {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A test's part of a laboratory.
+pub(crate) struct World {
+    kind: Kind,
+    lab: Arc<Lab>,
+    number: u16,
+    services: Mutex<BTreeMap<String, Service>>,
+    changes: AtomicU16,
+}
+
+type Labs = Mutex<BTreeMap<Kind, Arc<OnceLock<Arc<Lab>>>>>;
+static LABS: Labs = Mutex::new(BTreeMap::new());
+/// The number of the next test. It is the third byte of its ClusterIPs and the base of its node ports.
+static NUMBER: AtomicU16 = AtomicU16::new(1);
+
+impl World {
+    /// A part of the one laboratory of this kind.
+    pub(crate) fn shared(kind: Kind) -> Self {
+        let cell = {
+            let mut labs = LABS.lock().unwrap_or_else(PoisonError::into_inner);
+            labs.entry(kind).or_default().clone()
+        };
+        remove_labs_at_exit();
+        let lab = cell.get_or_init(|| Arc::new(raise(kind.options(), kind.arguments()))).clone();
+        Self::on(kind, lab)
+    }
+
+    /// A laboratory of its own: default options and these flags of the agents.
+    pub(crate) fn own(arguments: &[&str]) -> Self {
+        Self::on(Kind::Plain, Arc::new(raise(Options::default(), arguments)))
+    }
+
+    fn on(kind: Kind, lab: Arc<Lab>) -> Self {
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        Self { kind, lab, number, services: Mutex::default(), changes: AtomicU16::new(0) }
+    }
+
+    /// What kind of laboratory it is.
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The laboratory.
+    pub(crate) fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// A node by its number, from 1.
+    pub(crate) fn node(&self, number: usize) -> &Node {
+        self.lab.node(number - 1)
+    }
+
+    /// A pod by its name.
+    pub(crate) fn pod(&self, name: &str) -> Arc<Pod> {
+        self.lab.pod(name).unwrap_or_else(|| panic!("no pod {name}"))
+    }
+
+    /// A client in a pod.
+    pub(crate) fn in_pod(&self, name: &str) -> Client {
+        Client::at(self.pod(name).place()).timeout(PATIENCE)
+    }
+
+    /// A client on a node itself.
+    pub(crate) fn on_node(&self, number: usize) -> Client {
+        Client::at(self.node(number).place()).timeout(PATIENCE)
+    }
+
+    /// The client outside.
+    pub(crate) fn outside(&self) -> Client {
+        Client::at(self.lab.client()).timeout(PATIENCE)
+    }
+
+    /// The endpoints `web-1` (on `node-1`) and `web-3` (on `node-2`).
+    pub(crate) fn webs(&self) -> [Endpoint; 2] {
+        ["web-1", "web-3"].map(|name| self.pod(name).endpoint())
+    }
+
+    /// The server of a node's own network as an endpoint.
+    pub(crate) fn host_endpoint(&self, number: usize) -> Endpoint {
+        let node = self.node(number);
+        Endpoint::new(&format!("host-{number}"), node.address(), node.name())
+    }
+
+    /// A ClusterIP of this test.
+    pub(crate) fn cluster_ip(&self, index: u8) -> Ipv4Addr {
+        let [high, low] = self.number.to_be_bytes();
+        assert!(high == 0, "more tests than ClusterIPs");
+        Ipv4Addr::new(10, 96, low, index + 1)
+    }
+
+    /// A node port of this test.
+    pub(crate) fn node_port(&self, index: u16) -> u16 {
+        assert!(index < 10);
+        30_000 + self.number * 10 + index
+    }
+
+    /// A Service of this test, by an index from 0, without ports.
+    pub(crate) fn bare_service(&self, index: u8) -> Service {
+        Service::new(&format!("t{}-{index}", self.number), self.cluster_ip(index))
+    }
+
+    /// A Service of this test, by an index from 0, that serves TCP and UDP on [`PORT`] of its ClusterIP.
+    pub(crate) fn cluster_service(&self, index: u8) -> Service {
+        self.bare_service(index).tcp(PORT, TARGET).udp(PORT, TARGET)
+    }
+
+    /// The same, on the node port of that index too.
+    pub(crate) fn node_port_service(&self, index: u8) -> Service {
+        let node_port = self.node_port(index.into());
+        self.bare_service(index).tcp_node_port(PORT, TARGET, node_port).udp_node_port(PORT, TARGET, node_port)
+    }
+
+    /// The ClusterIP and port of the Service of that index.
+    pub(crate) fn frontend(&self, index: u8) -> SocketAddr {
+        at(self.cluster_ip(index), PORT)
+    }
+
+    /// A node's node port of the Service of that index.
+    pub(crate) fn node_frontend(&self, node: usize, index: u16) -> SocketAddr {
+        at(self.node(node).address(), self.node_port(index))
+    }
+
+    /// Writes a Service with its endpoints and waits until every kernel has it.
+    pub(crate) fn apply(&self, service: &Service) {
+        self.apply_without_waiting(service);
+        self.settle();
+    }
+
+    /// Writes a Service with its endpoints.
+    pub(crate) fn apply_without_waiting(&self, service: &Service) {
+        self.lab.manifests().apply(service).unwrap();
+        let mut services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
+        services.insert(service.name().to_owned(), service.clone());
+    }
+
+    /// Deletes a Service with its endpoints and waits until no kernel has it.
+    pub(crate) fn delete(&self, service: &Service) {
+        self.lab.manifests().delete(service).unwrap();
+        self.services.lock().unwrap_or_else(PoisonError::into_inner).remove(service.name());
+        self.settle();
+    }
+
+    /// Waits until every kernel has what was written before: a Service written last has arrived.
+    pub(crate) fn settle(&self) {
+        let port = self.changes.fetch_add(1, Ordering::Relaxed) + 1;
+        let marker = Service::new(&format!("t{}-zz-marker", self.number), self.cluster_ip(200));
+        self.lab.manifests().apply(&marker.tcp(port, TARGET)).unwrap();
+        for node in self.lab.nodes() {
+            let agent = node.agent().unwrap();
+            if agent.process().exit_status().is_none() {
+                let what = format!("the tables of {} have this test's changes", node.name());
+                eventually(&what, || has_frontend(node, self.cluster_ip(200), port));
+            }
+        }
+        // The marker's frontend comes before the deletions of the same update.
+        std::thread::sleep(Duration::from_millis(15));
+    }
+
+    /// How often a reason was counted on a node.
+    pub(crate) fn count(&self, node: usize, reason: &str) -> u64 {
+        let text = self.node(node).portolan(&["drops", "-o", "json"]).unwrap();
+        let rows: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let row = rows.as_array().unwrap().iter().find(|row| row["reason"] == reason);
+        row.unwrap_or_else(|| panic!("no reason {reason}"))["count"].as_u64().unwrap()
+    }
+
+    /// The address of a node as others see it.
+    pub(crate) fn node_ip(&self, number: usize) -> IpAddr {
+        self.node(number).address().into()
+    }
+
+    /// The address of the client outside.
+    pub(crate) fn outside_ip(&self) -> IpAddr {
+        self.lab.client_address().into()
+    }
+
+    fn tell(&self) {
+        for node in self.lab.nodes() {
+            eprintln!("--- {}", node.name());
+            for (verb, filter) in
+                [("drops", None), ("services", Some(())), ("backends", Some(())), ("flows", Some(()))]
+            {
+                let text = node.portolan(&[verb]).unwrap_or_else(|error| format!("{error:#}"));
+                let own = format!("t{}-", self.number);
+                let lines = text.lines().enumerate().filter(|(number, line)| {
+                    *number == 0
+                        || match filter {
+                            Some(()) => line.contains(&own),
+                            None => line.split_whitespace().nth(1) != Some("0"),
+                        }
+                });
+                eprintln!("{verb}:");
+                lines.take(30).for_each(|(_, line)| eprintln!("  {}", line.get(..170).unwrap_or(line)));
+            }
+            if let Some(agent) = node.agent() {
+                let log = agent.process().log();
+                let lines: Vec<_> = log.lines().collect();
+                eprintln!("the agent's log:");
+                lines[lines.len().saturating_sub(15)..].iter().for_each(|line| eprintln!("  {line}"));
+            }
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.tell();
+        }
+        let services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
+        for service in services.values() {
+            let _ = self.lab.manifests().delete(service);
+        }
+        let _ = self.lab.manifests().remove(&format!("default-t{}-zz-marker.yaml", self.number));
+    }
+}
+
+/// Whether a node's kernel has a TCP frontend.
+pub(crate) fn has_frontend(node: &Node, address: Ipv4Addr, port: u16) -> bool {
+    let Ok(map) = Map::<tables::Frontends>::open(&Pins::new(&node.bpffs()).maps()) else { return false };
+    let key = FrontendKey::new(Addr::from_v4(address.octets()), Port::new(port), Protocol::Tcp as u8);
+    map.get(&key).is_ok_and(|found| found.is_some())
+}
+
+/// A laboratory with agents and the pods that all tests know.
+fn raise(options: Options, arguments: &[&str]) -> Lab {
+    let lab = options.create().unwrap();
+    for node in lab.nodes() {
+        node.launch_agent(&AgentOptions::default().arguments(arguments)).unwrap();
+    }
+    for (name, node, options) in [
+        ("web-1", 0, PodOptions::default()),
+        ("shell-1", 0, PodOptions::client()),
+        ("web-3", 1, PodOptions::default()),
+        ("shell-2", 1, PodOptions::client()),
+        ("shell-3", 2, PodOptions::client()),
+    ] {
+        lab.add_pod(name, node, &options).unwrap();
+    }
+    for (number, node) in (1..).zip(lab.nodes()) {
+        let ports = PodOptions::default().tcp(&[HOST_TARGET]).udp(&[HOST_TARGET]);
+        node.serve(&format!("host-{number}"), &ports).unwrap();
+    }
+    lab.nodes().iter().try_for_each(|node| node.wait_for_agent()).unwrap();
+    lab
+}
+
+/// Statics are never dropped: without this the laboratories would be the next run's leftovers.
+fn remove_labs_at_exit() {
+    extern "C" fn remove() {
+        // A thread of its own: this one's thread-local values may be gone already.
+        let removal = std::thread::spawn(|| {
+            let labs = std::mem::take(&mut *LABS.lock().unwrap_or_else(PoisonError::into_inner));
+            drop(labs);
+        });
+        let _ = removal.join();
+    }
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the function may be called at any time after this and unwinds never: its thread takes a panic.
+        unsafe { libc::atexit(remove) };
+    });
+}
