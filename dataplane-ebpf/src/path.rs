@@ -243,9 +243,21 @@ impl<F: Frame> Walk<'_, F> {
             return Ok(Exit::HandUp);
         }
         if node_client || flow.has(Flow::SOURCE_TRANSLATED) {
-            return self.routed_exit();
+            return self.way_out();
         }
         Ok(Exit::Stack)
+    }
+
+    /// As [`Self::routed_exit`]; but a pod's interface is no exit for XDP: what is redirected to a veth without a program
+    /// behind it is lost.
+    #[inline(always)]
+    fn way_out(&mut self) -> Result<Exit, Verdict> {
+        let flow = &self.s.flow;
+        if F::LEAVES_TO_TC && !flow.has(Flow::REPLY) && select::status(flow.backend).has(BackendStatus::LOCAL)
+        {
+            return Err(Verdict::LeaveToTc);
+        }
+        self.routed_exit()
     }
 
     /// Finds the way to the flow's destination past the stack, and the source address the kernel would use.
@@ -456,7 +468,7 @@ impl<F: Frame> Walk<'_, F> {
     /// Finds the way, enters the proposed flow with a translated source, and sends the packet.
     #[inline(always)]
     fn enter_translated(&mut self) -> Verdict {
-        let exit = match self.routed_exit() {
+        let exit = match self.way_out() {
             Ok(exit) => exit,
             Err(verdict) => return verdict,
         };

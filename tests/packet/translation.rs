@@ -274,3 +274,22 @@ fn a_new_flow_has_both_directions() {
         assert!(half_open.iter().any(|(key, _)| (key.src, key.src_port) == client));
     });
 }
+
+/// P11: the node as a client of a server in its own network, by packet: both see the Service's address, and both packets are
+/// handed up on the uplink.
+#[test]
+fn the_node_reaches_its_own_server_by_packet() {
+    in_namespace(|| {
+        let world = World::new(&web("", &[(NODE, "here", "ready: true")])).unwrap();
+        let sent = udp_packet((NODE, 40_000), (CLUSTER_IP, 80), b"question");
+        let outcome = world.send(Hook::UplinkOut, &sent).unwrap();
+        let port = source_port(&outcome.packet);
+        let out = sent.clone().from(CLUSTER_IP, port).to(NODE, 8080).link(LINK_FROM, LINK_FROM);
+        assert_eq!((outcome.verdict, outcome.moved), (Verdict::Redirect, counted_in(36, true)));
+        assert_eq!(crate::hex(&outcome.packet), crate::hex(&out.bytes()));
+        expect_untouched(&world, Hook::UplinkIn, &out);
+        let reply = udp_packet((NODE, 8080), (CLUSTER_IP, port), b"answer");
+        let restored = reply.clone().from(CLUSTER_IP, 80).to(NODE, 40_000).link(LINK_FROM, LINK_FROM);
+        expect(&world, Hook::UplinkOut, &reply, Verdict::Redirect, &restored, &counted_out(34));
+    });
+}
