@@ -85,6 +85,23 @@ pub enum ObjectError {
     },
 }
 
+/// How often a program is loaded whose verification a signal cuts short: the kernel then answers `EAGAIN`.
+const LOAD_TRIES: usize = 10;
+
+/// One try to load a program; the error is that it is of a type that none of ours has.
+fn load(program: &mut Program) -> Result<Result<(), ProgramError>, ObjectError> {
+    match program {
+        Program::Xdp(program) => Ok(program.load()),
+        Program::SchedClassifier(program) => Ok(program.load()),
+        Program::CgroupSockAddr(program) => Ok(program.load()),
+        _ => Err(ObjectError::Missing("a program of the right type".to_owned())),
+    }
+}
+
+fn was_interrupted(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EAGAIN))
+}
+
 /// How the object is loaded.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options<'a> {
@@ -201,12 +218,13 @@ impl Object {
         if program.fd().is_ok() {
             return Ok(());
         }
-        let loaded = match program {
-            Program::Xdp(program) => program.load(),
-            Program::SchedClassifier(program) => program.load(),
-            Program::CgroupSockAddr(program) => program.load(),
-            _ => return Err(ObjectError::Missing(format!("{name} of the right type"))),
-        };
+        let mut loaded = load(program)?;
+        for _ in 1..LOAD_TRIES {
+            if !loaded.as_ref().is_err_and(was_interrupted) {
+                break;
+            }
+            loaded = load(program)?;
+        }
         loaded.map_err(|source| match source {
             ProgramError::LoadError { io_error, .. } if is_denial(&io_error) => {
                 ObjectError::Refused { what: format!("the program {name}"), source: io_error }
