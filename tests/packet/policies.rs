@@ -165,3 +165,28 @@ fn an_endpoint_that_does_not_serve_gets_no_new_connection() {
         }
     });
 }
+
+/// F5: however many endpoints a Service has, all are served, each as likely as any other.
+#[test]
+fn a_service_of_five_thousand_endpoints_is_served() {
+    in_namespace(|| {
+        let addresses: Vec<_> =
+            (0..5_000).map(|n| format!("10.244.{}.{}", 100 + n / 250, 1 + n % 250)).collect();
+        let endpoints: Vec<_> =
+            addresses.iter().map(|addr| (addr.as_str(), "there", "ready: true")).collect();
+        let sizes = [("backends", 10_100), ("backend_traffic", 10_100)];
+        let world = World::with(&web("", &endpoints), 0, &sizes).unwrap();
+        let mut chosen = std::collections::BTreeSet::new();
+        for port in 40_000..40_400 {
+            let outcome =
+                world.send(Hook::PodIn, &tcp_packet((POD, port), (CLUSTER_IP, 80), tcp::SYN)).unwrap();
+            assert_eq!(outcome.verdict, Verdict::Pass);
+            let [a, b, c, d] = outcome.packet[30..34] else { panic!("a short packet") };
+            let address = format!("{a}.{b}.{c}.{d}");
+            assert!(addresses.contains(&address), "{address}");
+            chosen.insert(address);
+        }
+        // 400 draws from 5,000 give about 384 different ones.
+        assert!(chosen.len() > 350, "{}", chosen.len());
+    });
+}
