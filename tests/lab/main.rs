@@ -1,11 +1,18 @@
 //! The laboratory tested by itself, without any agent: what it makes, what its clients see, what it leaves behind.
 
-use dataplane_tests::lab::{self, Client, Failure, Options, PodNetwork, PodOptions, at};
+use dataplane_tests::lab::{self, Answer, Client, Failure, Family, Options, PodNetwork, PodOptions, at};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 const SHORT: Duration = Duration::from_millis(300);
+
+/// The answers over TCP and UDP, both of which must come.
+#[track_caller]
+fn ask(client: &Client, to: SocketAddr) -> [Answer; 2] {
+    [client.tcp(to), client.udp(to)].map(|answer| answer.unwrap_or_else(|error| panic!("{to}: {error}")))
+}
 
 /// Every pod reaches every pod, every node and the other nodes' pods; pods see the address of who asks.
 fn everybody_reaches_everybody(options: Options) {
@@ -13,24 +20,33 @@ fn everybody_reaches_everybody(options: Options) {
     let pods: Vec<_> = (0..4)
         .map(|number| lab.add_pod(&format!("web-{number}"), number % 2, &PodOptions::default()).unwrap())
         .collect();
-    for from in &pods {
-        for to in pods.iter().filter(|to| to.name() != from.name()) {
-            let client = Client::at(from.place());
-            for answer in [client.tcp(at(to.address(), 8080)), client.udp(at(to.address(), 8080))] {
-                let answer =
-                    answer.unwrap_or_else(|error| panic!("{} to {}: {error}", from.name(), to.name()));
-                assert_eq!((answer.pod.as_str(), answer.node.as_str()), (to.name(), to.node()));
-                assert_eq!(answer.client_ip(), from.address());
-            }
-        }
-    }
     for node in lab.nodes() {
         node.serve(&format!("host-{}", node.name()), &PodOptions::default().tcp(&[9000]).udp(&[9000]))
             .unwrap();
-        let answer = Client::at(lab.client()).tcp(at(node.address(), 9000)).unwrap();
-        assert_eq!((answer.node.as_str(), answer.client_ip()), (node.name(), lab.client_address().into()));
-        for pod in &pods {
-            assert_eq!(Client::at(node.place()).tcp(at(pod.address(), 8080)).unwrap().pod, pod.name());
+    }
+    for family in Family::BOTH {
+        for from in &pods {
+            let client = Client::at(from.place());
+            for to in pods.iter().filter(|to| to.name() != from.name()) {
+                for answer in ask(&client, at(to.ip(family), 8080)) {
+                    assert_eq!((answer.pod.as_str(), answer.node.as_str()), (to.name(), to.node()));
+                    assert_eq!(answer.client_ip(), from.ip(family));
+                }
+            }
+        }
+        for node in lab.nodes() {
+            for answer in ask(&Client::at(lab.client()), at(node.ip(family), 9000)) {
+                assert_eq!(answer.node, node.name());
+                assert_eq!(answer.client_ip(), lab.client_addresses().of(family));
+            }
+            for pod in &pods {
+                for answer in ask(&Client::at(node.place()), at(pod.ip(family), 8080)) {
+                    assert_eq!(answer.pod, pod.name());
+                }
+                // Over UDP a server on all addresses answers its own node's pods from the one nearest to them.
+                let answer = Client::at(pod.place()).tcp(at(node.ip(family), 9000)).unwrap();
+                assert_eq!((answer.node.as_str(), answer.client_ip()), (node.name(), pod.ip(family)));
+            }
         }
     }
 }

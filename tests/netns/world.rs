@@ -270,7 +270,7 @@ impl World {
     /// The server of a node's own network as an endpoint.
     pub(crate) fn host_endpoint(&self, number: usize) -> Endpoint {
         let node = self.node(number);
-        Endpoint::new(&format!("host-{number}"), node.address(), node.name())
+        Endpoint::of(&format!("host-{number}"), node.addresses(), node.name())
     }
 
     /// A ClusterIP of this test.

@@ -111,7 +111,7 @@ impl Station {
         command.arg("--kubeconfig").arg(plane.agent_kubeconfig());
         command.arg(format!("--hostname-override={}", self.node.name()));
         command.arg(format!("--proxy-mode={mode}"));
-        command.arg(format!("--cluster-cidr={}", crate::lab::POD_RANGE));
+        command.arg(format!("--cluster-cidr={}", crate::lab::POD_RANGES));
         command.args([
             "--conntrack-max-per-core=0",
             "--conntrack-tcp-timeout-established=0",

@@ -1,6 +1,6 @@
 //! A listener on loopback whose connections go on inside a namespace of the lab.
 
-use crate::lab::Place;
+use crate::lab::{Family, Place};
 use anyhow::Result;
 use std::net::{Ipv4Addr, SocketAddr};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -22,7 +22,7 @@ pub(crate) async fn listen(place: Place, to: SocketAddr) -> Result<SocketAddr> {
 }
 
 async fn forward(mut outside: TcpStream, place: Place, to: SocketAddr) -> Result<()> {
-    let socket = tokio::task::spawn_blocking(move || place.tcp_socket()).await??;
+    let socket = tokio::task::spawn_blocking(move || place.tcp_socket(Family::of(to.ip()))).await??;
     let socket = std::net::TcpStream::from(socket);
     socket.set_nonblocking(true)?;
     let mut inside = TcpSocket::from_std_stream(socket).connect(to).await?;

@@ -2,7 +2,7 @@
 //! ends it as its grace period says. It runs no images: each pod is the lab's pod server on the pod's container ports.
 
 use super::Nodes;
-use crate::lab::{Node, PodOptions};
+use crate::lab::{Addresses, Node, PodOptions};
 use anyhow::{Context, Result};
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
@@ -11,7 +11,6 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -121,11 +120,12 @@ impl Kubelet {
             }
         };
         self.set_stage(uid, Some(Stage::Running));
-        self.report(node, pod, made.address()).await
+        self.report(node, pod, made.addresses()).await
     }
 
     /// Running and Ready. The event that follows tells us if the pod was deleted in the meantime.
-    async fn report(&self, node: &Node, pod: &Pod, address: Ipv4Addr) -> Result<()> {
+    async fn report(&self, node: &Node, pod: &Pod, addresses: Addresses) -> Result<()> {
+        let ips = |addresses: Addresses| addresses.both().map(|ip| json!({ "ip": ip }));
         let now = k8s_openapi::jiff::Timestamp::now().to_string();
         let conditions: Vec<_> = ["PodScheduled", "Initialized", "ContainersReady", "Ready"]
             .iter()
@@ -142,8 +142,8 @@ impl Kubelet {
             })
             .collect();
         let status = json!({ "status": {
-            "phase": "Running", "hostIP": node.address(), "hostIPs": [{ "ip": node.address() }],
-            "podIP": address, "podIPs": [{ "ip": address }], "startTime": now,
+            "phase": "Running", "hostIP": node.address(), "hostIPs": ips(node.addresses()),
+            "podIP": addresses.v4, "podIPs": ips(addresses), "startTime": now,
             "conditions": conditions, "containerStatuses": containers,
         } });
         let name = pod.name_any();

@@ -291,7 +291,7 @@ fn start_api_server(binaries: &Binaries, place: &Place, folder: &Path, logs: &Pa
         "--service-account-issuer=https://kubernetes.default.svc",
         "--disable-admission-plugins=ServiceAccount,DefaultTolerationSeconds",
     ]);
-    command.arg(format!("--service-cluster-ip-range={}", crate::lab::SERVICE_RANGE));
+    command.arg(format!("--service-cluster-ip-range={}", crate::lab::SERVICE_RANGES));
     Process::start(logs, "kube-apiserver", command)
 }
 

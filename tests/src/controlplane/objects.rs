@@ -49,7 +49,7 @@ pub(crate) async fn is_ready(client: &Client) -> Result<()> {
 pub(crate) async fn create_nodes(client: &Client, nodes: &[Arc<lab::Node>]) -> Result<()> {
     let api = Api::<Node>::all(client.clone());
     for node in nodes {
-        let mut object = lab::manifests::node(node.name(), node.address(), &node.pod_range(), &node.labels());
+        let mut object = lab::manifests::node(node);
         let now = k8s_openapi::jiff::Timestamp::now().to_string();
         let mut status = object["status"].take();
         status["conditions"] = json!([{

@@ -99,11 +99,11 @@ impl Agent {
         command.arg("--bpffs").arg(node.bpffs());
         command.arg("--cgroup").arg(node.cgroup());
         command.arg("--state-dir").arg(node.state_folder());
-        command.args(["--cluster-cidr", super::POD_RANGE]);
+        command.args(["--cluster-cidr", super::POD_RANGES]);
         match &options.source {
             Source::Manifests => {
                 command.arg("--manifests").arg(node.manifests_folder());
-                command.args(["--service-cidr", super::SERVICE_RANGE]);
+                command.args(["--service-cidr", super::SERVICE_RANGES]);
             }
             Source::Kubeconfig(file) => {
                 command.arg("--kubeconfig").arg(file);

@@ -1,9 +1,11 @@
 //! Clients that ask pod servers from a place of the lab, and tell the ways in which that fails apart.
 
-use super::place::Place;
+use super::network::Family;
+use super::place::{Place, any_source};
+use socket2::SockAddr;
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -33,8 +35,8 @@ impl Answer {
         Some(Self { pod: pod.into(), node: node.into(), client, text: line.into() })
     }
 
-    /// The client's IPv4 address as the pod saw it.
-    pub fn client_ip(&self) -> std::net::IpAddr {
+    /// The client's address as the pod saw it.
+    pub fn client_ip(&self) -> IpAddr {
         self.client.ip()
     }
 }
@@ -129,17 +131,18 @@ impl Client {
 
     /// A TCP connection.
     pub fn connect(&self, to: impl Into<SocketAddr>) -> Result<Stream, Failure> {
-        let socket = self.place.tcp_socket()?;
+        let to = to.into();
+        let socket = self.place.tcp_socket(Family::of(to.ip()))?;
         if let Some(source) = self.source {
             bind(&socket, source)?;
         }
-        Stream::connect(socket, to.into(), self.timeout)
+        Stream::connect(socket, to, self.timeout)
     }
 
     /// Many TCP connections; faster than one by one.
     pub fn connect_many(&self, to: impl Into<SocketAddr>, count: usize) -> Result<Vec<Stream>, Failure> {
         let to = to.into();
-        let sockets = self.place.sockets(libc::AF_INET, libc::SOCK_STREAM, 0, count)?;
+        let sockets = self.place.sockets(Family::of(to.ip()).domain(), libc::SOCK_STREAM, 0, count)?;
         sockets.into_iter().map(|socket| Stream::connect(socket, to, self.timeout)).collect()
     }
 
@@ -150,16 +153,23 @@ impl Client {
 
     /// One datagram on a new, connected UDP socket, and its answer.
     pub fn udp(&self, to: impl Into<SocketAddr>) -> Asked {
-        let socket = self.place.udp_socket(self.source)?;
-        socket.connect(to.into())?;
+        let to = to.into();
+        let socket = self.udp_socket(to)?;
+        socket.connect(to)?;
         ask_datagram(&socket, None, self.timeout)
     }
 
     /// One datagram on a new UDP socket that is not connected. An answer from another address than the one that was asked is
     /// [`Failure::Other`]; a refusal cannot be seen.
     pub fn udp_unconnected(&self, to: impl Into<SocketAddr>) -> Asked {
-        let socket = self.place.udp_socket(self.source)?;
-        ask_datagram(&socket, Some(to.into()), self.timeout)
+        let to = to.into();
+        ask_datagram(&self.udp_socket(to)?, Some(to), self.timeout)
+    }
+
+    /// A UDP socket that can reach an address, bound to the client's source.
+    fn udp_socket(&self, to: SocketAddr) -> Result<UdpSocket, Failure> {
+        let source = self.source.unwrap_or_else(|| any_source(Family::of(to.ip())));
+        Ok(self.place.udp_socket(Some(source))?)
     }
 }
 
@@ -246,43 +256,14 @@ fn response(read: &[u8]) -> Option<(u16, String)> {
     (body.len() >= length).then(|| (status, body[..length].to_owned()))
 }
 
-fn sockaddr(address: SocketAddr) -> io::Result<libc::sockaddr_in> {
-    let SocketAddr::V4(address) = address else { return Err(io::ErrorKind::Unsupported.into()) };
-    // SAFETY: all zero is a valid `sockaddr_in`.
-    let mut raw: libc::sockaddr_in = unsafe { std::mem::zeroed() };
-    raw.sin_family = libc::AF_INET as libc::sa_family_t;
-    raw.sin_port = address.port().to_be();
-    raw.sin_addr.s_addr = u32::from_ne_bytes(address.ip().octets());
-    Ok(raw)
-}
-
-/// The length of a `sockaddr_in`.
-const SOCKADDR_LENGTH: libc::socklen_t = size_of::<libc::sockaddr_in>() as libc::socklen_t;
-
 pub(crate) fn bind(socket: &impl AsFd, source: SocketAddr) -> io::Result<()> {
-    let raw = sockaddr(source)?;
-    let one = 1_i32;
-    // SAFETY: the pointers are to values that outlive the calls, with their sizes.
-    let result = unsafe {
-        let socket = socket.as_fd().as_raw_fd();
-        libc::setsockopt(
-            socket,
-            libc::SOL_SOCKET,
-            libc::SO_REUSEADDR,
-            (&raw const one).cast(),
-            size_of::<i32>() as u32,
-        );
-        libc::bind(socket, (&raw const raw).cast(), SOCKADDR_LENGTH)
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let socket = socket2::SockRef::from(socket);
+    socket.set_reuse_address(true)?;
+    socket.bind(&SockAddr::from(source))
 }
 
 fn connect(socket: &impl AsFd, to: SocketAddr) -> io::Result<()> {
-    let raw = sockaddr(to)?;
-    // SAFETY: the pointer is to a value that outlives the call, with its size.
-    let result =
-        unsafe { libc::connect(socket.as_fd().as_raw_fd(), (&raw const raw).cast(), SOCKADDR_LENGTH) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    socket2::SockRef::from(socket).connect(&SockAddr::from(to))
 }
 
 fn wait_until_writable(socket: &impl AsFd, timeout: Duration) -> Result<(), Failure> {
@@ -300,9 +281,9 @@ fn wait_until_writable(socket: &impl AsFd, timeout: Duration) -> Result<(), Fail
     }
 }
 
-/// An address and a port of IPv4, shorter to write in tests.
-pub fn at(address: Ipv4Addr, port: u16) -> SocketAddr {
-    SocketAddrV4::new(address, port).into()
+/// An address and a port, shorter to write in tests.
+pub fn at(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(address.into(), port)
 }
 
 #[cfg(test)]

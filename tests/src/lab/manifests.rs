@@ -2,11 +2,13 @@
 //!
 //! A file appears and changes by rename, so that an agent reads the old one or the new one and never a part.
 
+use super::network::{Addresses, Family};
+use super::node::Node;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -20,13 +22,14 @@ struct Port {
     node_port: Option<u16>,
 }
 
-/// A Service and the one EndpointSlice that belongs to it.
+/// A Service and the EndpointSlice that belongs to it, one for each family that the Service has.
 ///
 /// What has no method is set with [`Service::spec`], [`Service::label`] or [`Service::status`].
 #[derive(Clone, Debug)]
 pub struct Service {
     namespace: String,
     name: String,
+    cluster_ips: Vec<IpAddr>,
     spec: Map<String, Value>,
     status: Value,
     labels: BTreeMap<String, String>,
@@ -35,15 +38,14 @@ pub struct Service {
 }
 
 impl Service {
-    /// A Service of type ClusterIP in the namespace `default`.
-    pub fn new(name: &str, cluster_ip: Ipv4Addr) -> Self {
+    /// A Service of type ClusterIP in the namespace `default`, of the one family of its address.
+    pub fn new(name: &str, cluster_ip: impl Into<IpAddr>) -> Self {
         let mut spec = Map::new();
         spec.insert("type".into(), json!("ClusterIP"));
-        spec.insert("clusterIP".into(), json!(cluster_ip));
-        spec.insert("clusterIPs".into(), json!([cluster_ip]));
         Self {
             namespace: "default".into(),
             name: name.into(),
+            cluster_ips: vec![cluster_ip.into()],
             spec,
             status: Value::Null,
             labels: BTreeMap::new(),
@@ -55,6 +57,13 @@ impl Service {
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The ClusterIP of the other family as well: dual-stack.
+    #[must_use]
+    pub fn and_cluster_ip(mut self, cluster_ip: impl Into<IpAddr>) -> Self {
+        self.cluster_ips.push(cluster_ip.into());
+        self
     }
 
     /// In another namespace.
@@ -151,12 +160,14 @@ impl Service {
         }
     }
 
-    /// The two objects.
-    pub fn objects(&self) -> [Value; 2] {
-        [self.service(), self.slice()]
+    /// The Service and its slices.
+    pub fn objects(&self) -> Vec<Value> {
+        let slices = self.cluster_ips.iter().map(|address| self.slice(Family::of(*address)));
+        [self.service()].into_iter().chain(slices).collect()
     }
 
-    fn service(&self) -> Value {
+    /// The Service alone.
+    pub fn service(&self) -> Value {
         let ports: Vec<_> = self
             .ports
             .iter()
@@ -172,6 +183,19 @@ impl Service {
             .collect();
         let mut spec = self.spec.clone();
         spec.insert("ports".into(), ports.into());
+        if let [first, others @ ..] = self.cluster_ips.as_slice() {
+            let families: Vec<_> =
+                self.cluster_ips.iter().map(|address| family_name(Family::of(*address))).collect();
+            let policy = if others.is_empty() { "SingleStack" } else { "RequireDualStack" };
+            for (field, value) in [
+                ("clusterIP", json!(first)),
+                ("clusterIPs", json!(self.cluster_ips)),
+                ("ipFamilies", json!(families)),
+                ("ipFamilyPolicy", json!(policy)),
+            ] {
+                spec.entry(field).or_insert(value);
+            }
+        }
         let mut metadata = json!({ "name": self.name, "namespace": self.namespace });
         if !self.labels.is_empty() {
             metadata["labels"] = json!(self.labels);
@@ -183,7 +207,8 @@ impl Service {
         value
     }
 
-    fn slice(&self) -> Value {
+    fn slice(&self, family: Family) -> Value {
+        let endpoints: Vec<_> = self.endpoints.iter().filter_map(|endpoint| endpoint.value(family)).collect();
         let ports: Vec<_> = self
             .ports
             .iter()
@@ -193,24 +218,34 @@ impl Service {
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
             "metadata": {
-                "name": format!("{}-lab", self.name),
+                "name": format!("{}-{}", self.name, family_name(family).to_lowercase()),
                 "namespace": self.namespace,
                 "labels": { "kubernetes.io/service-name": self.name },
             },
-            "addressType": "IPv4",
+            "addressType": family_name(family),
             "ports": ports,
-            "endpoints": self.endpoints.iter().map(Endpoint::value).collect::<Vec<_>>(),
+            "endpoints": endpoints,
         })
     }
 }
 
-/// An endpoint of a slice.
+/// As Kubernetes writes it.
+const fn family_name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    }
+}
+
+/// An endpoint, of the slices of each family that it has an address of.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     /// The pod's name.
     pub pod: String,
-    /// Its address.
-    pub address: Ipv4Addr,
+    /// Its IPv4 address.
+    pub address: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    pub address6: Option<Ipv6Addr>,
     /// The node's name; empty: the field is missing.
     pub node: String,
     /// `conditions.ready`; `None`: missing.
@@ -226,11 +261,21 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// A ready endpoint.
-    pub fn new(pod: &str, address: Ipv4Addr, node: &str) -> Self {
+    /// A ready endpoint with an address of each family.
+    pub fn of(pod: &str, addresses: Addresses, node: &str) -> Self {
+        Self { address6: Some(addresses.v6), ..Self::new(pod, addresses.v4, node) }
+    }
+
+    /// A ready endpoint with one address.
+    pub fn new(pod: &str, address: impl Into<IpAddr>, node: &str) -> Self {
+        let (address, address6) = match address.into() {
+            IpAddr::V4(address) => (Some(address), None),
+            IpAddr::V6(address) => (None, Some(address)),
+        };
         Self {
             pod: pod.into(),
             address,
+            address6,
             node: node.into(),
             ready: Some(true),
             serving: Some(true),
@@ -250,7 +295,12 @@ impl Endpoint {
         (self.ready, self.serving, self.terminating) = (Some(false), Some(serving), Some(true));
     }
 
-    fn value(&self) -> Value {
+    /// As a slice of a family has it; `None` if it has no address of that.
+    fn value(&self, family: Family) -> Option<Value> {
+        let address = match family {
+            Family::V4 => self.address.map(IpAddr::V4),
+            Family::V6 => self.address6.map(IpAddr::V6),
+        }?;
         let mut conditions = Map::new();
         for (name, value) in
             [("ready", self.ready), ("serving", self.serving), ("terminating", self.terminating)]
@@ -259,7 +309,7 @@ impl Endpoint {
                 conditions.insert(name.into(), value.into());
             }
         }
-        let mut value = json!({ "addresses": [self.address], "conditions": conditions });
+        let mut value = json!({ "addresses": [address], "conditions": conditions });
         if !self.pod.is_empty() {
             value["targetRef"] = json!({ "kind": "Pod", "name": self.pod, "namespace": "default" });
         }
@@ -273,7 +323,7 @@ impl Endpoint {
         if !self.for_zones.is_empty() {
             value["hints"]["forZones"] = names(&self.for_zones).into();
         }
-        value
+        Some(value)
     }
 }
 
@@ -323,20 +373,18 @@ impl Manifests {
 }
 
 /// A Node, as the manifests have it.
-pub(crate) fn node(
-    name: &str,
-    address: Ipv4Addr,
-    pod_cidr: &str,
-    labels: &BTreeMap<String, String>,
-) -> Value {
+pub(crate) fn node(node: &Node) -> Value {
+    let [first, second] = node.addresses().both();
+    let ranges = node.pod_ranges();
     json!({
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": { "name": name, "labels": labels },
-        "spec": { "podCIDR": pod_cidr, "podCIDRs": [pod_cidr] },
+        "metadata": { "name": node.name(), "labels": node.labels() },
+        "spec": { "podCIDR": ranges[0], "podCIDRs": ranges },
         "status": { "addresses": [
-            { "type": "InternalIP", "address": address },
-            { "type": "Hostname", "address": name },
+            { "type": "InternalIP", "address": first },
+            { "type": "InternalIP", "address": second },
+            { "type": "Hostname", "address": node.name() },
         ] },
     })
 }
@@ -431,8 +479,33 @@ mod tests {
             .tcp(80, 8080)
             .endpoints([Endpoint::new("web-0", Ipv4Addr::new(10, 244, 1, 2), "node-1")]);
         service.change("web-0", |endpoint| endpoint.set_terminating(true));
-        let [_, slice] = service.objects();
-        let conditions = &slice["endpoints"][0]["conditions"];
+        let conditions = &service.objects()[1]["endpoints"][0]["conditions"];
         assert_eq!(*conditions, json!({ "ready": false, "serving": true, "terminating": true }));
+    }
+
+    #[test]
+    fn a_dual_stack_service_has_a_slice_of_each_family() {
+        let v6: Ipv6Addr = "fd00:10:244:1::2".parse().unwrap();
+        let both =
+            Endpoint { address6: Some(v6), ..Endpoint::new("web-0", Ipv4Addr::new(10, 244, 1, 2), "n") };
+        let service = Service::new("web", Ipv4Addr::new(10, 96, 0, 10))
+            .and_cluster_ip("fd00:10:96::10".parse::<Ipv6Addr>().unwrap())
+            .tcp(80, 8080)
+            .endpoints([both, Endpoint::new("web-1", Ipv4Addr::new(10, 244, 1, 3), "n")]);
+        let objects = service.objects();
+        assert_eq!(objects[0]["spec"]["clusterIPs"], json!(["10.96.0.10", "fd00:10:96::10"]));
+        assert_eq!(objects[0]["spec"]["ipFamilies"], json!(["IPv4", "IPv6"]));
+        let addresses = |slice: &Value| {
+            let endpoints = slice["endpoints"].as_array().unwrap().iter();
+            endpoints
+                .map(|endpoint| endpoint["addresses"][0].as_str().unwrap().to_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(objects[1]["addressType"], "IPv4");
+        assert_eq!(addresses(&objects[1]), ["10.244.1.2", "10.244.1.3"]);
+        assert_eq!(
+            (&objects[2]["addressType"], addresses(&objects[2])),
+            (&json!("IPv6"), vec![v6.to_string()])
+        );
     }
 }

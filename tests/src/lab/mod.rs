@@ -4,10 +4,10 @@
 //! folder and an agent; a pod is a namespace with a veth to its node and a server in a cgroup below the node's.
 //!
 //! ```text
-//!                 net: br0 192.168.100.1/24
+//!                 net: br0 192.168.100.1/24, fd00:100::1/64
 //!      ┌──────────────┬───────┴──────┬───────────────┐
 //!   node-1 .11     node-2 .12     node-3 .13     client .200
-//!   10.244.1.0/24  10.244.2.0/24  10.244.3.0/24
+//!   10.244.1.0/24  10.244.2.0/24  10.244.3.0/24      fd00:10:244:1::/64 and so on
 //!    │    │            │
 //!  web-0 web-1       web-2
 //! ```
@@ -30,7 +30,7 @@ pub use agent::{Agent, AgentOptions, Source, portolan};
 pub use client::{Answer, Asked, Client, Failure, Stream, ask_datagram, at};
 pub use leftovers::{LABS, labs, on_signal_exit_with, sweep};
 pub use manifests::{Endpoint, Manifests, Service};
-pub use network::PodNetwork;
+pub use network::{Addresses, Family, PodNetwork};
 pub use node::{Node, Pod, PodOptions};
 pub use place::Place;
 pub(crate) use process::last_lines;
@@ -46,10 +46,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::Arc;
 
-/// The range of the pods of all nodes.
-pub const POD_RANGE: &str = "10.244.0.0/16";
-/// The range of ClusterIPs.
-pub const SERVICE_RANGE: &str = "10.96.0.0/16";
+/// The ranges of the pods of all nodes.
+pub const POD_RANGES: &str = "10.244.0.0/16,fd00:10:244::/48";
+/// The ranges of ClusterIPs.
+pub const SERVICE_RANGES: &str = "10.96.0.0/16,fd00:10:96::/108";
 /// The node ports that Kubernetes gives out.
 pub const NODE_PORTS: std::ops::RangeInclusive<u16> = 30_000..=32_767;
 
@@ -183,12 +183,7 @@ impl Lab {
     fn make_uplinks(&self, nodes: &[Place]) -> Result<()> {
         let ends: Vec<(&Place, u8)> =
             nodes.iter().zip(FIRST_NODE_HOST..).chain([(&self.client, CLIENT_HOST)]).collect();
-        let mut lines = vec![
-            "link set lo up".to_owned(),
-            "link add br0 type bridge mcast_snooping 0".into(),
-            format!("addr add {}/24 dev br0", network::uplink_address(1)),
-            "link set br0 up".into(),
-        ];
+        let mut lines = network::uplink_bridge();
         for (place, _) in &ends {
             let name = place.name();
             lines.push(format!("link add {name} type veth peer name eth0 netns {}", place.namespace()));
@@ -200,12 +195,7 @@ impl Lab {
                 let strict = ["all", "default", "eth0"].map(|name| format!("net/ipv4/conf/{name}/rp_filter"));
                 place.sysctls(&strict.each_ref().map(|key| (key.as_str(), "1")))?;
             }
-            place.ip(&[
-                "link set lo up".into(),
-                format!("addr add {}/24 dev eth0", network::uplink_address(host)),
-                "link set eth0 up".into(),
-                format!("route add default via {}", network::uplink_address(1)),
-            ])?;
+            place.ip(&network::uplink_side(host))?;
             self.set_checksums(place, "eth0")?;
             self.set_checksums(&self.net, place.name())?;
         }
@@ -223,9 +213,7 @@ impl Lab {
     fn make_routes(&self) -> Result<()> {
         for node in &self.nodes {
             let others = self.nodes.iter().filter(|other| other.name() != node.name());
-            let lines: Vec<_> = others
-                .map(|other| format!("route add {} via {}", other.pod_range(), other.address()))
-                .collect();
+            let lines: Vec<_> = others.flat_map(|other| other.routes_to_pods()).collect();
             if !lines.is_empty() {
                 node.place().ip(&lines)?;
             }
@@ -235,11 +223,7 @@ impl Lab {
 
     /// The Node objects, in `nodes.yaml`.
     fn write_nodes(&self) -> Result<()> {
-        let nodes: Vec<_> = self
-            .nodes
-            .iter()
-            .map(|node| manifests::node(node.name(), node.address(), &node.pod_range(), &node.labels()))
-            .collect();
+        let nodes: Vec<_> = self.nodes.iter().map(|node| manifests::node(node)).collect();
         self.manifests.write("nodes.yaml", &manifests::documents(&nodes))
     }
 
@@ -268,9 +252,14 @@ impl Lab {
         &self.client
     }
 
-    /// The outside client's address.
+    /// The outside client's IPv4 address.
     pub fn client_address(&self) -> Ipv4Addr {
-        network::uplink_address(CLIENT_HOST)
+        self.client_addresses().v4
+    }
+
+    /// The outside client's addresses.
+    pub fn client_addresses(&self) -> Addresses {
+        network::uplink(CLIENT_HOST)
     }
 
     /// The place of the bridge: what a router outside would see.
@@ -294,19 +283,14 @@ impl Lab {
     }
 
     /// One more place on the nodes' network: another outside client, or the control plane. `host` is the last byte of its
-    /// address (2 to 9, 100 to 254 are free, but for the client's 200).
+    /// IPv4 address (2 to 9, 100 to 254 are free, but for the client's 200).
     pub fn add_outside(&self, name: &str, host: u8) -> Result<Place> {
         let place = make_place(&self.traces, name, Path::new(name))?;
         self.net.ip(&[
             format!("link add {name} type veth peer name eth0 netns {}", place.namespace()),
             format!("link set {name} master br0 up"),
         ])?;
-        place.ip(&[
-            "link set lo up".into(),
-            format!("addr add {}/24 dev eth0", network::uplink_address(host)),
-            "link set eth0 up".into(),
-            format!("route add default via {}", network::uplink_address(1)),
-        ])?;
+        place.ip(&network::uplink_side(host))?;
         self.set_checksums(&place, "eth0")?;
         self.set_checksums(&self.net, name)?;
         Ok(place)
@@ -367,8 +351,7 @@ fn make_place(traces: &Traces, name: &str, cgroup: &Path) -> Result<Place> {
     let place = Place::new(name, &traces.namespace(name), &traces.cgroup.join(cgroup));
     fs::create_dir_all(place.cgroup()).with_context(|| place.cgroup().display().to_string())?;
     network::ip_batch(None, &[format!("netns add {}", place.namespace())])?;
-    // No router solicitations and the like among the packets that tests count.
-    place.sysctls(&[("net/ipv6/conf/all/disable_ipv6", "1"), ("net/ipv6/conf/default/disable_ipv6", "1")])?;
+    place.sysctls(&network::IPV6_SETTINGS)?;
     process::record(&traces.folder, &place)?;
     Ok(place)
 }

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, bail};
 use std::io::{self, Write};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Command, Stdio};
 
@@ -45,17 +45,158 @@ pub enum PodNetwork {
     Bridge,
 }
 
+/// IPv6 in a new namespace: usable at once, without a wait for other owners of an address, and no router is asked for, so that
+/// nothing of the kind is among the packets that tests count.
+pub(crate) const IPV6_SETTINGS: [(&str, &str); 7] = [
+    ("net/ipv6/conf/all/disable_ipv6", "0"),
+    ("net/ipv6/conf/default/disable_ipv6", "0"),
+    ("net/ipv6/conf/all/accept_dad", "0"),
+    ("net/ipv6/conf/default/accept_dad", "0"),
+    ("net/ipv6/conf/all/accept_ra", "0"),
+    ("net/ipv6/conf/default/accept_ra", "0"),
+    ("net/ipv6/conf/default/router_solicitations", "0"),
+];
+
+/// One of the two families. Whatever has an address in a lab has one of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
+    /// That of an address.
+    pub const fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    /// `AF_INET` or `AF_INET6`.
+    pub(crate) const fn domain(self) -> i32 {
+        match self {
+            Self::V4 => libc::AF_INET,
+            Self::V6 => libc::AF_INET6,
+        }
+    }
+
+    /// The bits of an address.
+    const fn bits(self) -> u8 {
+        match self {
+            Self::V4 => 32,
+            Self::V6 => 128,
+        }
+    }
+
+    /// The prefix length of the nodes' network, and of a node's pod range.
+    const fn network_bits(self) -> u8 {
+        match self {
+            Self::V4 => 24,
+            Self::V6 => 64,
+        }
+    }
+
+    /// All addresses, as the destination of a default route.
+    pub(crate) const fn everything(self) -> &'static str {
+        match self {
+            Self::V4 => "0.0.0.0/0",
+            Self::V6 => "::/0",
+        }
+    }
+}
+
+/// The two addresses of one thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// The IPv4 address.
+    pub v4: Ipv4Addr,
+    /// The IPv6 address.
+    pub v6: Ipv6Addr,
+}
+
+impl Addresses {
+    /// That of a family.
+    pub const fn of(self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => IpAddr::V4(self.v4),
+            Family::V6 => IpAddr::V6(self.v6),
+        }
+    }
+
+    /// Both, IPv4 first.
+    pub const fn both(self) -> [IpAddr; 2] {
+        [self.of(Family::V4), self.of(Family::V6)]
+    }
+
+    /// Both, each with its family.
+    pub(crate) fn each(self) -> impl Iterator<Item = (Family, IpAddr)> {
+        Family::BOTH.into_iter().map(move |family| (family, self.of(family)))
+    }
+}
+
 /// The number of addresses that a node can give to pods.
 pub(crate) const POD_ADDRESSES: std::ops::RangeInclusive<u8> = 2..=254;
 
-/// The network that joins the nodes: `192.168.100.0/24`; the bridge itself is `.1`.
-pub(crate) fn uplink_address(host: u8) -> Ipv4Addr {
-    Ipv4Addr::new(192, 168, 100, host)
+/// The last group of an IPv6 address, which reads as the last byte of the IPv4 address beside it: 200 is `::200`.
+fn group(host: u8) -> u16 {
+    let host = u16::from(host);
+    ((host / 100) << 8) | ((host / 10 % 10) << 4) | (host % 10)
 }
 
-/// The pod network of a node (counted from 1): `10.244.N.0/24`; the gateway is `.1`.
-pub(crate) fn pod_address(node: u8, host: u8) -> Ipv4Addr {
-    Ipv4Addr::new(10, 244, node, host)
+/// The network that joins the nodes: `192.168.100.0/24` and `fd00:100::/64`; the bridge itself is `.1`.
+pub(crate) fn uplink(host: u8) -> Addresses {
+    Addresses {
+        v4: Ipv4Addr::new(192, 168, 100, host),
+        v6: Ipv6Addr::new(0xfd00, 0x100, 0, 0, 0, 0, 0, group(host)),
+    }
+}
+
+/// The pod network of a node (counted from 1): `10.244.N.0/24` and `fd00:10:244:N::/64`; the gateway is `.1`.
+pub(crate) fn pod(node: u8, host: u8) -> Addresses {
+    Addresses {
+        v4: Ipv4Addr::new(10, 244, node, host),
+        v6: Ipv6Addr::new(0xfd00, 0x10, 0x244, group(node), 0, 0, 0, group(host)),
+    }
+}
+
+/// The range of the pods of a node.
+pub(crate) fn pod_range(node: u8, family: Family) -> String {
+    format!("{}/{}", pod(node, 0).of(family), family.network_bits())
+}
+
+/// Gives an interface of the nodes' network its addresses, and everything else by way of the bridge.
+pub(crate) fn uplink_side(host: u8) -> Vec<String> {
+    let mut lines = vec!["link set lo up".to_owned()];
+    lines.extend(assign("eth0", uplink(host)));
+    lines.push("link set eth0 up".into());
+    lines.extend(uplink(1).each().map(|(family, bridge)| default_route(family, bridge, "eth0")));
+    lines
+}
+
+/// Addresses on an interface, with the network they are in.
+fn assign(interface: &str, addresses: Addresses) -> impl Iterator<Item = String> {
+    addresses
+        .each()
+        .map(move |(family, address)| address_on(interface, family, address, family.network_bits()))
+}
+
+/// Nobody waits until an address proves to be unique: those of a lab are.
+pub(crate) fn address_on(interface: &str, family: Family, address: IpAddr, bits: u8) -> String {
+    let flag = match family {
+        Family::V4 => "",
+        Family::V6 => " nodad",
+    };
+    format!("addr add {address}/{bits} dev {interface}{flag}")
+}
+
+fn default_route(family: Family, gateway: IpAddr, interface: &str) -> String {
+    format!("route add {} via {gateway} dev {interface}", family.everything())
 }
 
 /// The name of the interface by which a node reaches a pod: `veth` and a hash of the pod's name.
@@ -70,47 +211,63 @@ pub(crate) fn node_side(
     network: PodNetwork,
     pod: &str,
     namespace: &str,
-    gateway: Ipv4Addr,
-    address: Ipv4Addr,
+    gateway: Addresses,
+    address: Addresses,
 ) -> Vec<String> {
     let interface = pod_interface(pod);
     let mut lines = vec![format!("link add {interface} type veth peer name eth0 netns {namespace}")];
     match network {
-        PodNetwork::HostRoutes => lines.extend([
-            format!("addr add {gateway}/32 dev {interface}"),
-            format!("link set {interface} up"),
-            format!("route add {address}/32 dev {interface} scope link"),
-        ]),
+        PodNetwork::HostRoutes => {
+            lines.extend(
+                gateway
+                    .each()
+                    .map(|(family, gateway)| address_on(&interface, family, gateway, family.bits())),
+            );
+            lines.push(format!("link set {interface} up"));
+            lines.extend(address.each().map(|(family, address)| on_link(&interface, family, address)));
+        }
         PodNetwork::Bridge => lines.push(format!("link set {interface} master cni0 up")),
     }
     lines
 }
 
+/// A route to one address that is at the other end.
+fn on_link(interface: &str, family: Family, address: IpAddr) -> String {
+    format!("route add {address}/{} dev {interface} scope link", family.bits())
+}
+
 /// What is done inside a new pod.
-pub(crate) fn pod_side(network: PodNetwork, gateway: Ipv4Addr, address: Ipv4Addr) -> Vec<String> {
-    let length = match network {
-        PodNetwork::HostRoutes => 32,
-        PodNetwork::Bridge => 24,
+pub(crate) fn pod_side(network: PodNetwork, gateway: Addresses, address: Addresses) -> Vec<String> {
+    let length = |family: Family| match network {
+        PodNetwork::HostRoutes => family.bits(),
+        PodNetwork::Bridge => family.network_bits(),
     };
-    let mut lines = vec![
-        "link set lo up".into(),
-        format!("addr add {address}/{length} dev eth0"),
-        "link set eth0 up".into(),
-    ];
-    if network == PodNetwork::HostRoutes {
-        lines.push(format!("route add {gateway}/32 dev eth0 scope link"));
+    let mut lines = vec!["link set lo up".to_owned()];
+    lines.extend(address.each().map(|(family, address)| address_on("eth0", family, address, length(family))));
+    lines.push("link set eth0 up".into());
+    for (family, gateway) in gateway.each() {
+        if network == PodNetwork::HostRoutes {
+            lines.push(on_link("eth0", family, gateway));
+        }
+        lines.push(default_route(family, gateway, "eth0"));
     }
-    lines.push(format!("route add default via {gateway}"));
     lines
 }
 
 /// The bridge of a node's pods.
-pub(crate) fn pod_bridge(gateway: Ipv4Addr) -> Vec<String> {
-    vec![
-        "link add cni0 type bridge mcast_snooping 0".into(),
-        format!("addr add {gateway}/24 dev cni0"),
-        "link set cni0 up".into(),
-    ]
+pub(crate) fn pod_bridge(gateway: Addresses) -> Vec<String> {
+    let mut lines = vec!["link add cni0 type bridge mcast_snooping 0".to_owned()];
+    lines.extend(assign("cni0", gateway));
+    lines.push("link set cni0 up".into());
+    lines
+}
+
+/// The bridge that joins the nodes.
+pub(crate) fn uplink_bridge() -> Vec<String> {
+    let mut lines = vec!["link set lo up".to_owned(), "link add br0 type bridge mcast_snooping 0".into()];
+    lines.extend(assign("br0", uplink(1)));
+    lines.push("link set br0 up".into());
+    lines
 }
 
 /// `ETHTOOL_STXCSUM`.

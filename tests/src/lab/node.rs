@@ -2,7 +2,7 @@
 
 use super::agent::{Agent, AgentOptions};
 use super::leftovers::{Traces, end_processes, remove_cgroups, remove_namespace};
-use super::network::{self, PodNetwork};
+use super::network::{self, Addresses, Family, PodNetwork};
 use super::place::{NAMESPACES, Place};
 use super::process::{Process, program};
 use super::server::READY;
@@ -10,7 +10,7 @@ use super::{Endpoint, Options, make_place};
 use anyhow::{Context, Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -59,9 +59,9 @@ impl Node {
             pods: Mutex::default(),
             servers: Mutex::default(),
         };
-        node.place.sysctl("net/ipv4/ip_forward", "1")?;
+        node.place.sysctls(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")])?;
         if options.pods == PodNetwork::Bridge {
-            node.place.ip(&network::pod_bridge(node.gateway()))?;
+            node.place.ip(&network::pod_bridge(node.gateways()))?;
         }
         fs::create_dir_all(node.bpffs())?;
         fs::create_dir_all(node.state_folder())?;
@@ -73,19 +73,45 @@ impl Node {
         self.place.name()
     }
 
-    /// Its address on the nodes' network.
+    /// Its IPv4 address on the nodes' network.
     pub fn address(&self) -> Ipv4Addr {
-        network::uplink_address(super::FIRST_NODE_HOST + self.number - 1)
+        self.addresses().v4
     }
 
-    /// The range of its pods.
+    /// Its addresses on the nodes' network.
+    pub fn addresses(&self) -> Addresses {
+        network::uplink(super::FIRST_NODE_HOST + self.number - 1)
+    }
+
+    /// Its address of a family on the nodes' network.
+    pub fn ip(&self, family: Family) -> IpAddr {
+        self.addresses().of(family)
+    }
+
+    /// The IPv4 range of its pods.
     pub fn pod_range(&self) -> String {
-        format!("{}/24", network::pod_address(self.number, 0))
+        network::pod_range(self.number, Family::V4)
     }
 
-    /// Its address towards its pods.
+    /// The ranges of its pods.
+    pub fn pod_ranges(&self) -> [String; 2] {
+        Family::BOTH.map(|family| network::pod_range(self.number, family))
+    }
+
+    /// The routes by which others on the nodes' network reach its pods.
+    pub(crate) fn routes_to_pods(&self) -> Vec<String> {
+        let routes = self.pod_ranges().into_iter().zip(self.addresses().both());
+        routes.map(|(range, address)| format!("route add {range} via {address}")).collect()
+    }
+
+    /// Its IPv4 address towards its pods.
     pub fn gateway(&self) -> Ipv4Addr {
-        network::pod_address(self.number, 1)
+        self.gateways().v4
+    }
+
+    /// Its addresses towards its pods.
+    pub fn gateways(&self) -> Addresses {
+        network::pod(self.number, 1)
     }
 
     /// The zone that its label says.
@@ -195,14 +221,14 @@ impl Node {
     /// Makes a pod and waits until its server listens. The name is unique in the lab.
     pub fn add_pod(&self, name: &str, options: &PodOptions) -> Result<Arc<Pod>> {
         let host = self.reserve_address()?;
-        let address = network::pod_address(self.number, host);
+        let addresses = network::pod(self.number, host);
         let cgroup = self.cgroup.strip_prefix(&self.traces.cgroup)?.join("pods").join(name);
         let place = make_place(&self.traces, name, &cgroup)?;
         let pod = Pod {
             name: name.into(),
             node: self.name().into(),
             node_place: self.place.clone(),
-            address,
+            addresses,
             place,
             server: Mutex::default(),
             logs: self.logs(),
@@ -231,10 +257,10 @@ impl Node {
     }
 
     fn join_pod(&self, pod: &Pod) -> Result<()> {
-        let (network, gateway) = (self.options.pods, self.gateway());
+        let (network, gateways) = (self.options.pods, self.gateways());
         let namespace = pod.place.namespace();
-        self.place.ip(&network::node_side(network, &pod.name, namespace, gateway, pod.address))?;
-        pod.place.ip(&network::pod_side(network, gateway, pod.address))?;
+        self.place.ip(&network::node_side(network, &pod.name, namespace, gateways, pod.addresses))?;
+        pod.place.ip(&network::pod_side(network, gateways, pod.addresses))?;
         if !self.options.tx_checksums {
             let interface = pod.node_interface();
             self.place.enter(|| network::set_tx_checksums(&interface, false))??;
@@ -248,7 +274,7 @@ impl Node {
         let pod = {
             let mut pods = self.pods();
             let pod = pods.by_name.remove(name).with_context(|| format!("no pod {name}"))?;
-            pods.addresses.remove(&pod.address.octets()[3]);
+            pods.addresses.remove(&pod.address().octets()[3]);
             pod
         };
         pod.remove()
@@ -334,7 +360,7 @@ pub struct Pod {
     name: String,
     node: String,
     node_place: Place,
-    address: Ipv4Addr,
+    addresses: Addresses,
     place: Place,
     server: Mutex<Option<Arc<Process>>>,
     logs: PathBuf,
@@ -352,9 +378,19 @@ impl Pod {
         &self.node
     }
 
-    /// Its address.
+    /// Its IPv4 address.
     pub fn address(&self) -> Ipv4Addr {
-        self.address
+        self.addresses.v4
+    }
+
+    /// Its addresses.
+    pub fn addresses(&self) -> Addresses {
+        self.addresses
+    }
+
+    /// Its address of a family.
+    pub fn ip(&self, family: Family) -> IpAddr {
+        self.addresses.of(family)
     }
 
     /// Its namespace and cgroup.
@@ -369,7 +405,7 @@ impl Pod {
 
     /// Itself as a ready endpoint.
     pub fn endpoint(&self) -> Endpoint {
-        Endpoint::new(&self.name, self.address, &self.node)
+        Endpoint::of(&self.name, self.addresses, &self.node)
     }
 
     fn slot(&self) -> MutexGuard<'_, Option<Arc<Process>>> {

@@ -3,11 +3,12 @@
 //! Nothing here changes the namespace or the cgroup of the calling thread: programs are started inside, closures run on a
 //! thread of their own, and sockets are made by a child that lives for three system calls.
 
+use super::network::Family;
 use anyhow::{Context, Result};
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -142,17 +143,25 @@ impl Place {
         made.with_context(|| format!("a socket in {}", self.name))
     }
 
-    /// A TCP socket of IPv4, not connected.
-    pub fn tcp_socket(&self) -> Result<OwnedFd> {
-        self.socket(libc::AF_INET, libc::SOCK_STREAM, 0)
+    /// A TCP socket, not connected.
+    pub fn tcp_socket(&self, family: Family) -> Result<OwnedFd> {
+        self.socket(family.domain(), libc::SOCK_STREAM, 0)
     }
 
-    /// A UDP socket, bound to `source` (by default: any address, any port), not connected.
+    /// A UDP socket, bound to `source` (by default: any IPv4 address, any port), not connected.
     pub fn udp_socket(&self, source: Option<SocketAddr>) -> Result<UdpSocket> {
-        let source = source.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
-        let socket = self.socket(libc::AF_INET, libc::SOCK_DGRAM, 0)?;
+        let source = source.unwrap_or_else(|| any_source(Family::V4));
+        let socket = self.socket(Family::of(source.ip()).domain(), libc::SOCK_DGRAM, 0)?;
         super::client::bind(&socket, source)?;
         Ok(UdpSocket::from(socket))
+    }
+}
+
+/// Any address of a family, any port.
+pub(crate) fn any_source(family: Family) -> SocketAddr {
+    match family {
+        Family::V4 => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        Family::V6 => (Ipv6Addr::UNSPECIFIED, 0).into(),
     }
 }
 

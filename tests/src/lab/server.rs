@@ -4,11 +4,11 @@
 //! that drains; then it ends.
 
 use anyhow::{Context, Result};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 /// What a pod server is and where it listens.
 #[derive(Clone, Debug, clap::Args)]
@@ -34,7 +34,7 @@ pub struct Server {
 pub const READY: &str = "serving";
 
 /// Connections that may wait to be accepted on one port.
-const BACKLOG: u32 = 4096;
+const BACKLOG: i32 = 4096;
 /// A request's head may have this many bytes.
 const HEAD_LIMIT: usize = 16 * 1024;
 
@@ -48,14 +48,16 @@ async fn run(server: Arc<Server>) -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminated = signal(SignalKind::terminate())?;
     for &port in &server.tcp {
-        let socket = TcpSocket::new_v4()?;
-        socket.set_reuseaddr(true)?;
-        socket.bind(any(port)).with_context(|| format!("TCP port {port}"))?;
-        tokio::spawn(accept(server.clone(), socket.listen(BACKLOG)?));
+        for address in any(port) {
+            let listener = listen(address).with_context(|| format!("TCP {address}"))?;
+            tokio::spawn(accept(server.clone(), listener));
+        }
     }
     for &port in &server.udp {
-        let socket = UdpSocket::bind(any(port)).await.with_context(|| format!("UDP port {port}"))?;
-        tokio::spawn(datagrams(server.clone(), socket));
+        for address in any(port) {
+            let socket = datagram_socket(address).with_context(|| format!("UDP {address}"))?;
+            tokio::spawn(datagrams(server.clone(), socket));
+        }
     }
     println!("{READY}");
     terminated.recv().await;
@@ -63,8 +65,32 @@ async fn run(server: Arc<Server>) -> Result<()> {
     Ok(())
 }
 
-fn any(port: u16) -> SocketAddr {
-    (Ipv4Addr::UNSPECIFIED, port).into()
+/// Every address of each family, on sockets of their own: so a client of IPv4 is seen by its IPv4 address.
+fn any(port: u16) -> [SocketAddr; 2] {
+    [(Ipv4Addr::UNSPECIFIED, port).into(), (Ipv6Addr::UNSPECIFIED, port).into()]
+}
+
+fn socket(address: SocketAddr, kind: socket2::Type) -> std::io::Result<socket2::Socket> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(address), kind, None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = socket(address, socket2::Type::STREAM)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+fn datagram_socket(address: SocketAddr) -> std::io::Result<UdpSocket> {
+    let socket = socket(address, socket2::Type::DGRAM)?;
+    socket.bind(&address.into())?;
+    UdpSocket::from_std(socket.into())
 }
 
 impl Server {

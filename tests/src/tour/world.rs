@@ -101,7 +101,7 @@ impl World {
         tell("kubectl apply: a StatefulSet `web` of 3 replicas, three Services, a pod `shell`");
         let mut objects = vec![stateful_set(drain), shell(bare)];
         for service in services() {
-            let [mut service, _] = service.objects();
+            let mut service = service.service();
             service["spec"]["selector"] = json!({ "app": "web" });
             objects.push(service);
         }
