@@ -62,6 +62,61 @@ fn pods_on_a_bridge_reach_each_other_on_all_nodes() {
 }
 
 #[test]
+fn pods_behind_vxlan_reach_each_other_on_all_nodes() {
+    everybody_reaches_everybody(Options::default().pods(PodNetwork::Vxlan));
+}
+
+#[test]
+fn pods_behind_tunnels_without_ethernet_reach_each_other_on_all_nodes() {
+    everybody_reaches_everybody(Options::default().pods(PodNetwork::Tun));
+}
+
+#[test]
+fn nodes_on_different_subnets_reach_each_other_by_a_router() {
+    for pods in [PodNetwork::HostRoutes, PodNetwork::Vxlan] {
+        everybody_reaches_everybody(Options::default().pods(pods).routed(true));
+    }
+}
+
+/// A node calls pods of another from its tunnel's address; in the tunnel the packets have no Ethernet header.
+#[test]
+fn a_tunnel_has_an_address_and_a_smaller_mtu() {
+    for (pods, device, kind, mtu) in
+        [(PodNetwork::Vxlan, "vxlan0", "link/ether", 1450), (PodNetwork::Tun, "tun0", "link/none", 1472)]
+    {
+        let lab = Options::default().nodes(2).pods(pods).create().unwrap();
+        let pod = lab.add_pod("web-0", 1, &PodOptions::default()).unwrap();
+        let node = lab.node(0);
+        for family in Family::BOTH {
+            let answer = Client::at(node.place()).tcp(at(pod.ip(family), 8080)).unwrap();
+            assert_eq!(answer.client_ip(), node.sources().of(family));
+        }
+        let link = node.place().run("ip", &["link", "show", device]).unwrap();
+        assert!(link.contains(kind) && link.contains(&format!("mtu {mtu} ")), "{link}");
+        let link = pod.place().run("ip", &["link", "show", "eth0"]).unwrap();
+        assert!(link.contains(&format!("mtu {mtu} ")), "{link}");
+    }
+}
+
+/// What the client outside sends to an address that is routed to a node takes that way.
+#[test]
+fn a_route_from_outside_leads_through_a_node() {
+    for routed in [false, true] {
+        let lab = Options::default().nodes(2).routed(routed).create().unwrap();
+        let pod = lab.add_pod("web-0", 1, &PodOptions::default()).unwrap();
+        for family in Family::BOTH {
+            lab.route_from_outside(
+                &format!("{}/{}", pod.ip(family), if family == Family::V4 { 32 } else { 128 }),
+                1,
+            )
+            .unwrap();
+            let answer = Client::at(lab.client()).tcp(at(pod.ip(family), 8080)).unwrap();
+            assert_eq!(answer.client_ip(), lab.client_addresses().of(family));
+        }
+    }
+}
+
+#[test]
 fn a_strict_rp_filter_without_tx_checksumming_changes_nothing() {
     everybody_reaches_everybody(Options::default().strict_rp_filter(true).tx_checksums(false));
 }

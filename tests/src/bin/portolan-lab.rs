@@ -29,6 +29,8 @@ enum Verb {
     },
     /// The pod server (run by the lab inside pods).
     Serve(lab::server::Server),
+    /// Carry the packets of a TUN device to other nodes (run by the lab on nodes).
+    Carry(lab::tunnel::Carrier),
     /// A lab without agents, up until Ctrl-C.
     Up {
         /// How many nodes.
@@ -54,6 +56,7 @@ fn run() -> Result<ExitCode> {
             return Ok(ExitCode::from(status.code().and_then(|code| code.try_into().ok()).unwrap_or(1)));
         }
         Verb::Serve(server) => lab::server::serve(server)?,
+        Verb::Carry(carrier) => lab::tunnel::carry(&carrier)?,
         Verb::Up { nodes } => {
             let lab = lab::Options::default().nodes(nodes).create()?;
             lab::on_signal_exit_with(0);

@@ -12,6 +12,9 @@
 //!  web-0 web-1       web-2
 //! ```
 //!
+//! Behind a router instead, each node has a network of its own (`192.168.101.0/24`, `fd00:100:1::/64` and so on), and the
+//! client stays on `br0`.
+//!
 //! A lab has no route to the machine's own network and leaves no trace: all that it made is removed when it is dropped,
 //! when a signal ends the process, and by the next lab if the process was killed. Labs can run side by side.
 
@@ -24,6 +27,7 @@ mod node;
 mod place;
 mod process;
 pub mod server;
+pub mod tunnel;
 mod xdp;
 
 pub use agent::{Agent, AgentOptions, Source, portolan};
@@ -58,6 +62,7 @@ pub const NODE_PORTS: std::ops::RangeInclusive<u16> = 30_000..=32_767;
 pub struct Options {
     nodes: u8,
     pods: PodNetwork,
+    routed: bool,
     strict_rp_filter: bool,
     tx_checksums: bool,
     xdp: bool,
@@ -69,6 +74,7 @@ impl Default for Options {
         Self {
             nodes: 3,
             pods: PodNetwork::HostRoutes,
+            routed: false,
             strict_rp_filter: false,
             tx_checksums: true,
             xdp: false,
@@ -89,6 +95,13 @@ impl Options {
     #[must_use]
     pub fn pods(mut self, network: PodNetwork) -> Self {
         self.pods = network;
+        self
+    }
+
+    /// Each node on a subnet of its own, behind a router that knows where the pods are, in place of one network.
+    #[must_use]
+    pub fn routed(mut self, routed: bool) -> Self {
+        self.routed = routed;
         self
     }
 
@@ -146,6 +159,20 @@ const CLIENT_HOST: u8 = 200;
 /// The host number of the first node.
 const FIRST_NODE_HOST: u8 = 11;
 
+/// The host number of a node (counted from 1).
+const fn node_host(number: u8) -> u8 {
+    FIRST_NODE_HOST + number - 1
+}
+
+/// The addresses of a node (counted from 1).
+fn node_addresses(options: &Options, number: u8) -> Addresses {
+    if options.routed {
+        network::uplink_of(number, node_host(number))
+    } else {
+        network::uplink(node_host(number))
+    }
+}
+
 impl Lab {
     fn create(options: Options) -> Result<Self> {
         sweep()?;
@@ -179,27 +206,47 @@ impl Lab {
         Ok(lab)
     }
 
-    /// The bridge, and for each node and the client a veth whose one end is on it.
+    /// The bridge with the client, and for each node a veth whose one end is on the bridge or belongs to the router.
     fn make_uplinks(&self, nodes: &[Place]) -> Result<()> {
-        let ends: Vec<(&Place, u8)> =
-            nodes.iter().zip(FIRST_NODE_HOST..).chain([(&self.client, CLIENT_HOST)]).collect();
-        let mut lines = network::uplink_bridge();
-        for (place, _) in &ends {
-            let name = place.name();
-            lines.push(format!("link add {name} type veth peer name eth0 netns {}", place.namespace()));
-            lines.push(format!("link set {name} master br0 up"));
+        self.net.ip(&network::uplink_bridge())?;
+        self.join_bridge(&self.client, CLIENT_HOST)?;
+        if self.options.routed {
+            self.net.sysctls(&network::FORWARDING)?;
         }
-        self.net.ip(&lines)?;
-        for (place, host) in ends {
-            if self.options.strict_rp_filter && nodes.iter().any(|node| node.name() == place.name()) {
+        for (number, place) in (1..).zip(nodes) {
+            if self.options.routed {
+                self.join_router(place, number)?;
+            } else {
+                self.join_bridge(place, node_host(number))?;
+            }
+            if self.options.strict_rp_filter {
                 let strict = ["all", "default", "eth0"].map(|name| format!("net/ipv4/conf/{name}/rp_filter"));
                 place.sysctls(&strict.each_ref().map(|key| (key.as_str(), "1")))?;
             }
-            place.ip(&network::uplink_side(host))?;
-            self.set_checksums(place, "eth0")?;
-            self.set_checksums(&self.net, place.name())?;
         }
         Ok(())
+    }
+
+    fn join_bridge(&self, place: &Place, host: u8) -> Result<()> {
+        let line = format!("link set {} master br0 up", place.name());
+        self.join(place, vec![line], network::uplink(host), network::uplink(1))
+    }
+
+    fn join_router(&self, place: &Place, number: u8) -> Result<()> {
+        let router = network::uplink_of(number, 1);
+        let own = node_addresses(&self.options, number);
+        self.join(place, network::router_side(place.name(), router), own, router)
+    }
+
+    /// A veth between a place and the namespace of bridge and router.
+    fn join(&self, place: &Place, outer: Vec<String>, own: Addresses, gateway: Addresses) -> Result<()> {
+        let name = place.name();
+        let mut lines = vec![format!("link add {name} type veth peer name eth0 netns {}", place.namespace())];
+        lines.extend(outer);
+        self.net.ip(&lines)?;
+        place.ip(&network::uplink_side(own, gateway))?;
+        self.set_checksums(place, "eth0")?;
+        self.set_checksums(&self.net, name)
     }
 
     fn set_checksums(&self, place: &Place, interface: &str) -> Result<()> {
@@ -209,16 +256,29 @@ impl Lab {
         place.enter(|| network::set_tx_checksums(interface, false))?
     }
 
-    /// From each node to the pods of the others.
+    /// From each node to the pods of the others: through a tunnel, by the router, or straight to the other node.
     fn make_routes(&self) -> Result<()> {
+        let routes = |nodes: &mut dyn Iterator<Item = &Arc<Node>>| -> Vec<_> {
+            nodes.flat_map(|node| node.routes_to_pods()).collect()
+        };
+        if let Some(tunnel) = self.options.pods.tunnel() {
+            let peers: Vec<_> = self.nodes.iter().map(|node| node.as_peer()).collect();
+            return self.nodes.iter().try_for_each(|node| node.raise_tunnel(tunnel, &peers));
+        }
+        if self.options.routed {
+            return self.net.ip(&routes(&mut self.nodes.iter()));
+        }
         for node in &self.nodes {
-            let others = self.nodes.iter().filter(|other| other.name() != node.name());
-            let lines: Vec<_> = others.flat_map(|other| other.routes_to_pods()).collect();
-            if !lines.is_empty() {
-                node.place().ip(&lines)?;
-            }
+            node.place().ip(&routes(&mut self.nodes.iter().filter(|other| other.name() != node.name())))?;
         }
         Ok(())
+    }
+
+    /// Has the client outside send to a range (`ADDRESS/LENGTH`) by way of a node (index from 0).
+    pub fn route_from_outside(&self, range: &str, node: usize) -> Result<()> {
+        let family = if range.contains(':') { Family::V6 } else { Family::V4 };
+        let by_node = format!("route replace {range} via {}", self.node(node).ip(family));
+        if self.options.routed { self.net.ip(&[by_node]) } else { self.client.ip(&[by_node]) }
     }
 
     /// The Node objects, in `nodes.yaml`.
@@ -286,13 +346,7 @@ impl Lab {
     /// IPv4 address (2 to 9, 100 to 254 are free, but for the client's 200).
     pub fn add_outside(&self, name: &str, host: u8) -> Result<Place> {
         let place = make_place(&self.traces, name, Path::new(name))?;
-        self.net.ip(&[
-            format!("link add {name} type veth peer name eth0 netns {}", place.namespace()),
-            format!("link set {name} master br0 up"),
-        ])?;
-        place.ip(&network::uplink_side(host))?;
-        self.set_checksums(&place, "eth0")?;
-        self.set_checksums(&self.net, name)?;
+        self.join_bridge(&place, host)?;
         Ok(place)
     }
 

@@ -1,6 +1,7 @@
 //! Interfaces, addresses and routes of a lab, all of them inside its namespaces: no interface of a lab is ever made in, or
 //! passes through, the machine's own namespace.
 
+use super::tunnel::{self, Tunnel};
 use anyhow::{Context, Result, bail};
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -43,6 +44,34 @@ pub enum PodNetwork {
     HostRoutes,
     /// Veths on a bridge `cni0` that has the node's gateway address.
     Bridge,
+    /// As `HostRoutes`; to other nodes through a VXLAN device `vxlan0` (as flannel).
+    Vxlan,
+    /// As `HostRoutes`; to other nodes through a TUN device `tun0`, whose packets have no Ethernet header.
+    Tun,
+}
+
+impl PodNetwork {
+    /// What carries packets to the pods of other nodes, if it is not their own network.
+    pub(crate) const fn tunnel(self) -> Option<Tunnel> {
+        match self {
+            Self::HostRoutes | Self::Bridge => None,
+            Self::Vxlan => Some(Tunnel::Vxlan),
+            Self::Tun => Some(Tunnel::Tun),
+        }
+    }
+
+    /// Whether a pod has a link of its own to the node, with host routes at both ends.
+    const fn is_point_to_point(self) -> bool {
+        match self {
+            Self::HostRoutes | Self::Vxlan | Self::Tun => true,
+            Self::Bridge => false,
+        }
+    }
+
+    /// The size of a pod's largest packets.
+    fn mtu(self) -> u16 {
+        self.tunnel().map_or(tunnel::UPLINK_MTU, Tunnel::mtu)
+    }
 }
 
 /// IPv6 in a new namespace: usable at once, without a wait for other owners of an address, and no router is asked for, so that
@@ -56,6 +85,10 @@ pub(crate) const IPV6_SETTINGS: [(&str, &str); 7] = [
     ("net/ipv6/conf/default/accept_ra", "0"),
     ("net/ipv6/conf/default/router_solicitations", "0"),
 ];
+
+/// What makes a router of a namespace.
+pub(crate) const FORWARDING: [(&str, &str); 2] =
+    [("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")];
 
 /// One of the two families. Whatever has an address in a lab has one of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -87,7 +120,7 @@ impl Family {
     }
 
     /// The bits of an address.
-    const fn bits(self) -> u8 {
+    pub(crate) const fn bits(self) -> u8 {
         match self {
             Self::V4 => 32,
             Self::V6 => 128,
@@ -141,7 +174,9 @@ impl Addresses {
 }
 
 /// The number of addresses that a node can give to pods.
-pub(crate) const POD_ADDRESSES: std::ops::RangeInclusive<u8> = 2..=254;
+pub(crate) const POD_ADDRESSES: std::ops::RangeInclusive<u8> = 2..=253;
+/// The last byte of the addresses that a node's tunnel device has.
+const TUNNEL_HOST: u8 = 254;
 
 /// The last group of an IPv6 address, which reads as the last byte of the IPv4 address beside it: 200 is `::200`.
 fn group(host: u8) -> u16 {
@@ -149,12 +184,22 @@ fn group(host: u8) -> u16 {
     ((host / 100) << 8) | ((host / 10 % 10) << 4) | (host % 10)
 }
 
-/// The network that joins the nodes: `192.168.100.0/24` and `fd00:100::/64`; the bridge itself is `.1`.
+/// The network that joins the nodes and the client: `192.168.100.0/24` and `fd00:100::/64`; the bridge itself is `.1`.
 pub(crate) fn uplink(host: u8) -> Addresses {
+    uplink_of(0, host)
+}
+
+/// The network of one node (counted from 1) behind a router: `192.168.(100 + N).0/24` and `fd00:100:N::/64`.
+pub(crate) fn uplink_of(node: u8, host: u8) -> Addresses {
     Addresses {
-        v4: Ipv4Addr::new(192, 168, 100, host),
-        v6: Ipv6Addr::new(0xfd00, 0x100, 0, 0, 0, 0, 0, group(host)),
+        v4: Ipv4Addr::new(192, 168, 100 + node, host),
+        v6: Ipv6Addr::new(0xfd00, 0x100, group(node), 0, 0, 0, 0, group(host)),
     }
+}
+
+/// The addresses of a node's tunnel device: the source of what the node itself sends to the pods of others.
+pub(crate) fn tunnel_end(node: u8) -> Addresses {
+    pod(node, TUNNEL_HOST)
 }
 
 /// The pod network of a node (counted from 1): `10.244.N.0/24` and `fd00:10:244:N::/64`; the gateway is `.1`.
@@ -170,13 +215,19 @@ pub(crate) fn pod_range(node: u8, family: Family) -> String {
     format!("{}/{}", pod(node, 0).of(family), family.network_bits())
 }
 
-/// Gives an interface of the nodes' network its addresses, and everything else by way of the bridge.
-pub(crate) fn uplink_side(host: u8) -> Vec<String> {
+/// Gives an interface of the nodes' network its addresses; everything else goes by way of the gateway.
+pub(crate) fn uplink_side(own: Addresses, gateway: Addresses) -> Vec<String> {
     let mut lines = vec!["link set lo up".to_owned()];
-    lines.extend(assign("eth0", uplink(host)));
+    lines.extend(assign("eth0", own));
     lines.push("link set eth0 up".into());
-    lines.extend(uplink(1).each().map(|(family, bridge)| default_route(family, bridge, "eth0")));
+    lines.extend(gateway.each().map(|(family, gateway)| default_route(family, gateway, "eth0")));
     lines
+}
+
+/// The router's interface to a node.
+pub(crate) fn router_side(interface: &str, own: Addresses) -> Vec<String> {
+    let up = format!("link set {interface} up");
+    assign(interface, own).chain([up]).collect()
 }
 
 /// Addresses on an interface, with the network they are in.
@@ -215,9 +266,11 @@ pub(crate) fn node_side(
     address: Addresses,
 ) -> Vec<String> {
     let interface = pod_interface(pod);
-    let mut lines = vec![format!("link add {interface} type veth peer name eth0 netns {namespace}")];
+    let mtu = network.mtu();
+    let mut lines =
+        vec![format!("link add {interface} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {namespace}")];
     match network {
-        PodNetwork::HostRoutes => {
+        PodNetwork::HostRoutes | PodNetwork::Vxlan | PodNetwork::Tun => {
             lines.extend(
                 gateway
                     .each()
@@ -238,15 +291,13 @@ fn on_link(interface: &str, family: Family, address: IpAddr) -> String {
 
 /// What is done inside a new pod.
 pub(crate) fn pod_side(network: PodNetwork, gateway: Addresses, address: Addresses) -> Vec<String> {
-    let length = |family: Family| match network {
-        PodNetwork::HostRoutes => family.bits(),
-        PodNetwork::Bridge => family.network_bits(),
-    };
+    let point_to_point = network.is_point_to_point();
+    let length = |family: Family| if point_to_point { family.bits() } else { family.network_bits() };
     let mut lines = vec!["link set lo up".to_owned()];
     lines.extend(address.each().map(|(family, address)| address_on("eth0", family, address, length(family))));
     lines.push("link set eth0 up".into());
     for (family, gateway) in gateway.each() {
-        if network == PodNetwork::HostRoutes {
+        if point_to_point {
             lines.push(on_link("eth0", family, gateway));
         }
         lines.push(default_route(family, gateway, "eth0"));

@@ -6,6 +6,7 @@ use super::network::{self, Addresses, Family, PodNetwork};
 use super::place::{NAMESPACES, Place};
 use super::process::{Process, program};
 use super::server::READY;
+use super::tunnel::{self, Peer, Tunnel};
 use super::{Endpoint, Options, make_place};
 use anyhow::{Context, Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
@@ -59,7 +60,7 @@ impl Node {
             pods: Mutex::default(),
             servers: Mutex::default(),
         };
-        node.place.sysctls(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")])?;
+        node.place.sysctls(&network::FORWARDING)?;
         if options.pods == PodNetwork::Bridge {
             node.place.ip(&network::pod_bridge(node.gateways()))?;
         }
@@ -80,7 +81,7 @@ impl Node {
 
     /// Its addresses on the nodes' network.
     pub fn addresses(&self) -> Addresses {
-        network::uplink(super::FIRST_NODE_HOST + self.number - 1)
+        super::node_addresses(&self.options, self.number)
     }
 
     /// Its address of a family on the nodes' network.
@@ -102,6 +103,38 @@ impl Node {
     pub(crate) fn routes_to_pods(&self) -> Vec<String> {
         let routes = self.pod_ranges().into_iter().zip(self.addresses().both());
         routes.map(|(range, address)| format!("route add {range} via {address}")).collect()
+    }
+
+    /// The interfaces that its agent is told of with `--uplink`; none: those of its default routes.
+    pub fn uplinks(&self) -> Vec<&'static str> {
+        let tunnel = self.options.pods.tunnel();
+        tunnel.map_or_else(Vec::new, |tunnel| vec!["eth0", tunnel.device()])
+    }
+
+    /// What pods of other nodes see when the node itself calls them: the address of its tunnel, if there is one.
+    pub fn sources(&self) -> Addresses {
+        self.options.pods.tunnel().map_or(self.addresses(), |_| network::tunnel_end(self.number))
+    }
+
+    pub(crate) fn as_peer(&self) -> Peer {
+        Peer { number: self.number, uplink: self.addresses() }
+    }
+
+    /// Makes the tunnel to the others of these nodes.
+    pub(crate) fn raise_tunnel(&self, tunnel: Tunnel, all: &[Peer]) -> Result<()> {
+        let own = self.as_peer();
+        let others: Vec<_> = all.iter().filter(|peer| peer.number != own.number).cloned().collect();
+        let lab = self.place.command(program("portolan-lab", "PORTOLAN_LAB_PROGRAM")?)?;
+        if let Some(command) = tunnel.program(lab, &own, &others) {
+            let carrier = Process::start(&self.logs(), &format!("tunnel-{}", self.name()), command)?;
+            carrier.wait_for_line(START_TIME, |line| line == tunnel::READY)?;
+            self.servers.lock().unwrap_or_else(PoisonError::into_inner).push(carrier);
+        }
+        tunnel.raise(&self.place, &own, &others)?;
+        if !self.options.tx_checksums {
+            self.place.enter(|| network::set_tx_checksums(tunnel.device(), false))??;
+        }
+        Ok(())
     }
 
     /// Its IPv4 address towards its pods.

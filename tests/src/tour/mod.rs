@@ -25,6 +25,9 @@ pub struct TourOptions {
     /// How pods are joined to their node.
     #[arg(long, value_enum, default_value_t = PodNetwork::HostRoutes)]
     pod_network: PodNetwork,
+    /// Each node on a subnet of its own, behind a router.
+    #[arg(long)]
+    routed: bool,
     /// A strict rp_filter on every interface of the nodes.
     #[arg(long)]
     strict_rp_filter: bool,
@@ -53,6 +56,7 @@ pub fn run(options: &TourOptions) -> Result<ExitCode> {
     println!("raising a lab of three nodes …");
     let lab = Options::default()
         .pods(options.pod_network)
+        .routed(options.routed)
         .strict_rp_filter(options.strict_rp_filter)
         .tx_checksums(!options.no_tx_checksums)
         .xdp(options.xdp)
