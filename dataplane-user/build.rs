@@ -24,7 +24,8 @@ fn main() -> Result<()> {
 
     let out_dir = PathBuf::from(env::var("OUT_DIR")?);
     let target_dir = out_dir.join("ebpf");
-    let Some(mut command) = toolchain() else { bail!("{HELP}") };
+    let Some((mut command, version)) = toolchain() else { bail!("{HELP}") };
+    println!("cargo:rustc-env=PORTOLAN_EBPF_TOOLCHAIN={version}");
     command
         .current_dir(workspace)
         .args(["build", "--package", "dataplane-ebpf", "--bin", "portolan-ebpf", "--release", "--locked"])
@@ -53,9 +54,21 @@ fn rustflags() -> OsString {
         .into()
 }
 
-/// A `cargo` that can build `core`, or brings it, for the BPF target.
-fn toolchain() -> Option<Command> {
+/// What a program prints in one line.
+fn line(command: &mut Command) -> Option<String> {
+    let output = command.output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    // `rustc 1.96.0 (…)`: name and number.
+    Some(text.split_whitespace().take(2).collect::<Vec<_>>().join(" "))
+}
+
+/// A `cargo` that can build `core`, or brings it, for the BPF target, and the versions of compiler and linker.
+fn toolchain() -> Option<(Command, String)> {
     let linker = linker()?;
+    let version = |rustc: &mut Command| {
+        let (rustc, linker) = (line(rustc.arg("--version")), line(Command::new(&linker).arg("--version")));
+        [rustc, linker].map(Option::unwrap_or_default).join(", ")
+    };
     let with_linker = |mut command: Command| {
         for name in
             ["RUSTC", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTFLAGS", "RUSTUP_TOOLCHAIN", "CARGO"]
@@ -74,7 +87,7 @@ fn toolchain() -> Option<Command> {
     {
         let mut command = with_linker(Command::new("rustup"));
         command.args(["run", "nightly", "cargo", "-Zbuild-std=core"]);
-        return Some(command);
+        return Some((command, version(Command::new("rustup").args(["run", "nightly", "rustc"]))));
     }
     let (cargo, rustc) = (Path::new("/usr/bin/cargo"), Path::new("/usr/bin/rustc"));
     let sysroot = Command::new(rustc).args(["--print", "sysroot"]).output().ok()?;
@@ -82,7 +95,7 @@ fn toolchain() -> Option<Command> {
     if cargo.exists() && sysroot.join("lib/rustlib/bpfel-unknown-none").is_dir() {
         let mut command = with_linker(Command::new(cargo));
         command.env("RUSTC", rustc).env("RUSTC_BOOTSTRAP", "1");
-        return Some(command);
+        return Some((command, version(&mut Command::new(rustc))));
     }
     None
 }

@@ -1,5 +1,7 @@
 //! The laboratory, the packet builder and the program runner that the tests share.
 
+pub mod bench;
+pub mod bench_agent;
 pub mod bench_net;
 pub mod bench_prog;
 pub mod bench_sync;

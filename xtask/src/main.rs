@@ -60,9 +60,14 @@ enum Verb {
     },
     /// Check format, lints, dependencies and documentation, and list which tests cite which rule of the contract.
     Check,
-    /// Rewrite the expected tables of the golden tests from what `compile` makes today.
-    Bless,
-    /// Measure beside kube-proxy (`bench`, `bench --quick`), or `bench sync` (needs root).
+    /// Rewrite what tests expect: the tables of the golden tests, or the recorded numbers of the tier `exact` (needs root).
+    Bless {
+        /// Which.
+        #[arg(value_enum, default_value_t = programs::Blessed::Golden)]
+        what: programs::Blessed,
+    },
+    /// Measure everything (`bench`, `bench --quick`), or one part: `prog`, `sync`, `agent`, `net` (needs root).
+    /// `bench targets` says what is met; `bench --help` has the rest.
     #[command(disable_help_flag = true)]
     Bench {
         /// Handed to `portolan-bench`.
@@ -96,10 +101,19 @@ fn main() -> Result<ExitCode> {
             setup::ensure(Purpose::Everything)?;
             return check::check();
         }
-        Verb::Bless => programs::bless()?,
+        Verb::Bless { what } => {
+            if what == programs::Blessed::Exact {
+                need_root(&[])?;
+            }
+            programs::bless(what)?;
+        }
         Verb::Bench { args } => {
-            need_root(&args)?;
-            programs::bench(bench_of(args))?;
+            let args = bench_of(args);
+            if measures(&args) {
+                need_root(&args)?;
+                setup::ensure(Purpose::Bench)?;
+            }
+            programs::bench(args)?;
         }
         Verb::Build => programs::build()?,
     }
@@ -112,12 +126,18 @@ fn test_after_checks(tiers: &[test::Tier], filter: Option<&str>, check: bool) ->
     test::test(tiers, filter, &failed_checks)
 }
 
-/// Without the name of a benchmark, the one that compares paths.
+/// Whether a benchmark runs, or records are only read.
+fn measures(args: &[OsString]) -> bool {
+    let reads = ["targets", "report", "help", "--help", "-h"];
+    !args.iter().any(|arg| reads.iter().any(|word| arg == word))
+}
+
+/// Without the name of a benchmark, all of them.
 fn bench_of(mut args: Vec<OsString>) -> Vec<OsString> {
     let text = |arg: &OsString| arg.to_string_lossy().into_owned();
     let asks_for_help = args.iter().any(|arg| arg == "--help" || arg == "-h");
     if !asks_for_help && args.first().map(text).is_none_or(|first| first.starts_with('-')) {
-        args.insert(0, "net".into());
+        args.insert(0, "all".into());
     }
     args
 }

@@ -26,12 +26,25 @@ pub(crate) fn build() -> Result<()> {
     Ok(())
 }
 
-/// Has the golden tests, and the one of the page of metrics, write what they would compare.
-pub(crate) fn bless() -> Result<()> {
-    for tests in [
-        "cargo test --package dataplane-tests --test golden",
-        "cargo test --package dataplane-user --lib metrics::family",
-    ] {
+/// What tests expect and a verb rewrites.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Blessed {
+    /// The tables of the golden tests, and the page of metrics.
+    Golden,
+    /// `benches/exact.json`: numbers that must not grow.
+    Exact,
+}
+
+/// Has tests write what they would compare.
+pub(crate) fn bless(what: Blessed) -> Result<()> {
+    let tests: &[&str] = match what {
+        Blessed::Golden => &[
+            "cargo test --package dataplane-tests --test golden",
+            "cargo test --package dataplane-user --lib metrics::family",
+        ],
+        Blessed::Exact => &["cargo test --package dataplane-tests --test exact"],
+    };
+    for tests in tests {
         CommandLine::new(tests).variable("PORTOLAN_BLESS", "1").run()?;
     }
     Ok(())

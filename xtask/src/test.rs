@@ -24,6 +24,8 @@ pub(crate) enum Tier {
     Golden,
     /// One packet through one program, by `BPF_PROG_TEST_RUN`.
     Packet,
+    /// What is the same at every run and must not grow: verified instructions, `bpf()` calls, bytes, allocations.
+    Exact,
     /// The agent's side of the kernel: maps, programs, links, netlink.
     Kernel,
     /// The laboratory itself.
@@ -38,10 +40,11 @@ pub(crate) enum Tier {
 
 impl Tier {
     /// All of them, in the order they run.
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Unit,
         Self::Golden,
         Self::Packet,
+        Self::Exact,
         Self::Kernel,
         Self::Lab,
         Self::Netns,
@@ -50,8 +53,16 @@ impl Tier {
     ];
 
     /// Those that run if none is named.
-    const DEFAULT: [Self; 7] =
-        [Self::Unit, Self::Golden, Self::Packet, Self::Kernel, Self::Lab, Self::Netns, Self::Cluster];
+    const DEFAULT: [Self; 8] = [
+        Self::Unit,
+        Self::Golden,
+        Self::Packet,
+        Self::Exact,
+        Self::Kernel,
+        Self::Lab,
+        Self::Netns,
+        Self::Cluster,
+    ];
 
     /// Its name on the command line, and of its test program.
     const fn name(self) -> &'static str {
@@ -59,6 +70,7 @@ impl Tier {
             Self::Unit => "unit",
             Self::Golden => "golden",
             Self::Packet => "packet",
+            Self::Exact => "exact",
             Self::Kernel => "kernel",
             Self::Lab => "lab",
             Self::Netns => "netns",
@@ -75,6 +87,7 @@ impl Tier {
             ],
             Self::Golden
             | Self::Packet
+            | Self::Exact
             | Self::Kernel
             | Self::Lab
             | Self::Netns

@@ -22,6 +22,9 @@ use std::path::{Path, PathBuf};
 /// The programs, compiled by the build script.
 static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portolan-ebpf.o"));
 
+/// The compiler and the linker that made them.
+pub const TOOLCHAIN: &str = env!("PORTOLAN_EBPF_TOOLCHAIN");
+
 /// aya's map of log records.
 const LOG_MAP: &str = "AYA_LOGS";
 /// Its size when nothing is logged: the least there can be.

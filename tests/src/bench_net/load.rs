@@ -18,12 +18,16 @@ pub(super) const LOAD_TIME: Duration = Duration::from_secs(300);
 /// Requests to the API server at once.
 const AT_ONCE: usize = 32;
 
-/// Makes Services that nobody calls, with two endpoints each.
+/// From this number on, Services have five endpoints instead of two: 30,000 then have four on the average.
+const MORE_ENDPOINTS_FROM: usize = 10_000;
+
+/// Makes Services that nobody calls, with some endpoints each.
 pub(super) async fn fill(client: &Client, numbers: std::ops::Range<usize>) -> Result<()> {
     futures::stream::iter(numbers)
         .map(|number| async move {
             let [_, _, a, b] = (number as u32).to_be_bytes();
-            let endpoints = [128, 129].map(|range| Ipv4Addr::new(10, range, a, b));
+            let count = if number < MORE_ENDPOINTS_FROM { 2 } else { 5 };
+            let endpoints: Vec<_> = (128..128 + count).map(|range| Ipv4Addr::new(10, range, a, b)).collect();
             let ports = [("http", "TCP", 80, 8080)];
             create(client, &format!("filler-{number}"), &ports, None, &endpoints).await.map(drop)
         })

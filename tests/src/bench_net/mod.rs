@@ -4,15 +4,18 @@
 //! see another's flows. Legs are measured in turn, round by round, and each figure is a ratio within a round.
 
 mod load;
+mod proxies;
 mod record;
 mod station;
 mod targets;
 
-pub use record::{Loaded, Machine, Record, Series};
-pub use targets::{Judgement, Ratio, Verdict};
+pub(crate) use proxies::resident_kib;
+pub use proxies::{AgentChanges, ProxyCost};
+pub use record::{Loaded, Measured, NetRecord, Series};
 
+use crate::bench::record::{self as records, RECORDS};
 use crate::controlplane::ControlPlane;
-use crate::lab::Options;
+use crate::lab::{Lab, Options};
 use crate::load::Mode;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -20,13 +23,20 @@ use station::Station;
 use std::path::PathBuf;
 use std::time::Instant;
 
+/// The kind of its records.
+pub const KIND: &str = "net";
+
 /// How much is measured.
 #[derive(Clone, Debug, clap::Args)]
 pub struct BenchNetArgs {
-    /// The main ratios in 10 minutes: fewer and shorter rounds than the method asks for, and no 30,000 Services.
+    /// The main ratios in 10 minutes: fewer and shorter rounds than the method asks for, and no rivals above 10,000
+    /// Services.
     #[arg(long)]
     pub quick: bool,
-    /// Numbers of Services, ascending (10, 1,000, 10,000 and 30,000; quick: without the last).
+    /// Go on with the newest run that was cut short, if it was of this plan and this commit.
+    #[arg(long)]
+    pub resume: bool,
+    /// Numbers of Services, ascending (10, 1,000, 10,000 and 30,000).
     #[arg(long, value_delimiter = ',')]
     pub sizes: Vec<usize>,
     /// Rounds of each case (11; quick: 5).
@@ -39,7 +49,7 @@ pub struct BenchNetArgs {
     #[arg(long, default_value_t = 32)]
     pub flows: usize,
     /// The folder that the record is written to.
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/records"))]
+    #[arg(long, default_value = RECORDS)]
     pub records: PathBuf,
 }
 
@@ -55,6 +65,8 @@ pub enum Leg {
     PortolanSocket,
     /// Portolan by packet, at tc.
     PortolanPacket,
+    /// Portolan with XDP on the uplink.
+    PortolanXdp,
     /// kube-proxy in its nftables mode.
     KubeProxyNftables,
     /// kube-proxy in its iptables mode.
@@ -63,14 +75,25 @@ pub enum Leg {
 
 impl Leg {
     /// In the order in which a round goes through them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Direct,
         Self::PortolanSocket,
         Self::KubeProxyNftables,
+        Self::PortolanXdp,
         Self::DirectAgain,
         Self::PortolanPacket,
         Self::KubeProxyIptables,
     ];
+
+    /// Whether it is Portolan.
+    pub fn is_portolan(self) -> bool {
+        matches!(self, Self::PortolanSocket | Self::PortolanPacket | Self::PortolanXdp)
+    }
+
+    /// Whether it is kube-proxy.
+    pub fn is_rival(self) -> bool {
+        matches!(self, Self::KubeProxyNftables | Self::KubeProxyIptables)
+    }
 
     /// Its name in records.
     pub fn name(self) -> &'static str {
@@ -79,6 +102,7 @@ impl Leg {
             Self::DirectAgain => "direct-again",
             Self::PortolanSocket => "portolan-socket",
             Self::PortolanPacket => "portolan-packet",
+            Self::PortolanXdp => "portolan-xdp",
             Self::KubeProxyNftables => "kube-proxy-nftables",
             Self::KubeProxyIptables => "kube-proxy-iptables",
         }
@@ -93,6 +117,19 @@ pub enum Way {
     ClusterIp,
     /// From outside to a node port whose endpoint is on that node.
     NodePort,
+    /// From outside to a node port whose endpoint is on another node.
+    NodePortElsewhere,
+}
+
+impl Way {
+    /// Whether a leg differs from the others on this way: socket hooks do not see what comes from outside, XDP on the
+    /// uplink does not see pods.
+    pub fn concerns(self, leg: Leg) -> bool {
+        match self {
+            Self::ClusterIp => leg != Leg::PortolanXdp,
+            Self::NodePort | Self::NodePortElsewhere => leg != Leg::PortolanSocket,
+        }
+    }
 }
 
 /// What is measured of each leg.
@@ -110,7 +147,8 @@ impl std::fmt::Display for Case {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let way = match self.way {
             Way::ClusterIp => "ClusterIP",
-            Way::NodePort => "node port",
+            Way::NodePort => "node port, endpoint here",
+            Way::NodePortElsewhere => "node port, endpoint elsewhere",
         };
         let mode = match self.mode {
             Mode::ConnectRequestClose => "TCP connect-request-close",
@@ -128,7 +166,7 @@ const MAIN_SIZE: usize = 1_000;
 const BULK_FLOWS: usize = 4;
 
 /// Sizes, rounds and seconds as they will be.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// Whether it is less than the method asks for.
     pub quick: bool,
@@ -140,98 +178,176 @@ pub struct Plan {
     pub seconds: f64,
     /// Flows at once (bulk streams: four).
     pub flows: usize,
+    /// The largest size at which the rivals take part.
+    pub rivals_up_to: usize,
+    /// Changes of one endpoint that are timed, of each leg at each size.
+    pub changes: usize,
 }
 
 impl Plan {
     fn new(args: &BenchNetArgs) -> Result<Self> {
-        let sizes = match (args.sizes.as_slice(), args.quick) {
-            ([], true) => vec![10, 1_000, 10_000],
-            ([], false) => vec![10, 1_000, 10_000, 30_000],
-            (given, _) => given.to_vec(),
-        };
+        let sizes = if args.sizes.is_empty() { vec![10, 1_000, 10_000, 30_000] } else { args.sizes.clone() };
         let (rounds, seconds) = if args.quick { (5, 1.0) } else { (11, 2.0) };
         let (rounds, seconds) = (args.rounds.unwrap_or(rounds), args.seconds.unwrap_or(seconds));
         ensure!(
             sizes.is_sorted() && sizes.iter().all(|&size| size >= Leg::ALL.len()),
-            "--sizes must ascend from 6"
+            "--sizes must ascend from 7"
         );
         ensure!(rounds > 0, "--rounds must be above 0");
         let quick = args.quick || rounds < 11 || seconds < 2.0;
-        Ok(Self { quick, sizes, rounds, seconds, flows: args.flows })
+        let (rivals_up_to, changes) = if args.quick { (10_000, 30) } else { (usize::MAX, 200) };
+        Ok(Self { quick, sizes, rounds, seconds, flows: args.flows, rivals_up_to, changes })
+    }
+
+    /// The size at which all cases are measured.
+    fn main_size(&self) -> Option<usize> {
+        self.sizes.iter().copied().find(|&size| size >= MAIN_SIZE).or(self.sizes.last().copied())
     }
 
     fn cases(&self, services: usize) -> Vec<Case> {
-        let main = self.sizes.iter().copied().find(|&size| size >= MAIN_SIZE).or(self.sizes.last().copied());
         let case = |way, mode| Case { way, mode, services };
         let mut cases = vec![case(Way::ClusterIp, Mode::ConnectRequestClose)];
-        if Some(services) == main {
+        if Some(services) == self.main_size() {
             cases.extend(
                 [Mode::TcpRequestResponse, Mode::UdpRequestResponse, Mode::Bulk]
                     .map(|mode| case(Way::ClusterIp, mode)),
             );
-            cases.push(case(Way::NodePort, Mode::ConnectRequestClose));
+            let outside = [Way::NodePort, Way::NodePortElsewhere];
+            cases.extend(outside.map(|way| case(way, Mode::ConnectRequestClose)));
         }
         cases
     }
 }
 
-/// Measures all, prints it and writes the record.
+/// Measures all, prints it and writes the record, after each case anew.
 ///
 /// # Errors
 /// If the laboratory cannot be raised. A leg that cannot run is entered as that.
-pub fn run(args: &BenchNetArgs) -> Result<Record> {
+pub fn run(args: &BenchNetArgs) -> Result<NetRecord> {
     let plan = Plan::new(args)?;
     if plan.quick {
         println!("quick: {} rounds of {} s, where the method asks for 11 of 2 s", plan.rounds, plan.seconds);
     }
-    let lab = Options::default().nodes(Leg::ALL.len() as u8).create()?;
+    let unfinished = if args.resume { unfinished(args, &plan)? } else { None };
+    let mut lab = Options::default().nodes(Leg::ALL.len() as u8 + 1).create()?;
     crate::lab::on_signal_exit_with(130);
     let plane = ControlPlane::start_telling(&lab, &|step| println!("{step}"))?;
-    let mut stations = Leg::ALL
-        .iter()
-        .enumerate()
-        .map(|(index, leg)| Station::new(&lab, &plane, index, *leg).with_context(|| leg.name()))
-        .collect::<Result<Vec<_>>>()?;
-    let mut record = Record::new(plan.clone(), Machine::of(&plane));
-    let mut fillers = 0;
-    for &size in &plan.sizes {
-        let begun = Instant::now();
-        let wanted = size - Leg::ALL.len();
-        plane.block_on(load::fill(plane.client(), fillers..wanted))?;
-        fillers = fillers.max(wanted);
-        println!("{size} Services are in the API server after {:.1} s", begun.elapsed().as_secs_f64());
-        record.loads.extend(load::wait_for_all(&plane, &mut stations, size)?);
-        for case in plan.cases(size) {
-            measure(&plan, case, &mut stations, &mut record);
-        }
+    let stations = stations(&mut lab, &plane)?;
+    let record = unfinished.unwrap_or_else(|| record::begin(plan.clone(), &plane));
+    let mut bench = Bench { args, plan, plane: &plane, stations, record, fillers: 0 };
+    for size in bench.plan.sizes.clone() {
+        bench.size(size)?;
     }
-    record.judge();
-    record.print();
-    let file = record.write(&args.records)?;
-    println!("record: {}", file.display());
-    Ok(record)
+    bench.record.complete = true;
+    bench.save()?;
+    bench.record.print();
+    Ok(bench.record)
 }
 
-/// All rounds of one case.
-fn measure(plan: &Plan, case: Case, stations: &mut [Station], record: &mut Record) {
-    let mut all: Vec<Series> = stations.iter().map(|station| Series::new(case, station.leg())).collect();
-    for _ in 0..plan.rounds {
-        for (station, series) in stations.iter_mut().zip(&mut all) {
-            let flows = if case.mode == Mode::Bulk { BULK_FLOWS } else { plan.flows };
-            series.enter(station.measure(case, flows, plan.seconds));
+/// The newest run that was cut short, if it is of this plan and this commit.
+fn unfinished(args: &BenchNetArgs, plan: &Plan) -> Result<Option<NetRecord>> {
+    let commit = records::commit();
+    let newest = records::read::<Measured>(&args.records, KIND)?.into_iter().next();
+    Ok(newest.filter(|record| {
+        !record.complete && record.machine.commit == commit && record.measured.plan == *plan
+    }))
+}
+
+fn stations(lab: &mut Lab, plane: &ControlPlane) -> Result<Vec<Station>> {
+    let mut stations = Vec::new();
+    for (index, leg) in Leg::ALL.into_iter().enumerate() {
+        if leg == Leg::PortolanXdp {
+            lab.prepare_for_xdp(index)?;
         }
+        stations.push(Station::new(lab, plane, index, leg).with_context(|| leg.name())?);
     }
-    println!("{case}");
-    for (series, station) in all.iter_mut().zip(stations.iter()) {
-        if series.failed() > 0 {
-            series.drops = station.drops();
+    Ok(stations)
+}
+
+/// A benchmark under way.
+struct Bench<'a> {
+    args: &'a BenchNetArgs,
+    plan: Plan,
+    plane: &'a ControlPlane,
+    stations: Vec<Station>,
+    record: NetRecord,
+    /// Services that nobody calls.
+    fillers: usize,
+}
+
+impl Bench<'_> {
+    /// Loads a size, unless all is measured of it, and measures what is not.
+    fn size(&mut self, size: usize) -> Result<()> {
+        let measured = &self.record.measured;
+        let is_measured = |case: &Case| measured.series.iter().any(|series| series.case == *case);
+        let cases: Vec<_> = self.plan.cases(size).into_iter().filter(|case| !is_measured(case)).collect();
+        let proxies = !measured.proxies.iter().any(|cost| cost.services == size);
+        if cases.is_empty() && !proxies {
+            println!("{size} Services: measured before");
+            return Ok(());
         }
+        self.load(size)?;
+        for case in cases {
+            self.measure(case);
+            self.save()?;
+        }
+        if proxies {
+            let costs = proxies::measure(self.plane, &self.stations, size, self.plan.changes);
+            self.record.measured.proxies.extend(costs);
+            self.save()?;
+        }
+        Ok(())
     }
-    for series in &all {
-        println!("  {}", series.line(&all));
-        series.drops.lines().for_each(|line| println!("      {line}"));
+
+    fn load(&mut self, size: usize) -> Result<()> {
+        if size > self.plan.rivals_up_to {
+            let rivals = self.stations.iter_mut().filter(|station| station.leg().is_rival());
+            rivals.for_each(|rival| rival.give_up("left out of a quick run above 10,000 Services"));
+        }
+        let begun = Instant::now();
+        let wanted = size - Leg::ALL.len();
+        self.plane.block_on(load::fill(self.plane.client(), self.fillers..wanted))?;
+        self.fillers = self.fillers.max(wanted);
+        println!("{size} Services are in the API server after {:.1} s", begun.elapsed().as_secs_f64());
+        let loads = load::wait_for_all(self.plane, &mut self.stations, size)?;
+        let known = &mut self.record.measured.loads;
+        known.retain(|load| load.services != size);
+        known.extend(loads);
+        Ok(())
     }
-    record.series.extend(all);
+
+    /// All rounds of one case.
+    fn measure(&mut self, case: Case) {
+        let Plan { rounds, flows, seconds, .. } = self.plan;
+        let flows = if case.mode == Mode::Bulk { BULK_FLOWS } else { flows };
+        let mut all = Vec::new();
+        let mut legs: Vec<_> =
+            self.stations.iter_mut().filter(|station| case.way.concerns(station.leg())).collect();
+        all.extend(legs.iter().map(|station| Series::new(case, station.leg())));
+        for _ in 0..rounds {
+            for (station, series) in legs.iter_mut().zip(&mut all) {
+                series.enter(station.measure(case, flows, seconds));
+            }
+        }
+        println!("{case}");
+        for (series, station) in all.iter_mut().zip(legs) {
+            if series.failed() > 0 {
+                series.drops = station.drops();
+            }
+        }
+        for series in &all {
+            println!("  {}", series.line(&all));
+            series.drops.lines().for_each(|line| println!("      {line}"));
+        }
+        self.record.measured.series.extend(all);
+    }
+
+    fn save(&mut self) -> Result<()> {
+        record::judge(&mut self.record);
+        let file = self.record.write(&self.args.records)?;
+        println!("record: {}{}", file.display(), if self.record.complete { "" } else { " (so far)" });
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -246,16 +362,17 @@ mod tests {
             rounds,
             seconds: None,
             flows: 32,
+            resume: false,
             records: PathBuf::new(),
         };
         let full = Plan::new(&args(false, None, &[])).unwrap();
         assert!(!full.quick && full.sizes.last() == Some(&30_000) && full.rounds == 11);
         assert!(Plan::new(&args(false, Some(5), &[])).unwrap().quick);
         let quick = Plan::new(&args(true, None, &[])).unwrap();
-        assert!(quick.quick && quick.sizes.last() == Some(&10_000));
-        assert_eq!(quick.cases(1_000).len(), 5);
+        assert!(quick.quick && quick.rivals_up_to == 10_000 && full.rivals_up_to > 30_000);
+        assert_eq!(quick.cases(1_000).len(), 6);
         assert_eq!(quick.cases(10).len(), 1);
-        assert_eq!(Plan::new(&args(true, None, &[10, 50])).unwrap().cases(50).len(), 5);
+        assert_eq!(Plan::new(&args(true, None, &[10, 50])).unwrap().cases(50).len(), 6);
         assert!(Plan::new(&args(true, None, &[50, 10])).is_err());
     }
 }

@@ -15,6 +15,8 @@ use std::time::Duration;
 const PORT: u16 = 7000;
 /// The node port for connect-request-close; each leg has its own.
 const NODE_PORT: u16 = 31_000;
+/// The same for the endpoint on another node.
+const FAR_NODE_PORT: u16 = 31_500;
 /// The host number of the first outside client.
 const OUTSIDE: u8 = 210;
 /// Where clients run, and where servers.
@@ -28,6 +30,9 @@ const CONNTRACK: &[(&str, &str)] = &[
     ("net/netfilter/nf_conntrack_tcp_timeout_last_ack", "1"),
 ];
 
+/// A node tells its neighbours of a shorter way, which would not lead over it.
+const NO_REDIRECTS: [&str; 2] = ["net/ipv4/conf/all/send_redirects", "net/ipv4/conf/eth0/send_redirects"];
+
 /// A leg in the lab.
 pub(super) struct Station {
     leg: Leg,
@@ -35,53 +40,52 @@ pub(super) struct Station {
     client: Arc<Pod>,
     outside: Place,
     endpoint: Ipv4Addr,
+    /// The endpoint on another node.
+    far: Ipv4Addr,
     service: Ipv4Addr,
-    node_port: u16,
+    index: u16,
     logs: PathBuf,
-    _server: Process,
+    _servers: [Process; 2],
     proxy: Option<Process>,
     failure: Option<String>,
 }
 
 impl Station {
-    /// Makes it, and starts what serves it.
+    /// Makes it, and starts what serves it. The lab's last node is that of the endpoints elsewhere.
     pub(super) fn new(lab: &Lab, plane: &ControlPlane, index: usize, leg: Leg) -> Result<Self> {
         let node = lab.nodes()[index].clone();
-        let client = node.add_pod(&format!("client-{}", index + 1), &PodOptions::client())?;
-        let pod = node.add_pod(&format!("server-{}", index + 1), &PodOptions::client())?;
-        let outside = lab.add_outside(&format!("outside-{}", index + 1), OUTSIDE + index as u8)?;
+        let far_node = lab.nodes().last().context("a lab without nodes")?;
+        let name = |what: &str| format!("{what}-{}", index + 1);
+        let client = node.add_pod(&name("client"), &PodOptions::client())?;
+        let pod = node.add_pod(&name("server"), &PodOptions::client())?;
+        let far_pod = far_node.add_pod(&name("far"), &PodOptions::client())?;
+        let outside = lab.add_outside(&name("outside"), OUTSIDE + index as u8)?;
         for place in [client.place(), &outside] {
             place.sysctl("net/ipv4/ip_local_port_range", "10000 65535")?;
         }
-        // Only the legs without a Service go to the pod's own address.
-        outside.ip(&[format!("route add {} via {}", node.pod_range(), node.address())])?;
-        let mut command = pod.place().command(program("portolan-load", "PORTOLAN_LOAD_PROGRAM")?)?;
-        command.args(["serve", "--port", &PORT.to_string(), "--cpu", SERVER_CPU]);
-        let server = Process::start(&lab.logs(), &format!("server-{}", leg.name()), command)?;
-        server.wait_for_line(Duration::from_secs(10), |line| line == "serving")?;
-        let ports = [
-            ("close", "TCP", PORT + 1, PORT + 1),
-            ("echo", "TCP", PORT, PORT),
-            ("datagrams", "UDP", PORT, PORT),
-            ("discard", "TCP", PORT + 2, PORT + 2),
-        ];
-        let (endpoint, node_port) = (pod.address(), NODE_PORT + index as u16);
-        let endpoints = [endpoint];
-        let created = load::create(plane.client(), leg.name(), &ports, Some(node_port), &endpoints);
-        let service = plane.block_on(created)?;
-        let (logs, proxy, failure) = (lab.logs(), None, None);
+        // The direct way to the endpoint elsewhere leads over this node, as that by its node port does.
+        node.place().sysctls(&NO_REDIRECTS.map(|key| (key, "0")))?;
+        // Only the legs without a Service go to a pod's own address.
+        outside.ip(&[
+            format!("route add {} via {}", node.pod_range(), node.address()),
+            format!("route add {}/32 via {}", far_pod.address(), node.address()),
+        ])?;
+        let servers = [serve(lab, &pod)?, serve(lab, &far_pod)?];
+        let (endpoint, far) = (pod.address(), far_pod.address());
+        let service = services(plane, leg, index as u16, endpoint, far)?;
         let mut station = Self {
             leg,
             node,
             client,
             outside,
             endpoint,
+            far,
             service,
-            node_port,
-            logs,
-            _server: server,
-            proxy,
-            failure,
+            index: index as u16,
+            logs: lab.logs(),
+            _servers: servers,
+            proxy: None,
+            failure: None,
         };
         if let Err(error) = station.start(plane) {
             station.give_up(&format!("{error:#}"));
@@ -94,6 +98,7 @@ impl Station {
             Leg::Direct | Leg::DirectAgain => Ok(()),
             Leg::PortolanSocket => self.start_agent(plane, &[]),
             Leg::PortolanPacket => self.start_agent(plane, &["--socket-lb=off"]),
+            Leg::PortolanXdp => self.start_agent(plane, &["--socket-lb=off", "--xdp=native"]),
             Leg::KubeProxyNftables => self.start_kube_proxy(plane, "nftables"),
             Leg::KubeProxyIptables => self.start_kube_proxy(plane, "iptables"),
         }
@@ -147,10 +152,36 @@ impl Station {
         self.proxy = None;
     }
 
+    /// The process id of what serves the Services.
+    pub(super) fn proxy_pid(&self) -> Option<u32> {
+        match self.leg {
+            Leg::Direct | Leg::DirectAgain => None,
+            Leg::PortolanSocket | Leg::PortolanPacket | Leg::PortolanXdp => {
+                self.node.agent().map(|agent| agent.process().pid())
+            }
+            Leg::KubeProxyNftables | Leg::KubeProxyIptables => self.proxy.as_ref().map(Process::pid),
+        }
+    }
+
+    /// The node.
+    pub(super) fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// The client in a pod.
+    pub(super) fn client(&self) -> &Place {
+        self.client.place()
+    }
+
+    /// The endpoint on the node.
+    pub(super) fn endpoint(&self) -> Ipv4Addr {
+        self.endpoint
+    }
+
     /// What Portolan dropped so far, and why; empty for the others.
     pub(super) fn drops(&self) -> String {
         match self.leg {
-            Leg::PortolanSocket | Leg::PortolanPacket => {
+            Leg::PortolanSocket | Leg::PortolanPacket | Leg::PortolanXdp => {
                 let table = self.node.portolan(&["drops"]).unwrap_or_default();
                 let occurred = |line: &&str| line.split_whitespace().nth(1) != Some("0");
                 table.lines().filter(occurred).collect::<Vec<_>>().join("\n")
@@ -182,21 +213,24 @@ impl Station {
 
     fn target(&self, case: Case) -> SocketAddr {
         let port = Ports::from(PORT).of(case.mode);
-        match (self.leg, case.way) {
-            (Leg::Direct | Leg::DirectAgain, _) => at(self.endpoint, port),
-            (_, Way::ClusterIp) => at(self.service, port),
-            (_, Way::NodePort) => at(self.node.address(), self.node_port),
+        let is_direct = matches!(self.leg, Leg::Direct | Leg::DirectAgain);
+        match case.way {
+            Way::ClusterIp | Way::NodePort if is_direct => at(self.endpoint, port),
+            Way::NodePortElsewhere if is_direct => at(self.far, port),
+            Way::ClusterIp => at(self.service, port),
+            Way::NodePort => at(self.node.address(), NODE_PORT + self.index),
+            Way::NodePortElsewhere => at(self.node.address(), FAR_NODE_PORT + self.index),
         }
     }
 
     fn load(&self, case: Case, flows: usize, seconds: f64) -> Result<Outcome> {
         ensure!(
             case.way == Way::ClusterIp || case.mode == Mode::ConnectRequestClose,
-            "the node port leads to the port for connect-request-close"
+            "node ports lead to the port for connect-request-close"
         );
         let place = match case.way {
             Way::ClusterIp => self.client.place(),
-            Way::NodePort => &self.outside,
+            Way::NodePort | Way::NodePortElsewhere => &self.outside,
         };
         let mode = serde_json::to_value(case.mode)?;
         let text = place.run(
@@ -217,6 +251,36 @@ impl Station {
         )?;
         parse(&text)
     }
+}
+
+/// The load tool's server in a pod.
+fn serve(lab: &Lab, pod: &Pod) -> Result<Process> {
+    let mut command = pod.place().command(program("portolan-load", "PORTOLAN_LOAD_PROGRAM")?)?;
+    command.args(["serve", "--port", &PORT.to_string(), "--cpu", SERVER_CPU]);
+    let server = Process::start(&lab.logs(), pod.name(), command)?;
+    server.wait_for_line(Duration::from_secs(10), |line| line == "serving")?;
+    Ok(server)
+}
+
+/// The leg's Services; the ClusterIP of the one with the endpoint on the node.
+fn services(
+    plane: &ControlPlane,
+    leg: Leg,
+    index: u16,
+    endpoint: Ipv4Addr,
+    far: Ipv4Addr,
+) -> Result<Ipv4Addr> {
+    let ports = [
+        ("close", "TCP", PORT + 1, PORT + 1),
+        ("echo", "TCP", PORT, PORT),
+        ("datagrams", "UDP", PORT, PORT),
+        ("discard", "TCP", PORT + 2, PORT + 2),
+    ];
+    let (client, far_name) = (plane.client(), format!("far-{}", leg.name()));
+    plane.block_on(async {
+        load::create(client, &far_name, &ports[..1], Some(FAR_NODE_PORT + index), &[far]).await?;
+        load::create(client, leg.name(), &ports, Some(NODE_PORT + index), &[endpoint]).await
+    })
 }
 
 /// Where `kube-proxy` is: beside the control plane's programs, or in PATH as they are.

@@ -2,11 +2,15 @@
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
-use dataplane_tests::bench_net::{self, BenchNetArgs, Verdict};
+use dataplane_tests::bench::record::RECORDS;
+use dataplane_tests::bench::{self, BenchAllArgs, report};
+use dataplane_tests::bench_agent::{self, BenchAgentArgs};
+use dataplane_tests::bench_net::{self, BenchNetArgs};
 use dataplane_tests::bench_prog::{self, BenchProgArgs};
 use dataplane_tests::bench_sync::{self, BenchSyncArgs};
+use std::path::PathBuf;
 
-/// Measures Portolan on this machine. Needs root.
+/// Measures Portolan on this machine. Needs root. Every run leaves a record.
 #[derive(Parser)]
 #[command(name = "bench")]
 struct Cli {
@@ -16,28 +20,52 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Bench {
-    /// The path beside plain routing and beside kube-proxy (B1 to B5), from a real control plane.
-    Net(BenchNetArgs),
-    /// Packets of an established flow (B6) and of nobody (B7), and verified instructions (B8), for each program.
+    /// All of the following, one after the other.
+    All(BenchAllArgs),
+    /// Packets of an established flow (B6) and of nobody (B7), verified instructions (B8), map memory (B13), connect(2), XDP.
     Prog(BenchProgArgs),
-    /// Cold start (B9) and one endpoint's change (B10), in time and in `bpf()` calls.
+    /// Tables into maps: cold start (B9) and one endpoint's change (B10), in time and in `bpf()` calls.
     Sync(BenchSyncArgs),
+    /// The agent fed with recorded events: cold start (B9), 10,000 updates per second (B11).
+    Agent(BenchAgentArgs),
+    /// The path beside plain routing and beside kube-proxy (B1 to B5), and the proxies themselves (B10, B12), from a real
+    /// control plane.
+    Net(BenchNetArgs),
+    /// One line for each target, from the newest records.
+    Targets {
+        /// The folder of the records.
+        #[arg(long, default_value = RECORDS)]
+        records: PathBuf,
+    },
+    /// Write `docs/benchmarks.md` and its plots from the newest records.
+    Report {
+        /// The folder of the records.
+        #[arg(long, default_value = RECORDS)]
+        records: PathBuf,
+        /// The folder of the page.
+        #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs"))]
+        docs: PathBuf,
+    },
 }
 
 fn main() -> Result<()> {
-    let met = match Cli::parse().bench {
-        Bench::Net(args) => {
-            let record = bench_net::run(&args)?;
-            if !record.void.is_empty() {
-                bail!("the run is void: the two direct legs differ");
-            }
-            !record.targets.iter().any(|target| target.verdict == Verdict::Missed)
+    let good = match Cli::parse().bench {
+        Bench::All(args) => bench::run(&args)?,
+        Bench::Prog(args) => bench_prog::run(&args)?.is_good(),
+        Bench::Sync(args) => bench_sync::run(&args)?.is_good(),
+        Bench::Agent(args) => bench_agent::run(&args)?.is_good(),
+        Bench::Net(args) => bench_net::run(&args)?.is_good(),
+        Bench::Targets { records } => {
+            bench::targets(&records)?;
+            true
         }
-        Bench::Prog(args) => bench_prog::run(&args)?,
-        Bench::Sync(args) => bench_sync::run(&args)?.met,
+        Bench::Report { records, docs } => {
+            println!("{}", report::write(&records, &docs)?.display());
+            true
+        }
     };
-    if !met {
-        bail!("a target is missed");
+    if !good {
+        bail!("a run is void, or a target is missed");
     }
     Ok(())
 }

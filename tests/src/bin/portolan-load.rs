@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use dataplane_tests::load::{Load, Server, pin};
+use dataplane_tests::load::{Connect, Load, Server, pin};
 use std::net::Ipv4Addr;
 
 /// Measures a path with many flows.
@@ -26,6 +26,8 @@ enum Verb {
     },
     /// Be the client, and print what was measured as one line of JSON.
     Run(Load),
+    /// Call connect(2) again and again, and print how often as one line of JSON.
+    Connect(Connect),
 }
 
 fn main() -> Result<()> {
@@ -35,6 +37,10 @@ fn main() -> Result<()> {
             let mut server = Server::bind(Ipv4Addr::UNSPECIFIED.into(), Some(port))?;
             println!("serving");
             server.serve(|| false)
+        }
+        Verb::Connect(connect) => {
+            println!("{}", serde_json::to_string(&connect.run()?)?);
+            Ok(())
         }
         Verb::Run(load) => {
             println!("{}", serde_json::to_string(&load.run()?)?);

@@ -104,7 +104,8 @@ impl ControlPlane {
         self.runtime().block_on(future)
     }
 
-    fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
+    /// Lets a future run beside.
+    pub(crate) fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
         self.runtime().spawn(future);
     }
 

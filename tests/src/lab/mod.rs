@@ -28,7 +28,7 @@ mod place;
 mod process;
 pub mod server;
 pub mod tunnel;
-mod xdp;
+pub(crate) mod xdp;
 
 pub use agent::{Agent, AgentOptions, Source, portolan};
 pub use client::{Answer, Asked, Client, Failure, Stream, ask_datagram, at};
@@ -348,6 +348,19 @@ impl Lab {
         let place = make_place(&self.traces, name, Path::new(name))?;
         self.join_bridge(&place, host)?;
         Ok(place)
+    }
+
+    /// Prepares the uplink of one node for native XDP, as [`Options::xdp`] does for all of them.
+    pub fn prepare_for_xdp(&mut self, node: usize) -> Result<()> {
+        let node = &self.nodes[node];
+        let port = node.name().to_owned();
+        node.place().enter(|| network::set_tx_checksums("eth0", false))??;
+        let peers = self.net.enter(|| {
+            network::set_tx_checksums(&port, false)?;
+            xdp::pass_all(&[port])
+        });
+        self._peers.extend(peers??);
+        Ok(())
     }
 
     /// A pod with its server on a node (index from 0).

@@ -1,5 +1,5 @@
-//! The XDP program that passes all, for the peers of uplinks: without one, a veth discards in silence what its peer sends by
-//! `XDP_TX` or redirect.
+//! XDP programs of two instructions. One that passes all is for the peers of uplinks: without one, a veth discards in
+//! silence what its peer sends by `XDP_TX` or redirect.
 
 use anyhow::{Context, Result, ensure};
 use std::ffi::CString;
@@ -14,8 +14,10 @@ const TYPE_XDP: u32 = 6;
 const ATTACH_XDP: u32 = 37;
 /// `XDP_FLAGS_DRV_MODE`: native.
 const NATIVE: u32 = 4;
-/// `r0 = XDP_PASS; exit`.
-const PASS: [u64; 2] = [0x0000_0002_0000_00b7, 0x0000_0000_0000_0095];
+/// `XDP_DROP`, `XDP_PASS`, `XDP_TX`.
+pub(crate) const DROP: u64 = 1;
+const PASS: u64 = 2;
+pub(crate) const TX: u64 = 3;
 
 #[repr(C)]
 struct Load {
@@ -48,21 +50,32 @@ fn bpf<T>(command: i32, attributes: &T) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
 }
 
-/// Attaches the program to interfaces of the calling thread's namespace, for as long as the result lives.
-pub(crate) fn pass_all(interfaces: &[String]) -> Result<Vec<OwnedFd>> {
+/// A program that does nothing but to return this action.
+pub(crate) fn program(action: u64) -> Result<OwnedFd> {
+    // `r0 = action; exit`.
+    let instructions = [(action << 32) | 0xb7, 0x95_u64];
     let mut name = [0; 16];
-    name[..8].copy_from_slice(b"lab_pass");
+    name[..8].copy_from_slice(b"lab_xdp\0");
     let load = Load {
         kind: TYPE_XDP,
-        instruction_count: PASS.len() as u32,
-        instructions: PASS.as_ptr() as u64,
+        instruction_count: instructions.len() as u32,
+        instructions: instructions.as_ptr() as u64,
         licence: c"GPL".as_ptr() as u64,
         log: [0; 6],
         name,
         interface: 0,
         attach_type: ATTACH_XDP,
     };
-    let program = bpf(PROG_LOAD, &load).context("loading the XDP program that passes all")?;
+    bpf(PROG_LOAD, &load).context("loading an XDP program of two instructions")
+}
+
+/// Attaches a program that passes all to interfaces of the calling thread's namespace, for as long as the result lives.
+pub(crate) fn pass_all(interfaces: &[String]) -> Result<Vec<OwnedFd>> {
+    attach(&program(PASS)?, interfaces)
+}
+
+/// Attaches a program to interfaces of the calling thread's namespace, for as long as the result lives.
+pub(crate) fn attach(program: &OwnedFd, interfaces: &[String]) -> Result<Vec<OwnedFd>> {
     interfaces
         .iter()
         .map(|name| {

@@ -5,8 +5,10 @@
 
 mod bulk;
 mod client;
+mod connect;
 mod server;
 
+pub use connect::{Connect, ConnectOutcome};
 pub use server::{Ports, Server};
 
 use anyhow::{Context, Result, ensure};

@@ -10,7 +10,7 @@ use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables;
 use dataplane_user::compile::{self, Compiler, Context, NodeSettings};
 use dataplane_user::config::MapSize;
-use dataplane_user::kernel::bpf::{self, TestRun};
+use dataplane_user::kernel::bpf::{self, TestRun, TestRunResult};
 use dataplane_user::kernel::maps::KernelMaps;
 use dataplane_user::kernel::object::{Object, Options};
 use dataplane_user::model::store::Store;
@@ -19,6 +19,7 @@ use dataplane_user::sync::Mirror;
 use dataplane_user::watch::manifests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::RangeInclusive;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -47,7 +48,8 @@ pub enum Hook {
 }
 
 impl Hook {
-    fn program(self) -> &'static str {
+    /// The name of the program there.
+    pub fn program(self) -> &'static str {
         match self {
             Self::Xdp => "xdp_uplink",
             Self::UplinkIn => "tc_uplink_in",
@@ -137,7 +139,8 @@ fn set_up() -> Result<()> {
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("ip_forward")
 }
 
-fn index(interface: &str) -> Result<u32> {
+/// The index of an interface of the calling thread's namespace.
+pub(crate) fn index(interface: &str) -> Result<u32> {
     // /sys shows the namespace it was mounted in; `ip` shows ours.
     let output = Command::new("ip").args(["-o", "link", "show", interface]).output()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -159,6 +162,19 @@ impl World {
     /// # Errors
     /// As [`World::new`].
     pub fn with(yaml: &str, flags: u32, sizes: &[(&'static str, u32)]) -> Result<Self> {
+        Self::with_ports(yaml, flags, sizes, 61_000..=61_007)
+    }
+
+    /// The same with another range of translated source ports.
+    ///
+    /// # Errors
+    /// As [`World::new`].
+    pub fn with_ports(
+        yaml: &str,
+        flags: u32,
+        sizes: &[(&'static str, u32)],
+        snat_ports: RangeInclusive<u16>,
+    ) -> Result<Self> {
         // Small tables: all counters are read before and after each packet.
         let small = ["backends", "backend_traffic", "services", "service_traffic"].map(|map| (map, 256));
         let sizes = small.iter().chain(sizes).map(|&(map, entries)| MapSize { map, entries });
@@ -167,13 +183,16 @@ impl World {
         for hook in [Hook::Xdp, Hook::UplinkIn, Hook::UplinkOut, Hook::PodIn, Hook::PodOut] {
             object.load(hook.program())?;
         }
+        for empty in ["xdp_empty", "tc_empty"] {
+            object.load(empty)?;
+        }
         let fds = tables::ALL.iter().map(|(name, ..)| Ok((*name, object.map(name)?)));
         let maps = KernelMaps::from_fds(fds.collect::<Result<Vec<_>>>()?)?;
         let mirror = Mirror::open(&maps, Instant::now())?;
         let settings = NodeSettings {
             service_ranges: vec!["10.96.0.0/16".parse()?],
             node_port_addresses: compile::NodePortAddresses::All,
-            snat_ports: 61_000..=61_007,
+            snat_ports,
             flags,
             netns_cookie: 1,
         };
@@ -224,6 +243,35 @@ impl World {
     /// # Errors
     /// As [`World::send`].
     pub fn send_bytes(&self, hook: Hook, data: &[u8]) -> Result<Outcome> {
+        let before = self.counters()?;
+        let (verdict, result) = self.run(hook, hook.program(), data)?;
+        let moved = self.counters()?.into_iter().filter_map(|(name, count)| {
+            let difference = count - before.get(&name).copied().unwrap_or(0);
+            (difference != 0).then_some((name, difference))
+        });
+        Ok(Outcome { verdict, packet: result.data, moved: moved.collect() })
+    }
+
+    /// Runs the program at a hook once, and looks at no counter: what it decided, and how many nanoseconds it took.
+    ///
+    /// # Errors
+    /// As [`World::send`].
+    pub fn time(&self, hook: Hook, data: &[u8]) -> Result<(Verdict, u32)> {
+        let (verdict, result) = self.run(hook, hook.program(), data)?;
+        Ok((verdict, result.nanoseconds))
+    }
+
+    /// As [`World::time`], of the program that does nothing.
+    ///
+    /// # Errors
+    /// As [`World::send`].
+    pub fn time_of_nothing(&self, hook: Hook, data: &[u8]) -> Result<u32> {
+        let empty = if hook == Hook::Xdp { "xdp_empty" } else { "tc_empty" };
+        Ok(self.run(hook, empty, data)?.1.nanoseconds)
+    }
+
+    /// One run of a program with the context of a hook.
+    fn run(&self, hook: Hook, program: &str, data: &[u8]) -> Result<(Verdict, TestRunResult)> {
         /// Offset of `ifindex` in `struct __sk_buff`, and its size.
         const IFINDEX: usize = 40;
         const SK_BUFF: usize = 192;
@@ -235,13 +283,8 @@ impl World {
             };
             context[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
         }
-        let before = self.counters()?;
         let run = TestRun { data, context: &context, repeat: 1, ..TestRun::default() };
-        let result = bpf::prog_test_run(self.object.program(hook.program())?, &run)?;
-        let moved = self.counters()?.into_iter().filter_map(|(name, count)| {
-            let difference = count - before.get(&name).copied().unwrap_or(0);
-            (difference != 0).then_some((name, difference))
-        });
+        let result = bpf::prog_test_run(self.object.program(program)?, &run)?;
         let verdict = match (hook, result.retval as i32) {
             (Hook::Xdp, 2) => Verdict::Pass,
             (Hook::Xdp, 1) => Verdict::Drop,
@@ -252,7 +295,7 @@ impl World {
             (Hook::UplinkIn | Hook::UplinkOut | Hook::PodIn | Hook::PodOut, 7) => Verdict::Redirect,
             (hook, code) => bail!("{hook:?} returned {code}"),
         };
-        Ok(Outcome { verdict, packet: result.data, moved: moved.collect() })
+        Ok((verdict, result))
     }
 
     /// All counters, added up over CPUs and ids.

@@ -1,7 +1,7 @@
 //! What this machine has. Only looks: a few files, and the versions of programs that are there.
 
 use super::Purpose;
-use super::plan::{PACKAGES, Probe};
+use super::plan::{BENCH_PACKAGES, PACKAGES, Probe};
 use crate::command::{find_program, home, workspace};
 use std::collections::BTreeSet;
 use std::env;
@@ -56,7 +56,12 @@ impl Machine {
             root: is_root(),
             apt: find_program("apt-get").is_some(),
             rustup: find_program("rustup").is_some(),
-            packages: PACKAGES.iter().filter(|p| is_there(p.probe)).map(|p| p.name).collect(),
+            packages: PACKAGES
+                .iter()
+                .chain(BENCH_PACKAGES)
+                .filter(|p| is_there(p.probe))
+                .map(|p| p.name)
+                .collect(),
             components: missing_components(),
             bpf_compiler: nightly || debian_bpf_compiler(),
             llvm,

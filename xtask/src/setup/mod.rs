@@ -20,7 +20,9 @@ pub(crate) enum Purpose {
     Lab,
     /// The same with the real control plane, which is compiled from Go modules.
     Cluster,
-    /// The same and all checks.
+    /// The same with what benchmarks compare with: kube-proxy's iptables, and another load tool.
+    Bench,
+    /// What `Cluster` has, and all checks.
     Everything,
 }
 

@@ -70,6 +70,20 @@ pub(super) const PACKAGES: &[Package] = &[
     },
 ];
 
+/// What benchmarks need besides.
+pub(super) const BENCH_PACKAGES: &[Package] = &[
+    Package {
+        name: "iptables",
+        probe: Probe::Program("iptables"),
+        why: "what kube-proxy calls in its iptables mode, beside which is measured",
+    },
+    Package {
+        name: "wrk",
+        probe: Probe::Program("wrk"),
+        why: "another load tool, against which the project's own is held",
+    },
+];
+
 /// Something that is missing, and what it is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Missing {
@@ -125,7 +139,8 @@ pub(super) fn plan(machine: &Machine, purpose: Purpose) -> Vec<Step> {
 
 /// Debian packages that are missing, in the order of their names.
 fn packages(machine: &Machine, purpose: Purpose) -> Vec<Missing> {
-    let absent = PACKAGES.iter().filter(|package| !machine.packages.contains(package.name));
+    let of_benches = BENCH_PACKAGES.iter().filter(|_| purpose == Purpose::Bench);
+    let absent = PACKAGES.iter().chain(of_benches).filter(|p| !machine.packages.contains(p.name));
     let mut missing: Vec<_> = absent.map(|p| Missing { name: p.name.to_owned(), why: p.why }).collect();
     let mut add = |name: &str, why| missing.push(Missing { name: name.to_owned(), why });
     if !machine.bpf_compiler {
@@ -276,6 +291,12 @@ mod tests {
     #[test]
     fn nothing_is_done_where_nothing_is_missing() {
         assert_eq!(plan(&complete(), Purpose::Everything), []);
+    }
+
+    #[test]
+    fn benchmarks_need_their_rivals_and_nothing_else_does() {
+        assert_eq!(names(&plan(&complete(), Purpose::Bench)), ["iptables", "wrk"]);
+        assert_eq!(plan(&complete(), Purpose::Cluster), []);
     }
 
     #[test]

@@ -1,0 +1,70 @@
+//! What is the same at every run, and must not grow unnoticed: instructions that the verifier walks, `bpf()` calls of a
+//! change, bytes of the maps, allocations of an event. Needs root.
+
+mod allocations;
+mod record;
+
+use dataplane_tests::bench::record::kernel;
+use dataplane_tests::bench_prog::{MAP_MEMORY_LIMIT, VERIFIED_LIMIT, map_memory, verified_instructions};
+use dataplane_tests::bench_sync::{change, cluster, node, service};
+use dataplane_user::kernel::bpf;
+use dataplane_user::kernel::maps::KernelMaps;
+use dataplane_user::kernel::object::TOOLCHAIN;
+use dataplane_user::sync::Mirror;
+use record::{Numbers, hold, tell};
+use std::time::Instant;
+
+/// The kernel as far as numbers depend on it: its version without the patch, and the architecture.
+fn linux() -> String {
+    let release = kernel();
+    let version: Vec<_> = release.split('.').take(2).collect();
+    format!("Linux {} {}", version.join("."), std::env::consts::ARCH)
+}
+
+#[test]
+fn the_verifier_walks_no_more_instructions_than_recorded() {
+    let (verified, _) = verified_instructions().unwrap();
+    let numbers: Numbers = verified.into_iter().map(|(name, count)| (name, u64::from(count))).collect();
+    let on = format!("{}, {TOOLCHAIN}", linux());
+    hold("verified instructions", &on, &numbers, Some(u64::from(VERIFIED_LIMIT)));
+}
+
+#[test]
+fn the_maps_take_no_more_bytes_than_recorded() {
+    let memory: Numbers = map_memory().unwrap();
+    let all: u64 = memory.values().sum();
+    if all > MAP_MEMORY_LIMIT {
+        tell(&format!("MISSED: B13, all maps take {all} bytes, above the target of {MAP_MEMORY_LIMIT}"));
+    }
+    let on = format!("{}, {} CPUs", linux(), bpf::possible_cpus().unwrap());
+    hold("bytes of maps", &on, &memory, None);
+}
+
+#[test]
+fn changes_take_no_more_calls_than_recorded() {
+    /// B10.
+    const CALLS_LIMIT: u64 = 8;
+    let few = change(100, 2, 50).unwrap().calls;
+    let many = change(3_000, 2, 50).unwrap().calls;
+    assert_eq!(few, many, "the calls of a change grow with the number of Services");
+    let mut numbers = Numbers::from([("one endpoint of one Service changes".to_owned(), many)]);
+    let maps = KernelMaps::create(&[]).unwrap();
+    let now = Instant::now();
+    let mut mirror = Mirror::open(&maps, now).unwrap();
+    mirror.set_node(&maps, &node(), now).unwrap();
+    mirror.replace(&maps, &cluster(100, 2), now).unwrap();
+    let (name, tables) = service(1_000, [1, 2]);
+    let mut count = |what: &str, tables| {
+        let before = bpf::calls();
+        mirror.change(&maps, [(&name, tables)], now).unwrap();
+        numbers.insert(what.to_owned(), bpf::calls() - before);
+    };
+    count("a Service of two endpoints comes", Some(&tables));
+    count("nothing about a Service changes", Some(&tables));
+    count("a Service of two endpoints goes", None);
+    hold("bpf() calls", "any machine", &numbers, Some(CALLS_LIMIT * 2));
+    assert!(
+        many <= CALLS_LIMIT,
+        "one endpoint's change takes {many} calls, above the target of {CALLS_LIMIT}"
+    );
+}

@@ -1,0 +1,131 @@
+//! What the paths and the proxies come to.
+
+use super::{Page, bar, digits, row};
+use crate::bench::plot::{Line, bars, lines};
+use crate::bench::target::Ratio;
+use crate::bench_net::{Case, Leg, Measured, NetRecord, Series, Way};
+use crate::load::Mode;
+
+pub(super) fn write(page: &mut Page, record: &NetRecord) {
+    let measured = &record.measured;
+    page.heading("Paths");
+    page.paragraph(
+        "Operations per second (bulk: bytes), and their ratio to plain routing of the same round.",
+    );
+    let mut cases: Vec<Case> = measured.series.iter().map(|series| series.case).collect();
+    cases.dedup();
+    for (number, case) in cases.iter().enumerate() {
+        let of_case: Vec<&Series> = measured.series.iter().filter(|series| series.case == *case).collect();
+        page.paragraph(&format!("### {case}"));
+        write_case(page, &of_case, &format!("paths-{}", number + 1), &case.to_string());
+    }
+    growth(page, measured);
+    proxies(page, measured);
+}
+
+fn ratio_to_direct(of_case: &[&Series], series: &Series) -> Option<Ratio> {
+    let direct = of_case.iter().find(|series| series.leg == Leg::Direct)?;
+    Ratio::of(&series.rates(), &direct.rates())
+}
+
+fn write_case(page: &mut Page, of_case: &[&Series], plot: &str, title: &str) {
+    let mut rows = vec![row(["leg", "per second", "ratio to direct", "p99 in us", "failed"])];
+    let mut all = Vec::new();
+    for series in of_case {
+        let Some(rate) = Ratio::among(series.rates().into_iter().flatten()) else {
+            let failure = series.failure.as_deref().unwrap_or("nothing was measured");
+            let failure = failure.lines().next().unwrap_or_default();
+            rows.push(row([series.leg.name(), "did not run", failure, "", ""]));
+            continue;
+        };
+        let ratio = ratio_to_direct(of_case, series);
+        let p99 = series.p99().map_or_else(|| "-".into(), |p99| digits(p99.median));
+        let text = ratio.map_or_else(|| "-".into(), |ratio| ratio.to_string());
+        rows.push(row([series.leg.name(), &digits(rate.median), &text, &p99, &series.failed().to_string()]));
+        all.extend(ratio.map(|ratio| bar(series.leg.name(), ratio, series.leg.is_portolan())));
+    }
+    page.table(&rows);
+    let title = format!("{title}: ratio to plain routing");
+    page.plot(plot, &title, bars(&title, &all, Some(1.0)));
+}
+
+fn growth(page: &mut Page, measured: &Measured) {
+    let mut all = Vec::new();
+    for leg in Leg::ALL {
+        let points: Vec<_> = measured
+            .series
+            .iter()
+            .filter(|series| {
+                let Case { way, mode, .. } = series.case;
+                series.leg == leg && way == Way::ClusterIp && mode == Mode::ConnectRequestClose
+            })
+            .filter_map(|series| {
+                let of_case: Vec<_> =
+                    measured.series.iter().filter(|other| other.case == series.case).collect();
+                Some((series.case.services as f64, ratio_to_direct(&of_case, series)?))
+            })
+            .collect();
+        if points.len() > 1 {
+            all.push(Line { label: leg.name().into(), points, ours: leg.is_portolan() });
+        }
+    }
+    let title =
+        "TCP connect-request-close to a ClusterIP over the number of Services: ratio to plain routing";
+    page.paragraph("### By the number of Services");
+    page.plot("growth", title, lines(title, &all));
+}
+
+fn proxies(page: &mut Page, measured: &Measured) {
+    page.heading("Proxies");
+    page.paragraph(
+        "From one real API server: the time until a proxy serves a number of Services after the last of them is in the API \
+         server, its resident memory then, and the time of one endpoint's change from the request to the API server until a \
+         client in a pod sees it.",
+    );
+    let mut rows =
+        vec![row(["Services", "proxy", "serves them after", "resident", "a change: median", "p99", ""])];
+    for load in &measured.loads {
+        let cost =
+            measured.proxies.iter().find(|cost| cost.leg == load.leg && cost.services == load.services);
+        let failure = load.failure.as_ref().or_else(|| cost.and_then(|cost| cost.failure.as_ref()));
+        let change = |of: fn(&crate::bench_sync::Durations) -> f64| {
+            let change = cost.and_then(|cost| cost.change_ms.as_ref());
+            change.map_or_else(|| "-".into(), |change| format!("{} ms", digits(of(change))))
+        };
+        let memory = cost.and_then(|cost| cost.resident_kib);
+        let memory = memory.map_or_else(|| "-".into(), |kib| format!("{:.1} MiB", kib as f64 / 1024.0));
+        rows.push(row([
+            &load.services.to_string(),
+            load.leg.name(),
+            &format!("{:.1} s", load.seconds),
+            &memory,
+            &change(|change| change.median),
+            &change(|change| change.p99),
+            failure.map_or("", |failure| failure.lines().next().unwrap_or_default()),
+        ]));
+    }
+    page.table(&rows);
+    let memory: Vec<_> = measured
+        .proxies
+        .iter()
+        .filter_map(|cost| {
+            let label = format!("{}, {} Services", cost.leg.name(), cost.services);
+            Some(bar(label, Ratio::exactly(cost.resident_kib? as f64 / 1024.0), cost.leg.is_portolan()))
+        })
+        .collect();
+    let title = "Resident memory of the proxies in MiB";
+    page.plot("memory", title, bars(title, &memory, None));
+    for (cost, agent) in measured.proxies.iter().filter_map(|cost| Some((cost, cost.agent.as_ref()?))) {
+        let ms = &agent.event_to_kernel_ms;
+        page.paragraph(&format!(
+            "Portolan's agent at {} Services, {} changes of one endpoint: from the event to the table in the kernel {} ms \
+             (p99 {}, longest {}), {} `bpf()` calls each.",
+            cost.services,
+            agent.changes,
+            digits(ms.median),
+            digits(ms.p99),
+            digits(ms.max),
+            digits(agent.calls)
+        ));
+    }
+}

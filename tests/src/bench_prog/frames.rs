@@ -1,0 +1,123 @@
+//! XDP on veth with frames that really leave, beside a program that only sends each back.
+//!
+//! The kernel uses its frames again and does not restore what a program wrote. So the flow's translation writes what is
+//! there already, and a run is short enough that no frame's time to live ends.
+
+use super::Effort;
+use crate::bench::target::Ratio;
+use crate::lab::xdp;
+use crate::packet::build::{tcp, tcp_packet};
+use crate::packet::{CLIENT, Hook, in_namespace, index};
+use anyhow::{Context as _, Result};
+use dataplane_common::backend::{Backend, BackendStatus};
+use dataplane_common::filter::FilterBit;
+use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::tables::{self, Backends, Established, Filter};
+use dataplane_common::{Addr, Port};
+use dataplane_user::kernel::bpf::{self, TEST_XDP_LIVE_FRAMES, TestRun};
+use dataplane_user::kernel::maps::KernelMaps;
+use dataplane_user::kernel::object::{Object, Options};
+use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+/// An endpoint on another node, and its port.
+const ENDPOINT: (&str, u16) = ("10.244.2.9", 8080);
+/// Frames that are under way at once.
+const BATCH: u32 = 64;
+/// How often a frame is used in one run: its time to live begins at 255.
+const USES: u32 = 100;
+/// How long each leg sends in each round.
+const SECONDS: f64 = 0.3;
+
+/// Frames of one program.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LiveFrames {
+    /// The program.
+    pub what: String,
+    /// Frames per second.
+    pub per_second: Ratio,
+    /// The same over the program that only sends back, round by round.
+    pub ratio: Option<Ratio>,
+}
+
+/// Measures both programs in turn.
+pub(super) fn measure(effort: Effort) -> Result<Vec<LiveFrames>> {
+    let (sender, receiver) = mpsc::channel();
+    in_namespace(move || {
+        let _ = sender.send(in_turn(effort));
+    });
+    receiver.recv().context("the programs' namespace is gone")?
+}
+
+fn in_turn(effort: Effort) -> Result<Vec<LiveFrames>> {
+    let mut object = Object::open(&Options::default())?;
+    let program = Hook::Xdp.program();
+    object.load(program)?;
+    let fds = tables::ALL.iter().map(|(name, ..)| Ok((*name, object.map(name)?)));
+    fill(&KernelMaps::from_fds(fds.collect::<Result<Vec<_>>>()?)?)?;
+    let bare = xdp::program(xdp::TX)?;
+    // Frames end at the peer, as early as they can.
+    let _peer = xdp::attach(&xdp::program(xdp::DROP)?, &["up1".to_owned()])?;
+    let uplink = index("up0")?;
+    let legs = [
+        ("a program that only sends back", bare.as_fd()),
+        ("xdp_uplink, known flow to a node port, endpoint elsewhere", object.program(program)?),
+    ];
+    let mut rates: [Vec<Option<f64>>; 2] = Default::default();
+    for _ in 0..effort.samples {
+        for ((_, program), rates) in legs.iter().zip(&mut rates) {
+            rates.push(Some(rate(*program, uplink)?));
+        }
+    }
+    let [base, _] = rates.clone();
+    legs.iter()
+        .zip(&rates)
+        .map(|((what, _), rates)| {
+            let per_second = Ratio::among(rates.iter().flatten().copied()).context("nothing was measured")?;
+            Ok(LiveFrames { what: (*what).into(), per_second, ratio: Ratio::of(rates, &base) })
+        })
+        .collect()
+}
+
+/// Frames per second through one program.
+fn rate(program: BorrowedFd<'_>, uplink: u32) -> Result<f64> {
+    let data = tcp_packet((CLIENT, 40_000), ENDPOINT, tcp::ACK).ttl(255).bytes();
+    // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+    let context: Vec<u8> =
+        [0, data.len() as u32, 0, uplink, 0, 0].iter().flat_map(|word: &u32| word.to_ne_bytes()).collect();
+    let run = TestRun {
+        data: &data,
+        context: &context,
+        repeat: BATCH * USES,
+        flags: TEST_XDP_LIVE_FRAMES,
+        batch_size: BATCH,
+    };
+    let (begun, mut frames) = (Instant::now(), 0_u64);
+    while begun.elapsed() < Duration::from_secs_f64(SECONDS) {
+        bpf::prog_test_run(program, &run).context("live frames")?;
+        frames += u64::from(run.repeat);
+    }
+    Ok(frames as f64 / begun.elapsed().as_secs_f64())
+}
+
+/// A flow whose source is translated, to an endpoint elsewhere, and whose translation writes what is there already.
+fn fill(maps: &KernelMaps) -> Result<()> {
+    let addr = |text: &str| -> Result<Addr> { Ok(Addr::from(text.parse::<IpAddr>()?)) };
+    let (client, endpoint) = (addr(CLIENT)?, addr(ENDPOINT.0)?);
+    let bit = FilterBit::service_address(&endpoint);
+    maps.map::<Filter>()?.insert(&bit.word(), &bit.mask(), bpf::ANY)?;
+    let status = BackendStatus::new(1, BackendStatus::SERVING);
+    let port = Port::new(ENDPOINT.1);
+    maps.map::<Backends>()?.insert(&1, &Backend::new(status, endpoint, port, 1), bpf::ANY)?;
+    let key = FlowKey::new(client, Port::new(40_000), endpoint, port, 6);
+    let half = |key: &FlowKey, flags| {
+        let mut flow = Flow::with_flags(flags | Flow::SOURCE_TRANSLATED);
+        (flow.src, flow.src_port, flow.dst, flow.dst_port) = (key.src, key.src_port, key.dst, key.dst_port);
+        (flow.service, flow.backend, flow.generation, flow.check) = (1, 1, 1, key.check());
+        (*key, flow)
+    };
+    Ok(maps.map::<Established>()?.insert_batch(&[half(&key, 0), half(&key.reversed(), Flow::REPLY)])?)
+}

@@ -1,0 +1,189 @@
+//! Measures the programs themselves: one packet at a time beside a program that does nothing (B6, B7), what the verifier
+//! walks (B8), what the maps take (B13), `connect(2)` with and without the socket hooks, and XDP with live frames.
+
+mod cases;
+mod frames;
+mod sockets;
+mod tables;
+
+pub use cases::CaseCost;
+pub use frames::LiveFrames;
+pub use sockets::Connects;
+pub use tables::{ProgramCost, map_memory, verified_instructions};
+
+use crate::bench::record::{Machine, RECORDS, Record};
+use crate::bench::target::{Judgement, Limit, Ratio};
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// The kind of its records.
+pub const KIND: &str = "prog";
+
+/// B6: times the empty program.
+const ESTABLISHED_LIMIT: f64 = 6.0;
+/// B7: times the empty program.
+const NOT_OURS_LIMIT: f64 = 2.5;
+/// B8: instructions the verifier walks.
+pub const VERIFIED_LIMIT: u32 = 84_647;
+/// B13: bytes of all maps at their default sizes.
+pub const MAP_MEMORY_LIMIT: u64 = 64 << 20;
+
+/// What the method asks for.
+const REPEATS: u32 = 1_000_000;
+const SAMPLES: usize = 15;
+
+/// How much is measured.
+#[derive(Clone, Debug, clap::Args)]
+pub struct BenchProgArgs {
+    /// A third of the samples, and shorter ones.
+    #[arg(long)]
+    pub quick: bool,
+    /// Runs of a program whose mean is one sample (1,000,000; quick: 300,000).
+    #[arg(long)]
+    pub repeats: Option<u32>,
+    /// Samples; the median counts (15; quick: 7).
+    #[arg(long)]
+    pub samples: Option<usize>,
+    /// The folder that the record is written to.
+    #[arg(long, default_value = RECORDS)]
+    pub records: PathBuf,
+}
+
+/// Numbers of repeats and samples as they will be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Effort {
+    /// Runs of a program whose mean is one sample.
+    pub repeats: u32,
+    /// Samples.
+    pub samples: usize,
+}
+
+impl BenchProgArgs {
+    fn effort(&self) -> Effort {
+        let (repeats, samples) = if self.quick { (300_000, 7) } else { (REPEATS, SAMPLES) };
+        let samples = self.samples.unwrap_or(samples).max(1);
+        Effort { repeats: self.repeats.unwrap_or(repeats).max(1), samples }
+    }
+}
+
+/// All that was measured.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Measured {
+    /// How much.
+    pub effort: Effort,
+    /// Each packet program on the packets of B6 and B7.
+    pub programs: Vec<ProgramCost>,
+    /// Each packet program on other packets, one run at a time.
+    pub cases: Vec<CaseCost>,
+    /// Instructions that the verifier walks, of every program.
+    pub verified: BTreeMap<String, u32>,
+    /// Bytes of machine code, of every program.
+    pub jited: BTreeMap<String, u32>,
+    /// Bytes that each map takes at its default size.
+    pub map_memory: BTreeMap<String, u64>,
+    /// Calls of `connect(2)`.
+    pub connects: Vec<Connects>,
+    /// XDP with frames that leave.
+    pub live_frames: Vec<LiveFrames>,
+}
+
+/// Measures, prints, and writes the record.
+///
+/// # Errors
+/// If a program does not load, or does something else than what is to be measured.
+pub fn run(args: &BenchProgArgs) -> Result<Record<Measured>> {
+    let effort = args.effort();
+    let quick = effort.repeats < REPEATS || effort.samples < SAMPLES;
+    let (verified, jited) = verified_instructions()?;
+    let measured = Measured {
+        effort,
+        programs: tables::measure(effort)?,
+        cases: cases::measure(effort)?,
+        verified,
+        jited,
+        map_memory: map_memory()?,
+        live_frames: frames::measure(effort)?,
+        connects: sockets::measure(effort)?,
+    };
+    let mut record = Record::new(KIND, Machine::here([]), quick, measured);
+    record.complete = true;
+    record.targets = judge(&record.measured);
+    record.notes = vec![
+        "Packets of a known flow and of nobody: the same packet at every repeat, among 60,000 other flows.".into(),
+        "The other cases: one run at a time on a new packet, so with a cold processor, as the empty program beside them.".into(),
+    ];
+    print(&record.measured);
+    record.print();
+    println!("record: {}", record.write(&args.records)?.display());
+    Ok(record)
+}
+
+fn judge(measured: &Measured) -> Vec<Judgement> {
+    let mut all = Vec::new();
+    for program in &measured.programs {
+        let known = format!("{}, packet of an established flow", program.program);
+        all.push(Judgement::new(
+            "B6",
+            known,
+            program.established_ratio,
+            Limit::at_most(ESTABLISHED_LIMIT, "x empty"),
+        ));
+        let stranger = format!("{}, packet that is not ours", program.program);
+        all.push(Judgement::new(
+            "B7",
+            stranger,
+            program.not_ours_ratio,
+            Limit::at_most(NOT_OURS_LIMIT, "x empty"),
+        ));
+    }
+    for (program, count) in &measured.verified {
+        let limit = Limit::at_most(f64::from(VERIFIED_LIMIT), "verified instructions");
+        all.push(Judgement::new("B8", program, Some(Ratio::exactly(f64::from(*count))), limit));
+    }
+    let mebibytes = measured.map_memory.values().sum::<u64>() as f64 / f64::from(1 << 20);
+    let limit = Limit::at_most((MAP_MEMORY_LIMIT >> 20) as f64, "MiB");
+    all.push(Judgement::new(
+        "B13",
+        "all maps at their default sizes",
+        Some(Ratio::exactly(mebibytes)),
+        limit,
+    ));
+    all
+}
+
+fn print(measured: &Measured) {
+    let Effort { repeats, samples } = measured.effort;
+    println!("nanoseconds per packet, median of {samples} x {repeats} runs");
+    println!("program        empty   established          not ours");
+    for cost in &measured.programs {
+        let ratio =
+            |ratio: Option<Ratio>| ratio.map_or_else(String::new, |ratio| format!("{:.2} x", ratio.median));
+        println!(
+            "{:<14} {:>5.0}   {:>5.0} {:>8}      {:>5.0} {:>8}",
+            cost.program,
+            cost.empty,
+            cost.established,
+            ratio(cost.established_ratio),
+            cost.not_ours,
+            ratio(cost.not_ours_ratio)
+        );
+    }
+    println!("\nother cases, one run at a time: nanoseconds, and those of the empty program");
+    for case in &measured.cases {
+        println!("{:<14} {:<44} {:>5.0} {:>5.0}", case.program, case.case, case.nanoseconds, case.empty);
+    }
+    println!("\nverified instructions and bytes of machine code");
+    for (program, count) in &measured.verified {
+        println!("{program:<14} {count:>7} {:>7}", measured.jited.get(program).copied().unwrap_or_default());
+    }
+    println!("\nconnect(2) per second");
+    for connects in &measured.connects {
+        println!("{:<56} {:>9.0}/s  {}", connects.what, connects.per_second.median, connects.ratio_text());
+    }
+    println!("\nXDP on veth, live frames per second");
+    for frames in &measured.live_frames {
+        println!("{:<56} {:>9.0}/s", frames.what, frames.per_second.median);
+    }
+}
