@@ -65,8 +65,9 @@ reasons! {
     BadSource = 6, "bad-source", Dropped;
     /// A fragment of a packet to a Service: fragments are not followed.
     Fragment = 7, "fragment", Dropped;
-    /// A packet to a Service had IP options, which are not translated.
-    IpOptions = 8, "ip-options", Dropped;
+    /// A packet to a Service had more IPv6 extension headers than are followed (four, 128 bytes), or a source route that has not
+    /// ended (P21).
+    Extensions = 8, "extension-headers", Dropped;
     /// A packet to a Service was cut short or had a length that lies.
     Malformed = 9, "malformed", Dropped;
     /// All translated source ports that were tried are taken (P12): widen `--snat-ports`.

@@ -84,11 +84,12 @@ pub fn route<F: Frame>(
             way.resolved = code == BPF_FIB_LKUP_RET_SUCCESS;
             (way.destination_mac, way.source_mac) = (fib.dmac, fib.smac);
             // SAFETY: all members of the unions are plain numbers, written above or by the kernel.
-            way.neighbour = address(dst, unsafe { fib.__bindgen_anon_4.ipv6_dst });
+            // An IPv4 route may have an IPv6 next hop (RFC 8950): the lookup says of which family it is.
+            way.neighbour = address(fib.family == AF_INET, unsafe { fib.__bindgen_anon_4.ipv6_dst });
             way.source = match node {
                 Some(node) if !node.has(Node::FIB_SOURCE) => *primary(node, dst),
                 // SAFETY: as above.
-                _ => address(dst, unsafe { fib.__bindgen_anon_3.ipv6_src }),
+                _ => address(dst.is_v4(), unsafe { fib.__bindgen_anon_3.ipv6_src }),
             };
             Route::Via
         }
@@ -116,11 +117,8 @@ fn wire_length<F: Frame>(frame: &F, packet: &Packet) -> u16 {
     // are what counts here, and the device segments exactly.
     const TCP_WITH_TIMESTAMPS: u32 = 32;
     let segment = frame.segment_size();
-    let length = if segment == 0 {
-        packet.length
-    } else {
-        segment + (packet.l4() - packet.l3()) + TCP_WITH_TIMESTAMPS
-    };
+    let length =
+        if segment == 0 { packet.length } else { segment + packet.network_header() + TCP_WITH_TIMESTAMPS };
     if length > u16::MAX as u32 { u16::MAX } else { length as u16 }
 }
 
@@ -134,8 +132,8 @@ fn words(addr: &Addr) -> [u32; 4] {
 }
 
 #[inline(always)]
-fn address(family: &Addr, words: [u32; 4]) -> Addr {
-    if family.is_v4() {
+fn address(v4: bool, words: [u32; 4]) -> Addr {
+    if v4 {
         return Addr::from_v4(words[0].to_ne_bytes());
     }
     Addr::from_bytes(bytemuck::cast(words))

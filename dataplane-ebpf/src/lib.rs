@@ -22,6 +22,7 @@ pub mod nat;
 pub mod parse;
 pub mod path;
 pub mod reject;
+pub mod repeat;
 pub mod scratch;
 pub mod select;
 pub mod service;

@@ -39,27 +39,31 @@ pub const fn plan(packet: &Packet, flow: &Flow, routed: bool) -> Rewrite {
 /// [`Refused`]: the packet may be half changed and must be dropped.
 #[inline(always)]
 pub fn apply<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Result<(), Refused> {
-    let addresses = Sum::default()
-        .minus(&packet.src.v4_octets())
-        .minus(&packet.dst.v4_octets())
-        .plus(&rewrite.src.v4_octets())
-        .plus(&rewrite.dst.v4_octets());
+    let addresses =
+        if packet.is_v4() { ipv4(frame, packet, rewrite)? } else { ipv6(frame, packet, rewrite)? };
     let ports = Sum::default()
         .minus(&packet.src_port.bytes())
         .minus(&packet.dst_port.bytes())
         .plus(&rewrite.src_port.bytes())
         .plus(&rewrite.dst_port.bytes());
-    ipv4(frame, packet, rewrite, addresses)?;
     let same_ports = (packet.src_port, packet.dst_port) == (rewrite.src_port, rewrite.dst_port);
     let ports = if same_ports { Sum::default() } else { ports };
+    // A checksum of zero is none. Over IPv6 that is for tunnels only (RFC 6935), and not ours to judge.
     let optional = packet.proto == Protocol::Udp as u8;
     frame.update_checksum(packet.checksum_offset(), addresses, ports, optional)
 }
 
-/// Writes time to live, header checksum, both addresses and both ports: 16 bytes in a row, in one go.
+/// Writes time to live, header checksum, both addresses and both ports, which without options are 16 bytes in a row. By
+/// how much the sum of the addresses changed.
 #[inline(always)]
-fn ipv4<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite, addresses: Sum) -> Result<(), Refused> {
+fn ipv4<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Result<Sum, Refused> {
     const TTL: u32 = 8;
+    const PORTS: u32 = 20;
+    let addresses = Sum::default()
+        .minus(&packet.src.v4_octets())
+        .minus(&packet.dst.v4_octets())
+        .plus(&rewrite.src.v4_octets())
+        .plus(&rewrite.dst.v4_octets());
     let [proto, c0, c1] = frame.read::<3>(packet.l3() + TTL + 1).ok_or(Refused)?;
     let delta = addresses.minus(&[packet.ttl, proto]).plus(&[rewrite.ttl, proto]);
     let [c0, c1] = update([c0, c1], delta);
@@ -70,13 +74,40 @@ fn ipv4<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite, addresses: 
         u64::from_ne_bytes([rewrite.ttl, proto, c0, c1, s0, s1, s2, s3]),
         u64::from_ne_bytes([d0, d1, d2, d3, p0, p1, q0, q1]),
     ]);
-    frame.write(packet.l3() + TTL, &bytes)
+    if packet.network_header() == PORTS {
+        frame.write(packet.l3() + TTL, &bytes)?;
+    } else {
+        let [header @ .., _, _, _, _] = bytes;
+        frame.write::<12>(packet.l3() + TTL, &header)?;
+        frame.write(packet.l4(), &[p0, p1, q0, q1])?;
+    }
+    Ok(addresses)
+}
+
+/// Writes hop limit, both addresses and both ports. By how much the sum of the addresses changed.
+#[inline(always)]
+fn ipv6<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Result<Sum, Refused> {
+    const NEXT_HEADER: u32 = 6;
+    const ADDRESSES: u32 = 8;
+    if rewrite.ttl != packet.ttl {
+        let [next, _] = frame.read(packet.l3() + NEXT_HEADER).ok_or(Refused)?;
+        frame.write_counted(packet.l3() + NEXT_HEADER, &[next, rewrite.ttl])?;
+    }
+    let ([s0, s1], [d0, d1]) = (rewrite.src.words(), rewrite.dst.words());
+    frame.write_counted::<32>(packet.l3() + ADDRESSES, &bytemuck::must_cast([s0, s1, d0, d1]))?;
+    let ([p0, p1], [q0, q1]) = (rewrite.src_port.bytes(), rewrite.dst_port.bytes());
+    frame.write(packet.l4(), &[p0, p1, q0, q1])?;
+    Ok(Sum::default()
+        .minus_address(&packet.src)
+        .minus_address(&packet.dst)
+        .plus_address(&rewrite.src)
+        .plus_address(&rewrite.dst))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frame::sample;
+    use crate::frame::sample::{self, BOTH, Family};
     use crate::frame::slice::SliceFrame;
     use crate::parse::{parse, tcp};
 
@@ -98,56 +129,101 @@ mod tests {
         packet
     }
 
-    const REWRITE: Rewrite = Rewrite {
-        src: Addr::from_v4([10, 0, 0, 1]),
-        dst: Addr::from_v4([10, 244, 3, 9]),
-        src_port: Port::new(61_001),
-        dst_port: Port::new(8_080),
-        ttl: 63,
-    };
+    /// What the packets of a family become.
+    fn rewrite(family: Family) -> Rewrite {
+        Rewrite {
+            src: family.addr([10, 0, 0, 1]),
+            dst: family.addr([10, 244, 3, 9]),
+            src_port: Port::new(61_001),
+            dst_port: Port::new(8_080),
+            ttl: 63,
+        }
+    }
 
     #[test]
     fn both_checksums_are_right_after_a_translation() {
-        for frame in [sample::tcp(tcp::ACK, b"some data"), sample::udp(b"odd", true), sample::udp(b"", true)]
-        {
-            assert!(sample::sums_right(&frame));
-            let frame = translated(frame, &REWRITE);
-            assert!(sample::sums_right(&frame), "{frame:02x?}");
+        for family in BOTH {
+            for frame in [family.tcp(tcp::ACK, b"some data"), family.udp(b"odd", true), family.udp(b"", true)]
+            {
+                assert!(sample::sums_right(&frame));
+                let frame = translated(frame, &rewrite(family));
+                assert!(sample::sums_right(&frame), "{frame:02x?}");
+            }
         }
     }
 
     #[test]
     fn a_udp_checksum_of_zero_stays_zero() {
-        let frame = translated(sample::udp(b"data", false), &REWRITE);
-        assert_eq!(frame.bytes[40..42], [0, 0]);
+        // RFC 768, RFC 6935.
+        for family in BOTH {
+            let frame = translated(family.udp(b"data", false), &rewrite(family));
+            assert_eq!(frame.bytes[family.l4() + 6..][..2], [0, 0]);
+        }
+    }
+
+    #[test]
+    fn a_udp_checksum_never_becomes_zero() {
+        // RFC 768, RFC 8200 section 8.1: a sum of zero is sent as all ones.
+        for family in BOTH {
+            let becomes_zero = (0..=u16::MAX).find(|number| {
+                let frame = translated(family.udp(&number.to_be_bytes(), true), &rewrite(family));
+                frame.bytes[family.l4() + 6..][..2] == [0xff; 2]
+            });
+            let data = becomes_zero.expect("one of all sums").to_be_bytes();
+            assert!(sample::sums_right(&translated(family.udp(&data, true), &rewrite(family))));
+        }
     }
 
     #[test]
     fn a_checksum_left_to_the_device_covers_the_new_addresses_only() {
-        let mut frame = sample::tcp(tcp::ACK, b"data");
-        let packet = parsed(&mut frame);
-        let begun = |src: &Addr, dst: &Addr| {
-            Sum::default()
-                .plus(&src.v4_octets())
-                .plus(&dst.v4_octets())
-                .plus(&[0, 6, 0, 24])
-                .fold()
-                .to_ne_bytes()
-        };
-        frame.bytes[50..52].copy_from_slice(&begun(&packet.src, &packet.dst));
-        frame.partial = true;
-        let frame = translated(frame, &REWRITE);
-        assert_eq!(frame.bytes[50..52], begun(&REWRITE.src, &REWRITE.dst));
+        for family in BOTH {
+            let mut frame = family.tcp(tcp::ACK, b"data");
+            let packet = parsed(&mut frame);
+            let begun = |src: &Addr, dst: &Addr| {
+                Sum::default().plus_address(src).plus_address(dst).plus(&[0, 6, 0, 24]).fold().to_ne_bytes()
+            };
+            let field = family.l4() + 16..family.l4() + 18;
+            frame.bytes[field.clone()].copy_from_slice(&begun(&packet.src, &packet.dst));
+            frame.partial = true;
+            let rewrite = rewrite(family);
+            let frame = translated(frame, &rewrite);
+            assert_eq!(frame.bytes[field], begun(&rewrite.src, &rewrite.dst));
+        }
     }
 
     #[test]
     fn nothing_else_in_the_packet_changes() {
-        let before = sample::tcp(tcp::ACK, b"untouched");
-        let after = translated(before.clone(), &REWRITE);
-        // TTL, header checksum, addresses, ports, TCP checksum.
-        let ours = |at: usize| at == 22 || (24..38).contains(&at) || (50..52).contains(&at);
-        for at in (0..before.bytes.len()).filter(|at| !ours(*at)) {
-            assert_eq!(before.bytes[at], after.bytes[at], "byte {at}");
+        for family in BOTH {
+            let before = family.tcp(tcp::ACK, b"untouched");
+            let after = translated(before.clone(), &rewrite(family));
+            let checksum = family.l4() + 16..family.l4() + 18;
+            // Time to live, header checksum, addresses, ports, TCP checksum.
+            let ours = |at: usize| match family {
+                Family::V4 => at == 22 || (24..38).contains(&at) || checksum.contains(&at),
+                Family::V6 => at == 21 || (22..58).contains(&at) || checksum.contains(&at),
+            };
+            for at in (0..before.bytes.len()).filter(|at| !ours(*at)) {
+                assert_eq!(before.bytes[at], after.bytes[at], "byte {at}");
+            }
         }
+    }
+
+    #[test]
+    fn options_stay_where_they_are() {
+        // P21.
+        let mut frame = sample::tcp(tcp::ACK, b"data");
+        let options = [1, 1, 1, 0];
+        frame.bytes[14] = 0x46;
+        frame.bytes[17] += 4;
+        frame.bytes.splice(34..34, options);
+        frame.bytes[24..26].fill(0);
+        let checksum = Sum::default().plus(&frame.bytes[14..38]).checksum();
+        frame.bytes[24..26].copy_from_slice(&checksum);
+        let after = translated(frame, &rewrite(Family::V4));
+        assert_eq!(after.bytes[34..38], options);
+        assert_eq!(Sum::default().plus(&after.bytes[14..38]).fold(), 0xffff);
+        // The pseudo header: addresses, protocol, length.
+        let sum = Sum::default().plus(&after.bytes[26..34]).plus(&[0, 6, 0, 24]).plus(&after.bytes[38..]);
+        assert_eq!(sum.fold(), 0xffff);
     }
 }

@@ -3,12 +3,32 @@
 //! Parsing never decides: what is wrong with a packet is said in it, and counts only if the packet is ours.
 
 use crate::frame::{ETHERNET, Frame};
+use crate::repeat::{Step, Steps, repeat};
 use dataplane_common::{Addr, Port, Protocol};
 
 const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
-const IPV4_HEADER: u32 = 20;
+const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
+const IPV4_HEADER: u8 = 20;
+const IPV6_HEADER: u8 = 40;
 const TCP_HEADER: u32 = 20;
 const UDP_HEADER: u32 = 8;
+
+/// How many IPv6 extension headers are followed (P21).
+const EXTENSION_HEADERS: u32 = 4;
+/// How many bytes of them.
+const EXTENSION_BYTES: u32 = 128;
+
+/// IPv6 extension headers (RFC 8200 section 4).
+mod extension {
+    /// Hop-by-hop options.
+    pub(super) const HOP_BY_HOP: u8 = 0;
+    /// Routing.
+    pub(super) const ROUTING: u8 = 43;
+    /// Fragment.
+    pub(super) const FRAGMENT: u8 = 44;
+    /// Destination options.
+    pub(super) const DESTINATION: u8 = 60;
+}
 
 /// TCP flag bits (RFC 9293 section 3.1).
 pub mod tcp {
@@ -30,8 +50,8 @@ pub enum Obstacle {
     None,
     /// It is a fragment.
     Fragment,
-    /// It has IP options.
-    Options,
+    /// It has more IPv6 extension headers than are followed, or has not been to all addresses of its source route.
+    Extensions,
     /// It ends too early, or a length lies.
     Malformed,
     /// A protocol without ports that are known here.
@@ -53,7 +73,7 @@ pub struct Packet {
     pub proto: u8,
     /// TCP flags; 0 otherwise.
     pub flags: u8,
-    /// Time to live.
+    /// Time to live, or hop limit.
     pub ttl: u8,
     /// What stands in the way of translating it.
     pub obstacle: Obstacle,
@@ -63,6 +83,10 @@ pub struct Packet {
     pub ack: u32,
     /// Bytes from the network header to the packet's end, link padding not counted.
     pub length: u32,
+    /// Offset of the network header. One byte, so that the verifier knows its bounds whenever it is read.
+    l3: u8,
+    /// Offset of the transport header, where there is one.
+    l4: u8,
 }
 
 impl Packet {
@@ -80,6 +104,8 @@ impl Packet {
         seq: 0,
         ack: 0,
         length: 0,
+        l3: 0,
+        l4: 0,
     };
 
     /// Whether the TCP flags in `mask` are exactly `wanted`.
@@ -88,16 +114,28 @@ impl Packet {
         self.proto == Protocol::Tcp as u8 && self.flags & mask == wanted
     }
 
-    /// Offset of the network header. A constant, which the verifier can follow.
+    /// Whether it is an IPv4 packet.
     #[inline(always)]
-    pub const fn l3(&self) -> u32 {
-        ETHERNET
+    pub fn is_v4(&self) -> bool {
+        self.dst.is_v4()
     }
 
-    /// Offset of the transport header, where no obstacle is in the way.
+    /// Offset of the network header.
+    #[inline(always)]
+    pub const fn l3(&self) -> u32 {
+        self.l3 as u32
+    }
+
+    /// Offset of the transport header, where one follows.
     #[inline(always)]
     pub const fn l4(&self) -> u32 {
-        self.l3() + IPV4_HEADER
+        self.l4 as u32
+    }
+
+    /// Bytes of the network header: options and extension headers included.
+    #[inline(always)]
+    pub const fn network_header(&self) -> u32 {
+        self.l4.wrapping_sub(self.l3) as u32
     }
 
     /// Offset of the transport checksum.
@@ -110,21 +148,46 @@ impl Packet {
 /// Reads the headers of the packet in `frame`; false if it is not IP, or too short to say.
 #[inline(always)]
 pub fn parse<F: Frame>(frame: &mut F, packet: &mut Packet) -> bool {
-    frame.read::<2>(ETHERNET - 2) == Some(ETHERTYPE_IPV4) && ipv4(frame, packet).is_some()
+    packet.l3 = ETHERNET as u8;
+    (packet.src_port, packet.dst_port, packet.flags) = (Port::ANY, Port::ANY, 0);
+    let network = match frame.read::<2>(ETHERNET - 2) {
+        Some(ETHERTYPE_IPV4) => ipv4(frame, packet),
+        Some(ETHERTYPE_IPV6) => ipv6(frame, packet),
+        Some(_) | None => None,
+    };
+    let Some(follows) = network else { return false };
+    if follows == Follows::Transport {
+        let found = transport(frame, packet);
+        if packet.obstacle == Obstacle::None {
+            packet.obstacle = found;
+        }
+    }
+    true
 }
 
+/// What comes behind the network header.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Follows {
+    /// A transport header.
+    Transport,
+    /// The middle of something, or something unknown.
+    Rest,
+}
+
+/// Reads the network header, and says in the packet what stands in the way as far as that shows it; `None` if it is none.
 #[inline(always)]
-fn ipv4<F: Frame>(frame: &mut F, packet: &mut Packet) -> Option<()> {
-    let [version_ihl, _, len0, len1, _, _, frag0, frag1, ttl, proto, _, _] = frame.read::<12>(ETHERNET)?;
-    let [s0, s1, s2, s3, d0, d1, d2, d3] = frame.read::<8>(ETHERNET + 12)?;
+fn ipv4<F: Frame>(frame: &mut F, packet: &mut Packet) -> Option<Follows> {
+    let [version_ihl, _, len0, len1, _, _, frag0, frag1, ttl, proto, _, _] = frame.read::<12>(packet.l3())?;
+    let [s0, s1, s2, s3, d0, d1, d2, d3] = frame.read::<8>(packet.l3() + 12)?;
     if version_ihl >> 4 != 4 {
         return None;
     }
     (packet.src, packet.dst) = (Addr::from_v4([s0, s1, s2, s3]), Addr::from_v4([d0, d1, d2, d3]));
-    (packet.src_port, packet.dst_port) = (Port::ANY, Port::ANY);
-    (packet.proto, packet.ttl, packet.flags) = (proto, ttl, 0);
-    let header_length = ((version_ihl & 0x0f) as u32) * 4;
-    let available = frame.length() - ETHERNET;
+    (packet.proto, packet.ttl) = (proto, ttl);
+    let header_length = (version_ihl & 0x0f) * 4;
+    packet.l4 = packet.l3 + if header_length < IPV4_HEADER { IPV4_HEADER } else { header_length };
+    let available = frame.length() - packet.l3();
     packet.length = u16::from_be_bytes([len0, len1]) as u32;
     if packet.length == 0 && frame.segment_size() != 0 {
         // A segment train longer than the field can say ("BIG TCP").
@@ -132,33 +195,120 @@ fn ipv4<F: Frame>(frame: &mut F, packet: &mut Packet) -> Option<()> {
     }
     // Bit 13 says that more fragments follow, the lower 13 bits where this one begins (RFC 791 section 3.1).
     let more_fragments = frag0 & 0x20 != 0;
-    let later_fragment = frag0 & 0x1f != 0 || frag1 != 0;
-    packet.obstacle = Obstacle::None;
-    if later_fragment {
+    if frag0 & 0x1f != 0 || frag1 != 0 {
         packet.obstacle = Obstacle::Fragment;
-        return Some(());
+        return Some(Follows::Rest);
     }
-    if header_length > IPV4_HEADER {
-        packet.obstacle = Obstacle::Options;
-        ports_behind_options(frame, packet, header_length);
-        return Some(());
-    }
-    transport(frame, packet);
-    if header_length < IPV4_HEADER || packet.length < header_length || packet.length > available {
-        packet.obstacle = Obstacle::Malformed;
-    } else if more_fragments {
-        packet.obstacle = Obstacle::Fragment;
-    }
-    Some(())
+    packet.obstacle =
+        if header_length < IPV4_HEADER || packet.length < header_length as u32 || packet.length > available {
+            Obstacle::Malformed
+        } else if more_fragments {
+            Obstacle::Fragment
+        } else {
+            Obstacle::None
+        };
+    Some(Follows::Transport)
 }
 
-/// Reads ports, flags and numbers of a transport header right behind the network header.
+/// As [`ipv4`].
 #[inline(always)]
-fn transport<F: Frame>(frame: &mut F, packet: &mut Packet) {
-    let payload = packet.length.saturating_sub(packet.l4() - packet.l3());
-    packet.obstacle = Obstacle::Malformed;
+fn ipv6<F: Frame>(frame: &mut F, packet: &mut Packet) -> Option<Follows> {
+    let [version, _, _, _, len0, len1, next, hop_limit] = frame.read::<8>(packet.l3())?;
+    packet.src = Addr::from_bytes(frame.read::<16>(packet.l3() + 8)?);
+    packet.dst = Addr::from_bytes(frame.read::<16>(packet.l3() + 24)?);
+    // An IPv4-mapped address is none that a packet may have, and would be taken for the IPv4 address itself.
+    if version >> 4 != 6 || packet.src.is_v4() || packet.dst.is_v4() {
+        return None;
+    }
+    (packet.proto, packet.ttl) = (next, hop_limit);
+    packet.l4 = packet.l3 + IPV6_HEADER;
+    let available = frame.length() - packet.l3();
+    packet.length = IPV6_HEADER as u32 + u16::from_be_bytes([len0, len1]) as u32;
+    if packet.length == IPV6_HEADER as u32 && frame.segment_size() != 0 {
+        // As with IPv4.
+        packet.length = available;
+    }
+    packet.obstacle = Obstacle::None;
+    let follows = if is_extension(next) { extensions(frame, packet) } else { Follows::Transport };
+    if packet.length < packet.network_header() || packet.length > available {
+        packet.obstacle = Obstacle::Malformed;
+    }
+    Some(follows)
+}
+
+#[inline(always)]
+const fn is_extension(next: u8) -> bool {
+    matches!(next, extension::HOP_BY_HOP | extension::ROUTING | extension::FRAGMENT | extension::DESTINATION)
+}
+
+/// Follows the extension headers up to the transport header (P21).
+#[inline(always)]
+fn extensions<F: Frame>(frame: &mut F, packet: &mut Packet) -> Follows {
+    let mut headers = Extensions { frame, packet, follows: Follows::Transport };
+    repeat(EXTENSION_HEADERS, &mut headers);
+    let Extensions { packet, follows, .. } = headers;
+    if is_extension(packet.proto) && packet.obstacle == Obstacle::None {
+        packet.obstacle = Obstacle::Extensions;
+        return Follows::Rest;
+    }
+    follows
+}
+
+/// The extension headers of a packet, one after the other.
+struct Extensions<'a, F> {
+    frame: &'a mut F,
+    packet: &'a mut Packet,
+    follows: Follows,
+}
+
+impl<F: Frame> Extensions<'_, F> {
+    /// Ends the walk: what follows is no transport header.
+    fn stop(&mut self, obstacle: Obstacle) -> Step {
+        self.packet.obstacle = obstacle;
+        self.follows = Follows::Rest;
+        Step::Done
+    }
+}
+
+impl<F: Frame> Steps for Extensions<'_, F> {
+    #[inline(always)]
+    fn step(&mut self) -> Step {
+        if !is_extension(self.packet.proto) {
+            return Step::Done;
+        }
+        let Some([next, length, third, fourth]) = self.frame.read::<4>(self.packet.l4()) else {
+            return self.stop(Obstacle::Malformed);
+        };
+        let mut bytes = (length as u32 + 1) * 8;
+        if self.packet.proto == extension::FRAGMENT {
+            bytes = 8;
+            // The lowest bit says that more fragments follow, the upper 13 where this one begins.
+            let (later, more) = (third != 0 || fourth & 0xf8 != 0, fourth & 1 != 0);
+            if later {
+                self.packet.proto = next;
+                return self.stop(Obstacle::Fragment);
+            }
+            if more {
+                self.packet.obstacle = Obstacle::Fragment;
+            }
+        }
+        let l4 = self.packet.l4() + bytes;
+        // Segments left: the destination is not the last one yet, which is what the checksum covers.
+        let on_its_way = self.packet.proto == extension::ROUTING && fourth != 0;
+        if on_its_way || l4 > self.packet.l3() + IPV6_HEADER as u32 + EXTENSION_BYTES {
+            return self.stop(Obstacle::Extensions);
+        }
+        (self.packet.proto, self.packet.l4) = (next, l4 as u8);
+        Step::Next
+    }
+}
+
+/// Reads ports, flags and numbers of the transport header, and says what stands in the way there.
+#[inline(always)]
+fn transport<F: Frame>(frame: &mut F, packet: &mut Packet) -> Obstacle {
+    let payload = packet.length.saturating_sub(packet.network_header());
     if packet.proto == Protocol::Tcp as u8 {
-        let Some(header) = frame.read::<14>(packet.l4()) else { return };
+        let Some(header) = frame.read::<14>(packet.l4()) else { return Obstacle::Malformed };
         let [a, b, c, d, s0, s1, s2, s3, a0, a1, a2, a3, offset, flags] = header;
         (packet.src_port, packet.dst_port) = (Port::from_bytes([a, b]), Port::from_bytes([c, d]));
         packet.flags = flags;
@@ -166,31 +316,19 @@ fn transport<F: Frame>(frame: &mut F, packet: &mut Packet) {
         packet.ack = u32::from_be_bytes([a0, a1, a2, a3]);
         let header_length = ((offset >> 4) as u32) * 4;
         if header_length >= TCP_HEADER && header_length <= payload {
-            packet.obstacle = Obstacle::None;
+            return Obstacle::None;
         }
     } else if packet.proto == Protocol::Udp as u8 {
-        let Some([a, b, c, d, e, f]) = frame.read::<6>(packet.l4()) else { return };
+        let Some([a, b, c, d, e, f]) = frame.read::<6>(packet.l4()) else { return Obstacle::Malformed };
         (packet.src_port, packet.dst_port) = (Port::from_bytes([a, b]), Port::from_bytes([c, d]));
         let length = u16::from_be_bytes([e, f]) as u32;
         if length >= UDP_HEADER && (length <= payload || frame.segment_size() != 0) {
-            packet.obstacle = Obstacle::None;
+            return Obstacle::None;
         }
     } else {
-        packet.obstacle = Obstacle::Protocol;
+        return Obstacle::Protocol;
     }
-}
-
-/// Reads the ports behind IPv4 options, only to tell whether the packet is ours.
-#[inline(always)]
-fn ports_behind_options<F: Frame>(frame: &mut F, packet: &mut Packet, header_length: u32) {
-    if packet.proto != Protocol::Tcp as u8 && packet.proto != Protocol::Udp as u8 {
-        return;
-    }
-    // At most 60 bytes: the mask tells the verifier what the four bits of the field already promise.
-    let l4 = ETHERNET + (header_length & 0x3c);
-    if let Some([a, b, c, d]) = frame.read::<4>(l4) {
-        (packet.src_port, packet.dst_port) = (Port::from_bytes([a, b]), Port::from_bytes([c, d]));
-    }
+    Obstacle::Malformed
 }
 
 #[cfg(test)]
@@ -261,12 +399,102 @@ mod tests {
     }
 
     #[test]
-    fn ports_behind_options_are_found() {
+    fn an_ipv6_segment_gives_all_its_numbers() {
+        let family = sample::Family::V6;
+        let packet = parsed(family.tcp(tcp::SYN, b"")).unwrap();
+        assert_eq!((packet.src, packet.dst), (family.client(), family.service()));
+        assert_eq!((packet.src_port.number(), packet.dst_port.number()), (40_000, 80));
+        assert_eq!((packet.flags, packet.seq, packet.ack), (tcp::SYN, 1_000, 2_000));
+        assert_eq!((packet.proto, packet.ttl, packet.length, packet.obstacle), (6, 64, 60, Obstacle::None));
+    }
+
+    #[test]
+    fn an_ipv6_packet_with_a_mapped_address_is_nobodys() {
+        for at in [22, 38] {
+            let mut frame = sample::Family::V6.udp(b"x", true);
+            frame.bytes[at..at + 16].copy_from_slice(Addr::from_v4(sample::SERVICE).bytes());
+            assert_eq!(parsed(frame), None, "it would be taken for an IPv4 packet");
+        }
+    }
+
+    #[test]
+    fn the_transport_header_behind_options_is_found() {
         let mut frame = sample::udp(b"", true);
-        frame.bytes[14] = 0x46;
+        (frame.bytes[14], frame.bytes[17]) = (0x46, 32);
         frame.bytes.splice(34..34, [1, 1, 1, 1]);
         let packet = parsed(frame).unwrap();
-        assert_eq!((packet.obstacle, packet.dst_port.number()), (Obstacle::Options, 80));
+        assert_eq!((packet.obstacle, packet.dst_port.number(), packet.l4()), (Obstacle::None, 80, 38));
+    }
+
+    /// What comes of an IPv6 datagram with these headers before the UDP header: each the first byte of its own, which is
+    /// filled in here, and the rest.
+    fn behind(headers: &[(u8, &[u8])]) -> (Obstacle, u16) {
+        let mut frame = sample::Family::V6.udp(b"0123456789", true);
+        let mut bytes = std::vec::Vec::new();
+        let numbers: std::vec::Vec<u8> = headers.iter().map(|(number, _)| *number).chain([17]).collect();
+        for (at, (_, rest)) in headers.iter().enumerate() {
+            bytes.push(numbers[at + 1]);
+            bytes.extend(*rest);
+        }
+        frame.bytes[20] = numbers[0];
+        frame.bytes[19] += bytes.len() as u8;
+        frame.bytes.splice(54..54, bytes);
+        let packet = parsed(frame).unwrap();
+        (packet.obstacle, packet.dst_port.number())
+    }
+
+    #[test]
+    fn the_transport_header_behind_extension_headers_is_found() {
+        // P21.
+        let options: &[u8] = &[0, 1, 4, 0, 0, 0, 0];
+        let routing: &[u8] = &[0, 4, 0, 0, 0, 0, 0];
+        let (longer, longest) = ([&[1][..], &[0; 14]].concat(), [&[15][..], &[0; 126]].concat());
+        assert_eq!(behind(&[(0, options)]), (Obstacle::None, 80));
+        assert_eq!(
+            behind(&[(0, options), (60, &longer), (43, routing), (60, options)]),
+            (Obstacle::None, 80)
+        );
+        assert_eq!(behind(&[(60, &longest)]), (Obstacle::None, 80), "128 bytes");
+        assert_eq!(behind(&[(60, &longest), (0, options)]), (Obstacle::Extensions, 0), "136 bytes");
+        assert_eq!(behind(&[(0, options); 5]), (Obstacle::Extensions, 0), "five headers");
+        assert_eq!(behind(&[(43, &[0, 2, 1, 0, 0, 0, 0])]), (Obstacle::Extensions, 0), "segments left");
+    }
+
+    #[test]
+    fn fragments_of_ipv6_are_told_apart() {
+        // RFC 8200 section 4.5; RFC 6946: a fragment that is the whole packet is none.
+        let fragment = |high: u8, low: u8| behind(&[(44, &[0, high, low, 0, 0, 0, 9])]);
+        assert_eq!(fragment(0, 0), (Obstacle::None, 80));
+        assert_eq!(fragment(0, 1), (Obstacle::Fragment, 80), "the first");
+        assert_eq!(fragment(0, 8), (Obstacle::Fragment, 0), "a later one has no ports");
+        assert_eq!(fragment(1, 1), (Obstacle::Fragment, 0));
+        let options: &[u8] = &[0, 1, 4, 0, 0, 0, 0];
+        assert_eq!(behind(&[(44, &[0, 0, 1, 0, 0, 0, 9]), (60, options)]), (Obstacle::Fragment, 80));
+    }
+
+    #[test]
+    fn what_is_cut_short_in_an_ipv6_packet_is_said() {
+        let obstacle = |change: &dyn Fn(&mut SliceFrame)| {
+            let mut frame = sample::Family::V6.udp(b"0123456789", true);
+            change(&mut frame);
+            let packet = parsed(frame).unwrap();
+            (packet.obstacle, packet.dst_port.number())
+        };
+        assert_eq!(
+            obstacle(&|frame| frame.bytes[19] += 1),
+            (Obstacle::Malformed, 80),
+            "longer than the frame"
+        );
+        assert_eq!(obstacle(&|frame| frame.bytes[59] = 7), (Obstacle::Malformed, 80), "a UDP length under 8");
+        assert_eq!(obstacle(&|frame| frame.bytes.truncate(56)), (Obstacle::Malformed, 0));
+        assert_eq!(obstacle(&|frame| frame.bytes[20] = 59), (Obstacle::Protocol, 0), "no next header");
+        let cut = |frame: &mut SliceFrame| {
+            frame.bytes[20] = 60;
+            frame.bytes.truncate(56);
+        };
+        assert_eq!(obstacle(&cut), (Obstacle::Malformed, 0));
+        let short = |frame: &mut SliceFrame| (frame.bytes[20], frame.bytes[55]) = (60, 14);
+        assert_eq!(obstacle(&short).0, Obstacle::Malformed, "a header past the end");
     }
 
     #[test]

@@ -6,13 +6,13 @@ use crate::forward::{self, Origin, Route};
 use crate::frame::Frame;
 use crate::parse::{Obstacle, Packet, parse, tcp};
 use crate::reject::{self, IcmpError};
+use crate::repeat::{Step, Steps, repeat};
 use crate::scratch::{Opening, Scratch, SourceRule};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use crate::verdict::{Code, Verdict};
 use crate::{interest, nat};
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_loop};
-use core::ffi::c_void;
+use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
 use dataplane_common::flow::{Flow, FlowKey};
@@ -88,6 +88,9 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     if !parse(frame, &mut scratch.packet) {
         return Verdict::Pass;
     }
+    // From here on all families and lengths of headers look the same to the verifier: what was read is in memory, and in
+    // no register.
+    let scratch = core::hint::black_box(scratch);
     let packet = &scratch.packet;
     // Z3, first half: before anything else, whatever the destination.
     if hook == Hook::UplinkIngress && (packet.src.is_loopback() || packet.dst.is_loopback()) {
@@ -131,7 +134,7 @@ fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Cod
     let error = if reason == Reason::TtlExceeded {
         Some(IcmpError::TIME_EXCEEDED)
     } else if reason == Reason::TooBig {
-        Some(IcmpError::fragmentation_needed(scratch.way.mtu))
+        Some(IcmpError::too_big(scratch.way.mtu))
     } else {
         None
     };
@@ -306,7 +309,7 @@ impl<F: Frame> Walk<'_, F> {
         match self.s.packet.obstacle {
             Obstacle::None => None,
             Obstacle::Fragment => Some(Reason::Fragment),
-            Obstacle::Options => Some(Reason::IpOptions),
+            Obstacle::Extensions => Some(Reason::Extensions),
             Obstacle::Malformed => Some(Reason::Malformed),
             Obstacle::Protocol => Some(Reason::UnsupportedProtocol),
         }
@@ -368,8 +371,8 @@ impl<F: Frame> Walk<'_, F> {
         let refusable = match packet.obstacle {
             Obstacle::None => !packet.tcp(tcp::RST, tcp::RST),
             // Another protocol gets the same answer, but never an error for what may be an error (RFC 1122, 3.2.2).
-            Obstacle::Protocol => packet.proto != ICMP,
-            Obstacle::Fragment | Obstacle::Options | Obstacle::Malformed => false,
+            Obstacle::Protocol => packet.proto != ICMP && packet.proto != ICMPV6,
+            Obstacle::Fragment | Obstacle::Extensions | Obstacle::Malformed => false,
         };
         if refusable {
             Verdict::Refuse(Reason::ClosedPort)
@@ -518,6 +521,8 @@ const PORT_TRIES: u32 = 32;
 
 /// IP protocol number of ICMP.
 const ICMP: u8 = 1;
+/// The same for IPv6.
+const ICMPV6: u8 = 58;
 
 /// Offset of the source address in an Ethernet header.
 const LINK_SOURCE: u32 = 6;
@@ -613,17 +618,15 @@ fn claim_port(key: &FlowKey, flow: &mut Flow, reply: &mut Flow) -> Claim {
     let random = unsafe { bpf_get_prandom_u32() };
     let (offset, stride) = (random.checked_rem(range).unwrap_or(0), (random >> 16) | 1);
     let mut search = PortSearch { key, flow, reply, first, range, offset, stride, claim: Claim::Taken };
-    // SAFETY: the callback has the signature that the helper calls, and `search` outlives the call.
-    unsafe { bpf_loop(PORT_TRIES, try_port as *mut c_void, (&raw mut search).cast(), 0) };
+    repeat(PORT_TRIES, &mut search);
     search.claim
 }
 
-/// One step of the search: 1 ends it. A callback of `bpf_loop`, so that the verifier walks it once.
-unsafe extern "C" fn try_port(_step: u32, search: *mut c_void) -> i64 {
-    // SAFETY: `claim_port` passes a `PortSearch` that outlives the loop.
-    let search = unsafe { &mut *search.cast::<PortSearch<'_>>() };
-    search.flow.src_port = Port::new((search.first + search.offset) as u16);
-    search.claim = flow::claim(search.key, search.flow, search.reply);
-    search.offset = (search.offset + search.stride).checked_rem(search.range).unwrap_or(0);
-    (search.claim != Claim::Taken) as i64
+impl Steps for PortSearch<'_> {
+    fn step(&mut self) -> Step {
+        self.flow.src_port = Port::new((self.first + self.offset) as u16);
+        self.claim = flow::claim(self.key, self.flow, self.reply);
+        self.offset = (self.offset + self.stride).checked_rem(self.range).unwrap_or(0);
+        if self.claim == Claim::Taken { Step::Next } else { Step::Done }
+    }
 }

@@ -2,7 +2,6 @@
 //! sent, the verdict, the whole packet out and the counters that moved; it fails if any other moved.
 
 mod flows;
-mod objects;
 mod policies;
 mod refusals;
 mod translation;

@@ -1,26 +1,27 @@
 //! What is left alone, and what is dropped because it cannot be translated whole.
 
-use crate::objects::{CLUSTER_IP, LOCAL, web};
 use crate::{expect_drop, expect_untouched, hex};
 use dataplane_common::drop::Reason;
 use dataplane_tests::packet::build::{Packet, Transport, packet, tcp, tcp_packet, udp_packet};
-use dataplane_tests::packet::{CLIENT, Hook, NODE, POD, Verdict, World, in_namespace};
+use dataplane_tests::packet::family::{V4, V6, for_both};
+use dataplane_tests::packet::{Hook, Verdict, World, in_namespace, reason};
 
 const HOOKS: [Hook; 5] = [Hook::Xdp, Hook::UplinkIn, Hook::UplinkOut, Hook::PodIn, Hook::PodOut];
 
 /// Z4: ordinary traffic between strangers, pods and the node.
 #[test]
 fn a_packet_to_no_service_leaves_byte_for_byte_as_it_came() {
-    in_namespace(|| {
-        let world = World::new(&web("", &[LOCAL])).unwrap();
-        let ping = Transport::Other { proto: 1, bytes: vec![8, 0, 0, 0, 0, 1, 0, 1, 1, 2, 3] };
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let bytes = vec![f.echo_request, 0, 0, 0, 0, 1, 0, 1, 1, 2, 3];
+        let ping = Transport::Other { proto: f.icmp, bytes };
         let packets = [
-            tcp_packet((CLIENT, 40_000), (NODE, 22), tcp::SYN),
-            tcp_packet((CLIENT, 40_000), (POD, 8080), tcp::SYN),
-            udp_packet((POD, 40_000), ("192.0.2.53", 53), b"question"),
-            packet((CLIENT, 0), (NODE, 0), ping.clone()),
-            packet((POD, 0), ("10.244.2.9", 0), ping),
-            packet((CLIENT, 0), (NODE, 0), Transport::Other { proto: 47, bytes: vec![0; 40] }),
+            tcp_packet((f.client, 40_000), (f.node, 22), tcp::SYN),
+            tcp_packet((f.client, 40_000), (f.pod, 8080), tcp::SYN),
+            udp_packet((f.pod, 40_000), (f.elsewhere, 53), b"question"),
+            packet((f.client, 0), (f.node, 0), ping.clone()),
+            packet((f.pod, 0), (f.remote, 0), ping),
+            packet((f.client, 0), (f.node, 0), Transport::Other { proto: 47, bytes: vec![0; 40] }),
         ];
         for hook in HOOKS {
             packets.iter().for_each(|sent| expect_untouched(&world, hook, sent));
@@ -28,11 +29,57 @@ fn a_packet_to_no_service_leaves_byte_for_byte_as_it_came() {
     });
 }
 
+/// Z4: neighbour discovery, router advertisements and multicast listener reports, which ask for addresses of the node and of
+/// Services.
+#[test]
+fn neighbour_discovery_is_left_alone() {
+    in_namespace(|| {
+        let f = &V6;
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let about = |kind: u8, target: &str| {
+            let mut bytes = vec![kind, 0, 0, 0, 0, 0, 0, 0];
+            bytes.extend(target.parse::<std::net::Ipv6Addr>().unwrap().octets());
+            bytes.extend([1, 1, 2, 0, 0, 0, 0, 9]);
+            Transport::Other { proto: f.icmp, bytes }
+        };
+        let mut packets: Vec<Packet> = Vec::new();
+        for target in [f.node, f.pod, f.cluster_ip] {
+            // Solicitation: to all that share the last bytes, and to the address itself; advertisement; from no address yet.
+            packets.push(packet(("fe80::1", 0), ("ff02::1:ff00:1", 0), about(135, target)));
+            packets.push(packet(("fe80::1", 0), (f.node, 0), about(135, target)));
+            packets.push(packet((f.node, 0), ("fe80::1", 0), about(136, target)));
+            packets.push(packet(("::", 0), ("ff02::1:ff00:1", 0), about(135, target)));
+        }
+        packets.push(packet(("fe80::1", 0), ("ff02::1", 0), about(134, "fe80::1")));
+        let mut report = packet(("fe80::1", 0), ("ff02::16", 0), about(143, "ff02::1:ff00:1"));
+        report.extensions = vec![(0, vec![0, 5, 2, 0, 0, 1, 0])];
+        packets.push(report);
+        for hook in HOOKS {
+            packets.iter().for_each(|sent| expect_untouched(&world, hook, &sent.clone().ttl(255)));
+        }
+    });
+}
+
+/// Z4: an IPv6 packet whose addresses are IPv4-mapped is no IPv4 packet.
+#[test]
+fn mapped_addresses_on_the_wire_are_nobodys() {
+    in_namespace(|| {
+        let world = World::new(&V4.web("", &[V4.local_endpoint()])).unwrap();
+        let mapped = format!("::ffff:{}", V4.cluster_ip);
+        for hook in HOOKS {
+            expect_untouched(&world, hook, &tcp_packet((V6.client, 40_000), (&mapped, 80), tcp::SYN));
+            let from = format!("::ffff:{}", V4.pod);
+            expect_untouched(&world, hook, &tcp_packet((&from, 8080), (V6.client, 40_000), tcp::ACK));
+        }
+    });
+}
+
 /// Z4: whatever it holds. Random bytes behind random headers, 400 at each hook, by a fixed seed.
 #[test]
 fn garbage_leaves_byte_for_byte_as_it_came() {
-    in_namespace(|| {
-        let world = World::new(&web("", &[LOCAL])).unwrap();
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let v4 = f == &V4;
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         let mut random = move || {
             state ^= state << 13;
@@ -42,14 +89,19 @@ fn garbage_leaves_byte_for_byte_as_it_came() {
         };
         for hook in HOOKS {
             for _ in 0..400 {
-                let length = 34 + (random() % 120) as usize;
+                // The kernel runs no program on less than a network header.
+                let length = 14 + f.header + (random() % 120) as usize;
                 let mut bytes: Vec<u8> = (0..length).map(|_| random() as u8).collect();
                 if random() % 2 == 0 {
-                    bytes[12..14].copy_from_slice(&[8, 0]);
+                    bytes[12..14].copy_from_slice(if v4 { &[8, 0] } else { &[0x86, 0xdd] });
                     if random() % 4 != 0 {
-                        bytes[14] = 0x45;
+                        bytes[14] = if v4 { 0x45 } else { 0x60 };
                         // Neither an address of a Service or of the node, nor loopback.
                         (bytes[26], bytes[30]) = (11, 12);
+                        if !v4 && random() % 2 == 0 {
+                            // Extension headers of all kinds, and what comes behind them.
+                            bytes[20] = [0, 43, 44, 60, 6, 17, 58][(random() % 7) as usize];
+                        }
                     }
                 }
                 let outcome = world.send_bytes(hook, &bytes).unwrap();
@@ -64,10 +116,10 @@ fn garbage_leaves_byte_for_byte_as_it_came() {
 /// Z3: from the network, whatever the destination.
 #[test]
 fn loopback_addresses_from_the_network_are_dropped_first() {
-    in_namespace(|| {
-        let world = World::new(&web("", &[LOCAL])).unwrap();
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
         for hook in [Hook::Xdp, Hook::UplinkIn] {
-            for (src, dst) in [("127.0.0.1", NODE), (CLIENT, "127.0.0.1"), ("127.3.2.1", "203.0.113.9")] {
+            for (src, dst) in [(f.loopback, f.node), (f.client, f.loopback), (f.loopback, f.elsewhere)] {
                 expect_drop(&world, hook, &tcp_packet((src, 1), (dst, 30_080), tcp::SYN), Reason::Loopback);
             }
         }
@@ -77,47 +129,68 @@ fn loopback_addresses_from_the_network_are_dropped_first() {
 /// Z3: for packets to a Service.
 #[test]
 fn a_source_that_no_client_can_have_is_dropped() {
-    in_namespace(|| {
-        let world = World::new(&web("", &[LOCAL])).unwrap();
-        for src in ["224.0.0.1", "255.255.255.255", "0.0.0.0", NODE] {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        for &src in f.no_clients.iter().chain([&f.node]) {
             expect_drop(
                 &world,
                 Hook::UplinkIn,
-                &udp_packet((src, 1), (NODE, 30_080), b"x"),
+                &udp_packet((src, 1), (f.node, 30_080), b"x"),
                 Reason::BadSource,
             );
-            let elsewhere = udp_packet((src, 1), ("203.0.113.9", 30_080), b"x");
+            let elsewhere = udp_packet((src, 1), (f.elsewhere, 30_080), b"x");
             expect_untouched(&world, Hook::UplinkIn, &elsewhere);
         }
     });
 }
 
-fn fragment(mut packet: Packet, field: u16) -> Packet {
-    packet.fragment = field;
+/// The same packet as a fragment that begins at `offset` bytes; `more`: it is not the last.
+fn fragment(mut packet: Packet, offset: u16, more: bool) -> Packet {
+    if packet.src.0.is_ipv4() {
+        packet.fragment = (offset / 8) | if more { 0x2000 } else { 0 };
+    } else {
+        let [high, low] = (offset | u16::from(more)).to_be_bytes();
+        packet.extensions = vec![(44, vec![0, high, low, 0, 0, 0, 9])];
+    }
     packet
 }
 
-/// P20, P21 as far as they go: never half translated, counted only if it was ours.
+/// P20 as far as it goes: never half translated, counted only if it was ours.
 #[test]
-fn fragments_and_options_to_a_service_are_counted_drops() {
-    in_namespace(|| {
-        let world = World::new(&web("", &[LOCAL])).unwrap();
-        let ours = || udp_packet((CLIENT, 40_000), (CLUSTER_IP, 80), b"question");
-        let first = fragment(ours(), 0x2000);
-        let later = fragment(
-            packet((CLIENT, 0), (CLUSTER_IP, 0), Transport::Other { proto: 17, bytes: vec![1; 24] }),
-            1,
-        );
-        let mut options = ours();
-        options.options = vec![1, 1, 1, 1];
+fn fragments_to_a_service_are_counted_drops() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let first = fragment(udp_packet((f.client, 40_000), (f.cluster_ip, 80), b"question"), 0, true);
+        let rest = Transport::Other { proto: 17, bytes: vec![1; 24] };
+        let later = fragment(packet((f.client, 0), (f.cluster_ip, 0), rest), 8, false);
         for hook in [Hook::UplinkIn, Hook::Xdp] {
             expect_drop(&world, hook, &first, Reason::Fragment);
             expect_drop(&world, hook, &later, Reason::Fragment);
-            expect_drop(&world, hook, &options, Reason::IpOptions);
         }
-        let not_ours = |packet: Packet| packet.to("203.0.113.9", 80);
-        for packet in [first, later, options] {
-            expect_untouched(&world, Hook::UplinkIn, &not_ours(packet));
+        for packet in [first, later] {
+            expect_untouched(&world, Hook::UplinkIn, &packet.to(f.elsewhere, 80));
+        }
+    });
+}
+
+/// P21: past the bound, only if the destination is ours.
+#[test]
+fn more_extension_headers_than_are_followed_are_a_counted_drop() {
+    in_namespace(|| {
+        let f = &V6;
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let options = (60, vec![0, 1, 4, 0, 0, 0, 0]);
+        let long = (60, [vec![16], vec![0; 134]].concat());
+        let source_route = (43, vec![0, 0, 1, 0, 0, 0, 0]);
+        for extensions in [vec![options; 5], vec![long], vec![source_route]] {
+            let mut sent = udp_packet((f.client, 40_000), (f.cluster_ip, 80), b"question");
+            sent.extensions = extensions;
+            for hook in [Hook::UplinkIn, Hook::Xdp] {
+                expect_drop(&world, hook, &sent, Reason::Extensions);
+            }
+            for hook in HOOKS {
+                expect_untouched(&world, hook, &sent.clone().to(f.elsewhere, 80));
+            }
         }
     });
 }
@@ -125,16 +198,17 @@ fn fragments_and_options_to_a_service_are_counted_drops() {
 /// A packet cut short or with a length that lies: a counted drop if it is ours, else untouched.
 #[test]
 fn lengths_that_lie_are_counted_drops() {
-    in_namespace(|| {
-        let world = World::new(&web("", &[LOCAL])).unwrap();
-        let ours = udp_packet((CLIENT, 40_000), (CLUSTER_IP, 80), b"question").bytes();
-        let theirs = udp_packet((CLIENT, 40_000), ("203.0.113.9", 80), b"question").bytes();
-        type Damage = (&'static str, fn(&mut Vec<u8>));
-        let damages: [Damage; 4] = [
-            ("IP length past the end", |bytes| bytes[17] += 1),
-            ("UDP length past the end", |bytes| bytes[39] += 1),
-            ("UDP length under eight", |bytes| bytes[39] = 7),
-            ("cut in the transport header", |bytes| bytes.truncate(38)),
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let ours = udp_packet((f.client, 40_000), (f.cluster_ip, 80), b"question").bytes();
+        let theirs = udp_packet((f.client, 40_000), (f.elsewhere, 80), b"question").bytes();
+        type Damage<'a> = (&'static str, &'a dyn Fn(&mut Vec<u8>));
+        let (length, l4) = (if f == &V4 { 17 } else { 19 }, 14 + f.header);
+        let damages: [Damage<'_>; 4] = [
+            ("IP length past the end", &|bytes| bytes[length] += 1),
+            ("UDP length past the end", &|bytes| bytes[l4 + 5] += 1),
+            ("UDP length under eight", &|bytes| bytes[l4 + 5] = 7),
+            ("cut in the transport header", &|bytes| bytes.truncate(l4 + 4)),
         ];
         for (what, damage) in damages {
             for (bytes, verdict) in [(&ours, Verdict::Drop), (&theirs, Verdict::Pass)] {
@@ -146,7 +220,7 @@ fn lengths_that_lie_are_counted_drops() {
                     assert_eq!(hex(&outcome.packet), hex(&bytes), "{what}");
                     assert!(outcome.moved.is_empty());
                 } else {
-                    assert_eq!(outcome.moved, dataplane_tests::packet::reason(Reason::Malformed), "{what}");
+                    assert_eq!(outcome.moved, reason(Reason::Malformed), "{what}");
                 }
             }
         }

@@ -49,8 +49,18 @@ pub trait Frame {
     /// [`Refused`] if the frame ends before, or has no memory to be written to.
     fn write<const N: usize>(&mut self, offset: u32, bytes: &[u8; N]) -> Result<(), Refused>;
 
+    /// The same where no checksum of the network header makes up for the change (IPv6): a sum that the device computed over
+    /// the packet (`CHECKSUM_COMPLETE`) follows it.
+    ///
+    /// # Errors
+    /// As [`Frame::write`].
+    #[inline(always)]
+    fn write_counted<const N: usize>(&mut self, offset: u32, bytes: &[u8; N]) -> Result<(), Refused> {
+        self.write(offset, bytes)
+    }
+
     /// Updates the transport checksum at `offset` after the addresses (in the pseudo header) and the ports changed.
-    /// `optional`: a checksum of zero means none and stays (UDP over IPv4, RFC 768).
+    /// `optional`: a checksum of zero means none and stays (UDP, RFC 768).
     ///
     /// # Errors
     /// As [`Frame::write`].

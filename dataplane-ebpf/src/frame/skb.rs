@@ -4,8 +4,8 @@
 use super::{Even, Frame, Refused};
 use crate::verdict::{Verdict, Way};
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC,
-    bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
+    __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT,
+    TC_ACT_UNSPEC, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
 };
 use aya_ebpf::helpers::{
     bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_tail, bpf_skb_pull_data,
@@ -68,6 +68,13 @@ impl SkbFrame {
     }
 
     #[inline(always)]
+    fn store<const N: usize>(&mut self, offset: u32, bytes: &[u8; N], flags: u64) -> Result<(), Refused> {
+        // SAFETY: context and bytes are valid for the whole call.
+        let result = unsafe { bpf_skb_store_bytes(self.skb, offset, bytes.as_ptr().cast(), N as u32, flags) };
+        if result == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    #[inline(always)]
     fn swap_macs(&mut self) -> Result<(), Refused> {
         let macs = self.read::<12>(0).ok_or(Refused)?;
         let [a, b, c, d, e, f, g, h, i, j, k, l] = macs;
@@ -119,9 +126,12 @@ impl Frame for SkbFrame {
 
     #[inline(always)]
     fn write<const N: usize>(&mut self, offset: u32, bytes: &[u8; N]) -> Result<(), Refused> {
-        // SAFETY: context and bytes are valid for the whole call.
-        let result = unsafe { bpf_skb_store_bytes(self.skb, offset, bytes.as_ptr().cast(), N as u32, 0) };
-        if result == 0 { Ok(()) } else { Err(Refused) }
+        self.store(offset, bytes, 0)
+    }
+
+    #[inline(always)]
+    fn write_counted<const N: usize>(&mut self, offset: u32, bytes: &[u8; N]) -> Result<(), Refused> {
+        self.store(offset, bytes, BPF_F_RECOMPUTE_CSUM as u64)
     }
 
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! Packets made from scratch, with right checksums: what goes in, and what is expected to come out.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 /// TCP flag bits.
 pub mod tcp {
@@ -14,27 +14,34 @@ pub mod tcp {
     pub const ACK: u8 = 0x10;
 }
 
+/// IP protocol number of ICMP.
+pub const ICMP: u8 = 1;
+/// The same for IPv6.
+pub const ICMPV6: u8 = 58;
+
 /// Link-layer destination of every packet that a test sends.
 pub const LINK_TO: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// Link-layer source of every packet that a test sends.
 pub const LINK_FROM: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
-/// An IPv4 packet in an Ethernet frame, by its fields.
+/// An IP packet in an Ethernet frame, by its fields. Its addresses say of which family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packet {
     /// Link-layer destination and source.
     pub link: [[u8; 6]; 2],
     /// Source address and port.
-    pub src: (Ipv4Addr, u16),
+    pub src: (IpAddr, u16),
     /// Destination address and port.
-    pub dst: (Ipv4Addr, u16),
-    /// Time to live.
+    pub dst: (IpAddr, u16),
+    /// Time to live, or hop limit.
     pub ttl: u8,
-    /// IP identification.
+    /// IPv4 identification, or IPv6 flow label.
     pub id: u16,
-    /// IP options; a multiple of four bytes.
+    /// IPv4 options; a multiple of four bytes.
     pub options: Vec<u8>,
-    /// Flags and fragment offset as they stand in the header.
+    /// IPv6 extension headers: the number of each, and its bytes behind the first, which says what follows.
+    pub extensions: Vec<(u8, Vec<u8>)>,
+    /// IPv4 flags and fragment offset as they stand in the header.
     pub fragment: u16,
     /// What the packet carries.
     pub transport: Transport,
@@ -63,7 +70,7 @@ pub enum Transport {
         /// Whether it has a checksum.
         checksum: bool,
     },
-    /// Any other protocol, as bytes; ICMP gets its checksum.
+    /// Any other protocol, as bytes; ICMP and ICMPv6 get their checksum.
     Other {
         /// The protocol's number.
         proto: u8,
@@ -73,8 +80,8 @@ pub enum Transport {
 }
 
 /// Parses an address; a test's typing mistake ends it.
-pub fn ip(text: &str) -> Ipv4Addr {
-    text.parse().unwrap_or_else(|_| panic!("{text} is no IPv4 address"))
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap_or_else(|_| panic!("{text} is no address"))
 }
 
 /// A TCP segment without data: sequence number 1,000, acknowledgement number 2,000 where the flag says so.
@@ -97,6 +104,7 @@ pub fn packet(src: (&str, u16), dst: (&str, u16), transport: Transport) -> Packe
         ttl: 64,
         id: 7,
         options: Vec::new(),
+        extensions: Vec::new(),
         fragment: 0x4000,
         transport,
     }
@@ -151,27 +159,61 @@ impl Packet {
 
     /// The frame.
     pub fn bytes(&self) -> Vec<u8> {
-        let transport = self.transport_bytes();
         let mut bytes: Vec<u8> = self.link.concat();
-        bytes.extend([8, 0]);
-        bytes.extend(self.ip_header(transport.len()));
+        bytes.extend(if self.src.0.is_ipv4() { [0x08, 0x00] } else { [0x86, 0xdd] });
+        bytes.extend(self.network_bytes());
+        bytes
+    }
+
+    /// The frame without its link-layer header.
+    pub fn network_bytes(&self) -> Vec<u8> {
+        let transport = self.transport_bytes();
+        let mut bytes = if self.src.0.is_ipv4() {
+            self.ipv4_header(transport.len())
+        } else {
+            self.ipv6_headers(transport.len())
+        };
         bytes.extend(transport);
         bytes
     }
 
-    /// The IP header for this many bytes behind it.
-    fn ip_header(&self, payload: usize) -> Vec<u8> {
+    /// Bytes of the network header, with all that belongs to it.
+    pub fn header_length(&self) -> usize {
+        self.network_bytes().len() - self.transport_bytes().len()
+    }
+
+    /// The IPv4 header for this many bytes behind it.
+    fn ipv4_header(&self, payload: usize) -> Vec<u8> {
         let length = 20 + self.options.len();
         let mut header = vec![0x40 | (length / 4) as u8, 0];
         header.extend(((length + payload) as u16).to_be_bytes());
         header.extend(self.id.to_be_bytes());
         header.extend(self.fragment.to_be_bytes());
         header.extend([self.ttl, self.proto(), 0, 0]);
-        header.extend(self.src.0.octets());
-        header.extend(self.dst.0.octets());
+        header.extend(octets(self.src.0));
+        header.extend(octets(self.dst.0));
         header.extend(&self.options);
         let checksum = checksum(&[&header]);
         header[10..12].copy_from_slice(&checksum);
+        header
+    }
+
+    /// The IPv6 header and its extension headers for this many bytes behind them.
+    fn ipv6_headers(&self, payload: usize) -> Vec<u8> {
+        let numbers: Vec<u8> =
+            self.extensions.iter().map(|(number, _)| *number).chain([self.proto()]).collect();
+        let mut extensions = Vec::new();
+        for (next, (_, rest)) in numbers[1..].iter().zip(&self.extensions) {
+            extensions.push(*next);
+            extensions.extend(rest);
+        }
+        let mut header = vec![0x60, 0];
+        header.extend(self.id.to_be_bytes());
+        header.extend(((extensions.len() + payload) as u16).to_be_bytes());
+        header.extend([numbers[0], self.ttl]);
+        header.extend(octets(self.src.0));
+        header.extend(octets(self.dst.0));
+        header.extend(extensions);
         header
     }
 
@@ -203,9 +245,10 @@ impl Packet {
             }
             Transport::Other { proto, bytes } => {
                 let mut bytes = bytes.clone();
-                if *proto == 1 && bytes.len() >= 8 {
+                if matches!(*proto, ICMP | ICMPV6) && bytes.len() >= 8 {
                     bytes[2..4].copy_from_slice(&[0; 2]);
-                    let checksum = checksum(&[&bytes]);
+                    let pseudo = if *proto == ICMP { Vec::new() } else { self.pseudo_header(bytes.len()) };
+                    let checksum = checksum(&[&pseudo, &bytes]);
                     bytes[2..4].copy_from_slice(&checksum);
                 }
                 bytes
@@ -214,10 +257,18 @@ impl Packet {
     }
 
     fn pseudo_header(&self, length: usize) -> Vec<u8> {
-        let mut header = [self.src.0.octets(), self.dst.0.octets()].concat();
+        let mut header = [octets(self.src.0), octets(self.dst.0)].concat();
         header.extend([0, self.proto()]);
         header.extend((length as u16).to_be_bytes());
         header
+    }
+}
+
+/// An address as it stands in a header.
+fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
     }
 }
 
@@ -233,12 +284,13 @@ fn checksum(runs: &[&[u8]]) -> [u8; 2] {
     (!(sum as u16)).to_be_bytes()
 }
 
-/// The ICMP error of this type and code, with its second word, that a router at `from` sends about `about`.
-pub fn icmp_error(from: &str, about: &Packet, kind: u8, code: u8, word: u32) -> Packet {
+/// The ICMP or ICMPv6 error of this type and code, with its second word, that a router at `from` sends about `about`.
+pub fn icmp_error(from: &str, about: &Packet, [kind, code]: [u8; 2], word: u32) -> Packet {
     let mut bytes = vec![kind, code, 0, 0];
     bytes.extend(word.to_be_bytes());
-    bytes.extend(&about.bytes()[14..14 + 28]);
-    let mut error = packet((from, 0), ("0.0.0.0", 0), Transport::Other { proto: 1, bytes });
+    bytes.extend(&about.network_bytes()[..about.header_length() + 8]);
+    let proto = if about.src.0.is_ipv4() { ICMP } else { ICMPV6 };
+    let mut error = packet((from, 0), (from, 0), Transport::Other { proto, bytes });
     error.dst = (about.src.0, 0);
     (error.id, error.link) = (0, [LINK_FROM, LINK_TO]);
     error

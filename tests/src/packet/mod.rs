@@ -2,6 +2,7 @@
 //! through `BPF_PROG_TEST_RUN`, in a network namespace of its own.
 
 pub mod build;
+pub mod family;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use dataplane_common::Addr;
@@ -18,17 +19,17 @@ use dataplane_user::model::{Change, Kind};
 use dataplane_user::sync::Mirror;
 use dataplane_user::watch::manifests;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// The node's address on its uplink.
-pub const NODE: &str = "192.0.2.1";
+/// The node's IPv4 address on its uplink.
+pub const NODE: &str = family::V4.node;
 /// A client outside the cluster, behind the gateway.
-pub const CLIENT: &str = "198.51.100.7";
+pub const CLIENT: &str = family::V4.client;
 /// A pod of this node.
-pub const POD: &str = "10.244.1.9";
+pub const POD: &str = family::V4.pod;
 /// Link-layer address of the gateway and of the other nodes.
 pub const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xfe];
 
@@ -110,33 +111,22 @@ pub fn in_namespace(test: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// An uplink with a gateway and another node behind it, a pod, and routes to both.
+/// An uplink with a gateway and another node behind it, a pod, and routes to both, in both families.
 fn set_up() -> Result<()> {
-    let gateway = "02:00:00:00:00:fe";
-    let commands = format!(
-        "link set lo up
+    let interfaces = "link set lo up
          link add up0 type veth peer name up1
          link add pod0 type veth peer name pod1
          link set up0 up
          link set up1 up
          link set pod0 up
-         link set pod1 up
-         addr add {NODE}/24 dev up0
-         route add default via 192.0.2.254
-         route add {POD}/32 dev pod0
-         route add 10.244.2.0/24 via 192.0.2.2
-         route add 10.244.3.0/24 via 192.0.2.3 mtu lock 1000
-         route add unreachable 10.244.9.0/24
-         neigh add 192.0.2.254 lladdr {gateway} nud permanent dev up0
-         neigh add 192.0.2.2 lladdr {gateway} nud permanent dev up0
-         neigh add 192.0.2.3 lladdr {gateway} nud permanent dev up0
-         neigh add {POD} lladdr 02:00:00:00:00:09 nud permanent dev pod0"
-    );
-    for command in commands.lines() {
+         link set pod1 up";
+    let commands = [interfaces.to_owned(), family::V4.network(), family::V6.network()];
+    for command in commands.iter().flat_map(|commands| commands.lines()) {
         let status = Command::new("ip").args(command.split_whitespace()).status().context("ip")?;
         ensure!(status.success(), "ip {command}");
     }
-    std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("ip_forward")
+    std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("ip_forward")?;
+    std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").context("forwarding")
 }
 
 /// The index of an interface of the calling thread's namespace.
@@ -190,7 +180,7 @@ impl World {
         let maps = KernelMaps::from_fds(fds.collect::<Result<Vec<_>>>()?)?;
         let mirror = Mirror::open(&maps, Instant::now())?;
         let settings = NodeSettings {
-            service_ranges: vec!["10.96.0.0/16".parse()?],
+            service_ranges: vec!["10.96.0.0/16".parse()?, "fd00:10:96::/108".parse()?],
             node_port_addresses: compile::NodePortAddresses::All,
             snat_ports,
             flags,
@@ -218,7 +208,12 @@ impl World {
             let change = Change::Replaced(kind, of_kind.cloned().collect());
             dirty.extend(self.store.apply(change).services);
         }
-        let interfaces = [IpAddr::from(Ipv4Addr::LOCALHOST), NODE.parse()?];
+        let interfaces: [IpAddr; 4] = [
+            Ipv4Addr::LOCALHOST.into(),
+            Ipv6Addr::LOCALHOST.into(),
+            family::V4.node.parse()?,
+            family::V6.node.parse()?,
+        ];
         let addresses: BTreeSet<Addr> = interfaces.iter().map(|ip| Addr::from(*ip)).collect();
         let context = Context::new(&self.store, None, &[], addresses);
         let update = self.compiler.update(&self.store, &dirty, &context);
