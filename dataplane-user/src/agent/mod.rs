@@ -5,6 +5,8 @@
 mod dataplane;
 mod dry_run;
 mod health_checks;
+#[cfg(test)]
+mod histories;
 mod hooks;
 mod keep;
 mod notify;
