@@ -32,7 +32,7 @@ use dataplane::Dataplane;
 use hooks::Hooks;
 use keep::Keeping;
 use scrape::Scrape;
-use serve::Service;
+use serve::{Service, Told};
 use settings::Settings;
 use std::sync::Arc;
 use tokio::io::Interest;
@@ -118,7 +118,8 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let dataplane = Dataplane::open(settings, maps, addresses)?;
     let tell = health_checks::tell(watch.events());
     tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), tell));
-    let service = Service::new(dataplane, watch, keeping, health, health_checks, metrics, clock, &args);
+    let told = Told { health, health_checks, metrics };
+    let service = Service::new(dataplane, watch, keeping, told, clock, &args);
     let result = service.run(changes, interfaces, choice).await;
     hooks.abort();
     result

@@ -77,14 +77,19 @@ pub(super) struct Service {
     sockets_due: bool,
 }
 
+/// Who is told what becomes of the dataplane.
+pub(super) struct Told {
+    pub(super) health: Arc<Health>,
+    pub(super) health_checks: Arc<HealthChecks>,
+    pub(super) metrics: Arc<Metrics>,
+}
+
 impl Service {
     pub(super) fn new(
         mut dataplane: Dataplane<KernelMaps>,
         watch: Watch,
         keeping: Keeping,
-        health: Arc<Health>,
-        health_checks: Arc<HealthChecks>,
-        metrics: Arc<Metrics>,
+        Told { health, health_checks, metrics }: Told,
         clock: Clock,
         args: &AgentArgs,
     ) -> Self {
