@@ -50,7 +50,7 @@ fn a_node_that_boots_without_the_api_server_serves_what_it_knew() {
     let file = node.state_folder().join("snapshot");
     eventually("both are kept on disk", || {
         let text = fs::read_to_string(&file).unwrap_or_default();
-        text.contains("\"gone-lab") && text.contains("\"kept-lab")
+        text.contains("\"gone-ipv4") && text.contains("\"kept-ipv4")
     });
 
     cut_power(node);
@@ -65,7 +65,7 @@ fn a_node_that_boots_without_the_api_server_serves_what_it_knew() {
     let line = said.lines().find(|line| line.contains("objects of the snapshot")).expect("a line in the log");
     assert!(line.contains(file.to_str().unwrap()) && line.contains("0 minutes old"), "{line}");
     assert_eq!(metric(node, "portolan_snapshot_served "), Some(1.0));
-    assert!(fs::read_to_string(&file).unwrap().contains("\"gone-lab"), "nothing less is kept meanwhile");
+    assert!(fs::read_to_string(&file).unwrap().contains("\"gone-ipv4"), "nothing less is kept meanwhile");
 
     cluster.start_api_server().unwrap();
     eventually("what was deleted is gone", || !serves(&lab, GONE));

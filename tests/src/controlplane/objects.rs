@@ -61,8 +61,9 @@ pub(crate) async fn create_nodes(client: &Client, nodes: &[Arc<lab::Node>]) -> R
         }
         let parameters = PatchParams::apply(FIELD_MANAGER).force();
         api.patch(node.name(), &parameters, &Patch::Apply(&object)).await?;
-        let status = json!({ "apiVersion": "v1", "kind": "Node", "status": status });
-        api.patch_status(node.name(), &parameters, &Patch::Apply(&status)).await?;
+        // Apply knows addresses by their type, and a node has one of each family.
+        let status = json!({ "status": status });
+        api.patch_status(node.name(), &PatchParams::default(), &Patch::Merge(&status)).await?;
     }
     Ok(())
 }
