@@ -91,17 +91,17 @@ pub enum Claim {
 
 /// Enters a new flow into `half_open`, if no other flow has its reply's key.
 ///
-/// The reply's key is claimed first, by an exclusive insert; then the confirmed tables are asked.
+/// The reply's key is claimed first, by an exclusive insert; then the confirmed tables are asked. `over_closing`: a flow
+/// that is closing and has the key ends here and now.
 #[inline(never)]
-pub fn claim(key: &FlowKey, forward: &mut Flow, reply: &mut Flow) -> Claim {
+pub fn claim(key: &FlowKey, forward: &mut Flow, reply: &mut Flow, over_closing: bool) -> Claim {
     let reply_key = forward.partner(key.proto());
     (forward.check, reply.check) = (key.check(), reply_key.check());
     if ESTABLISHED.get_ptr(&reply_key).is_some() {
         return Claim::Taken;
     }
     if is_taken(CLOSING.get_ptr(&reply_key), key) {
-        // A translated port can be any other. A client's own port that serves it again ends the flow that is closing.
-        if forward.has(Flow::SOURCE_TRANSLATED) {
+        if !over_closing {
             return Claim::Taken;
         }
         let _ = CLOSING.remove(&reply_key);

@@ -397,7 +397,8 @@ impl<F: Frame> Walk<'_, F> {
             if self.s.flow.has(Flow::SOURCE_TRANSLATED) {
                 return self.enter_translated();
             }
-            match flow::claim(&self.s.key, &mut self.s.flow, &mut self.s.reply) {
+            // A client's own port that serves it again ends the flow that is closing.
+            match flow::claim(&self.s.key, &mut self.s.flow, &mut self.s.reply, true) {
                 Claim::Made => {
                     return match self.exit() {
                         Ok(exit) => self.launch(exit).verdict(),
@@ -519,6 +520,10 @@ const ENDPOINT_TRIES: u32 = 3;
 /// How many translated source ports are tried (P12).
 const PORT_TRIES: u32 = 32;
 
+/// How many of them must be of no flow at all. The later ones may be of a flow that is closing: clients that connect again
+/// and again leave more of those than there are ports.
+const UNUSED_PORT_TRIES: u32 = 8;
+
 /// IP protocol number of ICMP.
 const ICMP: u8 = 1;
 /// The same for IPv6.
@@ -602,6 +607,7 @@ struct PortSearch<'a> {
     range: u32,
     offset: u32,
     stride: u32,
+    tried: u32,
     claim: Claim,
 }
 
@@ -617,7 +623,8 @@ fn claim_port(key: &FlowKey, flow: &mut Flow, reply: &mut Flow) -> Claim {
     // SAFETY: a helper without arguments.
     let random = unsafe { bpf_get_prandom_u32() };
     let (offset, stride) = (random.checked_rem(range).unwrap_or(0), (random >> 16) | 1);
-    let mut search = PortSearch { key, flow, reply, first, range, offset, stride, claim: Claim::Taken };
+    let mut search =
+        PortSearch { key, flow, reply, first, range, offset, stride, tried: 0, claim: Claim::Taken };
     repeat(PORT_TRIES, &mut search);
     search.claim
 }
@@ -625,7 +632,8 @@ fn claim_port(key: &FlowKey, flow: &mut Flow, reply: &mut Flow) -> Claim {
 impl Steps for PortSearch<'_> {
     fn step(&mut self) -> Step {
         self.flow.src_port = Port::new((self.first + self.offset) as u16);
-        self.claim = flow::claim(self.key, self.flow, self.reply);
+        self.claim = flow::claim(self.key, self.flow, self.reply, self.tried >= UNUSED_PORT_TRIES);
+        self.tried += 1;
         self.offset = (self.offset + self.stride).checked_rem(self.range).unwrap_or(0);
         if self.claim == Claim::Taken { Step::Next } else { Step::Done }
     }

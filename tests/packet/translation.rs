@@ -196,6 +196,40 @@ fn translated_ports_never_collide_and_their_end_is_counted() {
     });
 }
 
+/// P12: a flow that is closing keeps its port only as long as others are free.
+#[test]
+fn the_port_of_a_closing_flow_is_used_again_when_no_other_is_free() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let begin = |client: u16| {
+            let sent = tcp_packet((f.client, client), (f.node, 30_080), tcp::SYN);
+            let outcome = world.send(Hook::UplinkIn, &sent).unwrap();
+            (outcome.verdict, f.source_port(&outcome.packet))
+        };
+        let mut taken = std::collections::BTreeSet::new();
+        for client in 40_000..40_008 {
+            let (_, port) = begin(client);
+            taken.insert(port);
+            let answer =
+                tcp_packet((f.remote, 8080), (f.node, port), tcp::SYN | tcp::ACK).numbers(5_000, 1_001);
+            world.send(Hook::UplinkIn, &answer).unwrap();
+            for flags in [tcp::ACK, tcp::RST] {
+                let sent = tcp_packet((f.client, client), (f.node, 30_080), flags).numbers(1_001, 5_001);
+                world.send(Hook::UplinkIn, &sent).unwrap();
+            }
+        }
+        assert_eq!(world.flow_counts().unwrap(), [0, 0, 16]);
+        let mut again = std::collections::BTreeSet::new();
+        for client in 50_000..50_008 {
+            let (verdict, port) = begin(client);
+            assert_eq!(verdict, Verdict::Redirect);
+            again.insert(port);
+        }
+        assert_eq!(taken, again, "each of the eight ports once");
+        assert_eq!(begin(50_008).0, Verdict::Drop, "the port of a flow that begins is nobody else's");
+    });
+}
+
 /// P19's other half: what a router must not forward is not forwarded; the time to live ends here.
 #[test]
 fn a_packet_whose_time_ends_here_is_answered() {
