@@ -15,6 +15,5 @@ pub mod kernel;
 pub mod metrics;
 pub mod model;
 pub mod pattern;
-pub mod snapshot;
 pub mod sync;
 pub mod watch;

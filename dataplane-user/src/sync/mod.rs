@@ -18,8 +18,6 @@
 //! ```
 
 mod audit;
-#[cfg(test)]
-pub(crate) mod checks;
 mod filter;
 mod ids;
 mod maps;

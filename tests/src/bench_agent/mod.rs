@@ -214,9 +214,9 @@ struct Bench<'a> {
 impl<'a> Bench<'a> {
     fn new(lab: &'a Lab, args: &'a BenchAgentArgs) -> Result<Self> {
         let node = lab.node(0);
-        let client = lab.add_pod("client", 0, &PodOptions::client())?.place().clone();
+        let client = lab.add_pod("caller", 0, &PodOptions::client())?.place().clone();
         client.sysctl("net/ipv4/ip_local_port_range", "10000 65535")?;
-        let server = lab.add_pod("server", 0, &PodOptions::client())?;
+        let server = lab.add_pod("callee", 0, &PodOptions::client())?;
         let mut command = server.place().command(program("portolan-load", "PORTOLAN_LOAD_PROGRAM")?)?;
         command.args(["serve", "--port", &PORTS[1].to_string(), "--cpu", "1"]);
         let process = Process::start(&lab.logs(), "load-server", command)?;

@@ -27,7 +27,8 @@ pub(super) async fn fill(client: &Client, numbers: std::ops::Range<usize>) -> Re
         .map(|number| async move {
             let [_, _, a, b] = (number as u32).to_be_bytes();
             let count = if number < MORE_ENDPOINTS_FROM { 2 } else { 5 };
-            let endpoints: Vec<_> = (128..128 + count).map(|range| Ipv4Addr::new(10, range, a, b)).collect();
+            let endpoints: Vec<_> =
+                (128..128 + count).map(|range| (Ipv4Addr::new(10, range, a, b), "elsewhere")).collect();
             let ports = [("http", "TCP", 80, 8080)];
             create(client, &format!("filler-{number}"), &ports, None, &endpoints).await.map(drop)
         })
@@ -36,13 +37,13 @@ pub(super) async fn fill(client: &Client, numbers: std::ops::Range<usize>) -> Re
         .await
 }
 
-/// Makes a Service with these ports (name, protocol, port, target) and endpoints, and returns its ClusterIP.
+/// Makes a Service with these ports (name, protocol, port, target) and endpoints (address, node); returns its ClusterIP.
 pub(super) async fn create(
     client: &Client,
     name: &str,
     ports: &[(&str, &str, u16, u16)],
     node_port: Option<u16>,
-    endpoints: &[Ipv4Addr],
+    endpoints: &[(Ipv4Addr, &str)],
 ) -> Result<Ipv4Addr> {
     let service_ports: Vec<Value> = ports
         .iter()
@@ -67,7 +68,7 @@ pub(super) async fn create(
         "ports": slice_ports,
         "endpoints": endpoints
             .iter()
-            .map(|address| json!({ "addresses": [address], "conditions": ready }))
+            .map(|(address, node)| json!({ "addresses": [address], "nodeName": node, "conditions": ready }))
             .collect::<Vec<_>>(),
     }))?;
     let parameters = PostParams::default();

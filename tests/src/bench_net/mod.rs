@@ -36,6 +36,9 @@ pub struct BenchNetArgs {
     /// Go on with the newest run that was cut short, if it was of this plan and this commit.
     #[arg(long)]
     pub resume: bool,
+    /// Only the cases whose names contain this, and no proxies: for a closer look. The record stays incomplete.
+    #[arg(long)]
+    pub only: Option<String>,
     /// Numbers of Services, ascending (10, 1,000, 10,000 and 30,000).
     #[arg(long, value_delimiter = ',')]
     pub sizes: Vec<usize>,
@@ -51,6 +54,12 @@ pub struct BenchNetArgs {
     /// The folder that the record is written to.
     #[arg(long, default_value = RECORDS)]
     pub records: PathBuf,
+}
+
+impl BenchNetArgs {
+    fn concerns(&self, case: &Case) -> bool {
+        self.only.as_ref().is_none_or(|text| case.to_string().contains(text))
+    }
 }
 
 /// What serves a leg's Service.
@@ -238,7 +247,7 @@ pub fn run(args: &BenchNetArgs) -> Result<NetRecord> {
     for size in bench.plan.sizes.clone() {
         bench.size(size)?;
     }
-    bench.record.complete = true;
+    bench.record.complete = args.only.is_none();
     bench.save()?;
     bench.record.print();
     Ok(bench.record)
@@ -281,7 +290,9 @@ impl Bench<'_> {
         let measured = &self.record.measured;
         let is_measured = |case: &Case| measured.series.iter().any(|series| series.case == *case);
         let cases: Vec<_> = self.plan.cases(size).into_iter().filter(|case| !is_measured(case)).collect();
-        let proxies = !measured.proxies.iter().any(|cost| cost.services == size);
+        let cases: Vec<_> = cases.into_iter().filter(|case| self.args.concerns(case)).collect();
+        let is_known = measured.proxies.iter().any(|cost| cost.services == size);
+        let proxies = self.args.only.is_none() && !is_known;
         if cases.is_empty() && !proxies {
             println!("{size} Services: measured before");
             return Ok(());
@@ -331,7 +342,7 @@ impl Bench<'_> {
         }
         println!("{case}");
         for (series, station) in all.iter_mut().zip(legs) {
-            if series.failed() > 0 {
+            if series.failed() > 0 || series.rates().contains(&Some(0.0)) {
                 series.drops = station.drops();
             }
         }
@@ -363,6 +374,7 @@ mod tests {
             seconds: None,
             flows: 32,
             resume: false,
+            only: None,
             records: PathBuf::new(),
         };
         let full = Plan::new(&args(false, None, &[])).unwrap();

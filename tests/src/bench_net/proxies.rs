@@ -102,7 +102,8 @@ fn fill(cost: &mut ProxyCost, plane: &ControlPlane, station: &Station, changes: 
     let name = format!("change-{}-{}", cost.services, cost.leg.name());
     let ports = [("echo", "TCP", PORT, PORT)];
     let endpoint = station.endpoint();
-    let address = plane.block_on(load::create(plane.client(), &name, &ports, None, &[endpoint]))?;
+    let node = station.node().name();
+    let address = plane.block_on(load::create(plane.client(), &name, &ports, None, &[(endpoint, node)]))?;
     let probe = Probe { plane, slice: format!("{name}-1"), endpoint, address, client: station.client() };
     probe.wait(true)?;
     cost.change_ms = Some(Durations::of(probe.change(changes)?)?);

@@ -120,6 +120,7 @@ pub(super) fn begin(plan: Plan, plane: &ControlPlane) -> NetRecord {
     let mut record = Record::new(KIND, machine, quick, measured);
     record.notes = [
         "The rivals' connection tracking keeps what has ended for 1 s instead of 120 s, in their namespaces only.",
+        "Endpoints keep no TIME_WAIT: thousands of connections per second from one address through a node's translated ports come back to the same port within a second.",
         "Client and server have a CPU each; the network between them is veth, so there is no NIC.",
         "XDP on veth needs checksums from senders and a program at the peer: the leg portolan-xdp has both, the others have not.",
     ]

@@ -72,7 +72,8 @@ impl Station {
         ])?;
         let servers = [serve(lab, &pod)?, serve(lab, &far_pod)?];
         let (endpoint, far) = (pod.address(), far_pod.address());
-        let service = services(plane, leg, index as u16, endpoint, far)?;
+        let endpoints = [(endpoint, node.name()), (far, far_node.name())];
+        let service = services(plane, leg, index as u16, endpoints)?;
         let mut station = Self {
             leg,
             node,
@@ -194,7 +195,13 @@ impl Station {
     pub(super) fn last_service(&self, plane: &ControlPlane, size: usize) -> Result<Ipv4Addr> {
         let name = format!("last-{size}-{}", self.leg.name());
         let ports = [("echo", "TCP", PORT, PORT)];
-        plane.block_on(load::create(plane.client(), &name, &ports, None, &[self.endpoint]))
+        plane.block_on(load::create(
+            plane.client(),
+            &name,
+            &ports,
+            None,
+            &[(self.endpoint, self.node.name())],
+        ))
     }
 
     /// Whether a Service answers the leg's client.
@@ -254,7 +261,11 @@ impl Station {
 }
 
 /// The load tool's server in a pod.
+///
+/// It closes first, so its kernel would remember each connection for a minute and refuse some of those that come again from
+/// one of a node's few translated ports: thousands per second from one address to one endpoint are a benchmark's doing.
 fn serve(lab: &Lab, pod: &Pod) -> Result<Process> {
+    pod.place().sysctl("net/ipv4/tcp_max_tw_buckets", "0")?;
     let mut command = pod.place().command(program("portolan-load", "PORTOLAN_LOAD_PROGRAM")?)?;
     command.args(["serve", "--port", &PORT.to_string(), "--cpu", SERVER_CPU]);
     let server = Process::start(&lab.logs(), pod.name(), command)?;
@@ -267,8 +278,7 @@ fn services(
     plane: &ControlPlane,
     leg: Leg,
     index: u16,
-    endpoint: Ipv4Addr,
-    far: Ipv4Addr,
+    [here, elsewhere]: [(Ipv4Addr, &str); 2],
 ) -> Result<Ipv4Addr> {
     let ports = [
         ("close", "TCP", PORT + 1, PORT + 1),
@@ -278,8 +288,8 @@ fn services(
     ];
     let (client, far_name) = (plane.client(), format!("far-{}", leg.name()));
     plane.block_on(async {
-        load::create(client, &far_name, &ports[..1], Some(FAR_NODE_PORT + index), &[far]).await?;
-        load::create(client, leg.name(), &ports, Some(NODE_PORT + index), &[endpoint]).await
+        load::create(client, &far_name, &ports[..1], Some(FAR_NODE_PORT + index), &[elsewhere]).await?;
+        load::create(client, leg.name(), &ports, Some(NODE_PORT + index), &[here]).await
     })
 }
 
