@@ -132,7 +132,8 @@ pub struct AgentArgs {
     /// How long an update may wait for the kernel before the node calls itself unhealthy.
     #[arg(long, value_name = "TIME", default_value = "2m", value_parser = duration)]
     pub healthy_within: Duration,
-    /// Folder for what must outlive a reboot.
+    /// Folder for what must outlive a reboot: the objects that the API server told last. With --manifests nothing is kept
+    /// there, for the manifests are on a disk themselves.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/portolan")]
     pub state_dir: PathBuf,
     /// Print the tables that would be written, and end.

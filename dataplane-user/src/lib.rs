@@ -15,5 +15,6 @@ pub mod kernel;
 pub mod metrics;
 pub mod model;
 pub mod pattern;
+pub mod snapshot;
 pub mod sync;
 pub mod watch;

@@ -1,4 +1,6 @@
 //! The laboratory with a real API server: what the control plane's controllers, the lab's kubelet and the agents make of each
 //! other.
 
+mod boot;
 mod controlplane;
+mod world;

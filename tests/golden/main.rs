@@ -82,7 +82,7 @@ impl Node {
             writeln!(out, "error {error}")?;
         }
         let mut dirty = Dirty::default();
-        for change in changes(objects, &errors) {
+        for change in changes(&objects, &errors) {
             dirty.merge(self.store.apply(change));
         }
         let interfaces = self.interfaces();
@@ -117,19 +117,22 @@ impl Node {
     }
 }
 
-/// As a source tells them: what cannot be read first, then everything of each kind.
-fn changes(objects: Vec<Object>, errors: &[ManifestError]) -> Vec<Change> {
-    let mut changes = Vec::new();
-    for error in errors {
-        if let ManifestError::Object { object, reason, .. } = error {
-            changes.push(Change::Unreadable { object: object.clone(), error: reason.clone() });
-        }
-    }
-    for kind in KINDS {
+/// As an API server's lists tell them: everything of each kind, and what of it cannot be read.
+fn changes(objects: &[Object], errors: &[ManifestError]) -> Vec<Change> {
+    let refused = |kind| {
+        let named = errors.iter().filter_map(|error| match error {
+            ManifestError::Object { object, .. } => Some(object),
+            ManifestError::File { .. } | ManifestError::Document { .. } | ManifestError::Duplicate { .. } => {
+                None
+            }
+        });
+        named.filter(move |object| object.kind == kind).cloned().collect()
+    };
+    let list = |kind| {
         let of_kind = objects.iter().filter(|object| object.reference().kind == kind);
-        changes.push(Change::Replaced(kind, of_kind.cloned().collect()));
-    }
-    changes
+        Change::Replaced { kind, objects: of_kind.cloned().collect(), unreadable: refused(kind) }
+    };
+    KINDS.map(list).into()
 }
 
 fn run(case: &Path) -> Result<()> {

@@ -48,7 +48,10 @@ pub(super) struct Dataplane<M> {
     compiler: Compiler,
     mirror: Mirror,
     addresses: Vec<IpAddr>,
+    /// The kinds of which the source has told everything.
     listed: BTreeSet<Kind>,
+    /// A snapshot stands in for those that are not listed yet.
+    snapshot: bool,
     dirty: Dirty,
     complete: bool,
     triggers: Vec<SystemTime>,
@@ -73,6 +76,7 @@ impl<M: Maps> Dataplane<M> {
             mirror,
             addresses,
             listed: BTreeSet::new(),
+            snapshot: false,
             dirty: Dirty { node: true, ..Dirty::default() },
             complete: false,
             triggers: Vec::new(),
@@ -104,8 +108,37 @@ impl<M: Maps> Dataplane<M> {
 
     /// Whether all was told that the first tables need.
     pub(super) fn is_informed(&self) -> bool {
+        (self.snapshot || self.is_current()) && (!self.settings.needs_node || self.store.own_node().is_some())
+    }
+
+    /// Whether the source has told everything.
+    pub(super) fn is_current(&self) -> bool {
         KINDS.iter().all(|kind| self.listed.contains(kind))
-            && (!self.settings.needs_node || self.store.own_node().is_some())
+    }
+
+    /// Whether there is something of a snapshot that the source may know better.
+    pub(super) fn is_outdated(&self) -> bool {
+        self.snapshot && !self.is_current()
+    }
+
+    /// Takes in the objects of a snapshot, but for kinds of which the source has told everything: they are as if they had
+    /// been listed, until the source's own list says what of them is gone.
+    pub(super) fn take_snapshot(&mut self, objects: Vec<Object>) {
+        let mut kinds: BTreeMap<Kind, Vec<Object>> = BTreeMap::new();
+        for object in objects {
+            kinds.entry(object.reference().kind).or_default().push(object);
+        }
+        for (kind, objects) in kinds {
+            if !self.listed.contains(&kind) {
+                self.dirty.merge(self.store.apply(Change::replaced(kind, objects)));
+            }
+        }
+        self.snapshot = true;
+    }
+
+    /// Whether tables can be written: once they were, Services are followed whatever becomes of the Node.
+    pub(super) fn is_writable(&self) -> bool {
+        self.complete || self.is_informed()
     }
 
     /// Whether something waits to be written.
@@ -131,7 +164,7 @@ impl<M: Maps> Dataplane<M> {
                     slice.trigger_time.as_deref().and_then(|time| time.parse::<jiff::Timestamp>().ok());
                 self.triggers.extend(trigger.map(SystemTime::from));
             }
-            Change::Replaced(kind, _) => {
+            Change::Replaced { kind, .. } => {
                 self.listed.insert(*kind);
             }
             Change::Applied(_) | Change::Deleted(_) | Change::Unreadable { .. } => {}
@@ -155,12 +188,12 @@ impl<M: Maps> Dataplane<M> {
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub(super) fn flush(&mut self) -> Result<Option<Flushed>, MapError> {
-        if !self.is_informed() || (self.complete && self.dirty.is_empty()) {
+    pub(super) fn flush(&mut self, now: Instant) -> Result<Option<Flushed>, MapError> {
+        if !self.is_writable() || (self.complete && self.dirty.is_empty()) {
             return Ok(None);
         }
-        let dirty = std::mem::take(&mut self.dirty);
-        let result = self.write(&dirty);
+        let mut dirty = std::mem::take(&mut self.dirty);
+        let result = self.write(&mut dirty, now);
         match result {
             Ok(mut flushed) => {
                 self.complete = true;
@@ -192,10 +225,12 @@ impl<M: Maps> Dataplane<M> {
         Context::new(&self.store, self.settings.proxy_name.clone(), &self.settings.cluster_cidrs, addresses)
     }
 
-    fn write(&mut self, dirty: &Dirty) -> Result<Flushed, MapError> {
+    /// Adds to what is dirty what it touches elsewhere: after a failure all of it is to be written again.
+    fn write(&mut self, dirty: &mut Dirty, now: Instant) -> Result<Flushed, MapError> {
         let Compilation { services, health_checks, node } = self.compile(dirty);
+        dirty.services.extend(services.keys().cloned());
+        dirty.node |= node.is_some();
         let mut flushed = Flushed { health_checks, ..Flushed::default() };
-        let now = Instant::now();
         if let Some((tables, complaints)) = node {
             self.complain(None, complaints);
             flushed.node_port_addresses = Some(self.node_port_addresses(&tables));
@@ -285,9 +320,12 @@ mod tests {
     use super::*;
     use crate::config::{Cli, Command};
     use crate::sync::MemoryMaps;
+    use crate::sync::checks::CheckedMaps;
     use crate::watch::manifests;
     use clap::Parser as _;
-    use dataplane_common::tables;
+    use dataplane_common::frontend::FrontendKey;
+    use dataplane_common::{Port, tables};
+    use std::sync::Arc;
 
     const WEB: &str = "
 apiVersion: v1
@@ -303,7 +341,7 @@ ports: [{port: 8080}]
 endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
 ";
 
-    fn dataplane(maps: MemoryMaps) -> Dataplane<MemoryMaps> {
+    fn dataplane<M: Maps>(maps: M) -> Dataplane<M> {
         let cli = Cli::try_parse_from(["portolan", "agent", "--node-name", "n", "--manifests", "d"]).unwrap();
         let Command::Agent(args) = cli.command else { panic!("not the agent") };
         let own = vec!["192.0.2.1".parse().unwrap()];
@@ -316,11 +354,11 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
         objects
     }
 
-    fn list(dataplane: &mut Dataplane<MemoryMaps>, kinds: &[Kind], text: &str) {
+    fn list<M: Maps>(dataplane: &mut Dataplane<M>, kinds: &[Kind], text: &str) {
         for kind in kinds {
             let of_kind =
                 objects(text).into_iter().filter(|object| object.reference().kind == *kind).collect();
-            dataplane.take_in(Change::Replaced(*kind, of_kind));
+            dataplane.take_in(Change::replaced(*kind, of_kind));
         }
     }
 
@@ -334,10 +372,10 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
     fn nothing_is_written_before_every_kind_was_listed() {
         let mut dataplane = dataplane(MemoryMaps::default());
         list(&mut dataplane, &[Kind::Service, Kind::EndpointSlice, Kind::Node], WEB);
-        assert!(dataplane.flush().unwrap().is_none());
+        assert!(dataplane.flush(Instant::now()).unwrap().is_none());
         assert_eq!(frontends(&dataplane), 0);
         list(&mut dataplane, &[Kind::ServiceCidr], "");
-        assert!(dataplane.flush().unwrap().is_some());
+        assert!(dataplane.flush(Instant::now()).unwrap().is_some());
         // The port, and the refusal of all other ports (P13).
         assert_eq!(frontends(&dataplane), 2);
         assert!(dataplane.is_complete());
@@ -347,10 +385,10 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
     fn a_service_that_goes_leaves_nothing() {
         let mut dataplane = dataplane(MemoryMaps::default());
         list(&mut dataplane, &KINDS, WEB);
-        dataplane.flush().unwrap();
+        dataplane.flush(Instant::now()).unwrap();
         list(&mut dataplane, &[Kind::Service], "");
         assert!(dataplane.is_dirty());
-        dataplane.flush().unwrap();
+        dataplane.flush(Instant::now()).unwrap();
         assert_eq!(frontends(&dataplane), 0);
         assert_eq!(dataplane.mirror().0.sizes(), (0, 0, 0));
     }
@@ -363,15 +401,15 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
         let web = WEB.replace("clusterIP", &format!("type: LoadBalancer, {local}"));
         let web = web.replace("{addresses: [10.0.0.1]}", "{addresses: [10.0.0.1], nodeName: n}");
         list(&mut dataplane, &KINDS, &web);
-        let flushed = dataplane.flush().unwrap().unwrap();
+        let flushed = dataplane.flush(Instant::now()).unwrap().unwrap();
         let check = flushed.health_checks[0].1.clone().unwrap();
         assert_eq!((check.port, check.endpoints), (30_000, [Some(1), None]));
         assert_eq!(flushed.node_port_addresses, Some(None));
         list(&mut dataplane, &[Kind::EndpointSlice], "");
-        let flushed = dataplane.flush().unwrap().unwrap();
+        let flushed = dataplane.flush(Instant::now()).unwrap().unwrap();
         assert_eq!(flushed.health_checks[0].1.as_ref().unwrap().endpoints, [Some(0), None]);
         list(&mut dataplane, &[Kind::Service], "");
-        assert_eq!(dataplane.flush().unwrap().unwrap().health_checks[0].1, None);
+        assert_eq!(dataplane.flush(Instant::now()).unwrap().unwrap().health_checks[0].1, None);
     }
 
     /// H3, P2, P3
@@ -379,11 +417,11 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
     fn services_without_local_endpoints_are_counted_by_policy() {
         let mut dataplane = dataplane(MemoryMaps::default());
         list(&mut dataplane, &KINDS, &WEB.replace("clusterIP", "internalTrafficPolicy: Local, clusterIP"));
-        dataplane.flush().unwrap();
+        dataplane.flush(Instant::now()).unwrap();
         assert_eq!(dataplane.mirror().0.without_local_endpoints(), [1, 0]);
         let here = WEB.replace("{addresses: [10.0.0.1]}", "{addresses: [10.0.0.1], nodeName: n}");
         list(&mut dataplane, &[Kind::EndpointSlice], &here);
-        dataplane.flush().unwrap();
+        dataplane.flush(Instant::now()).unwrap();
         assert_eq!(dataplane.mirror().0.without_local_endpoints(), [0, 0]);
     }
 
@@ -393,14 +431,14 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
         let mut dataplane = dataplane(MemoryMaps::default());
         let bad = WEB.replace("10.0.0.2", "127.0.0.1");
         list(&mut dataplane, &KINDS, &bad);
-        dataplane.flush().unwrap();
+        dataplane.flush(Instant::now()).unwrap();
         assert_eq!(dataplane.new_complaints().len(), 1);
         list(&mut dataplane, &[Kind::Service], &bad.replace("port: 80}", "port: 81}"));
-        dataplane.flush().unwrap();
+        dataplane.flush(Instant::now()).unwrap();
         assert_eq!(dataplane.new_complaints(), []);
         assert_eq!(dataplane.complaints().count(), 1);
         list(&mut dataplane, &[Kind::EndpointSlice], WEB);
-        dataplane.flush().unwrap();
+        dataplane.flush(Instant::now()).unwrap();
         assert_eq!(dataplane.complaints().count(), 0);
     }
 
@@ -410,7 +448,7 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
         let second = WEB.replace("name: web", "name: two").replace("10.96.0.10", "10.96.0.11");
         let second = second.replace("service-name: web", "service-name: two");
         list(&mut dataplane, &KINDS, &format!("{WEB}---{second}"));
-        let flushed = dataplane.flush().unwrap().unwrap();
+        let flushed = dataplane.flush(Instant::now()).unwrap().unwrap();
         assert_eq!(flushed.outcome.refused.len(), 1);
         assert!(flushed.outcome.refused[0].error.to_string().contains("--map-size frontends="));
         assert_eq!(frontends(&dataplane), 2);
@@ -420,13 +458,87 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
     fn an_address_of_the_node_is_followed() {
         let mut dataplane = dataplane(MemoryMaps::default());
         list(&mut dataplane, &KINDS, WEB);
-        dataplane.flush().unwrap();
+        dataplane.flush(Instant::now()).unwrap();
         dataplane.set_addresses(vec!["192.0.2.1".parse().unwrap(), "10.96.0.10".parse().unwrap()]);
-        dataplane.flush().unwrap();
+        dataplane.flush(Instant::now()).unwrap();
         // P13: a ClusterIP that is on an interface of this node is left to the node.
         assert_eq!(frontends(&dataplane), 1);
         let mut addresses = 0;
         dataplane.maps().visit::<tables::NodeAddrs>(|_, _| addresses += 1).unwrap();
         assert_eq!(addresses, 2);
+    }
+
+    /// Z1: the kernel refuses while an address passes from one Service to another.
+    #[test]
+    fn a_rival_gets_what_became_free_while_the_kernel_refused() {
+        let maps = Arc::new(CheckedMaps::new(&[]));
+        let mut dataplane = dataplane(maps.clone());
+        let named = |name: &str, ip: &str, rest: &str| {
+            WEB.replace("name: web", &format!("name: {name}")).replace("10.96.0.10", &format!("{ip}{rest}"))
+        };
+        let shared = ", externalIPs: [198.51.100.1]";
+        let other = named("a", "10.96.0.11", "");
+        let rivals = [named("b", "10.96.0.12", shared), named("c", "10.96.0.13", shared)];
+        list(&mut dataplane, &KINDS, &[&other[..], &rivals[0], &rivals[1]].join("---"));
+        dataplane.flush(Instant::now()).unwrap();
+        let external = FrontendKey::new(Addr::from_v4([198, 51, 100, 1]), Port::new(80), 6);
+        assert!(maps.get::<tables::Frontends>(&external).unwrap().is_some());
+        maps.fail_after(Some(0));
+        list(&mut dataplane, &[Kind::Service], &[&rivals[0][..], &rivals[1]].join("---"));
+        dataplane.flush(Instant::now()).unwrap_err();
+        list(&mut dataplane, &[Kind::Service], &rivals[1]);
+        dataplane.flush(Instant::now()).unwrap_err();
+        maps.fail_after(None);
+        dataplane.flush(Instant::now()).unwrap();
+        assert!(maps.get::<tables::Frontends>(&external).unwrap().is_some(), "it is c's now");
+    }
+
+    /// C3: what was served before is served until it is known to be gone.
+    #[test]
+    fn a_snapshot_is_served_until_the_source_tells_what_is_gone() {
+        let old = WEB.replace("name: web", "name: old").replace("10.96.0.10", "10.96.0.11");
+        let mut dataplane = dataplane(MemoryMaps::default());
+        dataplane.take_snapshot(objects(&format!("{WEB}---{old}")));
+        assert!(dataplane.is_outdated() && !dataplane.is_current());
+        dataplane.flush(Instant::now()).unwrap().unwrap();
+        assert!(dataplane.is_complete());
+        assert_eq!(frontends(&dataplane), 4);
+        list(&mut dataplane, &[Kind::Node, Kind::ServiceCidr, Kind::EndpointSlice], WEB);
+        dataplane.flush(Instant::now()).unwrap();
+        assert_eq!(frontends(&dataplane), 4, "nobody said yet that a Service is gone");
+        assert!(dataplane.is_outdated());
+        list(&mut dataplane, &[Kind::Service], WEB);
+        assert!(!dataplane.is_outdated() && dataplane.is_current());
+        dataplane.flush(Instant::now()).unwrap();
+        assert_eq!(frontends(&dataplane), 2);
+    }
+
+    #[test]
+    fn a_snapshot_changes_nothing_of_what_the_source_told() {
+        let mut dataplane = dataplane(MemoryMaps::default());
+        list(&mut dataplane, &[Kind::Service], WEB);
+        let old = WEB.replace("name: web", "name: old").replace("10.96.0.10", "10.96.0.11");
+        dataplane.take_snapshot(objects(&format!("{WEB}---{old}")));
+        dataplane.flush(Instant::now()).unwrap().unwrap();
+        assert_eq!(frontends(&dataplane), 2, "the Service of the snapshot is gone");
+        assert_eq!(dataplane.mirror().0.sizes().1, 2, "its endpoints are of use");
+    }
+
+    /// H1: Services are followed although the Node is gone.
+    #[test]
+    fn services_are_followed_whatever_becomes_of_the_node() {
+        let cli =
+            Cli::try_parse_from(["portolan", "agent", "--node-name", "n", "--kubeconfig", "k"]).unwrap();
+        let Command::Agent(args) = cli.command else { panic!("not the agent") };
+        let mut dataplane =
+            Dataplane::open(Settings::new(&args, 1, true), MemoryMaps::default(), Vec::new()).unwrap();
+        list(&mut dataplane, &KINDS, WEB);
+        assert!(dataplane.flush(Instant::now()).unwrap().is_none(), "the Node is not known");
+        let node = "---\napiVersion: v1\nkind: Node\nmetadata: {name: n}\n";
+        list(&mut dataplane, &KINDS, &format!("{WEB}{node}"));
+        dataplane.flush(Instant::now()).unwrap().unwrap();
+        list(&mut dataplane, &[Kind::Node, Kind::Service], "");
+        dataplane.flush(Instant::now()).unwrap().unwrap();
+        assert_eq!(frontends(&dataplane), 0);
     }
 }

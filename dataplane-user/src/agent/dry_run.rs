@@ -7,7 +7,7 @@ use crate::kernel::links;
 use crate::sync::MemoryMaps;
 use anyhow::{Context as _, Result, bail};
 use std::io::Write as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// How long the objects may take to arrive.
@@ -36,7 +36,7 @@ pub(super) async fn print(args: &AgentArgs) -> Result<()> {
         Ok(())
     });
     listed.await.context("not all objects arrived within a minute: see the log")??;
-    let flushed = dataplane.flush()?.unwrap_or_default();
+    let flushed = dataplane.flush(Instant::now())?.unwrap_or_default();
     std::io::stdout().write_all(dataplane.text().as_bytes())?;
     for complaint in dataplane.complaints() {
         eprintln!("{complaint}");

@@ -5,7 +5,10 @@
 mod dataplane;
 mod dry_run;
 mod health_checks;
+#[cfg(test)]
+mod histories;
 mod hooks;
+mod keep;
 mod notify;
 mod scrape;
 mod serve;
@@ -27,8 +30,9 @@ use crate::watch::{self, Watch};
 use anyhow::{Context as _, Result};
 use dataplane::Dataplane;
 use hooks::Hooks;
+use keep::Keeping;
 use scrape::Scrape;
-use serve::Service;
+use serve::{Service, Told};
 use settings::Settings;
 use std::sync::Arc;
 use tokio::io::Interest;
@@ -110,10 +114,12 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let hooks = tokio::spawn(hooks.run());
 
     let addresses = own_addresses(&interfaces.borrow(), &choice);
+    let keeping = Keeping::new(&args, &settings, metrics.clone());
     let dataplane = Dataplane::open(settings, maps, addresses)?;
     let tell = health_checks::tell(watch.events());
     tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), tell));
-    let service = Service::new(dataplane, watch, health, health_checks, metrics, clock, &args);
+    let told = Told { health, health_checks, metrics };
+    let service = Service::new(dataplane, watch, keeping, told, clock, &args);
     let result = service.run(changes, interfaces, choice).await;
     hooks.abort();
     result

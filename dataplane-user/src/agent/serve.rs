@@ -1,6 +1,7 @@
 //! The loop: changes in, tables written, signals heard. Everything that waits is tried again; only a signal ends it.
 
 use super::dataplane::{Dataplane, Flushed};
+use super::keep::Keeping;
 use super::notify::{State, notify};
 use crate::admin::names::Names;
 use crate::compile::Complaint;
@@ -48,6 +49,7 @@ type Sweeping = JoinHandle<Result<(LingeringBits, Vec<(&'static str, usize)>), M
 pub(super) struct Service {
     dataplane: Dataplane<KernelMaps>,
     watch: Watch,
+    keeping: Keeping,
     health: Arc<Health>,
     health_checks: Arc<HealthChecks>,
     metrics: Arc<Metrics>,
@@ -62,6 +64,8 @@ pub(super) struct Service {
     /// After a refusal: how long to wait, and until when.
     backoff: Option<(Duration, Instant)>,
     ready: bool,
+    /// The kernel held nothing when this agent began: after a boot.
+    booted: bool,
     /// The pin folder, by which the command line finds the names of service ports.
     bpffs: PathBuf,
     names_changed: bool,
@@ -73,13 +77,19 @@ pub(super) struct Service {
     sockets_due: bool,
 }
 
+/// Who is told what becomes of the dataplane.
+pub(super) struct Told {
+    pub(super) health: Arc<Health>,
+    pub(super) health_checks: Arc<HealthChecks>,
+    pub(super) metrics: Arc<Metrics>,
+}
+
 impl Service {
     pub(super) fn new(
         mut dataplane: Dataplane<KernelMaps>,
         watch: Watch,
-        health: Arc<Health>,
-        health_checks: Arc<HealthChecks>,
-        metrics: Arc<Metrics>,
+        keeping: Keeping,
+        Told { health, health_checks, metrics }: Told,
         clock: Clock,
         args: &AgentArgs,
     ) -> Self {
@@ -96,6 +106,7 @@ impl Service {
         Self {
             dataplane,
             watch,
+            keeping,
             health,
             health_checks,
             metrics,
@@ -108,6 +119,7 @@ impl Service {
             sweeping: None,
             backoff: None,
             ready: false,
+            booted: frontends == 0,
             bpffs: args.bpffs.clone(),
             names_changed: false,
             max_series: args.metrics_max_series,
@@ -156,6 +168,9 @@ impl Service {
             }
         }
         notify(State::Stopping);
+        if self.dataplane.is_current() {
+            self.keeping.end(self.dataplane.store()).await;
+        }
         tracing::info!("ending; the programs and their tables stay");
         Ok(())
     }
@@ -170,11 +185,21 @@ impl Service {
             Change::Applied(Object::Service(_)) => self.count_change(Kind::Service),
             Change::Applied(Object::EndpointSlice(_)) => self.count_change(Kind::EndpointSlice),
             Change::Deleted(object) => self.count_change(object.kind),
-            Change::Applied(_) | Change::Replaced(..) => {}
+            Change::Applied(_) | Change::Replaced { .. } => {}
         }
+        let was_outdated = self.dataplane.is_outdated();
         self.dataplane.take_in(change);
+        if was_outdated && !self.dataplane.is_outdated() {
+            tracing::info!("the API server has told everything: the snapshot is no longer served");
+            self.metrics.snapshot_served.set(0);
+        }
+        self.follow_node(node_before.as_ref());
+    }
+
+    /// Whether the Node is there to stay (H1).
+    fn follow_node(&self, before: Option<&crate::model::Node>) {
         let node = self.dataplane.store().own_node();
-        if node != node_before.as_ref() {
+        if node != before {
             let goes = |node: &crate::model::Node| {
                 node.deleting || node.taints.iter().any(|taint| **taint == *AUTOSCALER_TAINT)
             };
@@ -199,12 +224,12 @@ impl Service {
         if self.backoff.is_some_and(|(_, until)| Instant::now() < until) {
             return;
         }
-        if self.dataplane.is_informed() && self.dataplane.is_dirty() {
+        if self.dataplane.is_writable() && self.dataplane.is_dirty() {
             self.health.queued();
             self.metrics.queued.set_now();
         }
         let begun = Instant::now();
-        match self.dataplane.flush() {
+        match self.dataplane.flush(begun) {
             Ok(None) => {}
             Ok(Some(flushed)) => self.flushed(flushed, begun.elapsed()),
             Err(error) => self.failed(&error),
@@ -318,7 +343,28 @@ impl Service {
             counts.into_iter().collect();
     }
 
+    /// After a boot, while the API server is away: serves what was known before.
+    fn serve_snapshot(&mut self) {
+        let error = self.watch.status().all().into_values().find_map(|status| status.error);
+        let Some(snapshot) = self.keeping.ask(error.is_some()) else { return };
+        let age = SystemTime::now().duration_since(snapshot.taken).unwrap_or_default();
+        tracing::warn!(
+            "serving {} objects of the snapshot {}, {} minutes old, until the API server has told everything: {}",
+            snapshot.objects.len(),
+            self.keeping.path(),
+            age.as_secs() / 60,
+            error.as_deref().unwrap_or("it takes long")
+        );
+        let node_before = self.dataplane.store().own_node().cloned();
+        self.dataplane.take_snapshot(snapshot.objects);
+        self.metrics.snapshot_served.set(1);
+        self.follow_node(node_before.as_ref());
+    }
+
     async fn tick(&mut self) {
+        if self.booted && !self.dataplane.is_complete() && !self.dataplane.is_current() {
+            self.serve_snapshot();
+        }
         self.flush();
         if !self.dataplane.is_complete() || self.backoff.is_some_and(|(_, until)| Instant::now() < until) {
             return;
@@ -353,6 +399,9 @@ impl Service {
             self.close_orphans();
         }
         self.sweep().await;
+        if self.dataplane.is_current() {
+            self.keeping.keep(self.dataplane.store()).await;
+        }
     }
 
     /// Beside the loop: a node's own UDP sockets do not follow their endpoints by themselves (C1).

@@ -94,6 +94,14 @@ families! {
         "Health check ports that cannot be had, counted per address: something else listens there";
     REATTACHED = "portolan_reattached_total", Counter, [],
         "Programs that somebody detached and that were attached again";
+    SNAPSHOT_KEPT = "portolan_snapshot_timestamp_seconds", Gauge, [],
+        "When the snapshot below --state-dir was last written by this agent, in seconds since 1970; 0: not yet";
+    SNAPSHOT_ERRORS = "portolan_snapshot_errors_total", Counter, [],
+        "How often the snapshot could not be written";
+    SNAPSHOTS_REFUSED = "portolan_snapshots_refused_total", Counter, [],
+        "Snapshots that were damaged, of another node or of another version, and not used";
+    SNAPSHOT_SERVED = "portolan_snapshot_served", Gauge, [],
+        "1 while objects of the snapshot are served because the API server has not told everything, else 0";
     SERVICE_PORTS = "portolan_service_ports", Gauge, [],
         "Service ports in the kernel, IPv4 and IPv6 counted apart";
     BACKENDS = "portolan_backends", Gauge, [],

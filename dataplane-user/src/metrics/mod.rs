@@ -86,6 +86,14 @@ pub struct Metrics {
     pub interfaces: [Number; 2],
     /// Programs that should be attached and were not, and had to be attached again.
     pub reattached: Number,
+    /// When the snapshot was last written.
+    pub snapshot_kept: Number,
+    /// How often it could not be written.
+    pub snapshot_errors: Number,
+    /// Snapshots that were not trusted.
+    pub snapshots_refused: Number,
+    /// 1 while a snapshot is served.
+    pub snapshot_served: Number,
     /// How full the tables are.
     pub fill: Fill,
     /// The service ports whose counters are told.
@@ -162,6 +170,10 @@ impl Metrics {
             (&family::UNREADABLE, &self.unreadable),
             (&family::WAITING, &self.waiting),
             (&family::REATTACHED, &self.reattached),
+            (&family::SNAPSHOT_KEPT, &self.snapshot_kept),
+            (&family::SNAPSHOT_ERRORS, &self.snapshot_errors),
+            (&family::SNAPSHOTS_REFUSED, &self.snapshots_refused),
+            (&family::SNAPSHOT_SERVED, &self.snapshot_served),
             (&family::SERVICE_PORTS, ports),
             (&family::BACKENDS, backends),
             (&family::FRONTENDS, frontends),

@@ -1,8 +1,10 @@
 //! The Kubernetes objects as far as the contract reads them. Everything after `watch` sees these types only.
 //!
-//! Pure data: no client, no clock, no I/O.
+//! Pure data: no client, no clock, no I/O. Objects are written as they are into the snapshot on disk, so a new field or
+//! another meaning needs a new version there.
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -12,10 +14,11 @@ pub(crate) mod samples;
 pub mod store;
 
 pub use dataplane_common::Protocol;
-pub use store::{Dirty, Store};
+pub use store::{Dirty, Shared, Store};
 
 /// Namespace and name of an object.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ObjectName {
     /// The namespace; empty for objects that have none.
     pub namespace: Arc<str>,
@@ -40,7 +43,7 @@ impl fmt::Display for ObjectName {
 }
 
 /// `spec.type` of a Service.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ServiceType {
     /// Also when the field is missing.
     #[default]
@@ -54,7 +57,8 @@ pub enum ServiceType {
 }
 
 /// One entry of `status.loadBalancer.ingress` that has an IP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LoadBalancerIngress {
     /// The address.
     pub ip: IpAddr,
@@ -63,11 +67,13 @@ pub struct LoadBalancerIngress {
 }
 
 /// One entry of `spec.ports` of a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ServicePort {
     /// Its name; empty if it has none.
     pub name: Arc<str>,
     /// Its protocol.
+    #[serde(with = "protocol")]
     pub protocol: Protocol,
     /// The port of ClusterIP, LB IP and external IPs.
     pub port: u16,
@@ -76,7 +82,8 @@ pub struct ServicePort {
 }
 
 /// A Service, as far as the contract reads it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Service {
     /// Namespace and name.
     pub name: ObjectName,
@@ -109,7 +116,7 @@ pub struct Service {
 }
 
 /// `addressType` of an EndpointSlice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AddressType {
     /// `IPv4`.
     Ipv4,
@@ -120,18 +127,21 @@ pub enum AddressType {
 }
 
 /// One entry of `ports` of an EndpointSlice that has a number (F5).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SlicePort {
     /// Its name; empty if it has none.
     pub name: Arc<str>,
     /// Its protocol.
+    #[serde(with = "protocol")]
     pub protocol: Protocol,
     /// Its number.
     pub port: u16,
 }
 
 /// One entry of `endpoints` of an EndpointSlice, conditions completed as F6 says.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Endpoint {
     /// The first address (F5).
     pub address: IpAddr,
@@ -150,7 +160,8 @@ pub struct Endpoint {
 }
 
 /// An EndpointSlice, as far as the contract reads it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EndpointSlice {
     /// Namespace and name.
     pub name: ObjectName,
@@ -167,7 +178,8 @@ pub struct EndpointSlice {
 }
 
 /// A Node, as far as the contract reads it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Node {
     /// Its name.
     pub name: Arc<str>,
@@ -208,7 +220,7 @@ impl fmt::Display for Kind {
 }
 
 /// An object as it is now.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Object {
     /// A Service.
     Service(Service),
@@ -261,12 +273,44 @@ pub enum Change {
     /// An object is gone. It may never have been told.
     Deleted(Reference),
     /// All objects of this kind that exist now: whatever else was known is gone. Sent after a (re)list.
-    Replaced(Kind, Vec<Object>),
-    /// An object could not be read: what was known of it stays (Z5).
+    Replaced {
+        /// The kind.
+        kind: Kind,
+        /// Those that could be read.
+        objects: Vec<Object>,
+        /// Those that could not: they exist, so what was known of them stays (Z5).
+        unreadable: Vec<Reference>,
+    },
+    /// An object could not be read: what was known of it stays (Z5). For the log, the metric and the Event.
     Unreadable {
         /// Which.
         object: Reference,
         /// Why, and what to check.
         error: String,
     },
+}
+
+impl Change {
+    /// A list of which every object could be read.
+    pub fn replaced(kind: Kind, objects: Vec<Object>) -> Self {
+        Self::Replaced { kind, objects, unreadable: Vec::new() }
+    }
+}
+
+/// A [`Protocol`] on disk is its number.
+mod protocol {
+    use super::Protocol;
+    use serde::de::{Error as _, Unexpected};
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+    pub(super) fn serialize<S: Serializer>(protocol: &Protocol, serializer: S) -> Result<S::Ok, S::Error> {
+        protocol.number().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Protocol, D::Error> {
+        let number = u8::deserialize(deserializer)?;
+        let unknown = |_| D::Error::invalid_value(Unexpected::Unsigned(number.into()), &"TCP, UDP or SCTP");
+        Protocol::try_from(number).map_err(unknown)
+    }
 }

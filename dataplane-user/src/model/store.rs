@@ -35,16 +35,28 @@ impl Dirty {
 #[derive(Debug)]
 pub struct Store {
     node_name: Arc<str>,
-    /// Boxed, because a hash table is half empty at its worst.
-    services: HashMap<ObjectName, Box<Service>>,
+    /// Behind pointers, because a hash table is half empty at its worst, and because they are shared ([`Shared`]).
+    services: HashMap<ObjectName, Arc<Service>>,
     /// By Service, sorted by name; also of Services that do not exist (yet).
-    slices: HashMap<ObjectName, Vec<EndpointSlice>>,
+    slices: HashMap<ObjectName, Arc<Vec<EndpointSlice>>>,
     /// The Service of each slice, to find it when the label changes or the slice is deleted.
     slice_owners: HashMap<ObjectName, ObjectName>,
     nodes: BTreeMap<Arc<str>, Node>,
     service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
-    /// Objects that could not be read since they were last told: a list without them does not delete them (Z5).
-    unreadable: HashSet<Reference>,
+    /// Goes up whenever an object changes, comes or goes.
+    revision: u64,
+}
+
+/// All objects of one moment, shared with the store: keeping them costs a pointer each, and what the store changes meanwhile
+/// is copied.
+#[derive(Clone, Debug, Default)]
+pub struct Shared {
+    /// The Services, in no order.
+    pub services: Vec<Arc<Service>>,
+    /// The slices of each Service, in no order.
+    pub slices: Vec<Arc<Vec<EndpointSlice>>>,
+    /// Nodes and ServiceCIDRs.
+    pub others: Vec<Object>,
 }
 
 impl Store {
@@ -57,29 +69,37 @@ impl Store {
             slice_owners: HashMap::new(),
             nodes: BTreeMap::new(),
             service_cidrs: BTreeMap::new(),
-            unreadable: HashSet::new(),
+            revision: 0,
         }
     }
 
     /// Takes a change in and says what it may have made stale. A change that repeats what is known makes nothing stale.
-    ///
-    /// An `Unreadable` object outlives the next `Replaced` of its kind, whose list could not hold it.
     pub fn apply(&mut self, change: Change) -> Dirty {
         match change {
-            Change::Applied(object) => {
-                self.unreadable.remove(&object.reference());
-                self.insert(object)
-            }
-            Change::Deleted(reference) => {
-                self.unreadable.remove(&reference);
-                self.remove(&reference)
-            }
-            Change::Replaced(kind, objects) => self.replace(kind, objects),
-            Change::Unreadable { object, .. } => {
-                self.unreadable.insert(object);
-                Dirty::default()
-            }
+            Change::Applied(object) => self.insert(object),
+            Change::Deleted(reference) => self.remove(&reference),
+            Change::Replaced { kind, objects, unreadable } => self.replace(kind, objects, unreadable),
+            // What was known of it stays (Z5).
+            Change::Unreadable { .. } => Dirty::default(),
         }
+    }
+
+    /// All objects as they are now.
+    pub fn share(&self) -> Shared {
+        let nodes = self.nodes.values().cloned().map(Object::Node);
+        let cidrs = self.service_cidrs.iter();
+        let cidrs =
+            cidrs.map(|(name, cidrs)| Object::ServiceCidr { name: name.clone(), cidrs: cidrs.clone() });
+        Shared {
+            services: self.services.values().cloned().collect(),
+            slices: self.slices.values().cloned().collect(),
+            others: nodes.chain(cidrs).collect(),
+        }
+    }
+
+    /// A number that is another one whenever an object changed.
+    pub fn revision(&self) -> u64 {
+        self.revision
     }
 
     /// Name of the node this agent runs on.
@@ -89,17 +109,17 @@ impl Store {
 
     /// The Service of this name.
     pub fn service(&self, name: &ObjectName) -> Option<&Service> {
-        self.services.get(name).map(Box::as_ref)
+        self.services.get(name).map(Arc::as_ref)
     }
 
     /// All Services, in no order.
     pub fn services(&self) -> impl Iterator<Item = &Service> {
-        self.services.values().map(Box::as_ref)
+        self.services.values().map(Arc::as_ref)
     }
 
     /// The slices of a Service, sorted by name.
     pub fn slices(&self, service: &ObjectName) -> &[EndpointSlice] {
-        self.slices.get(service).map_or(&[], Vec::as_slice)
+        self.slices.get(service).map_or(&[], |slices| slices.as_slice())
     }
 
     /// The Node this agent runs on, once it was told.
@@ -143,6 +163,7 @@ impl Store {
             Object::ServiceCidr { name, cidrs } => {
                 let node = self.service_cidrs.get(&name) != Some(&cidrs);
                 self.service_cidrs.insert(name, cidrs);
+                self.revision += u64::from(node);
                 Dirty { node, ..Dirty::default() }
             }
         }
@@ -151,22 +172,25 @@ impl Store {
     fn remove(&mut self, reference: &Reference) -> Dirty {
         match reference.kind {
             Kind::Service => match self.services.remove(&reference.name) {
-                Some(service) => dirty_service(service.name),
+                Some(service) => {
+                    self.revision += 1;
+                    dirty_service(service.name.clone())
+                }
                 None => Dirty::default(),
             },
             Kind::EndpointSlice => self.remove_slice(&reference.name),
             Kind::Node => self.replace_node(&reference.name.name, None),
             Kind::ServiceCidr => {
                 let node = self.service_cidrs.remove(&reference.name.name).is_some();
+                self.revision += u64::from(node);
                 Dirty { node, ..Dirty::default() }
             }
         }
     }
 
-    fn replace(&mut self, kind: Kind, objects: Vec<Object>) -> Dirty {
+    fn replace(&mut self, kind: Kind, objects: Vec<Object>, unreadable: Vec<Reference>) -> Dirty {
         let mut listed: HashSet<Reference> = objects.iter().map(Object::reference).collect();
-        listed.extend(self.unreadable.iter().filter(|object| object.kind == kind).cloned());
-        self.unreadable.retain(|object| object.kind != kind);
+        listed.extend(unreadable);
         let mut dirty = Dirty::default();
         for reference in self.references(kind).into_iter().filter(|known| !listed.contains(known)) {
             dirty.merge(self.remove(&reference));
@@ -198,7 +222,8 @@ impl Store {
         service.ports.shrink_to_fit();
         service.source_ranges.shrink_to_fit();
         let name = service.name.clone();
-        self.services.insert(name.clone(), Box::new(service));
+        self.services.insert(name.clone(), Arc::new(service));
+        self.revision += 1;
         dirty_service(name)
     }
 
@@ -212,7 +237,8 @@ impl Store {
         slice.endpoints.shrink_to_fit();
         dirty.merge(self.dirty_if_known(&slice.service));
         self.slice_owners.insert(slice.name.clone(), slice.service.clone());
-        let slices = self.slices.entry(slice.service.clone()).or_default();
+        self.revision += 1;
+        let slices = Arc::make_mut(self.slices.entry(slice.service.clone()).or_default());
         let at = slices.partition_point(|other| other.name < slice.name);
         slices.reserve_exact(1);
         slices.insert(at, slice);
@@ -221,7 +247,9 @@ impl Store {
 
     fn remove_slice(&mut self, name: &ObjectName) -> Dirty {
         let Some(service) = self.slice_owners.remove(name) else { return Dirty::default() };
+        self.revision += 1;
         if let Some(slices) = self.slices.get_mut(&service) {
+            let slices = Arc::make_mut(slices);
             slices.retain(|slice| slice.name != *name);
             if slices.is_empty() {
                 self.slices.remove(&service);
@@ -235,6 +263,7 @@ impl Store {
         if old == node.as_ref() {
             return Dirty::default();
         }
+        self.revision += 1;
         let pods = |node: Option<&Node>| node.map(|node| node.pod_cidrs.clone()).unwrap_or_default();
         let zone = |node: Option<&Node>| node.and_then(|node| node.zone.clone());
         let own = *name == self.node_name;
@@ -346,31 +375,32 @@ mod tests {
         add(&mut store, Object::EndpointSlice(slice("s", "keep", vec![])));
         let changed = Service { internal_local: true, ..service("change") };
         let listed = [service("keep"), changed, service("new")].map(Object::Service);
-        let stale = store.apply(Change::Replaced(Kind::Service, listed.to_vec()));
+        let stale = store.apply(Change::replaced(Kind::Service, listed.to_vec()));
         assert_eq!(stale, dirty(&["change", "go", "new"]));
         assert_eq!(store.services().count(), 3);
         assert_eq!(store.slices(&name("keep")).len(), 1, "other kinds are untouched");
-        assert_eq!(store.apply(Change::Replaced(Kind::EndpointSlice, vec![])), dirty(&["keep"]));
+        assert_eq!(store.apply(Change::replaced(Kind::EndpointSlice, vec![])), dirty(&["keep"]));
     }
 
     /// Z5
     #[test]
-    fn an_unreadable_object_stays_as_it_was_through_the_next_list() {
+    fn an_unreadable_object_stays_as_it_was_while_lists_say_that_it_exists() {
         let mut store = store();
         add(&mut store, Object::Service(service("web")));
         let object = Reference { kind: Kind::Service, name: name("web") };
         let unreadable = Change::Unreadable { object: object.clone(), error: "a port out of range".into() };
-        assert!(store.apply(unreadable.clone()).is_empty());
-        assert!(store.apply(Change::Replaced(Kind::Service, vec![])).is_empty());
+        assert!(store.apply(unreadable).is_empty());
+        for _ in 0..2 {
+            let (kind, unreadable) = (Kind::Service, vec![object.clone()]);
+            assert!(store.apply(Change::Replaced { kind, objects: vec![], unreadable }).is_empty());
+        }
         assert!(store.service(&name("web")).is_some());
         assert_eq!(
-            store.apply(Change::Replaced(Kind::Service, vec![])),
+            store.apply(Change::replaced(Kind::Service, vec![])),
             dirty(&["web"]),
             "now it is really gone"
         );
-
         add(&mut store, Object::Service(service("web")));
-        store.apply(unreadable);
         assert_eq!(store.apply(Change::Deleted(object)), dirty(&["web"]), "a deletion counts at once");
     }
 

@@ -18,6 +18,8 @@
 //! ```
 
 mod audit;
+#[cfg(test)]
+pub(crate) mod checks;
 mod filter;
 mod ids;
 mod maps;

@@ -1,5 +1,6 @@
 //! Behaviour of the whole of `sync` on [`MemoryMaps`].
 
+use super::checks::{CheckedMaps, bit_is_set, check, reach, read, view};
 use super::{Maps, MemoryMaps, Mirror, Op, REST, apply};
 use crate::compile::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables};
 use crate::kernel::maps::MapError;
@@ -10,7 +11,7 @@ use dataplane_common::counter::Traffic;
 use dataplane_common::filter::FilterBit;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress};
-use dataplane_common::service::{EndpointSet, Policy, Service};
+use dataplane_common::service::{Policy, Service};
 use dataplane_common::tables::{self, Table};
 use dataplane_common::{Addr, Port};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -20,105 +21,6 @@ use std::time::{Duration, Instant};
 const TCP: u8 = 6;
 const ANY_NODE: Addr = Addr::from_v4([0; 4]);
 const NODE: Addr = Addr::from_v4([192, 168, 0, 1]);
-
-/// Memory maps that check, after each single entry written or removed, that no reference dangles.
-struct CheckedMaps {
-    inner: MemoryMaps,
-    checked: Mutex<usize>,
-}
-
-impl Maps for CheckedMaps {
-    fn capacity<T: Table>(&self) -> Result<usize, MapError> {
-        self.inner.capacity::<T>()
-    }
-    fn get<T: Table>(&self, key: &T::Key) -> Result<Option<T::Value>, MapError> {
-        self.inner.get::<T>(key)
-    }
-    fn visit<T: Table>(&self, visit: impl FnMut(T::Key, T::Value)) -> Result<(), MapError> {
-        self.inner.visit::<T>(visit)
-    }
-    fn write<T: Table>(&self, entries: &[(T::Key, T::Value)]) -> Result<(), MapError> {
-        for entry in entries {
-            self.inner.write::<T>(&[*entry])?;
-            self.check();
-        }
-        Ok(())
-    }
-    fn remove<T: Table>(&self, keys: &[T::Key]) -> Result<usize, MapError> {
-        let mut removed = 0;
-        for key in keys {
-            removed += self.inner.remove::<T>(&[*key])?;
-            self.check();
-        }
-        Ok(removed)
-    }
-    fn calls(&self) -> u64 {
-        0
-    }
-}
-
-impl CheckedMaps {
-    fn new(capacities: &[(&'static str, usize)]) -> Self {
-        Self { inner: MemoryMaps::with_capacities(capacities.iter().copied()), checked: Mutex::new(0) }
-    }
-
-    fn check(&self) {
-        *self.checked.lock().unwrap() += 1;
-        check(&self.inner);
-    }
-}
-
-fn read<T: Table>(maps: &impl Maps) -> Vec<(T::Key, T::Value)> {
-    let mut entries = Vec::new();
-    maps.visit::<T>(|key, value| entries.push((key, value))).unwrap();
-    entries
-}
-
-fn bit_is_set(maps: &impl Maps, bit: FilterBit) -> bool {
-    maps.get::<tables::Filter>(&bit.word()).unwrap().unwrap() & bit.mask() != 0
-}
-
-/// What a packet to a frontend finds: the endpoints of both sets, each of which serves and passes the filter.
-fn reach(maps: &impl Maps, key: &FrontendKey) -> Option<[BTreeSet<Endpoint>; 2]> {
-    let frontend: Frontend = maps.get::<tables::Frontends>(key).unwrap()?;
-    let id = frontend.service();
-    let service: Service = maps.get::<tables::Services>(&id).unwrap().expect("the id is inside of the table");
-    let endpoints = |set: EndpointSet| {
-        let slots = set.base()..set.base() + set.count();
-        let backend = |slot: u32| {
-            let backend: u32 = maps.get::<tables::Slots>(&slot).unwrap().expect("a slot inside of the table");
-            let backend: Backend = maps.get::<tables::Backends>(&backend).unwrap().expect("a known id");
-            assert!(backend.status().has(BackendStatus::SERVING), "{key:?} leads to {backend:?}");
-            assert_eq!(backend.service(), id, "{key:?} leads to the backend of another service port");
-            assert!(bit_is_set(maps, FilterBit::backend(backend.addr(), backend.port(), key.proto())));
-            Endpoint { addr: *backend.addr(), port: backend.port() }
-        };
-        slots.map(backend).collect()
-    };
-    Some([endpoints(service.cluster), endpoints(service.local)])
-}
-
-/// No frontend leads to what is not there, and all that a packet meets passes the filter.
-fn check(maps: &impl Maps) {
-    let addresses: Vec<_> = read::<tables::NodeAddrs>(maps);
-    for (addr, _) in &addresses {
-        assert!(bit_is_set(maps, FilterBit::node_address(addr)));
-    }
-    for (key, frontend) in read::<tables::Frontends>(maps) {
-        if frontend.kind() == Ok(FrontendKind::ClosedPort) {
-            assert!(bit_is_set(maps, FilterBit::service_address(key.addr())));
-            continue;
-        }
-        reach(maps, &key);
-        if !key.addr().is_unspecified() {
-            assert!(bit_is_set(maps, FilterBit::service_address(key.addr())));
-            continue;
-        }
-        for (addr, _) in addresses.iter().filter(|(_, value)| value.has(NodeAddress::NODE_PORTS)) {
-            assert!(bit_is_set(maps, FilterBit::node_port(addr, key.port(), key.proto())));
-        }
-    }
-}
 
 fn endpoint(n: u8) -> Endpoint {
     Endpoint { addr: Addr::from_v4([10, 244, 0, n]), port: Port::new(8080) }
@@ -165,13 +67,6 @@ fn status(maps: &impl Maps, wanted: Endpoint) -> Vec<(u32, BackendStatus)> {
     let backends = read::<tables::Backends>(maps).into_iter();
     let at = backends.filter(|(_, b)| *b.addr() == wanted.addr && b.port() == wanted.port);
     at.map(|(id, b)| (id, b.status())).collect()
-}
-
-/// The tables as a packet sees them: the frontends and where they lead.
-fn view(maps: &impl Maps) -> BTreeMap<FrontendKey, [BTreeSet<Endpoint>; 2]> {
-    let keys = read::<tables::Frontends>(maps).into_iter();
-    let open = keys.filter(|(_, value)| value.kind() != Ok(FrontendKind::ClosedPort));
-    open.map(|(key, _)| (key, reach(maps, &key).unwrap())).collect()
 }
 
 /// The same as it should be.

@@ -56,7 +56,7 @@ async fn run(path: PathBuf, options: Options, mut follower: Follower, changes: C
         let error = folder.error();
         KINDS.iter().for_each(|kind| status.change(*kind, |status| status.error.clone_from(&error)));
         for change in told {
-            let listed = if let Change::Replaced(kind, _) = &change { Some(*kind) } else { None };
+            let listed = if let Change::Replaced { kind, .. } = &change { Some(*kind) } else { None };
             if changes.send(change).await.is_err() {
                 return;
             }

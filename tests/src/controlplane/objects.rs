@@ -61,9 +61,9 @@ pub(crate) async fn create_nodes(client: &Client, nodes: &[Arc<lab::Node>]) -> R
         }
         let parameters = PatchParams::apply(FIELD_MANAGER).force();
         api.patch(node.name(), &parameters, &Patch::Apply(&object)).await?;
-        // Not by apply, which knows a Node's addresses by their type: a node of both families has two of one type.
-        let status = Patch::Merge(json!({ "status": status }));
-        api.patch_status(node.name(), &PatchParams::default(), &status).await?;
+        // Apply knows addresses by their type, and a node has one of each family.
+        let status = json!({ "status": status });
+        api.patch_status(node.name(), &PatchParams::default(), &Patch::Merge(&status)).await?;
     }
     Ok(())
 }

@@ -205,7 +205,7 @@ impl World {
         let mut dirty = BTreeSet::new();
         for kind in [Kind::Node, Kind::ServiceCidr, Kind::Service, Kind::EndpointSlice] {
             let of_kind = objects.iter().filter(|object| object.reference().kind == kind);
-            let change = Change::Replaced(kind, of_kind.cloned().collect());
+            let change = Change::replaced(kind, of_kind.cloned().collect());
             dirty.extend(self.store.apply(change).services);
         }
         let interfaces: [IpAddr; 4] = [

@@ -70,7 +70,7 @@ fn random_change(seed: &mut Seed) -> Change {
         6 => Change::Deleted(reference(Kind::EndpointSlice, format!("slice-{}", seed.below(8)))),
         _ => {
             let slices = (0..seed.below(4)).map(|_| Object::EndpointSlice(random_slice(seed)));
-            Change::Replaced(Kind::EndpointSlice, slices.collect())
+            Change::replaced(Kind::EndpointSlice, slices.collect())
         }
     }
 }

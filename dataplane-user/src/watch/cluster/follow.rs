@@ -106,11 +106,9 @@ impl<W: Written> Follower<W> {
                 Err(error) => return Ok(Err(self.failure(Verb::List, &error))),
             };
             for seen in page.items {
-                let change = seen.read(&mut self.names);
-                if let Change::Applied(object) = change {
-                    objects.push(object);
-                } else {
-                    unreadable.push(change);
+                match seen.read(&mut self.names) {
+                    Ok(object) => objects.push(object),
+                    Err(refused) => unreadable.push(refused),
                 }
             }
             parameters.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
@@ -121,9 +119,10 @@ impl<W: Written> Follower<W> {
         objects.shrink_to_fit();
         tracing::debug!(kind = %W::KIND, objects = objects.len(), version, "listed");
         let is_without_node = W::KIND == Kind::Node && objects.is_empty();
-        self.tell(Change::Replaced(W::KIND, objects)).await?;
-        for change in unreadable {
-            self.tell(change).await?;
+        let named = unreadable.iter().map(|(object, _)| object.clone()).collect();
+        self.tell(Change::Replaced { kind: W::KIND, objects, unreadable: named }).await?;
+        for (object, error) in unreadable {
+            self.tell(Change::Unreadable { object, error }).await?;
         }
         self.following.status.listed(W::KIND);
         self.recovered();
@@ -153,7 +152,9 @@ impl<W: Written> Follower<W> {
             let seen = match event {
                 Ok(WatchEvent::Added(seen) | WatchEvent::Modified(seen)) => {
                     let next = seen.resource_version().map(str::to_owned);
-                    let change = seen.read(&mut self.names);
+                    let change = seen
+                        .read(&mut self.names)
+                        .map_or_else(|(object, error)| Change::Unreadable { object, error }, Change::Applied);
                     self.tell(change).await?;
                     next
                 }
@@ -211,7 +212,7 @@ impl<W: Written> Follower<W> {
             tracing::warn!("{failure}; going on without the cluster's ServiceCIDRs: give --service-cidr");
         }
         if !self.following.status.of(W::KIND).synced {
-            self.tell(Change::Replaced(W::KIND, Vec::new())).await?;
+            self.tell(Change::replaced(W::KIND, Vec::new())).await?;
         }
         self.following.status.change(W::KIND, |status| (status.synced, status.unavailable) = (true, true));
         tokio::time::sleep(ASK_AGAIN).await;

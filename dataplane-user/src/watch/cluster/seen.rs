@@ -1,6 +1,6 @@
 //! An object as the API server sends it: read as far as it can be read, so that one that cannot costs no other (Z5).
 
-use crate::model::{Change, Kind, ObjectName, Reference};
+use crate::model::{Kind, Object, ObjectName, Reference};
 use crate::watch::names::Names;
 use crate::watch::objects::{Metadata, Written};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -60,20 +60,14 @@ impl<W: Written> Seen<W> {
         Reference { kind: W::KIND, name: name.unwrap_or_else(|_| ObjectName::new("", "(without a name)")) }
     }
 
-    /// A [`Change::Applied`], or a [`Change::Unreadable`].
-    pub(super) fn read(self, names: &mut Names) -> Change {
-        let object = self.reference(names);
+    /// The object; or its name, and why it cannot be read.
+    pub(super) fn read(self, names: &mut Names) -> Result<Object, (Reference, String)> {
+        let reference = self.reference(names);
         let converted = match self.object {
             Ok(written) => written.convert(names).map_err(|error| error.to_string()),
             Err(unread) => Err(unread.error),
         };
-        converted.map_or_else(
-            |error| Change::Unreadable {
-                object,
-                error: format!("{error} (look at it with kubectl get -o yaml)"),
-            },
-            Change::Applied,
-        )
+        converted.map_err(|error| (reference, format!("{error} (look at it with kubectl get -o yaml)")))
     }
 }
 

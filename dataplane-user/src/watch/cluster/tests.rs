@@ -152,7 +152,7 @@ impl Source {
             let (kind, words) = match change.expect("no change within 20 s").unwrap() {
                 Change::Applied(object) => (object.reference().kind, format!("+{}", object.reference().name)),
                 Change::Deleted(object) => (object.kind, format!("-{}", object.name)),
-                Change::Replaced(kind, objects) => {
+                Change::Replaced { kind, objects, .. } => {
                     let names: Vec<_> =
                         objects.iter().map(|object| object.reference().name.to_string()).collect();
                     (kind, format!("={}", names.join(",")))

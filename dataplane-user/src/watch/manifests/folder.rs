@@ -263,7 +263,7 @@ impl Folder {
             }
             let all = |kind| objects.iter().filter(move |(object, _)| object.kind == kind);
             let replaced = KINDS.iter().map(|kind| {
-                Change::Replaced(*kind, all(*kind).map(|(_, object)| (**object).clone()).collect())
+                Change::replaced(*kind, all(*kind).map(|(_, object)| (**object).clone()).collect())
             });
             let changes = replaced.collect();
             self.told = Some(objects);

@@ -71,7 +71,7 @@ impl Source {
             }
             Change::Applied(object) => format!("+{}", object.reference()),
             Change::Deleted(Reference { name, .. }) => format!("-{name}"),
-            Change::Replaced(kind, objects) => {
+            Change::Replaced { kind, objects, .. } => {
                 let mut names: Vec<_> =
                     objects.iter().map(|object| object.reference().name.to_string()).collect();
                 names.sort();
