@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod bench_agent;
+pub mod bench_load;
 pub mod bench_net;
 pub mod bench_prog;
 pub mod bench_sync;

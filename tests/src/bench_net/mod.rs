@@ -163,6 +163,7 @@ impl std::fmt::Display for Case {
             Mode::ConnectRequestClose => "TCP connect-request-close",
             Mode::TcpRequestResponse => "TCP request-response",
             Mode::UdpRequestResponse => "UDP request-response",
+            Mode::Packets => "UDP packets, many under way",
             Mode::Bulk => "bulk TCP",
         };
         write!(f, "{way}, {mode}, {} Services", self.services)
@@ -221,6 +222,10 @@ impl Plan {
                 [Mode::TcpRequestResponse, Mode::UdpRequestResponse, Mode::Bulk]
                     .map(|mode| case(Way::ClusterIp, mode)),
             );
+            // No target asks for it.
+            if !self.quick {
+                cases.push(case(Way::ClusterIp, Mode::Packets));
+            }
             let outside = [Way::NodePort, Way::NodePortElsewhere];
             cases.extend(outside.map(|way| case(way, Mode::ConnectRequestClose)));
         }
@@ -382,7 +387,7 @@ mod tests {
         assert!(Plan::new(&args(false, Some(5), &[])).unwrap().quick);
         let quick = Plan::new(&args(true, None, &[])).unwrap();
         assert!(quick.quick && quick.rivals_up_to == 10_000 && full.rivals_up_to > 30_000);
-        assert_eq!(quick.cases(1_000).len(), 6);
+        assert_eq!((quick.cases(1_000).len(), full.cases(1_000).len()), (6, 7));
         assert_eq!(quick.cases(10).len(), 1);
         assert_eq!(Plan::new(&args(true, None, &[10, 50])).unwrap().cases(50).len(), 6);
         assert!(Plan::new(&args(true, None, &[50, 10])).is_err());

@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand};
 use dataplane_tests::bench::record::RECORDS;
 use dataplane_tests::bench::{self, BenchAllArgs, report};
 use dataplane_tests::bench_agent::{self, BenchAgentArgs};
+use dataplane_tests::bench_load::{self, BenchLoadArgs};
 use dataplane_tests::bench_net::{self, BenchNetArgs};
 use dataplane_tests::bench_prog::{self, BenchProgArgs};
 use dataplane_tests::bench_sync::{self, BenchSyncArgs};
@@ -31,6 +32,8 @@ enum Bench {
     /// The path beside plain routing and beside kube-proxy (B1 to B5), and the proxies themselves (B10, B12), from a real
     /// control plane.
     Net(BenchNetArgs),
+    /// The load tool beside wrk, on the same connections to the same server: do both measure the same?
+    Load(BenchLoadArgs),
     /// One line for each target, from the newest records.
     Targets {
         /// The folder of the records.
@@ -55,6 +58,7 @@ fn main() -> Result<()> {
         Bench::Sync(args) => bench_sync::run(&args)?.is_good(),
         Bench::Agent(args) => bench_agent::run(&args)?.is_good(),
         Bench::Net(args) => bench_net::run(&args)?.is_good(),
+        Bench::Load(args) => bench_load::run(&args)?.is_good(),
         Bench::Targets { records } => {
             bench::targets(&records)?;
             true

@@ -1,6 +1,6 @@
 //! Flows of requests and answers: one thread, edge-triggered.
 
-use super::{Load, Mode, REQUEST, Tally};
+use super::{Load, Mode, REQUEST, Tally, WINDOW};
 use anyhow::Result;
 use mio::net::{TcpStream, UdpSocket};
 use mio::{Events, Interest, Poll, Registry, Token};
@@ -50,6 +50,13 @@ pub(super) fn run(load: &Load, tally: &mut Tally) -> Result<()> {
         for event in &events {
             let index = event.token().0;
             let flow = &mut flows[index];
+            // Of many answers under way an event tells once.
+            while load.mode == Mode::Packets && flow.sent {
+                let Step::Answered = flow.receive(load.mode) else { break };
+                let now = Instant::now();
+                tally.count(flow.begun, now);
+                flow.again(now);
+            }
             match flow.go_on(load.mode) {
                 Step::Waits => {}
                 Step::Answered => {
@@ -94,7 +101,7 @@ fn sweep(flows: &mut [Flow], load: &Load, registry: &Registry, now: Instant, tal
 fn open(load: &Load, registry: &Registry, index: usize) -> io::Result<Socket> {
     let both = Interest::READABLE | Interest::WRITABLE;
     match load.mode {
-        Mode::UdpRequestResponse => {
+        Mode::UdpRequestResponse | Mode::Packets => {
             let any: SocketAddr = match load.to {
                 SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
                 SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
@@ -141,7 +148,8 @@ impl Flow {
             return Step::Waits;
         }
         if !self.sent {
-            match self.send() {
+            let window = if mode == Mode::Packets { WINDOW } else { 1 };
+            match (0..window).try_for_each(|_| self.send()) {
                 Ok(()) => self.sent = true,
                 // Not connected yet.
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => {}

@@ -9,7 +9,7 @@ mod connect;
 mod server;
 
 pub use connect::{Connect, ConnectOutcome};
-pub use server::{Ports, Server};
+pub use server::{ANSWER, Ports, Server};
 
 use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
@@ -33,9 +33,14 @@ pub enum Mode {
     TcpRequestResponse,
     /// UDP: request and answer, again and again from one socket.
     UdpRequestResponse,
+    /// UDP: as many datagrams as go through, with [`WINDOW`] of each flow under way.
+    Packets,
     /// TCP: as many bytes as go through.
     Bulk,
 }
+
+/// Datagrams of a flow that are under way at once.
+pub const WINDOW: usize = 16;
 
 /// One run.
 #[derive(Clone, Debug, clap::Args)]
@@ -75,7 +80,7 @@ pub struct Outcome {
     pub per_second: f64,
     /// Operations that failed or were not answered in time, in the whole run.
     pub failed: u64,
-    /// How long an operation took; missing for a bulk stream.
+    /// How long an operation took; missing for a bulk stream and for packets.
     pub latency: Option<Latency>,
 }
 
@@ -152,7 +157,10 @@ impl Load {
         let mut tally = Tally::new(self)?;
         match self.mode {
             Mode::Bulk => bulk::run(self, &mut tally)?,
-            Mode::ConnectRequestClose | Mode::TcpRequestResponse | Mode::UdpRequestResponse => {
+            Mode::ConnectRequestClose
+            | Mode::TcpRequestResponse
+            | Mode::UdpRequestResponse
+            | Mode::Packets => {
                 client::run(self, &mut tally)?;
             }
         }
@@ -163,7 +171,7 @@ impl Load {
             done: tally.done,
             per_second: tally.done as f64 / self.seconds,
             failed: tally.failed,
-            latency: tally.latency(),
+            latency: tally.latency().filter(|_| self.mode != Mode::Packets),
         })
     }
 }
@@ -224,6 +232,8 @@ mod tests {
                 "{latency:?}"
             );
         }
+        let packets = against_a_server(Mode::Packets);
+        assert!(packets.done > 100 && packets.failed == 0 && packets.latency.is_none(), "{packets:?}");
         let bulk = against_a_server(Mode::Bulk);
         assert!(bulk.done > 1_000_000 && bulk.latency.is_none(), "{bulk:?}");
     }
@@ -254,6 +264,15 @@ mod tests {
         };
         let outcome = load.run().unwrap();
         assert!(outcome.done == 0 && outcome.failed > 0, "{outcome:?}");
+    }
+
+    #[test]
+    fn the_answer_is_what_an_http_client_waits_for() {
+        let text = std::str::from_utf8(ANSWER).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        assert!(
+            head.starts_with("HTTP/1.1 200 ") && head.ends_with(&format!("Content-Length: {}", body.len()))
+        );
     }
 
     #[test]

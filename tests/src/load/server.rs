@@ -20,12 +20,18 @@ pub struct Ports {
     pub close: u16,
     /// TCP: what is read is forgotten.
     pub discard: u16,
+    /// TCP: each request is answered by [`ANSWER`], whatever it says.
+    pub answer: u16,
 }
 
+/// An answer as long as a request, and one that an HTTP client understands.
+pub const ANSWER: &[u8; REQUEST] =
+    b"HTTP/1.1 200 OK\r\nContent-Length: 25\r\n\r\n.....................\r\n\r\n";
+
 impl Ports {
-    /// Three ports from `first` on.
+    /// Four ports from `first` on.
     pub fn from(first: u16) -> Self {
-        Self { echo: first, datagrams: first, close: first + 1, discard: first + 2 }
+        Self { echo: first, datagrams: first, close: first + 1, discard: first + 2, answer: first + 3 }
     }
 
     /// The port for a mode.
@@ -33,7 +39,7 @@ impl Ports {
         match mode {
             Mode::ConnectRequestClose => self.close,
             Mode::TcpRequestResponse => self.echo,
-            Mode::UdpRequestResponse => self.datagrams,
+            Mode::UdpRequestResponse | Mode::Packets => self.datagrams,
             Mode::Bulk => self.discard,
         }
     }
@@ -45,6 +51,7 @@ enum Kind {
     Echo,
     Close,
     Discard,
+    Answer,
 }
 
 struct Connection {
@@ -57,7 +64,7 @@ struct Connection {
 /// A server that listens.
 pub struct Server {
     poll: Poll,
-    listeners: [(TcpListener, Kind); 3],
+    listeners: [(TcpListener, Kind); 4],
     datagrams: UdpSocket,
     connections: Vec<Option<Connection>>,
     free: Vec<usize>,
@@ -65,9 +72,9 @@ pub struct Server {
 }
 
 /// The token of the UDP socket; below it are the listeners.
-const DATAGRAMS: usize = 3;
+const DATAGRAMS: usize = 4;
 /// The token of the first connection.
-const CONNECTIONS: usize = 4;
+const CONNECTIONS: usize = 5;
 /// Bytes that are read at once.
 const BUFFER: usize = 256 * 1024;
 
@@ -77,7 +84,8 @@ impl Server {
     /// # Errors
     /// If a port is taken.
     pub fn bind(address: IpAddr, first: Option<u16>) -> Result<Self> {
-        let ports = first.map_or(Ports { echo: 0, datagrams: 0, close: 0, discard: 0 }, Ports::from);
+        let ports =
+            first.map_or(Ports { echo: 0, datagrams: 0, close: 0, discard: 0, answer: 0 }, Ports::from);
         let poll = Poll::new()?;
         let listen = |port: u16, kind| {
             let listener = TcpListener::bind((address, port).into());
@@ -87,6 +95,7 @@ impl Server {
             listen(ports.echo, Kind::Echo)?,
             listen(ports.close, Kind::Close)?,
             listen(ports.discard, Kind::Discard)?,
+            listen(ports.answer, Kind::Answer)?,
         ];
         let mut datagrams = UdpSocket::bind((address, ports.datagrams).into())
             .with_context(|| format!("UDP port {}", ports.datagrams))?;
@@ -105,7 +114,7 @@ impl Server {
     pub fn ports(&self) -> Ports {
         let tcp = |index: usize| self.listeners[index].0.local_addr().map_or(0, |address| address.port());
         let datagrams = self.datagrams.local_addr().map_or(0, |address| address.port());
-        Ports { echo: tcp(0), close: tcp(1), discard: tcp(2), datagrams }
+        Ports { echo: tcp(0), close: tcp(1), discard: tcp(2), answer: tcp(3), datagrams }
     }
 
     /// Serves until told to stop, which is asked several times a second.
@@ -184,6 +193,15 @@ impl Connection {
                 // Requests are far smaller than what a socket takes at once, so an answer is never cut.
                 Kind::Echo if self.stream.write_all(&buffer[..length]).is_err() => return false,
                 Kind::Echo => {}
+                Kind::Answer => {
+                    self.read += length;
+                    while self.read >= REQUEST {
+                        self.read -= REQUEST;
+                        if self.stream.write_all(ANSWER).is_err() {
+                            return false;
+                        }
+                    }
+                }
                 Kind::Close => {
                     self.read += length;
                     if self.read >= REQUEST {
