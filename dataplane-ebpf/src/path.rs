@@ -438,10 +438,12 @@ impl<F: Frame> Walk<'_, F> {
         if chosen.addr == self.s.packet.src {
             return true;
         }
+        let to_node = || service::node_address(&chosen.addr).is_some();
         match rule {
             SourceRule::Keep => false,
-            SourceRule::TranslateToNode => service::node_address(&chosen.addr).is_some(),
-            SourceRule::TranslateToOthers => !chosen.status.has(BackendStatus::LOCAL),
+            SourceRule::TranslateToNode => to_node(),
+            SourceRule::TranslateToOthers => !chosen.status.has(BackendStatus::LOCAL) && !to_node(),
+            SourceRule::TranslateToPods => !to_node(),
             SourceRule::Translate => true,
         }
     }
@@ -508,7 +510,7 @@ fn source_rule(destination: Destination, source: Source) -> SourceRule {
         Source::Outside if service::keeps_source(destination, source) => SourceRule::Keep,
         // P4.
         Source::Outside if service::node().is_some_and(|node| node.has(Node::MASQUERADE_ALL)) => {
-            SourceRule::Translate
+            SourceRule::TranslateToPods
         }
         Source::Outside => SourceRule::TranslateToOthers,
     }

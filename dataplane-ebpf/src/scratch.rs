@@ -54,8 +54,10 @@ pub enum SourceRule {
     Keep,
     /// Those in the node's own network.
     TranslateToNode,
-    /// Those that are not on this node.
+    /// Those that are not on this node. An endpoint at an address of the node is on it, whatever its slice says.
     TranslateToOthers,
+    /// All but those in the node's own network: to those, a client with the node's address would be a martian.
+    TranslateToPods,
     /// All.
     Translate,
 }

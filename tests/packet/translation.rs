@@ -321,3 +321,22 @@ fn the_node_reaches_its_own_server_by_packet() {
         expect(&world, Hook::UplinkOut, &reply, Verdict::Redirect, &restored, &f.counted_out(14));
     });
 }
+
+/// P4: an endpoint at an address of this node keeps the client's address, whatever its slice says of its node, and whatever
+/// the flag says: the node's own address would be a martian there.
+#[test]
+fn a_server_in_the_nodes_own_network_sees_the_client() {
+    for_both(|f| {
+        for (flags, node) in [(0, "there"), (Node::MASQUERADE_ALL, "here")] {
+            for hook in [Hook::UplinkIn, Hook::Xdp] {
+                let world = World::with(&f.web("", &[(f.node, node, "ready: true")]), flags, &[]).unwrap();
+                let sent = tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::SYN);
+                let out = sent.clone().to(f.node, 8080);
+                expect(&world, hook, &sent, Verdict::Pass, &out, &f.counted_in(20, true));
+                let reply = tcp_packet((f.node, 8080), (f.client, 40_000), tcp::SYN | tcp::ACK);
+                let restored = reply.clone().from(f.node, 30_080);
+                expect(&world, Hook::UplinkOut, &reply, Verdict::Pass, &restored, &f.counted_out(20));
+            }
+        }
+    });
+}

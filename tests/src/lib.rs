@@ -9,5 +9,6 @@ pub mod bench_sync;
 pub mod controlplane;
 pub mod lab;
 pub mod load;
+pub mod oracle;
 pub mod packet;
 pub mod tour;

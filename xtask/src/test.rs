@@ -26,6 +26,8 @@ pub(crate) enum Tier {
     Packet,
     /// What is the same at every run and must not grow: verified instructions, `bpf()` calls, bytes, allocations.
     Exact,
+    /// Random cluster states and packets, by the real programs and by a model of the contract.
+    Oracle,
     /// The agent's side of the kernel: maps, programs, links, netlink.
     Kernel,
     /// The laboratory itself.
@@ -40,11 +42,12 @@ pub(crate) enum Tier {
 
 impl Tier {
     /// All of them, in the order they run.
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Unit,
         Self::Golden,
         Self::Packet,
         Self::Exact,
+        Self::Oracle,
         Self::Kernel,
         Self::Lab,
         Self::Netns,
@@ -53,11 +56,12 @@ impl Tier {
     ];
 
     /// Those that run if none is named.
-    const DEFAULT: [Self; 8] = [
+    const DEFAULT: [Self; 9] = [
         Self::Unit,
         Self::Golden,
         Self::Packet,
         Self::Exact,
+        Self::Oracle,
         Self::Kernel,
         Self::Lab,
         Self::Netns,
@@ -71,6 +75,7 @@ impl Tier {
             Self::Golden => "golden",
             Self::Packet => "packet",
             Self::Exact => "exact",
+            Self::Oracle => "oracle",
             Self::Kernel => "kernel",
             Self::Lab => "lab",
             Self::Netns => "netns",
@@ -88,6 +93,7 @@ impl Tier {
             Self::Golden
             | Self::Packet
             | Self::Exact
+            | Self::Oracle
             | Self::Kernel
             | Self::Lab
             | Self::Netns

@@ -1,8 +1,11 @@
 //! The program runner: real programs, real maps filled by the agent's own compiler and `sync`, one packet at a time
 //! through `BPF_PROG_TEST_RUN`, in a network namespace of its own.
 
+mod batch;
 pub mod build;
 pub mod family;
+
+pub use batch::NodeFacts;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use dataplane_common::Addr;

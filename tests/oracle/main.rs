@@ -1,0 +1,66 @@
+//! The oracle tier: random cluster states and packets through the real programs and through the oracle, which is a model
+//! of the contract of its own. Any disagreement is a mistake of one of the two.
+//!
+//! `PORTOLAN_CASES` says how many packets are compared, `PORTOLAN_SEED` where the random numbers begin: a failure prints
+//! the seed of its case, which replays it.
+
+mod objects;
+mod random;
+mod run;
+mod script;
+mod shrink;
+mod universe;
+mod verdict;
+
+use dataplane_tests::packet::in_namespace;
+use random::Random;
+use run::Bench;
+use std::time::Instant;
+
+/// Packets that are compared if nothing else is said.
+const CASES: usize = 100_000;
+
+/// A number from the environment, decimal or hexadecimal.
+fn number(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    Some(number.unwrap_or_else(|_| panic!("{variable}={text} is no number")))
+}
+
+/// Where the random numbers begin: another place in every run, unless the environment says where.
+fn seed() -> u64 {
+    number("PORTOLAN_SEED").unwrap_or_else(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Random::new(now.map_or(0, |time| time.as_nanos() as u64)).next()
+    })
+}
+
+/// F1 to F7, T1 to T5, P1 to P7, P9 to P14, P16 to P17, S3, S5, S7, C1, C2, C4, Z1 to Z4: whatever the Services, whoever
+/// calls, wherever the packet is met.
+#[test]
+fn programs_and_contract_agree_on_every_packet() {
+    in_namespace(|| {
+        universe::set_up();
+        let cases = number("PORTOLAN_CASES").map_or(CASES, |cases| cases as usize);
+        let (mut bench, mut seed, start) = (Bench::new(), seed(), Instant::now());
+        println!("first seed {seed:#x}");
+        let mut scripts = 0;
+        while bench.packets < cases {
+            let script = script::random(&mut Random::new(seed));
+            if let Err(disagreement) = bench.run(&script) {
+                let packets = bench.packets;
+                let small = shrink::shrink(&mut bench, &script);
+                panic!(
+                    "after {packets} packets, {disagreement}\n\n{small}\nreplay it with PORTOLAN_SEED={seed:#x}"
+                );
+            }
+            scripts += 1;
+            seed = Random::new(seed).next();
+        }
+        let packets = bench.packets;
+        println!("{packets} packets in {scripts} cases agree, in {:.1} s", start.elapsed().as_secs_f32());
+    });
+}

@@ -1,0 +1,199 @@
+//! Section 5 of the contract: what is remembered of flows. Both directions of a flow live and die together (C4).
+
+use super::cluster::{PortId, State};
+use super::wire::{Headers, Rewrite, flag};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+/// How far beyond the number that the SYN-ACK promised a client's acknowledgement may lie and still prove that it saw it.
+const PROOF_WINDOW: u32 = 1 << 16;
+
+/// From where to where, by which protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tuple {
+    /// Source.
+    pub src: SocketAddr,
+    /// Destination.
+    pub dst: SocketAddr,
+    /// IP protocol number.
+    pub proto: u8,
+}
+
+impl Tuple {
+    /// A packet's.
+    pub const fn of(headers: &Headers) -> Self {
+        Self { src: headers.src, dst: headers.dst, proto: headers.proto }
+    }
+
+    /// The opposite direction.
+    #[must_use]
+    pub const fn reversed(self) -> Self {
+        Self { src: self.dst, dst: self.src, proto: self.proto }
+    }
+}
+
+/// How far a flow is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// The client has not yet proved that it saw an answer.
+    HalfOpen {
+        /// The endpoint answered; with TCP, the number that the client will acknowledge.
+        answered: Option<u32>,
+    },
+    /// Both ends know of it.
+    Established {
+        /// The client sent a FIN.
+        client_fin: bool,
+        /// The endpoint sent a FIN.
+        endpoint_fin: bool,
+    },
+    /// It ended or was reset.
+    Closing,
+}
+
+/// A flow from a client to an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// The client's packets as they arrive.
+    pub client: Tuple,
+    /// The client's packets as they leave.
+    pub translated: Tuple,
+    /// The service port.
+    pub port: PortId,
+    /// The endpoint is on this node.
+    pub local: bool,
+    /// The source was translated too.
+    pub source_translated: bool,
+    /// The client is this node itself: the link-layer address that its packets came from.
+    pub node_client: Option<[u8; 6]>,
+    /// How far it is.
+    pub phase: Phase,
+    /// Its endpoint was missing or did not serve at some moment since it began.
+    pub endpoint_gone: bool,
+}
+
+/// Who sent a packet of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sender {
+    /// The client.
+    Client,
+    /// The endpoint.
+    Endpoint,
+}
+
+impl Flow {
+    /// The endpoint's packets as they arrive.
+    pub const fn reply(&self) -> Tuple {
+        self.translated.reversed()
+    }
+
+    /// What a packet of this flow becomes.
+    pub const fn rewrite(&self, sender: Sender, ttl_falls: bool) -> Rewrite {
+        match sender {
+            Sender::Client => Rewrite { src: self.translated.src, dst: self.translated.dst, ttl_falls },
+            Sender::Endpoint => Rewrite { src: self.client.dst, dst: self.client.src, ttl_falls },
+        }
+    }
+
+    /// The phase after a packet that was translated; `None` if the flow is over and leaves nothing behind.
+    pub(super) fn after(&self, sender: Sender, headers: &Headers) -> Option<Phase> {
+        match self.phase {
+            Phase::HalfOpen { answered } => self.half_open_after(sender, headers, answered),
+            Phase::Established { client_fin, endpoint_fin } if headers.tcp.is_some() => {
+                let fin = headers.flags() & flag::FIN != 0;
+                let client_fin = client_fin || fin && sender == Sender::Client;
+                let endpoint_fin = endpoint_fin || fin && sender == Sender::Endpoint;
+                let over = headers.flags() & flag::RST != 0 || client_fin && endpoint_fin;
+                Some(if over { Phase::Closing } else { Phase::Established { client_fin, endpoint_fin } })
+            }
+            phase @ (Phase::Established { .. } | Phase::Closing) => Some(phase),
+        }
+    }
+
+    fn half_open_after(&self, sender: Sender, headers: &Headers, answered: Option<u32>) -> Option<Phase> {
+        let established = |client_fin| Some(Phase::Established { client_fin, endpoint_fin: false });
+        let Some((flags, seq, ack)) = headers.tcp else {
+            return match (sender, answered) {
+                (Sender::Endpoint, _) => Some(Phase::HalfOpen { answered: Some(0) }),
+                (Sender::Client, Some(_)) => established(false),
+                (Sender::Client, None) => Some(self.phase),
+            };
+        };
+        if flags & flag::RST != 0 {
+            // A connection that was refused or given up.
+            return None;
+        }
+        match sender {
+            Sender::Endpoint if headers.is_tcp_with(flag::SYN | flag::ACK) => {
+                Some(Phase::HalfOpen { answered: Some(seq.wrapping_add(1)) })
+            }
+            Sender::Client if headers.is_tcp_with(flag::ACK) => match answered {
+                Some(promised) if ack.wrapping_sub(promised) < PROOF_WINDOW => {
+                    established(flags & flag::FIN != 0)
+                }
+                Some(_) | None => Some(self.phase),
+            },
+            Sender::Endpoint | Sender::Client => Some(self.phase),
+        }
+    }
+}
+
+/// The flows that live, by the client's tuple.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Flows {
+    by_client: BTreeMap<Tuple, Flow>,
+    by_reply: BTreeMap<Tuple, Tuple>,
+}
+
+impl Flows {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Flow> {
+        self.by_client.values()
+    }
+
+    /// The flow that a packet belongs to, and who sent it.
+    pub(super) fn find(&self, tuple: Tuple) -> Option<(&Flow, Sender)> {
+        if let Some(flow) = self.by_client.get(&tuple) {
+            return Some((flow, Sender::Client));
+        }
+        let client = self.by_reply.get(&tuple)?;
+        Some((&self.by_client[client], Sender::Endpoint))
+    }
+
+    /// The flow whose endpoint's packets have this tuple.
+    pub(super) fn with_reply(&self, reply: Tuple) -> Option<&Flow> {
+        self.by_reply.get(&reply).map(|client| &self.by_client[client])
+    }
+
+    /// Enters a flow. One that it displaces is gone as a whole.
+    pub(super) fn insert(&mut self, flow: Flow) {
+        self.remove(flow.client);
+        if let Some(client) = self.by_reply.get(&flow.reply()).copied() {
+            self.remove(client);
+        }
+        self.by_reply.insert(flow.reply(), flow.client);
+        self.by_client.insert(flow.client, flow);
+    }
+
+    pub(super) fn remove(&mut self, client: Tuple) {
+        if let Some(flow) = self.by_client.remove(&client) {
+            self.by_reply.remove(&flow.reply());
+        }
+    }
+
+    pub(super) fn set_phase(&mut self, client: Tuple, phase: Option<Phase>) {
+        match (phase, self.by_client.get_mut(&client)) {
+            (Some(phase), Some(flow)) => flow.phase = phase,
+            (None, Some(_)) => self.remove(client),
+            (_, None) => {}
+        }
+    }
+
+    /// Notes which endpoints no longer serve. One that comes back does not get its flows back.
+    pub(super) fn endpoints_changed(&mut self, state: &State) {
+        for flow in self.by_client.values_mut() {
+            let port = state.ports.iter().find(|port| port.id == flow.port);
+            let usable = port.and_then(|port| port.sets.usable.get(&flow.translated.dst));
+            flow.endpoint_gone |= usable.is_none();
+        }
+    }
+}

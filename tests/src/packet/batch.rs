@@ -1,0 +1,125 @@
+//! Many packets on one world: its node can be made another, and tables and flows forgotten, without loading programs
+//! anew; a packet costs little more than the call that runs it.
+
+use super::{Hook, Verdict, World};
+use anyhow::{Result, bail};
+use dataplane_common::Addr;
+use dataplane_common::counter::Traffic;
+use dataplane_common::drop::Reason;
+use dataplane_common::tables;
+use dataplane_user::compile::{self, Context, NodeSettings};
+use dataplane_user::expire::{self, IdleTimes};
+use dataplane_user::model::{Change, Dirty, Kind};
+use dataplane_user::watch::manifests;
+use ipnet::IpNet;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+/// What an agent knows of its node beside the objects.
+#[derive(Clone, Debug)]
+pub struct NodeFacts {
+    /// What its flags say.
+    pub settings: NodeSettings,
+    /// The addresses on its interfaces.
+    pub interfaces: Vec<IpAddr>,
+    /// The pod ranges given by flag.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// The name it goes by (F2).
+    pub proxy_name: Option<String>,
+}
+
+impl World {
+    /// Brings the tables to what these manifests say on this node, at the moment `now`, and clears the filter bits that
+    /// nothing needs any more: what an agent does sooner or later. Returns what could not be read.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn bring(&mut self, yaml: &str, facts: &NodeFacts, now: Instant) -> Result<Vec<String>> {
+        let (objects, errors) = manifests::parse(yaml, "test");
+        let mut dirty = Dirty::default();
+        for kind in [Kind::Node, Kind::ServiceCidr, Kind::Service, Kind::EndpointSlice] {
+            let of_kind = objects.iter().filter(|object| object.reference().kind == kind);
+            dirty.merge(self.store.apply(Change::replaced(kind, of_kind.cloned().collect())));
+        }
+        let addresses: BTreeSet<Addr> = facts.interfaces.iter().map(|ip| Addr::from(*ip)).collect();
+        let proxy_name = facts.proxy_name.as_deref().map(Into::into);
+        let context = Context::new(&self.store, proxy_name, &facts.cluster_cidrs, addresses.clone());
+        let all: BTreeSet<_> = self.store.services().map(|service| service.name.clone()).collect();
+        dirty.services.extend(all);
+        let update = self.compiler.update(&self.store, &dirty.services, &context);
+        let lb_ips = self.compiler.load_balancer_ips(&addresses);
+        let (node, _) = compile::node(&facts.settings, self.store.own_node(), &facts.interfaces, &lb_ips);
+        self.mirror.set_node(&self.maps, &node, now)?;
+        let changes = update.services.iter().map(|(name, compiled)| (name, Some(&compiled.tables)));
+        let outcome = self.mirror.change(&self.maps, changes, now)?;
+        if let Some(refused) = outcome.refused.first() {
+            bail!("Service {} found no room: {}", refused.service, refused.error);
+        }
+        let later = now + dataplane_user::sync::REST;
+        let mut bits = self.mirror.lingering_bits(later);
+        expire::sweep(&self.maps, &NEVER, || 0, 1.0, &mut bits)?;
+        self.mirror.clear_bits(&self.maps, &bits, later)?;
+        Ok(errors.iter().map(ToString::to_string).collect())
+    }
+
+    /// Removes all flows.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget_flows(&self) -> Result<()> {
+        let [half_open, established, closing] =
+            self.flows()?.map(|flows| flows.into_iter().map(|(key, _)| key).collect::<Vec<_>>());
+        self.maps.map::<tables::HalfOpen>()?.remove_batch(&half_open)?;
+        self.maps.map::<tables::Established>()?.remove_batch(&established)?;
+        self.maps.map::<tables::Closing>()?.remove_batch(&closing)?;
+        Ok(())
+    }
+
+    /// Sends these bytes, and counts nothing.
+    ///
+    /// # Errors
+    /// If the kernel refuses to run it.
+    pub fn send_uncounted(&self, hook: Hook, data: &[u8]) -> Result<(Verdict, Vec<u8>)> {
+        let (verdict, result) = self.run(hook, hook.program(), data)?;
+        Ok((verdict, result.data))
+    }
+
+    /// How often each reason has occurred.
+    ///
+    /// # Errors
+    /// If the counters cannot be read.
+    pub fn reasons(&self) -> Result<Vec<(Reason, u64)>> {
+        let sums = self.maps.map::<tables::Reasons>()?.sums()?;
+        let named = |number: u32| u8::try_from(number).ok().and_then(|number| Reason::try_from(number).ok());
+        Ok(sums.into_iter().filter_map(|(number, count)| Some((named(number)?, count))).collect())
+    }
+
+    /// The traffic of all service ports, and of all backends.
+    ///
+    /// # Errors
+    /// If the counters cannot be read.
+    pub fn traffic(&self) -> Result<[Traffic; 2]> {
+        let mut totals = [Traffic::default(); 2];
+        for (_, traffic) in self.maps.map::<tables::ServiceTraffic>()?.sums()? {
+            totals[0] += traffic;
+        }
+        for (_, traffic) in self.maps.map::<tables::BackendTraffic>()?.sums()? {
+            totals[1] += traffic;
+        }
+        Ok(totals)
+    }
+}
+
+/// No flow is idle for so long.
+const NEVER: IdleTimes = {
+    let long = Duration::from_secs(1 << 40);
+    IdleTimes {
+        established: long,
+        half_closed: long,
+        udp: long,
+        udp_unanswered: long,
+        half_open: long,
+        closing: long,
+    }
+};
