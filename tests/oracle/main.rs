@@ -4,6 +4,7 @@
 //! `PORTOLAN_CASES` says how many packets are compared, `PORTOLAN_SEED` where the random numbers begin: a failure prints
 //! the seed of its case, which replays it.
 
+mod mutate;
 mod objects;
 mod random;
 mod run;
@@ -19,6 +20,8 @@ use std::time::Instant;
 
 /// Packets that are compared if nothing else is said.
 const CASES: usize = 100_000;
+/// Broken packets for each of them.
+const BROKEN: usize = 10;
 
 /// A number from the environment, decimal or hexadecimal.
 fn number(variable: &str) -> Option<u64> {
@@ -62,5 +65,25 @@ fn programs_and_contract_agree_on_every_packet() {
         }
         let packets = bench.packets;
         println!("{packets} packets in {scripts} cases agree, in {:.1} s", start.elapsed().as_secs_f32());
+    });
+}
+
+/// Z4, P21: whatever a packet holds, it leaves as it came, as a rewrite that changes nothing else, or not at all; each is
+/// counted once.
+#[test]
+fn broken_packets_leave_whole_or_not_at_all() {
+    in_namespace(|| {
+        universe::set_up();
+        let cases = BROKEN * number("PORTOLAN_CASES").map_or(CASES, |cases| cases as usize);
+        let (mut bench, mut seed, start, mut sent) = (Bench::new(), seed(), Instant::now(), 0);
+        println!("broken packets: first seed {seed:#x}");
+        while sent < cases {
+            match mutate::run(&mut bench, seed) {
+                Ok(more) => sent += more,
+                Err(error) => panic!("{error}\nreplay it with PORTOLAN_SEED={seed:#x}"),
+            }
+            seed = Random::new(seed).next();
+        }
+        println!("{sent} broken packets, in {:.1} s", start.elapsed().as_secs_f32());
     });
 }

@@ -19,7 +19,7 @@ const LONGEST_WALK: usize = 4;
 
 /// The programs, ready for one case after the other.
 pub(crate) struct Bench {
-    world: World,
+    pub(crate) world: World,
     now: Instant,
     /// Traffic of services and backends when the cluster last changed.
     before: [Traffic; 2],
@@ -58,7 +58,7 @@ impl Bench {
         case.check_traffic()
     }
 
-    fn bring(&mut self, yaml: &str, facts: &NodeFacts) -> Result<(), String> {
+    pub(crate) fn bring(&mut self, yaml: &str, facts: &NodeFacts) -> Result<(), String> {
         // So much later that nothing rests any more.
         self.now += Duration::from_secs(10);
         let errors = self.world.bring(yaml, facts, self.now).map_err(|error| format!("{error:#}"))?;
@@ -212,7 +212,7 @@ impl Case<'_> {
     }
 }
 
-fn reasons(world: &World) -> Result<BTreeMap<Reason, u64>, String> {
+pub(crate) fn reasons(world: &World) -> Result<BTreeMap<Reason, u64>, String> {
     world.reasons().map(|reasons| reasons.into_iter().collect()).map_err(|error| format!("{error:#}"))
 }
 
