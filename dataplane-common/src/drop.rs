@@ -100,6 +100,8 @@ reasons! {
     ReplyCollision = 23, "reply-collision", Noted;
     /// A TCP reset to a Service that belongs to no flow.
     StrayReset = 24, "stray-reset", Dropped;
+    /// The source is in none of the Service's `loadBalancerSourceRanges` (S2): intended, or add the client's range.
+    SourceNotAllowed = 25, "source-not-allowed", Dropped;
 }
 
 /// Length of the `reasons` array: one more than the largest number, rounded up for those to come.

@@ -9,14 +9,17 @@
 extern crate std;
 
 pub mod addr;
+pub mod affinity;
 pub mod backend;
 pub mod checksum;
 pub mod counter;
+pub mod crc32c;
 pub mod drop;
 pub mod filter;
 pub mod flow;
 pub mod frontend;
 pub mod node;
+pub mod range;
 pub mod service;
 pub mod socket;
 pub mod tables;

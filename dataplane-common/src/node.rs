@@ -64,6 +64,8 @@ impl Node {
     pub const CLUSTER_IP_INSIDE_ONLY: u32 = 1 << 2;
     /// Translate the source of every node port, LB and external IP flow from outside, as kube-proxy does (P4).
     pub const MASQUERADE_ALL: u32 = 1 << 3;
+    /// Source ranges hold for node ports and external IPs too (S2).
+    pub const SOURCE_RANGES_EVERYWHERE: u32 = 1 << 4;
 
     /// Whether all bits of `flag` are set.
     #[inline(always)]

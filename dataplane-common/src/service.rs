@@ -47,6 +47,8 @@ impl Policy {
     pub const EXTERNAL_LOCAL: u32 = 1 << 1;
     /// The port has an endpoint somewhere (*has any* of the contract): an empty set then means drop, not reject.
     pub const HAS_ENDPOINTS: u32 = 1 << 2;
+    /// LB IPs are for the sources in `source_ranges` only (S2).
+    pub const SOURCE_RANGES: u32 = 1 << 3;
 
     /// From the flags above and the affinity timeout in seconds (0: no affinity).
     pub const fn new(flags: u32, affinity_seconds: u32) -> Self {

@@ -4,6 +4,7 @@
 //! 100,000 established flows; each can be changed by a flag of the agent.
 
 use crate::Addr;
+use crate::affinity::{Affinity, AffinityKey};
 use crate::backend::Backend;
 use crate::counter::Traffic;
 use crate::drop::REASON_SLOTS;
@@ -11,6 +12,7 @@ use crate::filter::FILTER_WORDS;
 use crate::flow::{Flow, FlowKey};
 use crate::frontend::{Frontend, FrontendKey};
 use crate::node::{Node, NodeAddress};
+use crate::range::SourceRangeKey;
 use crate::service::Service;
 use crate::socket::{SocketChoice, SocketChoiceKey, SocketPeer, SocketPeerKey};
 use bytemuck::Pod;
@@ -31,6 +33,8 @@ pub enum TableKind {
     Hash,
     /// `BPF_MAP_TYPE_LRU_HASH`.
     LruHash,
+    /// `BPF_MAP_TYPE_LPM_TRIE`: the key begins with the number of its bits that count.
+    LpmTrie,
 }
 
 /// One map: its name in the kernel and on bpffs, its types and its default size.
@@ -83,6 +87,8 @@ tables! {
     Frontends = "frontends", Hash<FrontendKey, Frontend>, 65_536;
     /// Service ports by id. Id 0 is never given out.
     Services = "services", Array<u32, Service>, 32_768;
+    /// Who may call the restricted addresses of a service port. Memory is taken by entry.
+    SourceRanges = "source_ranges", LpmTrie<SourceRangeKey, u32>, 65_536;
     /// Runs of backend ids: the endpoint sets.
     Slots = "slots", Array<u32, u32>, 262_144;
     /// Backends by id. Id 0 is never given out.
@@ -93,6 +99,8 @@ tables! {
     Established = "established", Hash<FlowKey, Flow>, 204_800;
     /// Flows that ended or were reset, both directions.
     Closing = "closing", LruHash<FlowKey, Flow>, 16_384;
+    /// The endpoint that each client of a service port with affinity had last.
+    Affinities = "affinity", LruHash<AffinityKey, Affinity>, 16_384;
     /// Traffic per service port.
     ServiceTraffic = "service_traffic", PerCpuArray<u32, Traffic>, 32_768;
     /// Traffic per backend.
@@ -126,6 +134,7 @@ mod tests {
         assert_eq!(size_of::<crate::service::EndpointSet>(), 8);
         assert_eq!(size_of::<crate::backend::BackendStatus>(), 8);
         assert_eq!(size_of::<SocketChoice>(), 8);
+        assert_eq!(size_of::<crate::affinity::Choice>(), 8);
         assert_eq!(size_of::<NodeAddress>(), 8);
     }
 
@@ -137,5 +146,7 @@ mod tests {
         assert_eq!(size_of::<Service>(), 24);
         assert_eq!(size_of::<Backend>(), 32);
         assert_eq!(size_of::<Traffic>(), 40);
+        assert_eq!(size_of::<SourceRangeKey>(), 24);
+        assert_eq!((size_of::<AffinityKey>(), size_of::<Affinity>()), (24, 16));
     }
 }

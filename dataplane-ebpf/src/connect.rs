@@ -3,16 +3,20 @@
 //! A hook that would have to drop in silence, or that does not know enough, leaves the address alone: the packet path
 //! decides. UDP is served here for the node's own node ports only, which have no packet path.
 
+use crate::affinity;
 use crate::count;
+use crate::forward::primary;
 use crate::maps::{SOCKET_CHOICES, SOCKET_PEERS};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use aya_ebpf::bindings::{BPF_ANY, bpf_sock_addr};
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
+use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::Node;
+use dataplane_common::service::{EndpointSet, Policy};
 use dataplane_common::socket::{SocketChoice, SocketChoiceKey, SocketPeer, SocketPeerKey};
 use dataplane_common::{Addr, Port, Protocol};
 
@@ -120,12 +124,16 @@ pub fn connect<S: SocketAddress>(mut socket: S) -> i32 {
     if !serves(proto, &addr, destination, source) {
         return PROCEED;
     }
-    let set = match service::endpoints(destination, source) {
+    let Ok(policy) = service::policy(destination.service) else { return PROCEED };
+    if !admits(&addr, destination, source, policy) {
+        return PROCEED;
+    }
+    let set = match service::endpoints(destination, source, policy) {
         Ok(set) => set,
         Err(Reason::NoEndpoints) if proto == Protocol::Tcp as u8 => return refuse(Reason::NoEndpoints),
         Err(_) => return PROCEED,
     };
-    let Ok(chosen) = select::select(set) else { return PROCEED };
+    let Ok(chosen) = choose(&socket, &addr, destination, source, policy, set) else { return PROCEED };
     translate(&mut socket, destination, &chosen, proto, true)
 }
 
@@ -145,8 +153,12 @@ pub fn send<S: SocketAddress>(mut socket: S) -> i32 {
     let (chosen, new) = match kept {
         Some(chosen) => (chosen, false),
         None => {
-            let Ok(set) = service::endpoints(destination, source) else { return PROCEED };
-            let Ok(chosen) = select::select(set) else { return PROCEED };
+            let Ok(policy) = service::policy(destination.service) else { return PROCEED };
+            if !admits(&addr, destination, source, policy) {
+                return PROCEED;
+            }
+            let Ok(set) = service::endpoints(destination, source, policy) else { return PROCEED };
+            let Ok(chosen) = choose(&socket, &addr, destination, source, policy, set) else { return PROCEED };
             let choice = SocketChoice { backend: chosen.id, generation: chosen.status.generation() };
             let _ = SOCKET_CHOICES.insert(&key, &choice, BPF_ANY as u64);
             (chosen, true)
@@ -174,9 +186,7 @@ pub fn restore<S: SocketAddress>(mut socket: S) -> i32 {
 #[inline(always)]
 fn source<S: SocketAddress>(socket: &S) -> Option<Source> {
     let node = service::node()?;
-    // SAFETY: the context the kernel handed to the program.
-    let cookie = unsafe { bpf_get_netns_cookie(socket.context().cast()) };
-    if cookie == node.netns_cookie {
+    if netns_cookie(socket) == node.netns_cookie {
         return Some(Source::Node);
     }
     node.has(Node::SOCKET_LB_PODS).then_some(Source::Pod)
@@ -190,6 +200,47 @@ fn serves(proto: u8, addr: &Addr, destination: Destination, source: Source) -> b
         return source == Source::Node || !addr.is_loopback();
     }
     proto == Protocol::Udp as u8 && source == Source::Node && destination.kind == FrontendKind::NodePort
+}
+
+/// The endpoint of a new connection (S1).
+#[inline(always)]
+fn choose<S: SocketAddress>(
+    socket: &S,
+    addr: &Addr,
+    destination: Destination,
+    source: Source,
+    policy: Policy,
+    set: EndpointSet,
+) -> Result<Chosen, Reason> {
+    let (seconds, service) = (policy.affinity_seconds(), destination.service);
+    if seconds == 0 {
+        return select::select(set);
+    }
+    let key = match (source, service::node()) {
+        // As its packets.
+        (Source::Node, Some(node)) => AffinityKey::address(*primary(node, addr), service),
+        (Source::Node | Source::Pod | Source::Outside, _) => {
+            AffinityKey::namespace(netns_cookie(socket), service)
+        }
+    };
+    affinity::select(set, &key, seconds)
+}
+
+/// Whether it is certain here that the socket may call this address (S2). Its source address is known only where it calls
+/// an address of its own node: the kernel then sends from that address.
+#[inline(always)]
+fn admits(addr: &Addr, destination: Destination, source: Source, policy: Policy) -> bool {
+    if !service::restricts(destination, policy) {
+        // Some connections of this client's pod go by packet, where it has an address: all do, so that it is one client.
+        return source == Source::Node
+            || policy.affinity_seconds() == 0
+            || !policy.has(Policy::SOURCE_RANGES);
+    }
+    let Some(node) = service::node() else { return false };
+    if source != Source::Node || service::node_address(addr).is_none() {
+        return false;
+    }
+    service::allows(&destination, if addr.is_loopback() { primary(node, addr) } else { addr })
 }
 
 /// A ClusterIP on a port that no Service has (P13).
@@ -236,6 +287,12 @@ fn translate<S: SocketAddress>(
     }
     socket.write(&chosen.addr, chosen.port);
     PROCEED
+}
+
+#[inline(always)]
+fn netns_cookie<S: SocketAddress>(socket: &S) -> u64 {
+    // SAFETY: the context the kernel handed to the program.
+    unsafe { bpf_get_netns_cookie(socket.context().cast()) }
 }
 
 #[inline(always)]

@@ -11,6 +11,7 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod affinity;
 pub mod connect;
 pub mod count;
 pub mod flow;

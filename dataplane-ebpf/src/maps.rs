@@ -1,6 +1,6 @@
 //! The maps, as `dataplane_common::tables` says them. Their element counts are defaults: the agent may load others.
 
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use dataplane_common::tables::{self, Table};
 
@@ -23,6 +23,14 @@ macro_rules! maps {
     (@type LruHashMap, $table:ty) => {
         LruHashMap<<$table as Table>::Key, <$table as Table>::Value, { <$table as Table>::CAPACITY }>
     };
+    // Its key has the number of bits before the data that they are of.
+    (@type LpmTrie, $table:ty) => {
+        LpmTrie<
+            [u8; size_of::<<$table as Table>::Key>() - size_of::<u32>()],
+            <$table as Table>::Value,
+            { <$table as Table>::CAPACITY },
+        >
+    };
 }
 
 maps! {
@@ -31,11 +39,13 @@ maps! {
     FILTER: Array = "filter", Filter;
     FRONTENDS: HashMap = "frontends", Frontends;
     SERVICES: Array = "services", Services;
+    SOURCE_RANGES: LpmTrie = "source_ranges", SourceRanges;
     SLOTS: Array = "slots", Slots;
     BACKENDS: Array = "backends", Backends;
     HALF_OPEN: LruHashMap = "half_open", HalfOpen;
     ESTABLISHED: HashMap = "established", Established;
     CLOSING: LruHashMap = "closing", Closing;
+    AFFINITIES: LruHashMap = "affinity", Affinities;
     SERVICE_TRAFFIC: PerCpuArray = "service_traffic", ServiceTraffic;
     BACKEND_TRAFFIC: PerCpuArray = "backend_traffic", BackendTraffic;
     REASONS: PerCpuArray = "reasons", Reasons;

@@ -12,6 +12,8 @@ const IPV4_HEADER: u8 = 20;
 const IPV6_HEADER: u8 = 40;
 const TCP_HEADER: u32 = 20;
 const UDP_HEADER: u32 = 8;
+/// The common header and that of the first chunk.
+const SCTP_HEADER: u32 = 16;
 
 /// How many IPv6 extension headers are followed (P21).
 const EXTENSION_HEADERS: u32 = 4;
@@ -40,6 +42,22 @@ pub mod tcp {
     pub const RST: u8 = 0x04;
     /// The acknowledgement number counts.
     pub const ACK: u8 = 0x10;
+}
+
+/// Chunk types of SCTP (RFC 9260 section 3.2).
+pub mod sctp {
+    /// Begins an association.
+    pub const INIT: u8 = 1;
+    /// The answer to it.
+    pub const INIT_ACK: u8 = 2;
+    /// Ends an association at once.
+    pub const ABORT: u8 = 6;
+    /// No more data from the sender.
+    pub const SHUTDOWN: u8 = 7;
+    /// Nor from the other end.
+    pub const SHUTDOWN_ACK: u8 = 8;
+    /// The association has ended.
+    pub const SHUTDOWN_COMPLETE: u8 = 14;
 }
 
 /// What stands in the way of translating a packet.
@@ -71,15 +89,15 @@ pub struct Packet {
     pub dst_port: Port,
     /// IP protocol number.
     pub proto: u8,
-    /// TCP flags; 0 otherwise.
+    /// TCP flags, or the type of an SCTP packet's first chunk; 0 otherwise.
     pub flags: u8,
     /// Time to live, or hop limit.
     pub ttl: u8,
     /// What stands in the way of translating it.
     pub obstacle: Obstacle,
-    /// TCP sequence number, host order.
+    /// TCP sequence number, or SCTP verification tag, host order.
     pub seq: u32,
-    /// TCP acknowledgement number, host order.
+    /// TCP acknowledgement number, or the tag that an SCTP INIT ACK asks for, host order.
     pub ack: u32,
     /// Bytes from the network header to the packet's end, link padding not counted.
     pub length: u32,
@@ -114,6 +132,24 @@ impl Packet {
         self.proto == Protocol::Tcp as u8 && self.flags & mask == wanted
     }
 
+    /// Whether it is SCTP and its first chunk is of this type.
+    #[inline(always)]
+    pub const fn sctp(&self, chunk: u8) -> bool {
+        self.proto == Protocol::Sctp as u8 && self.flags == chunk
+    }
+
+    /// Whether it asks for a connection, whatever the protocol calls that.
+    #[inline(always)]
+    pub const fn opens(&self) -> bool {
+        self.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::SYN) || self.sctp(sctp::INIT)
+    }
+
+    /// Whether it ends a connection at once: a RST, or an ABORT.
+    #[inline(always)]
+    pub const fn resets(&self) -> bool {
+        self.tcp(tcp::RST, tcp::RST) || self.sctp(sctp::ABORT)
+    }
+
     /// Whether it is an IPv4 packet.
     #[inline(always)]
     pub fn is_v4(&self) -> bool {
@@ -141,7 +177,14 @@ impl Packet {
     /// Offset of the transport checksum.
     #[inline(always)]
     pub const fn checksum_offset(&self) -> u32 {
-        self.l4() + if self.proto == Protocol::Tcp as u8 { 16 } else { 6 }
+        let offset = if self.proto == Protocol::Tcp as u8 {
+            16
+        } else if self.proto == Protocol::Sctp as u8 {
+            8
+        } else {
+            6
+        };
+        self.l4() + offset
     }
 }
 
@@ -325,10 +368,26 @@ fn transport<F: Frame>(frame: &mut F, packet: &mut Packet) -> Obstacle {
         if length >= UDP_HEADER && (length <= payload || frame.segment_size() != 0) {
             return Obstacle::None;
         }
+    } else if packet.proto == Protocol::Sctp as u8 {
+        return sctp_header(frame, packet, payload);
     } else {
         return Obstacle::Protocol;
     }
     Obstacle::Malformed
+}
+
+/// Reads the common header of SCTP and the type of its first chunk; of an INIT ACK also the tag that it asks for.
+#[inline(always)]
+fn sctp_header<F: Frame>(frame: &mut F, packet: &mut Packet, payload: u32) -> Obstacle {
+    let Some(header) = frame.read::<13>(packet.l4()) else { return Obstacle::Malformed };
+    let [a, b, c, d, t0, t1, t2, t3, _, _, _, _, chunk] = header;
+    (packet.src_port, packet.dst_port) = (Port::from_bytes([a, b]), Port::from_bytes([c, d]));
+    (packet.flags, packet.seq) = (chunk, u32::from_be_bytes([t0, t1, t2, t3]));
+    if chunk == sctp::INIT_ACK {
+        let Some(tag) = frame.read::<4>(packet.l4() + SCTP_HEADER) else { return Obstacle::Malformed };
+        packet.ack = u32::from_be_bytes(tag);
+    }
+    if payload >= SCTP_HEADER { Obstacle::None } else { Obstacle::Malformed }
 }
 
 #[cfg(test)]

@@ -41,6 +41,8 @@ pub struct Opening {
     pub endpoints: EndpointSet,
     /// Id of the service port.
     pub service: u32,
+    /// For how long its client comes back to the same endpoint; 0: not at all (S1).
+    pub affinity_seconds: u32,
     /// Where its client is.
     pub source: Source,
     /// What becomes of the client's address.

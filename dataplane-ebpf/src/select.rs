@@ -1,6 +1,7 @@
 //! Choosing one endpoint of a set.
 
 use crate::maps::{BACKENDS, SLOTS};
+use crate::repeat::{Step, Steps, repeat};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::drop::Reason;
@@ -32,6 +33,45 @@ pub fn select(set: EndpointSet) -> Result<Chosen, Reason> {
     let index = set.base() + ((random as u64 * set.count() as u64) >> 32) as u32;
     let id = *SLOTS.get(index).ok_or(Reason::CorruptTable)?;
     backend(id).ok_or(Reason::CorruptTable)
+}
+
+/// A search for an id in a set, as its steps see it: the slots `low .. high` may hold it.
+struct IdSearch {
+    low: u32,
+    high: u32,
+    id: u32,
+    found: bool,
+}
+
+/// Whether the set holds the backend with this id. The slots of a set are in the order of their ids.
+#[inline(always)]
+pub fn contains(set: EndpointSet, id: u32) -> bool {
+    let mut search =
+        IdSearch { low: set.base(), high: set.base().saturating_add(set.count()), id, found: false };
+    repeat(SEARCH_STEPS, &mut search);
+    search.found
+}
+
+/// Steps that find an id among as many slots as a table can have.
+const SEARCH_STEPS: u32 = u32::BITS + 1;
+
+impl Steps for IdSearch {
+    fn step(&mut self) -> Step {
+        if self.low >= self.high {
+            return Step::Done;
+        }
+        let middle = self.low + (self.high - self.low) / 2;
+        let Some(id) = SLOTS.get(middle) else { return Step::Done };
+        if *id < self.id {
+            self.low = middle + 1;
+        } else if *id > self.id {
+            self.high = middle;
+        } else {
+            self.found = true;
+            return Step::Done;
+        }
+        Step::Next
+    }
 }
 
 /// The backend with an id. Written only while no slot holds the id, so its address cannot change under the reader.

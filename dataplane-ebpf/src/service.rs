@@ -1,9 +1,11 @@
 //! From a destination to a service port, and from a service port to the set of endpoints that a client may have.
 
-use crate::maps::{FRONTENDS, NODE, NODE_ADDRS, SERVICES};
+use crate::maps::{FRONTENDS, NODE, NODE_ADDRS, SERVICES, SOURCE_RANGES};
+use aya_ebpf::btf_maps::lpm_trie::Key;
 use dataplane_common::drop::Reason;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress};
+use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::{EndpointSet, Policy};
 use dataplane_common::{Addr, Port};
 
@@ -74,15 +76,49 @@ pub fn in_service_range(addr: &Addr) -> bool {
     found
 }
 
+/// The policies of a service port.
+///
+/// # Errors
+/// [`Reason::CorruptTable`] if there is no such id.
+#[inline(always)]
+pub fn policy(service: u32) -> Result<Policy, Reason> {
+    let service = SERVICES.get_ptr(service).ok_or(Reason::CorruptTable)?;
+    // SAFETY: array elements stay; each word is read once, as it was written.
+    Ok(unsafe { (&raw const (*service).policy).read_volatile() })
+}
+
+/// Whether only some sources may call this address (S2).
+#[inline(always)]
+pub fn restricts(destination: Destination, policy: Policy) -> bool {
+    policy.has(Policy::SOURCE_RANGES)
+        && match destination.kind {
+            FrontendKind::LoadBalancerIp => true,
+            FrontendKind::ExternalIp | FrontendKind::NodePort => {
+                node().is_some_and(|node| node.has(Node::SOURCE_RANGES_EVERYWHERE))
+            }
+            FrontendKind::ClusterIp | FrontendKind::ClosedPort => false,
+        }
+}
+
+/// Whether a client at `addr` may call a restricted address (S2).
+#[inline(never)]
+pub fn allows(destination: &Destination, addr: &Addr) -> bool {
+    let key = SourceRangeKey::one(destination.service, *addr);
+    // SAFETY: the trie's key is the same bytes, number of bits first.
+    let key =
+        unsafe { &*(&raw const key).cast::<Key<[u8; size_of::<SourceRangeKey>() - size_of::<u32>()]>>() };
+    // The ranges of a service port that was just opened to all may be gone already: its policy tells.
+    SOURCE_RANGES.get(key).is_some()
+        || policy(destination.service).is_ok_and(|policy| !policy.has(Policy::SOURCE_RANGES))
+}
+
 /// The endpoints a client at `source` may have (P2 to P9).
 ///
 /// # Errors
 /// Why there are none.
 #[inline(always)]
-pub fn endpoints(destination: Destination, source: Source) -> Result<EndpointSet, Reason> {
+pub fn endpoints(destination: Destination, source: Source, policy: Policy) -> Result<EndpointSet, Reason> {
     let service = SERVICES.get_ptr(destination.service).ok_or(Reason::CorruptTable)?;
-    // SAFETY: array elements stay; each word is read once, as it was written.
-    let policy: Policy = unsafe { (&raw const (*service).policy).read_volatile() };
     let external = destination.kind != FrontendKind::ClusterIp;
     let local = if external {
         // P5, P6: the node and its pods are spared the detour; P7: anybody else gets local endpoints only.
@@ -90,7 +126,7 @@ pub fn endpoints(destination: Destination, source: Source) -> Result<EndpointSet
     } else {
         policy.has(Policy::INTERNAL_LOCAL)
     };
-    // SAFETY: as above.
+    // SAFETY: array elements stay; each word is read once, as it was written.
     let set: EndpointSet = unsafe {
         if local {
             (&raw const (*service).local).read_volatile()
@@ -111,10 +147,7 @@ pub fn endpoints(destination: Destination, source: Source) -> Result<EndpointSet
 
 /// Whether P7 or iTP Local chose among local endpoints, so that the source must be kept.
 #[inline(always)]
-pub fn keeps_source(destination: Destination, source: Source) -> bool {
-    let Some(service) = SERVICES.get_ptr(destination.service) else { return false };
-    // SAFETY: as in `endpoints`.
-    let policy: Policy = unsafe { (&raw const (*service).policy).read_volatile() };
+pub fn keeps_source(destination: Destination, source: Source, policy: Policy) -> bool {
     destination.kind != FrontendKind::ClusterIp
         && policy.has(Policy::EXTERNAL_LOCAL)
         && source == Source::Outside

@@ -108,6 +108,9 @@ pub struct AgentArgs {
     /// does, also where the reply would come back anyway.
     #[arg(long)]
     pub masquerade_all: bool,
+    /// Apply loadBalancerSourceRanges to node ports and external IPs too, not to load balancer addresses alone.
+    #[arg(long)]
+    pub source_ranges_everywhere: bool,
     /// Serve the Services with this value of the label service.kubernetes.io/service-proxy-name, and no others.
     #[arg(long, value_name = "NAME")]
     pub service_proxy_name: Option<String>,

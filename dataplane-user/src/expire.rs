@@ -19,7 +19,7 @@ use std::time::Duration;
 pub struct IdleTimes {
     /// Established TCP and SCTP.
     pub established: Duration,
-    /// TCP of which one end sent a FIN.
+    /// TCP and SCTP of which one end closed.
     pub half_closed: Duration,
     /// UDP that was answered.
     pub udp: Duration,
@@ -131,7 +131,9 @@ impl IdleTimes {
     fn established(&self, proto: u8, flags: u32) -> Duration {
         match Protocol::try_from(proto) {
             Ok(Protocol::Udp) => self.udp,
-            Ok(Protocol::Tcp) if flags & (Flow::CLIENT_FIN | Flow::ENDPOINT_FIN) != 0 => self.half_closed,
+            Ok(Protocol::Tcp | Protocol::Sctp) if flags & (Flow::CLIENT_FIN | Flow::ENDPOINT_FIN) != 0 => {
+                self.half_closed
+            }
             Ok(Protocol::Tcp | Protocol::Sctp) | Err(_) => self.established,
         }
     }

@@ -1,7 +1,6 @@
 //! Allocations, counted: of the thread that is asked, and of no other.
 
 use crate::record::{Numbers, hold};
-use dataplane_common::Addr;
 use dataplane_tests::bench::record::output;
 use dataplane_tests::bench_agent::recorded::{self, Recorded};
 use dataplane_tests::bench_sync::node;
@@ -82,7 +81,7 @@ fn an_event_allocates_no_more_than_recorded() {
         let object = slice(&mut names, &slice_text(&recorded, n, n));
         dirty.extend(store.apply(Change::Applied(object)).services);
     }
-    let context = Context::new(&store, None, &[], BTreeSet::<Addr>::new());
+    let context = Context::new(&store, None, &[], &[]);
     let mut compiler = Compiler::default();
     let maps = MemoryMaps::default();
     let mut now = Instant::now();

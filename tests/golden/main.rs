@@ -88,8 +88,7 @@ impl Node {
         let interfaces = self.interfaces();
         let addresses: BTreeSet<Addr> = interfaces.iter().map(|ip| Addr::from(*ip)).collect();
         let proxy_name = self.flags.proxy_name.as_deref().map(Into::into);
-        let context =
-            compile::Context::new(&self.store, proxy_name, &self.flags.cluster_cidr, addresses.clone());
+        let context = compile::Context::new(&self.store, proxy_name, &self.flags.cluster_cidr, &interfaces);
         let update = self.compiler.update(&self.store, &dirty.services, &context);
         if dirty.node || update.node {
             let settings = NodeSettings {

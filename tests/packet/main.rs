@@ -1,9 +1,12 @@
 //! The packet tier: real programs on one packet at a time (`BPF_PROG_TEST_RUN`). Each case gives the Services, the packet
 //! sent, the verdict, the whole packet out and the counters that moved; it fails if any other moved.
 
+mod affinity;
 mod flows;
+mod load_balancers;
 mod policies;
 mod refusals;
+mod sctp;
 mod translation;
 mod untouched;
 

@@ -172,6 +172,42 @@ fn a_local_pods_reply_to_the_node_is_handed_up_on_the_uplink() {
     });
 }
 
+/// P12: nine of ten ports of the range are had without a failure and without a collision. Beyond, failures are counted, and
+/// ports that are free again are found.
+#[test]
+fn nine_of_ten_ports_are_had_without_a_failure() {
+    for_both(|f| {
+        let mut world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        world.set_snat_ports(61_000..=65_535).unwrap();
+        let syn = |number: u16| tcp_packet((f.client, 20_000 + number), (f.node, 30_080), tcp::SYN);
+        let mut owners = std::collections::BTreeMap::new();
+        for number in 0..4_536 * 9 / 10 {
+            let outcome = world.send(Hook::UplinkIn, &syn(number)).unwrap();
+            assert_eq!(outcome.verdict, Verdict::Redirect, "flow {number}: {:?}", outcome.moved);
+            assert_eq!(owners.insert(f.source_port(&outcome.packet), number), None, "taken twice");
+        }
+        let mut failed = 0;
+        for number in 5_000..5_600 {
+            let outcome = world.send(Hook::UplinkIn, &syn(number)).unwrap();
+            if outcome.verdict == Verdict::Drop {
+                assert_eq!(outcome.moved, reason(Reason::PortsExhausted));
+                failed += 1;
+            } else {
+                assert_eq!(owners.insert(f.source_port(&outcome.packet), number), None, "taken twice");
+            }
+        }
+        assert!((600 - 454..600).contains(&failed), "{failed}");
+        // Connections that are refused give their ports back.
+        for port in owners.keys().take(500) {
+            let refusal = tcp_packet((f.remote, 8080), (f.node, *port), tcp::RST | tcp::ACK);
+            assert_eq!(world.send(Hook::UplinkIn, &refusal).unwrap().verdict, Verdict::Redirect);
+        }
+        for number in 6_000..6_100 {
+            assert_eq!(world.send(Hook::UplinkIn, &syn(number)).unwrap().verdict, Verdict::Redirect);
+        }
+    });
+}
+
 /// P12: no two flows to one endpoint share a port; when all are taken, the next is dropped and counted.
 #[test]
 fn translated_ports_never_collide_and_their_end_is_counted() {

@@ -129,6 +129,7 @@ pub fn service(n: u32, endpoints: impl IntoIterator<Item = u32>) -> (ObjectName,
         backends: endpoints.iter().map(|endpoint| (*endpoint, BackendStatus::SERVING)).collect(),
         cluster: endpoints.iter().copied().collect(),
         local: [].into(),
+        ranges: [].into(),
         frontends: [(FrontendKey::new(cluster_ip, Port::new(80), PROTO), FrontendKind::ClusterIp)].into(),
     };
     let port = ServicePortName { service: name.clone(), port: "http".into(), proto: PROTO, ipv6: false };

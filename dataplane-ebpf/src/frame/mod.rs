@@ -73,8 +73,23 @@ pub trait Frame {
     ) -> Result<(), Refused>;
 
     /// Whether the transport checksum at `offset` is only begun and left to the device to finish
-    /// (`CHECKSUM_PARTIAL`): the field then holds the sum of the pseudo header alone.
+    /// (`CHECKSUM_PARTIAL`): the field then holds the sum of the pseudo header alone. Otherwise the field may be changed by
+    /// the question: the caller writes it.
     fn checksum_is_partial(&mut self, offset: u32) -> bool;
+
+    /// Updates the CRC32c at `offset` after covered data changed by what `delta` says (SCTP). One that is left to the device
+    /// stays as it is: the device takes it over the packet as it leaves.
+    ///
+    /// # Errors
+    /// As [`Frame::write`].
+    #[inline(always)]
+    fn update_crc32c(&mut self, offset: u32, delta: u32) -> Result<(), Refused> {
+        let before = self.read::<4>(offset).ok_or(Refused)?;
+        if self.checksum_is_partial(offset) {
+            return Ok(());
+        }
+        self.write(offset, &(u32::from_le_bytes(before) ^ delta).to_le_bytes())
+    }
 
     /// Cuts or pads the frame to `length` bytes.
     ///

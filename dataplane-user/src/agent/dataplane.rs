@@ -48,6 +48,8 @@ pub(super) struct Dataplane<M> {
     compiler: Compiler,
     mirror: Mirror,
     addresses: Vec<IpAddr>,
+    /// The primary addresses that Services were compiled with.
+    primary: [Option<IpAddr>; 2],
     /// The kinds of which the source has told everything.
     listed: BTreeSet<Kind>,
     /// A snapshot stands in for those that are not listed yet.
@@ -75,6 +77,7 @@ impl<M: Maps> Dataplane<M> {
             compiler: Compiler::default(),
             mirror,
             addresses,
+            primary: [None; 2],
             listed: BTreeSet::new(),
             snapshot: false,
             dirty: Dirty { node: true, ..Dirty::default() },
@@ -221,8 +224,8 @@ impl<M: Maps> Dataplane<M> {
     }
 
     fn context(&self) -> Context {
-        let addresses = addrs(&self.addresses);
-        Context::new(&self.store, self.settings.proxy_name.clone(), &self.settings.cluster_cidrs, addresses)
+        let (proxy_name, cidrs) = (self.settings.proxy_name.clone(), &self.settings.cluster_cidrs);
+        Context::new(&self.store, proxy_name, cidrs, &self.addresses)
     }
 
     /// Adds to what is dirty what it touches elsewhere: after a failure all of it is to be written again.
@@ -257,14 +260,11 @@ impl<M: Maps> Dataplane<M> {
     /// What is dirty, compiled: all there is, if nothing was written yet.
     fn compile(&mut self, dirty: &Dirty) -> Compilation {
         let context = self.context();
-        let all;
-        let services = if self.complete {
-            &dirty.services
-        } else {
-            all = self.store.service_names();
-            &all
-        };
-        let update = self.compiler.update(&self.store, services, &context);
+        let mut services = if self.complete { dirty.services.clone() } else { self.store.service_names() };
+        if std::mem::replace(&mut self.primary, context.primary) != context.primary {
+            services.append(&mut self.store.services_with_source_ranges());
+        }
+        let update = self.compiler.update(&self.store, &services, &context);
         let node = (dirty.node || update.node || !self.complete).then(|| {
             if self.settings.service_cidrs.is_empty() {
                 self.settings.node.service_ranges = self.store.service_ranges();

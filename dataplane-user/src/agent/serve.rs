@@ -507,11 +507,12 @@ fn count(maps: &KernelMaps, swept: &Sweep) -> Result<Vec<(&'static str, usize)>,
         (Closing::NAME, swept.closing.entries),
     ];
     for (name, kind, _) in tables::ALL {
-        let hash = match kind {
-            TableKind::Hash | TableKind::LruHash => true,
-            TableKind::Array | TableKind::PerCpuArray => false,
+        let uncounted = match kind {
+            TableKind::Hash | TableKind::LruHash => *name != Frontends::NAME,
+            // Arrays have all their elements; a trie is written by the agent alone.
+            TableKind::Array | TableKind::PerCpuArray | TableKind::LpmTrie => false,
         };
-        if hash && *name != Frontends::NAME && !counts.iter().any(|(counted, _)| counted == name) {
+        if uncounted && !counts.iter().any(|(counted, _)| counted == name) {
             counts.push((name, maps.count(name)?));
         }
     }

@@ -32,6 +32,7 @@ impl Settings {
             (args.socket_lb == SocketLb::All, Node::SOCKET_LB_PODS),
             (args.cluster_ip_from_outside == FromOutside::Refuse, Node::CLUSTER_IP_INSIDE_ONLY),
             (args.masquerade_all, Node::MASQUERADE_ALL),
+            (args.source_ranges_everywhere, Node::SOURCE_RANGES_EVERYWHERE),
         ];
         let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |flags, (_, flag)| flags | flag);
         Self {
@@ -100,8 +101,16 @@ mod tests {
     #[test]
     fn flags_become_the_bits_that_programs_read() {
         assert_eq!(settings(&[]).node.flags, Node::FIB_SOURCE | Node::SOCKET_LB_PODS);
-        let flags = ["--socket-lb=host", "--cluster-ip-from-outside=refuse", "--masquerade-all"];
-        let expected = Node::FIB_SOURCE | Node::CLUSTER_IP_INSIDE_ONLY | Node::MASQUERADE_ALL;
+        let flags = [
+            "--socket-lb=host",
+            "--cluster-ip-from-outside=refuse",
+            "--masquerade-all",
+            "--source-ranges-everywhere",
+        ];
+        let expected = Node::FIB_SOURCE
+            | Node::CLUSTER_IP_INSIDE_ONLY
+            | Node::MASQUERADE_ALL
+            | Node::SOURCE_RANGES_EVERYWHERE;
         assert_eq!(settings(&flags).node.flags, expected);
     }
 

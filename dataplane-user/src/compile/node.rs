@@ -50,7 +50,7 @@ pub fn node(
     load_balancer_ips: &BTreeSet<Addr>,
 ) -> (NodeTables, Vec<Complaint>) {
     let named: &[IpAddr] = node.map_or(&[], |node| &node.addresses);
-    let primary = [false, true].map(|ipv6| primary(named, interface_addresses, ipv6));
+    let primary = primary_addresses(node, interface_addresses);
     let answers = |ip: IpAddr| {
         let wanted = match &settings.node_port_addresses {
             NodePortAddresses::All => true,
@@ -76,6 +76,12 @@ pub fn node(
         flags: settings.flags,
     };
     (NodeTables { node, addresses }, complaints)
+}
+
+/// The node's primary address of each family, IPv4 first.
+pub(super) fn primary_addresses(node: Option<&Node>, interface_addresses: &[IpAddr]) -> [Option<IpAddr>; 2] {
+    let named: &[IpAddr] = node.map_or(&[], |node| &node.addresses);
+    [false, true].map(|ipv6| primary(named, interface_addresses, ipv6))
 }
 
 /// The first address of the Node object that is on an interface; else the first on an interface that other hosts may

@@ -2,6 +2,7 @@
 
 use super::complaint::{Complaint, ComplaintReason};
 use super::endpoints::{self, Needs};
+use super::node::primary_addresses;
 use super::tables::{PortTables, ServicePortName, ServiceTables};
 use crate::model::{EndpointSlice, Kind, ObjectName, Reference, Service, ServicePort, ServiceType, Store};
 use dataplane_common::frontend::{FrontendKey, FrontendKind};
@@ -26,18 +27,20 @@ pub struct Context {
     pub proxy_name: Option<Arc<str>>,
     /// The addresses on this node's interfaces.
     pub node_addresses: BTreeSet<Addr>,
+    /// The node's primary address of each family (S2).
+    pub primary: [Option<IpAddr>; 2],
     /// The cluster's pod ranges: no external IP may lie in one (Z1).
     pub pod_ranges: Vec<IpNet>,
 }
 
 impl Context {
     /// What the store says of the node, together with what only the agent knows: its proxy name, the pod ranges given by
-    /// flag, and the addresses on the node's interfaces.
+    /// flag, and the addresses on the node's interfaces in the kernel's order.
     pub fn new(
         store: &Store,
         proxy_name: Option<Arc<str>>,
         cluster_cidrs: &[IpNet],
-        node_addresses: BTreeSet<Addr>,
+        interface_addresses: &[IpAddr],
     ) -> Self {
         let mut pod_ranges = store.pod_ranges();
         pod_ranges.extend(cluster_cidrs);
@@ -45,7 +48,8 @@ impl Context {
             node_name: store.node_name().clone(),
             zone: store.own_node().and_then(|node| node.zone.clone()),
             proxy_name,
-            node_addresses,
+            node_addresses: interface_addresses.iter().map(|ip| Addr::from(*ip)).collect(),
+            primary: primary_addresses(store.own_node(), interface_addresses),
             pod_ranges,
         }
     }
@@ -122,10 +126,18 @@ impl Job<'_> {
                 continue;
             }
             let addresses = self.addresses(ipv6);
+            let ranges = self.source_ranges(ipv6, &addresses);
             self.check_slices(ipv6);
             let mut taken = BTreeSet::new();
             for port in &service.ports {
-                self.port(port, ipv6, affinity, &addresses, &mut taken);
+                if let Some(tables) = self.port(port, ipv6, affinity, &addresses, &mut taken)
+                    && !ranges.is_empty()
+                    && tables.frontends.values().any(|kind| *kind != FrontendKind::ClusterIp)
+                {
+                    let flags = tables.policy.flags() | Policy::SOURCE_RANGES;
+                    tables.policy = Policy::new(flags, affinity);
+                    tables.ranges = ranges.clone();
+                }
             }
             self.close(&addresses);
         }
@@ -168,6 +180,23 @@ impl Job<'_> {
         addresses
     }
 
+    /// S2: the ranges of a family, none of them if it is open. Where this node may call, so may its processes that send from
+    /// the LB IP itself, because it is on an interface.
+    fn source_ranges(&self, ipv6: bool, addresses: &[(Addr, FrontendKind)]) -> BTreeSet<IpNet> {
+        let of_family = |range: &&IpNet| range.addr().is_ipv6() == ipv6;
+        let mut ranges: BTreeSet<IpNet> =
+            self.service.source_ranges.iter().filter(of_family).map(IpNet::trunc).collect();
+        if ranges.iter().any(|range| range.prefix_len() == 0) {
+            return BTreeSet::new();
+        }
+        let primary = self.context.primary[usize::from(ipv6)];
+        if primary.is_some_and(|primary| ranges.iter().any(|range| range.contains(&primary))) {
+            let own = addresses.iter().filter(|(_, kind)| *kind == FrontendKind::LoadBalancerIp);
+            ranges.extend(own.map(|(addr, _)| IpNet::from(addr.to_ip())));
+        }
+        ranges
+    }
+
     /// Z2: one complaint for each slice with endpoints that cannot be used.
     fn check_slices(&mut self, ipv6: bool) {
         for slice in self.slices.iter().filter(|slice| endpoints::is_of_family(slice, ipv6)) {
@@ -191,7 +220,7 @@ impl Job<'_> {
         affinity: u32,
         addresses: &[(Addr, FrontendKind)],
         taken: &mut BTreeSet<FrontendKey>,
-    ) {
+    ) -> Option<&mut PortTables> {
         let name = ServicePortName {
             service: self.service.name.clone(),
             port: port.name.clone(),
@@ -200,12 +229,13 @@ impl Job<'_> {
         };
         if self.tables.ports.contains_key(&name) {
             let text = format!("port {:?} {} is given twice: the first counts", &*port.name, port.protocol);
-            return self.complain(ComplaintReason::BadPort, text);
+            self.complain(ComplaintReason::BadPort, text);
+            return None;
         }
         let mut tables =
             PortTables { frontends: self.frontends(port, ipv6, addresses, taken), ..PortTables::default() };
         self.fill_endpoints(port, ipv6, affinity, &mut tables);
-        self.tables.ports.insert(name, tables);
+        Some(self.tables.ports.entry(name).or_insert(tables))
     }
 
     /// The addresses that lead to a port: those of the Service, and the node port (S3: if it has one). `taken` holds the

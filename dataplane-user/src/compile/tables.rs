@@ -5,6 +5,7 @@ use dataplane_common::frontend::{FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress};
 use dataplane_common::service::Policy;
 use dataplane_common::{Addr, Port};
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
@@ -53,6 +54,8 @@ pub struct PortTables {
     pub cluster: BTreeSet<Endpoint>,
     /// The local set; each is a key of `backends`. Empty where T4 does not ask for it.
     pub local: BTreeSet<Endpoint>,
+    /// Who may call its restricted addresses, where the policy restricts them (S2).
+    pub ranges: BTreeSet<IpNet>,
     /// The addresses that lead here.
     pub frontends: BTreeMap<FrontendKey, FrontendKind>,
 }

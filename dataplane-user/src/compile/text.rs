@@ -38,6 +38,7 @@ fn write_port(f: &mut fmt::Formatter<'_>, name: &ServicePortName, port: &PortTab
         Err(number) => writeln!(f, "{number} {family}")?,
     }
     writeln!(f, "  policy {}", PolicyText(port.policy))?;
+    port.ranges.iter().try_for_each(|range| writeln!(f, "  source-range {range}"))?;
     for (key, kind) in &port.frontends {
         writeln!(f, "  frontend {}", Shown(key, *kind))?;
     }
@@ -109,7 +110,11 @@ impl fmt::Display for PolicyText {
         let Self(policy) = self;
         f.write_str(if policy.has(Policy::HAS_ENDPOINTS) { "has-endpoints" } else { "no-endpoints" })?;
         let flags = policy.flags() & !Policy::HAS_ENDPOINTS;
-        let names = [(Policy::INTERNAL_LOCAL, "internal-local"), (Policy::EXTERNAL_LOCAL, "external-local")];
+        let names = [
+            (Policy::INTERNAL_LOCAL, "internal-local"),
+            (Policy::EXTERNAL_LOCAL, "external-local"),
+            (Policy::SOURCE_RANGES, "source-ranges"),
+        ];
         f.write_str(&flag_words(flags, &names))?;
         match policy.affinity_seconds() {
             0 => Ok(()),
@@ -125,6 +130,7 @@ impl fmt::Display for NodeTables {
             (Node::SOCKET_LB_PODS, "socket-lb-pods"),
             (Node::CLUSTER_IP_INSIDE_ONLY, "cluster-ip-inside-only"),
             (Node::MASQUERADE_ALL, "masquerade-all"),
+            (Node::SOURCE_RANGES_EVERYWHERE, "source-ranges-everywhere"),
         ];
         let node = &self.node;
         writeln!(f, "node{}", flag_words(node.flags, &names))?;

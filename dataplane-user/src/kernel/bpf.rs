@@ -39,6 +39,11 @@ pub const TYPE_LRU_HASH: u32 = 9;
 /// `BPF_MAP_TYPE_LRU_PERCPU_HASH`.
 pub const TYPE_LRU_PERCPU_HASH: u32 = 10;
 
+/// `BPF_MAP_TYPE_LPM_TRIE`.
+pub const TYPE_LPM_TRIE: u32 = 11;
+/// `BPF_F_NO_PREALLOC`: memory is taken when an entry is made. A trie knows no other way.
+const NO_PREALLOC: u32 = 1;
+
 /// `BPF_ANY`: insert or replace.
 pub const ANY: u64 = 0;
 /// `BPF_NOEXIST`: insert only.
@@ -299,6 +304,7 @@ impl MapFd {
             key_size: key_size as u32,
             value_size: value_size as u32,
             max_entries: max_entries as u32,
+            map_flags: if map_type == TYPE_LPM_TRIE { NO_PREALLOC } else { 0 },
             map_name,
             ..Default::default()
         };

@@ -18,10 +18,11 @@ pub(super) struct Enlarged {
 }
 
 /// The tables that programs write on their own.
-const WRITTEN_BY_PROGRAMS: [&str; 5] = [
+const WRITTEN_BY_PROGRAMS: [&str; 6] = [
     tables::HalfOpen::NAME,
     tables::Established::NAME,
     tables::Closing::NAME,
+    tables::Affinities::NAME,
     tables::SocketPeers::NAME,
     tables::SocketChoices::NAME,
 ];

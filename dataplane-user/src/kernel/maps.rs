@@ -79,6 +79,7 @@ pub const fn map_type(kind: TableKind) -> u32 {
         TableKind::PerCpuArray => bpf::TYPE_PERCPU_ARRAY,
         TableKind::Hash => bpf::TYPE_HASH,
         TableKind::LruHash => bpf::TYPE_LRU_HASH,
+        TableKind::LpmTrie => bpf::TYPE_LPM_TRIE,
     }
 }
 
@@ -156,7 +157,8 @@ impl<T: Table> Map<T> {
     }
 
     fn error(&self, verb: &'static str, source: io::Error) -> MapError {
-        if source.raw_os_error() == Some(libc::E2BIG) {
+        // A trie has its own word for it.
+        if matches!(source.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC)) {
             return MapError::Full { name: T::NAME, capacity: self.capacity() };
         }
         MapError::Call { verb, name: T::NAME, source }
@@ -413,6 +415,7 @@ impl KernelMaps {
             })+};
         }
         create_each!(Nodes NodeAddrs Filter Frontends Services Slots Backends HalfOpen Established Closing);
+        create_each!(SourceRanges Affinities);
         create_each!(ServiceTraffic BackendTraffic Reasons SocketPeers SocketChoices);
         Ok(Self { maps })
     }

@@ -150,6 +150,12 @@ impl Store {
         self.services().filter(has).map(|service| service.name.clone()).collect()
     }
 
+    /// Services whose source ranges may hold the node's primary address, or not, since that changed (S2).
+    pub fn services_with_source_ranges(&self) -> BTreeSet<ObjectName> {
+        let restricted = |service: &&Service| !service.source_ranges.is_empty();
+        self.services().filter(restricted).map(|service| service.name.clone()).collect()
+    }
+
     /// The names of all Services.
     pub fn service_names(&self) -> BTreeSet<ObjectName> {
         self.services.keys().cloned().collect()

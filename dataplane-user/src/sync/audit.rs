@@ -27,6 +27,7 @@ impl Mirror {
         self.audit_node(maps, &mut plan)?;
         self.audit_frontends(maps, &mut plan)?;
         self.audit_services(maps, &mut plan)?;
+        self.audit_ranges(maps, &mut plan)?;
         self.audit_backends(maps, &mut plan)?;
         let mut words = vec![0; FILTER_WORDS];
         maps.visit::<tables::Filter>(|word, bits| {
@@ -92,6 +93,17 @@ impl Mirror {
             }
         })?;
         plan.slots.extend(slots);
+        Ok(())
+    }
+
+    fn audit_ranges<M: Maps>(&self, maps: &M, plan: &mut Plan) -> Result<(), MapError> {
+        let mut missing: HashSet<_> = self.ports().flat_map(|port| port.ranges.to_vec()).collect();
+        maps.visit::<tables::SourceRanges>(|key, _| {
+            if !missing.remove(&key) {
+                plan.removed_ranges.insert(key);
+            }
+        })?;
+        plan.ranges.extend(missing);
         Ok(())
     }
 

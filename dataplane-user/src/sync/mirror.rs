@@ -14,8 +14,10 @@ use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::filter::FilterBit;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress};
+use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::{EndpointSet, Policy, Service};
 use dataplane_common::tables::{self, Table as _};
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
 
@@ -65,6 +67,9 @@ pub struct Mirror {
     backend_ids: Ids,
     slots: Slots,
     frontend_room: usize,
+    /// How many ranges of sources there are.
+    ranges: usize,
+    range_room: usize,
     /// Services that found no room, as they should be.
     waiting: BTreeMap<ObjectName, ServiceTables>,
     /// What an earlier agent left; `None` once the first complete snapshot is in.
@@ -123,6 +128,8 @@ impl Mirror {
             node: maps.get::<tables::Nodes>(&0)?,
             slots: reading.slots,
             frontend_room: maps.capacity::<tables::Frontends>()?,
+            ranges: reading.ranges,
+            range_room: maps.capacity::<tables::SourceRanges>()?,
             waiting: BTreeMap::new(),
             recovered: Some(reading.recovered),
             doubtful: false,
@@ -245,13 +252,14 @@ impl Mirror {
     }
 
     /// How many entries the tables have that only the agent writes, and how many they have room for.
-    pub fn fill(&self) -> [(&'static str, usize, usize); 4] {
+    pub fn fill(&self) -> [(&'static str, usize, usize); 5] {
         let (ports, backends, frontends) = self.sizes();
         [
             (tables::Services::NAME, ports, self.service_ids.capacity()),
             (tables::Backends::NAME, backends, self.backend_ids.capacity()),
             (tables::Frontends::NAME, frontends, self.frontend_room),
             (tables::Slots::NAME, self.slots.used(), self.slots.capacity()),
+            (tables::SourceRanges::NAME, self.ranges, self.range_room),
         ]
     }
 
@@ -375,6 +383,15 @@ impl Mirror {
         if new > 0 && self.frontends.len() + plan.removed_frontends.len() + new > self.frontend_room {
             return Err(full::<tables::Frontends>(self.frontend_room));
         }
+        let held = |name: &ServicePortName| old.ports.iter().find(|(known, _)| known == name);
+        let more = wanted.ports.iter().map(|(name, port)| {
+            let held = held(name).map(|(_, port)| (port.id, &*port.ranges)).unwrap_or_default();
+            port.ranges.iter().filter(|range| !held.1.contains(&range_key(held.0, range))).count()
+        });
+        let more = more.sum::<usize>();
+        if more > 0 && self.ranges + plan.removed_ranges.len() + more > self.range_room {
+            return Err(full::<tables::SourceRanges>(self.range_room));
+        }
         let mut drafts = Vec::with_capacity(wanted.ports.len());
         for (name, tables) in &wanted.ports {
             let known = old.ports.iter().find(|(known, _)| known == name).map(|(_, port)| port);
@@ -484,7 +501,21 @@ impl Mirror {
             self.plan_retirement(plan, gone, id, Some(proto), now);
         }
         let frontends = draft.tables.frontends.keys().copied().collect();
-        PortMirror { id, proto, value, backends: draft.backends, cluster, local, frontends }
+        let ranges = draft.tables.ranges.iter().map(|range| range_key(id, range)).collect();
+        self.plan_ranges(plan, &old.ranges, &ranges);
+        let ranges = ranges.into_iter().collect();
+        PortMirror { id, proto, value, backends: draft.backends, cluster, local, frontends, ranges }
+    }
+
+    fn plan_ranges(&mut self, plan: &mut Plan, old: &[SourceRangeKey], new: &BTreeSet<SourceRangeKey>) {
+        for key in new.iter().filter(|key| !old.contains(key)) {
+            plan.ranges.push(*key);
+            self.ranges += 1;
+        }
+        for key in old.iter().filter(|key| !new.contains(key)) {
+            plan.removed_ranges.insert(*key);
+            self.ranges -= 1;
+        }
     }
 
     /// A backend that stays or comes. One that no longer serves is written after the sets that held it (C1).
@@ -572,6 +603,7 @@ impl Mirror {
         for backend in &gone.backends {
             self.plan_retirement(plan, backend, gone.id, proto, now);
         }
+        self.plan_ranges(plan, &gone.ranges, &BTreeSet::new());
         self.slots.release(gone.value.cluster, now);
         self.slots.release(gone.value.local, now);
         self.service_ids.release(gone.id, now);
@@ -643,6 +675,13 @@ impl PortMirror {
     }
 }
 
+/// The key of a range of sources of the service port with this id.
+pub(super) fn range_key(service: u32, range: &IpNet) -> SourceRangeKey {
+    const MAPPED_BITS: u32 = 96;
+    let mapped = if range.addr().is_ipv4() { MAPPED_BITS } else { 0 };
+    SourceRangeKey::new(service, range.network().into(), mapped + u32::from(range.prefix_len()))
+}
+
 fn full<T: tables::Table>(capacity: usize) -> MapError {
     MapError::Full { name: T::NAME, capacity }
 }
@@ -653,7 +692,10 @@ fn ids_of(set: &BTreeSet<Endpoint>, backends: &[BackendMirror]) -> Box<[u32]> {
         let at = backends.binary_search_by_key(endpoint, |backend| backend.endpoint).ok()?;
         backends.get(at).map(|backend| backend.id)
     };
-    set.iter().filter_map(id).collect()
+    let mut ids: Box<[u32]> = set.iter().filter_map(id).collect();
+    // In this order the programs find an id in a set quickly.
+    ids.sort_unstable();
+    ids
 }
 
 pub(super) fn backend_bit(endpoint: &Endpoint, proto: u8) -> FilterBit {

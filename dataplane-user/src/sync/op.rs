@@ -8,6 +8,7 @@ use dataplane_common::backend::Backend;
 use dataplane_common::counter::Traffic;
 use dataplane_common::frontend::{Frontend, FrontendKey};
 use dataplane_common::node::{Node, NodeAddress};
+use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::Service;
 use dataplane_common::tables;
 use std::mem::discriminant;
@@ -27,6 +28,10 @@ pub enum Op {
     Slot(u32, u32),
     /// A service port, by id.
     Service(u32, Service),
+    /// A range of sources that may call a service port's restricted addresses.
+    SourceRange(SourceRangeKey),
+    /// A range that goes.
+    RemoveSourceRange(SourceRangeKey),
     /// A frontend.
     Frontend(FrontendKey, Frontend),
     /// A frontend that goes.
@@ -69,6 +74,11 @@ fn apply_alike<M: Maps>(maps: &M, ops: &[Op]) -> Result<(), MapError> {
         Some(Op::Slot(..)) => maps.write::<tables::Slots>(&each!(Op::Slot(slot, id) => (*slot, *id))),
         Some(Op::Service(..)) => {
             maps.write::<tables::Services>(&each!(Op::Service(id, service) => (*id, *service)))
+        }
+        Some(Op::SourceRange(_)) => maps
+            .write::<tables::SourceRanges>(&each!(Op::SourceRange(key) => (*key, SourceRangeKey::ALLOWED))),
+        Some(Op::RemoveSourceRange(_)) => {
+            maps.remove::<tables::SourceRanges>(&each!(Op::RemoveSourceRange(key) => *key)).map(drop)
         }
         Some(Op::Frontend(..)) => {
             maps.write::<tables::Frontends>(&each!(Op::Frontend(key, value) => (*key, *value)))

@@ -6,6 +6,7 @@ use dataplane_common::Addr;
 use dataplane_common::backend::Backend;
 use dataplane_common::frontend::{Frontend, FrontendKey};
 use dataplane_common::node::{Node, NodeAddress};
+use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::Service;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,6 +21,8 @@ pub(super) struct Plan {
     pub(super) backends: Vec<(u32, Backend)>,
     /// New runs.
     pub(super) slots: Vec<(u32, u32)>,
+    /// New ranges of sources.
+    pub(super) ranges: Vec<SourceRangeKey>,
     /// Service ports that flip to new runs.
     pub(super) services: Vec<(u32, Service)>,
     /// New frontends, and those that lead elsewhere now.
@@ -28,6 +31,8 @@ pub(super) struct Plan {
     pub(super) removed_frontends: BTreeSet<FrontendKey>,
     /// Service ports that go.
     pub(super) cleared_services: Vec<u32>,
+    /// Ranges of sources that go.
+    pub(super) removed_ranges: BTreeSet<SourceRangeKey>,
     /// Backends that stop serving.
     pub(super) retired: Vec<(u32, Backend)>,
     /// Addresses of the node.
@@ -49,10 +54,13 @@ impl Plan {
         ops.extend(self.zero_backends.into_iter().map(Op::ZeroBackendTraffic));
         ops.extend(self.backends.into_iter().map(|(id, value)| Op::Backend(id, value)));
         ops.extend(self.slots.into_iter().map(|(slot, id)| Op::Slot(slot, id)));
+        // S2: there before the policy that asks for them, and gone after it; where they change, the new ones come first.
+        ops.extend(self.ranges.into_iter().map(Op::SourceRange));
         ops.extend(self.services.into_iter().map(|(id, value)| Op::Service(id, value)));
         ops.extend(self.frontends.into_iter().map(|(key, value)| Op::Frontend(key, value)));
         ops.extend(self.removed_frontends.into_iter().map(Op::RemoveFrontend));
         ops.extend(self.cleared_services.into_iter().map(|id| Op::Service(id, Service::default())));
+        ops.extend(self.removed_ranges.into_iter().map(Op::RemoveSourceRange));
         ops.extend(self.retired.into_iter().map(|(id, value)| Op::Backend(id, value)));
         ops.extend(self.removed_addresses.into_iter().map(Op::RemoveNodeAddress));
         ops

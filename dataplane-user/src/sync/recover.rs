@@ -8,6 +8,7 @@ use crate::compile::Endpoint;
 use crate::kernel::maps::MapError;
 use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
+use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::{EndpointSet, Service};
 use dataplane_common::tables;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -33,6 +34,8 @@ pub(super) struct PortMirror {
     /// What the slots of the local set hold.
     pub(super) local: Box<[u32]>,
     pub(super) frontends: Box<[FrontendKey]>,
+    /// The sources that may call its restricted addresses.
+    pub(super) ranges: Box<[SourceRangeKey]>,
 }
 
 /// Backends by the id of their service port.
@@ -55,6 +58,8 @@ pub(super) struct Reading {
     /// Generation of each backend id.
     pub(super) generations: Vec<u32>,
     pub(super) slots: Slots,
+    /// How many ranges of sources there are.
+    pub(super) ranges: usize,
     pub(super) used_services: BTreeSet<u32>,
     pub(super) used_backends: BTreeSet<u32>,
 }
@@ -83,6 +88,10 @@ impl Reading {
                 ports.entry(id).or_default().value = value;
             }
         })?;
+        maps.visit::<tables::SourceRanges>(|key, _| {
+            let port = ports.entry(key.service()).or_default();
+            port.ranges = [&*port.ranges, &[key]].concat().into();
+        })?;
         let mut slots = Slots::new(maps.capacity::<tables::Slots>()?);
         let held = read_slots(maps, &ports)?;
         for (id, port) in &mut ports {
@@ -91,9 +100,10 @@ impl Reading {
             (port.value.cluster, port.cluster) = recover_set(&mut slots, &held, port.value.cluster);
             (port.value.local, port.local) = recover_set(&mut slots, &held, port.value.local);
         }
+        let ranges = ports.values().map(|port| port.ranges.len()).sum();
         let used_services = ports.keys().copied().collect();
         let recovered = Recovered { ports: ports.into_iter().collect() };
-        Ok(Self { recovered, frontends, generations, slots, used_services, used_backends })
+        Ok(Self { recovered, frontends, generations, slots, ranges, used_services, used_backends })
     }
 }
 

@@ -10,7 +10,8 @@ use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::counter::Traffic;
 use dataplane_common::filter::FilterBit;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
-use dataplane_common::node::{Node, NodeAddress};
+use dataplane_common::node::{Node, NodeAddress, Prefix};
+use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::{Policy, Service};
 use dataplane_common::tables::{self, Table};
 use dataplane_common::{Addr, Port};
@@ -51,6 +52,7 @@ fn service(n: u8, endpoints: &[u8], port: Option<u16>) -> ServiceTables {
         backends: endpoints.iter().map(|n| (endpoint(*n), flags(n))).collect(),
         cluster: endpoints.iter().map(|n| endpoint(*n)).collect(),
         local: endpoints.iter().filter(|n| local(n)).map(|n| endpoint(*n)).collect(),
+        ranges: BTreeSet::new(),
         frontends: [(frontend(n), FrontendKind::ClusterIp)].into(),
     };
     tables.frontends.extend(port.map(|port| (node_port(port), FrontendKind::NodePort)));
@@ -67,6 +69,43 @@ fn status(maps: &impl Maps, wanted: Endpoint) -> Vec<(u32, BackendStatus)> {
     let backends = read::<tables::Backends>(maps).into_iter();
     let at = backends.filter(|(_, b)| *b.addr() == wanted.addr && b.port() == wanted.port);
     at.map(|(id, b)| (id, b.status())).collect()
+}
+
+/// The LB IP of Service `n`, for these sources only; for all if there are none.
+fn restricted(n: u8, ranges: &[&str]) -> ServiceTables {
+    let mut tables = service(n, &[n], None);
+    tables.ports.values_mut().for_each(|port| restrict(port, lb_ip(n), ranges));
+    tables
+}
+
+fn restrict(port: &mut PortTables, key: FrontendKey, ranges: &[&str]) {
+    port.frontends.insert(key, FrontendKind::LoadBalancerIp);
+    port.ranges = ranges.iter().map(|range| range.parse().unwrap()).collect();
+    let flag = if ranges.is_empty() { 0 } else { Policy::SOURCE_RANGES };
+    port.policy = Policy::new(port.policy.flags() | flag, 0);
+}
+
+fn lb_ip(n: u8) -> FrontendKey {
+    FrontendKey::new(Addr::from_v4([203, 0, 113, n]), Port::new(80), TCP)
+}
+
+/// Whether a client may call an address, as a packet finds out: `None` if the address leads nowhere.
+fn admits(maps: &impl Maps, key: &FrontendKey, client: [u8; 4]) -> Option<bool> {
+    let id = maps.get::<tables::Frontends>(key).unwrap()?.service();
+    let service: Service = maps.get::<tables::Services>(&id).unwrap().unwrap();
+    Some(
+        !service.policy.has(Policy::SOURCE_RANGES)
+            || ranges_of(maps, id).iter().any(|range| holds(range, client)),
+    )
+}
+
+fn ranges_of(maps: &impl Maps, id: u32) -> BTreeSet<SourceRangeKey> {
+    let all = read::<tables::SourceRanges>(maps).into_iter().map(|(key, _)| key);
+    all.filter(|key| key.service() == id).collect()
+}
+
+fn holds(range: &SourceRangeKey, client: [u8; 4]) -> bool {
+    Prefix::new(*range.addr(), range.bits()).contains(&Addr::from_v4(client))
 }
 
 /// The same as it should be.
@@ -93,6 +132,9 @@ impl Random {
         let mut tables = service(n, &endpoints, port);
         if self.below(4) == 0 {
             let second = service(n, &endpoints, None).ports.into_values().next().unwrap();
+            let ranges = [&["10.0.0.0/8"][..], &["10.1.0.0/16", "192.0.2.0/24"], &[]];
+            let port = tables.ports.values_mut().next().unwrap();
+            restrict(port, lb_ip(n), ranges[self.below(3) as usize]);
             let port = ServicePortName { service: name(n), port: "b".into(), proto: 17, ipv6: false };
             let key = FrontendKey::new(cluster_ip(n), Port::new(81), 17);
             let frontends = [(key, FrontendKind::ClusterIp)].into();
@@ -140,6 +182,9 @@ fn every_prefix_of_the_writes_is_consistent() {
                 }
             }
             assert_eq!(view(&maps), wanted(&services));
+            let ranges: usize =
+                services.values().flat_map(|s| s.ports.values()).map(|port| port.ranges.len()).sum();
+            assert_eq!(read::<tables::SourceRanges>(&maps).len(), ranges);
             let closed = read::<tables::Frontends>(&maps).iter().filter(|(_, v)| v.service() == 0).count();
             assert_eq!(closed, services.len(), "P13: each ClusterIP is closed on its other ports");
         }
@@ -165,6 +210,68 @@ fn a_change_of_endpoints_is_seen_whole_or_not_at_all() {
     assert_eq!(seen, [old, new]);
 }
 
+/// S2: at every moment each client finds the old answer or the new one, through an agent's restart too; nothing is open
+/// that neither opens, and nothing closed that neither closes.
+#[test]
+fn a_packet_never_meets_a_service_half_restricted() {
+    const CLIENTS: [[u8; 4]; 4] = [[10, 1, 2, 3], [10, 2, 2, 3], [192, 0, 2, 9], [198, 51, 100, 1]];
+    let states = [&[][..], &["10.0.0.0/8"], &["10.1.0.0/16", "192.0.2.0/24"], &["192.0.2.0/24"]];
+    let pairs = states.iter().flat_map(|old| states.iter().map(move |new| (old, new)));
+    for ((old, new), restart) in pairs.flat_map(|pair| [(pair, false), (pair, true)]) {
+        let (maps, now) = (MemoryMaps::default(), Instant::now());
+        let mut mirror = Mirror::open(&maps, now).unwrap();
+        mirror.replace(&maps, [(&name(1), &restricted(1, old))], now).unwrap();
+        let answers = || CLIENTS.map(|client| admits(&maps, &lb_ip(1), client).unwrap());
+        let before = answers();
+        if restart {
+            mirror = Mirror::open(&maps, now).unwrap();
+        }
+        let recorder = Recorder(&maps, Mutex::default());
+        mirror.change(&recorder, [(&name(1), Some(&restricted(1, new)))], now).unwrap();
+        let mut seen = vec![before];
+        for op in recorder.1.into_inner().unwrap() {
+            apply(&maps, &[op]).unwrap();
+            seen.push(answers());
+        }
+        let after = answers();
+        let wanted = CLIENTS.map(|client| {
+            let in_range =
+                |range: &&str| holds(&super::mirror::range_key(0, &range.parse().unwrap()), client);
+            new.is_empty() || new.iter().any(in_range)
+        });
+        assert_eq!(after, wanted, "{old:?} to {new:?}");
+        for (at, answers) in seen.iter().flat_map(|answers| answers.iter().enumerate()) {
+            assert!([before[at], after[at]].contains(answers), "{old:?} to {new:?}: {:?}", CLIENTS[at]);
+        }
+    }
+}
+
+/// S2, C3: what an agent left that ended between a range and the policy that asks for it.
+#[test]
+fn ranges_that_a_dead_agent_left_are_removed() {
+    let (maps, now) = (MemoryMaps::default(), Instant::now());
+    let mut mirror = Mirror::open(&maps, now).unwrap();
+    let tables = restricted(1, &["10.0.0.0/8"]);
+    mirror.replace(&maps, [(&name(1), &tables)], now).unwrap();
+    let id = maps.get::<tables::Frontends>(&lb_ip(1)).unwrap().unwrap().service();
+    let stray = [(id, [192, 0, 2, 0]), (id + 7, [10, 0, 0, 0])];
+    let stray = stray.map(|(id, addr)| (SourceRangeKey::new(id, Addr::from_v4(addr), 120), 1));
+    maps.write::<tables::SourceRanges>(&stray).unwrap();
+    assert_eq!(mirror.audit(&maps, now).unwrap(), 2, "an audit finds them as well");
+    maps.write::<tables::SourceRanges>(&stray).unwrap();
+    let mut mirror = Mirror::open(&maps, now).unwrap();
+    mirror.replace(&maps, [(&name(1), &tables)], now).unwrap();
+    assert_eq!(read::<tables::SourceRanges>(&maps).len(), 1);
+    assert_eq!(admits(&maps, &lb_ip(1), [192, 0, 2, 9]), Some(false));
+    maps.remove::<tables::SourceRanges>(&[SourceRangeKey::new(id, Addr::from_v4([10, 0, 0, 0]), 104)])
+        .unwrap();
+    assert_eq!(admits(&maps, &lb_ip(1), [10, 0, 0, 9]), Some(false));
+    assert_eq!(mirror.audit(&maps, now).unwrap(), 1);
+    assert_eq!(admits(&maps, &lb_ip(1), [10, 0, 0, 9]), Some(true));
+    mirror.change(&maps, [(&name(1), None)], now).unwrap();
+    assert_eq!(read::<tables::SourceRanges>(&maps), []);
+}
+
 /// Keeps what is written instead of writing it.
 struct Recorder<'a>(&'a MemoryMaps, Mutex<Vec<Op>>);
 
@@ -186,6 +293,10 @@ impl Maps for Recorder<'_> {
                 "filter" => Op::Filter(id(), bytemuck::pod_read_unaligned(value)),
                 "backends" => Op::Backend(id(), bytemuck::pod_read_unaligned(value)),
                 "slots" => Op::Slot(id(), bytemuck::pod_read_unaligned(value)),
+                "frontends" => {
+                    Op::Frontend(bytemuck::pod_read_unaligned(key), bytemuck::pod_read_unaligned(value))
+                }
+                "source_ranges" => Op::SourceRange(bytemuck::pod_read_unaligned(key)),
                 "services" => Op::Service(id(), bytemuck::pod_read_unaligned(value)),
                 "backend_traffic" => Op::ZeroBackendTraffic(id()),
                 other => panic!("unexpected write to {other}"),
@@ -193,8 +304,11 @@ impl Maps for Recorder<'_> {
         }
         Ok(())
     }
-    fn remove<T: Table>(&self, _: &[T::Key]) -> Result<usize, MapError> {
-        panic!("unexpected removal from {}", T::NAME)
+    fn remove<T: Table>(&self, keys: &[T::Key]) -> Result<usize, MapError> {
+        assert_eq!(T::NAME, "source_ranges", "unexpected removal");
+        let key = |key| Op::RemoveSourceRange(bytemuck::pod_read_unaligned(bytemuck::bytes_of(key)));
+        self.1.lock().unwrap().extend(keys.iter().map(key));
+        Ok(keys.len())
     }
     fn calls(&self) -> u64 {
         0
@@ -299,12 +413,20 @@ fn a_backend_that_stops_serving_but_stays_keeps_its_id() {
 /// What was there stays, the other Services go on, and room that comes is used.
 #[test]
 fn a_full_table_costs_only_the_service_that_finds_no_room() {
-    for (table, capacity) in [("backends", 5), ("services", 3), ("frontends", 5), ("slots", 5)] {
+    for (table, capacity) in
+        [("backends", 5), ("services", 3), ("frontends", 5), ("slots", 5), ("source_ranges", 2)]
+    {
         let maps = CheckedMaps::new(&[(table, capacity)]);
         let mut now = Instant::now();
         let mut mirror = Mirror::open(&maps, now).unwrap();
-        let services: BTreeMap<_, _> =
+        let mut services: BTreeMap<_, _> =
             (1..=3).map(|n| (name(n), service(n, &[n * 2, n * 2 + 10], None))).collect();
+        if table == "source_ranges" {
+            for (n, tables) in (1..).zip(services.values_mut()) {
+                let port = tables.ports.values_mut().next().unwrap();
+                restrict(port, frontend(n), &["10.0.0.0/8"]);
+            }
+        }
         let outcome = mirror.replace(&maps, &services, now).unwrap();
         assert_eq!(outcome.refused.len(), 1, "{table}");
         let refused = &outcome.refused[0];

@@ -44,7 +44,7 @@ impl World {
         }
         let addresses: BTreeSet<Addr> = facts.interfaces.iter().map(|ip| Addr::from(*ip)).collect();
         let proxy_name = facts.proxy_name.as_deref().map(Into::into);
-        let context = Context::new(&self.store, proxy_name, &facts.cluster_cidrs, addresses.clone());
+        let context = Context::new(&self.store, proxy_name, &facts.cluster_cidrs, &facts.interfaces);
         let all: BTreeSet<_> = self.store.services().map(|service| service.name.clone()).collect();
         dirty.services.extend(all);
         let update = self.compiler.update(&self.store, &dirty.services, &context);

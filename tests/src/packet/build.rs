@@ -70,6 +70,13 @@ pub enum Transport {
         /// Whether it has a checksum.
         checksum: bool,
     },
+    /// An SCTP packet with a right CRC32c.
+    Sctp {
+        /// Its verification tag.
+        tag: u32,
+        /// Its chunks.
+        chunks: Vec<u8>,
+    },
     /// Any other protocol, as bytes; ICMP and ICMPv6 get their checksum.
     Other {
         /// The protocol's number.
@@ -93,6 +100,14 @@ pub fn tcp_packet(src: (&str, u16), dst: (&str, u16), flags: u8) -> Packet {
 /// A UDP datagram with a checksum.
 pub fn udp_packet(src: (&str, u16), dst: (&str, u16), data: &[u8]) -> Packet {
     packet(src, dst, Transport::Udp { data: data.to_vec(), checksum: true })
+}
+
+/// An SCTP packet with one chunk: its type, and what follows the chunk's header (a multiple of four bytes).
+pub fn sctp_packet(src: (&str, u16), dst: (&str, u16), tag: u32, chunk: u8, value: &[u8]) -> Packet {
+    let mut chunks = vec![chunk, 0];
+    chunks.extend((4 + value.len() as u16).to_be_bytes());
+    chunks.extend(value);
+    packet(src, dst, Transport::Sctp { tag, chunks })
 }
 
 /// Any packet.
@@ -153,6 +168,7 @@ impl Packet {
         match &self.transport {
             Transport::Tcp { .. } => 6,
             Transport::Udp { .. } => 17,
+            Transport::Sctp { .. } => 132,
             Transport::Other { proto, .. } => *proto,
         }
     }
@@ -243,6 +259,15 @@ impl Packet {
                 }
                 datagram
             }
+            Transport::Sctp { tag, chunks } => {
+                let mut packet = ports;
+                packet.extend(tag.to_be_bytes());
+                packet.extend([0; 4]);
+                packet.extend(chunks);
+                let crc = crc32c(&packet);
+                packet[8..12].copy_from_slice(&crc.to_le_bytes());
+                packet
+            }
             Transport::Other { proto, bytes } => {
                 let mut bytes = bytes.clone();
                 if matches!(*proto, ICMP | ICMPV6) && bytes.len() >= 8 {
@@ -282,6 +307,18 @@ fn checksum(runs: &[&[u8]]) -> [u8; 2] {
         sum = (sum & 0xffff) + (sum >> 16);
     }
     (!(sum as u16)).to_be_bytes()
+}
+
+/// The CRC32c of these bytes (RFC 3720 appendix B.4).
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    let mut state = u32::MAX;
+    for byte in bytes {
+        state ^= u32::from(*byte);
+        for _ in 0..8 {
+            state = if state & 1 == 1 { (state >> 1) ^ 0x82f6_3b78 } else { state >> 1 };
+        }
+    }
+    !state
 }
 
 /// The ICMP or ICMPv6 error of this type and code, with its second word, that a router at `from` sends about `about`.

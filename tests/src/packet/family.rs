@@ -26,6 +26,10 @@ pub struct Family {
     pub lost: &'static str,
     /// The ClusterIP of the Service `web`.
     pub cluster_ip: &'static str,
+    /// The LB IP of [`Family::load_balancer`].
+    pub lb_ip: &'static str,
+    /// Its external IP.
+    pub external_ip: &'static str,
     /// An address of the service range that no Service has.
     pub unknown_ip: &'static str,
     /// An address of nobody that matters.
@@ -61,6 +65,8 @@ pub const V4: Family = Family {
     narrow: "10.244.3.9",
     lost: "10.244.9.9",
     cluster_ip: "10.96.0.1",
+    lb_ip: "203.0.113.10",
+    external_ip: "203.0.113.20",
     unknown_ip: "10.96.7.7",
     elsewhere: "203.0.113.9",
     loopback: "127.3.2.1",
@@ -85,6 +91,8 @@ pub const V6: Family = Family {
     narrow: "fd00:10:244:3::9",
     lost: "fd00:10:244:9::9",
     cluster_ip: "fd00:10:96::1",
+    lb_ip: "2001:db8:b::10",
+    external_ip: "2001:db8:b::20",
     unknown_ip: "fd00:10:96::707",
     elsewhere: "2001:db8:e::9",
     loopback: "::1",
@@ -182,6 +190,15 @@ ports:
             ));
         }
         yaml
+    }
+
+    /// The same Service at an LB IP and an external IP too.
+    pub fn load_balancer(&self, spec: &str, endpoints: &[(&str, &str, &str)]) -> String {
+        let Self { lb_ip, external_ip, .. } = self;
+        let status = format!("kind: Service\nstatus: {{loadBalancer: {{ingress: [{{ip: \"{lb_ip}\"}}]}}}}\n");
+        self.web(&format!("externalIPs: [\"{external_ip}\"]\n  {spec}"), endpoints)
+            .replacen("type: NodePort", "type: LoadBalancer", 1)
+            .replacen("kind: Service\n", &status, 1)
     }
 
     /// An endpoint in a pod of this node.

@@ -8,7 +8,6 @@ pub mod family;
 pub use batch::NodeFacts;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use dataplane_common::Addr;
 use dataplane_common::drop::Reason;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables;
@@ -141,6 +140,12 @@ pub(crate) fn index(interface: &str) -> Result<u32> {
     number.with_context(|| format!("no interface {interface}: {text}"))
 }
 
+/// The node's addresses.
+fn interfaces() -> Result<[IpAddr; 4]> {
+    let own = [family::V4.node.parse()?, family::V6.node.parse()?];
+    Ok([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), own[0], own[1]])
+}
+
 impl World {
     /// A node of the name `here` with the objects of these manifests in its tables.
     ///
@@ -211,20 +216,26 @@ impl World {
             let change = Change::replaced(kind, of_kind.cloned().collect());
             dirty.extend(self.store.apply(change).services);
         }
-        let interfaces: [IpAddr; 4] = [
-            Ipv4Addr::LOCALHOST.into(),
-            Ipv6Addr::LOCALHOST.into(),
-            family::V4.node.parse()?,
-            family::V6.node.parse()?,
-        ];
-        let addresses: BTreeSet<Addr> = interfaces.iter().map(|ip| Addr::from(*ip)).collect();
-        let context = Context::new(&self.store, None, &[], addresses);
+        let interfaces = interfaces()?;
+        let context = Context::new(&self.store, None, &[], &interfaces);
         let update = self.compiler.update(&self.store, &dirty, &context);
         let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
         self.mirror.set_node(&self.maps, &tables, Instant::now())?;
         let changes = update.services.iter().map(|(name, compiled)| (name, Some(&compiled.tables)));
         let outcome = self.mirror.change(&self.maps, changes, Instant::now())?;
         ensure!(outcome.refused.is_empty(), "a Service found no room");
+        Ok(())
+    }
+
+    /// Takes these ports for translated sources.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_snat_ports(&mut self, ports: std::ops::RangeInclusive<u16>) -> Result<()> {
+        self.settings.snat_ports = ports;
+        let interfaces = interfaces()?;
+        let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
+        self.mirror.set_node(&self.maps, &tables, Instant::now())?;
         Ok(())
     }
 

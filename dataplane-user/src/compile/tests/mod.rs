@@ -6,6 +6,7 @@ mod the_nodes_own_tables;
 mod which_endpoints_are_chosen;
 mod which_frontends_lead_to_a_port;
 mod which_services_count;
+mod which_sources_may_call;
 mod who_has_a_contested_frontend;
 
 use super::tables::{Endpoint, PortTables, ServiceTables};

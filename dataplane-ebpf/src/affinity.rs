@@ -1,0 +1,75 @@
+//! Session affinity: a client comes back to the endpoint it had, as long as that is one of those it may have (S1).
+
+use crate::maps::AFFINITIES;
+use crate::select::{self, Chosen};
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
+use dataplane_common::affinity::{Affinity, AffinityKey, Choice};
+use dataplane_common::drop::Reason;
+use dataplane_common::service::EndpointSet;
+
+const NANOSECONDS: u64 = 1_000_000_000;
+
+/// No backend's id.
+const NONE: u32 = 0;
+
+/// The endpoint of a new flow: the client's own if it had one within so many seconds and the set still holds it, else any,
+/// which is the client's from now on.
+///
+/// # Errors
+/// As [`select::select`].
+#[inline(always)]
+pub fn select(set: EndpointSet, key: &AffinityKey, seconds: u32) -> Result<Chosen, Reason> {
+    let recalled = recall(key, set, seconds);
+    if recalled != NONE {
+        return select::backend(recalled).ok_or(Reason::CorruptTable);
+    }
+    let chosen = select::select(set)?;
+    if remember(key, &chosen, BPF_NOEXIST as u64) {
+        return Ok(chosen);
+    }
+    // What is there is stale, or another processor was quicker with a flow of the same client.
+    let recalled = recall(key, set, seconds);
+    if recalled != NONE {
+        return select::backend(recalled).ok_or(Reason::CorruptTable);
+    }
+    remember(key, &chosen, BPF_ANY as u64);
+    Ok(chosen)
+}
+
+/// The id of the backend that the client had last, if that was within so many seconds and the set holds it; else
+/// [`NONE`]. Being asked counts as use.
+#[inline(never)]
+fn recall(key: &AffinityKey, set: EndpointSet, seconds: u32) -> u32 {
+    let Some(entry) = AFFINITIES.get_ptr_mut(key) else { return NONE };
+    // SAFETY: an element of a map, valid until the program ends; each word is read and written whole. If the element is
+    // used anew meanwhile, the words are of two clients: their backends are held against the set all the same.
+    let (choice, last_used): (Choice, u64) = unsafe {
+        ((&raw const (*entry).choice).read_volatile(), (&raw const (*entry).last_used).read_volatile())
+    };
+    let now = now();
+    if now.saturating_sub(last_used) > seconds as u64 * NANOSECONDS {
+        return NONE;
+    }
+    if select::status(choice.backend).generation() != choice.generation
+        || !select::contains(set, choice.backend)
+    {
+        return NONE;
+    }
+    // SAFETY: as above.
+    unsafe { (&raw mut (*entry).last_used).write_volatile(now) };
+    choice.backend
+}
+
+/// Enters what was chosen. False if `flags` forbid it.
+#[inline(never)]
+fn remember(key: &AffinityKey, chosen: &Chosen, flags: u64) -> bool {
+    let choice = Choice { backend: chosen.id, generation: chosen.status.generation() };
+    AFFINITIES.insert(key, &Affinity { choice, last_used: now() }, flags).is_ok()
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_ktime_get_coarse_ns() }
+}
