@@ -15,16 +15,16 @@ mod programs {
     use aya_log_ebpf::debug;
     use dataplane_common::drop::Reason;
     use dataplane_ebpf::connect::{self, Inet4, Inet6};
-    use dataplane_ebpf::frame::Frame as _;
     use dataplane_ebpf::frame::skb::SkbFrame;
     use dataplane_ebpf::frame::xdp::XdpFrame;
+    use dataplane_ebpf::frame::{ETHERNET, Frame as _};
     use dataplane_ebpf::path::{Hook, walk};
     use dataplane_ebpf::scratch;
 
     #[inline(always)]
-    fn tc(ctx: &TcContext, hook: Hook) -> i32 {
+    fn tc<const LINK: u32>(ctx: &TcContext, hook: Hook) -> i32 {
         // SAFETY: the context the kernel handed to the program.
-        let mut frame = unsafe { SkbFrame::new(ctx.skb.skb) };
+        let mut frame = unsafe { SkbFrame::<LINK>::new(ctx.skb.skb) };
         let Some(scratch) = scratch::get() else { return TC_ACT_UNSPEC };
         let verdict = walk(&mut frame, hook, scratch, |reason| log(ctx, reason));
         frame.finish(verdict, &scratch.way, hook.is_ingress())
@@ -49,25 +49,37 @@ mod programs {
     /// From the network.
     #[classifier]
     pub(crate) fn tc_uplink_in(ctx: TcContext) -> i32 {
-        tc(&ctx, Hook::UplinkIngress)
+        tc::<ETHERNET>(&ctx, Hook::UplinkIngress)
     }
 
     /// To the network.
     #[classifier]
     pub(crate) fn tc_uplink_out(ctx: TcContext) -> i32 {
-        tc(&ctx, Hook::UplinkEgress)
+        tc::<ETHERNET>(&ctx, Hook::UplinkEgress)
+    }
+
+    /// From the network, on a device whose packets have no link-layer header.
+    #[classifier]
+    pub(crate) fn tc_bare_in(ctx: TcContext) -> i32 {
+        tc::<0>(&ctx, Hook::UplinkIngress)
+    }
+
+    /// To the network, on such a device.
+    #[classifier]
+    pub(crate) fn tc_bare_out(ctx: TcContext) -> i32 {
+        tc::<0>(&ctx, Hook::UplinkEgress)
     }
 
     /// From a pod.
     #[classifier]
     pub(crate) fn tc_pod_in(ctx: TcContext) -> i32 {
-        tc(&ctx, Hook::PodIngress)
+        tc::<ETHERNET>(&ctx, Hook::PodIngress)
     }
 
     /// To a pod.
     #[classifier]
     pub(crate) fn tc_pod_out(ctx: TcContext) -> i32 {
-        tc(&ctx, Hook::PodEgress)
+        tc::<ETHERNET>(&ctx, Hook::PodEgress)
     }
 
     /// Gives the low 32 bits of jiffies, for the agent to read the programs' clock.

@@ -2,7 +2,7 @@
 //!
 //! Parsing never decides: what is wrong with a packet is said in it, and counts only if the packet is ours.
 
-use crate::frame::{ETHERNET, Frame};
+use crate::frame::Frame;
 use crate::repeat::{Step, Steps, repeat};
 use dataplane_common::{Addr, Port, Protocol};
 
@@ -191,12 +191,13 @@ impl Packet {
 /// Reads the headers of the packet in `frame`; false if it is not IP, or too short to say.
 #[inline(always)]
 pub fn parse<F: Frame>(frame: &mut F, packet: &mut Packet) -> bool {
-    packet.l3 = ETHERNET as u8;
+    let Some((l3, ethertype)) = frame.network() else { return false };
+    packet.l3 = l3 as u8;
     (packet.src_port, packet.dst_port, packet.flags) = (Port::ANY, Port::ANY, 0);
-    let network = match frame.read::<2>(ETHERNET - 2) {
-        Some(ETHERTYPE_IPV4) => ipv4(frame, packet),
-        Some(ETHERTYPE_IPV6) => ipv6(frame, packet),
-        Some(_) | None => None,
+    let network = match ethertype {
+        ETHERTYPE_IPV4 => ipv4(frame, packet),
+        ETHERTYPE_IPV6 => ipv6(frame, packet),
+        _ => None,
     };
     let Some(follows) = network else { return false };
     if follows == Follows::Transport {

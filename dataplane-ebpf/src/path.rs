@@ -275,6 +275,7 @@ impl<F: Frame> Walk<'_, F> {
         }
         let origin = if sent { Origin::Sent } else { Origin::Received };
         match forward::route(self.frame, packet, &flow.dst, origin, fib, way) {
+            Route::Via if F::LEAVES_TO_TC && self.frame.is_tagged(packet.l3()) => Err(Verdict::LeaveToTc),
             Route::Via if way.resolved || !F::LEAVES_TO_TC => Ok(Exit::Forward),
             Route::Via => Err(Verdict::LeaveToTc),
             Route::Local => {
@@ -478,7 +479,7 @@ impl<F: Frame> Walk<'_, F> {
         if from_node {
             flow.uplink = self.frame.ifindex();
             // The node's own packets carry the uplink's address as they leave.
-            flow.uplink_mac = self.frame.read::<6>(LINK_SOURCE).unwrap_or_default();
+            flow.uplink_mac = self.frame.link_source();
         }
         *reply = *flow;
         reply.set(Flow::REPLY);
@@ -555,9 +556,6 @@ const UNUSED_PORT_TRIES: u32 = 8;
 const ICMP: u8 = 1;
 /// The same for IPv6.
 const ICMPV6: u8 = 58;
-
-/// Offset of the source address in an Ethernet header.
-const LINK_SOURCE: u32 = 6;
 
 /// Moves a flow through its life: half-open, established, closing.
 #[inline(always)]

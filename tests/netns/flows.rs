@@ -15,7 +15,7 @@ everywhere! {
     fn a_udp_flow_follows_the_endpoints(world) {
         let mut service = world.cluster_service(0);
         world.apply(&service);
-        let socket = world.pod("shell-1").place().udp_socket(None).unwrap();
+        let socket = world.pod("shell-1").place().udp_socket(Some(world.any_port())).unwrap();
         socket.connect(world.frontend(0)).unwrap();
         assert_eq!(ask_datagram(&socket, None, PATIENCE), Err(Failure::Refused), "before there are endpoints");
         for (name, other) in [("web-1", "web-3"), ("web-3", "web-1")] {
@@ -119,7 +119,7 @@ everywhere! {
         let file = format!("broken-{}.yaml", world.cluster_ip(0));
         let port = 70_000;
         manifests
-            .write(&file, &format!("apiVersion: v1\nkind: Service\nmetadata: {{name: broken}}\nspec: {{clusterIP: {}, ports: [{{port: {port}}}]}}\n---\n{{{{\n", world.cluster_ip(9)))
+            .write(&file, &format!("apiVersion: v1\nkind: Service\nmetadata: {{name: broken}}\nspec: {{clusterIP: \"{}\", ports: [{{port: {port}}}]}}\n---\n{{{{\n", world.cluster_ip(9)))
             .unwrap();
         world.settle();
         ask(&world.in_pod("shell-1"), Tcp, world.frontend(0)).unwrap();
@@ -133,12 +133,12 @@ everywhere! {
     /// Z4: what is no Service's goes its way: pod to pod, outside to node.
     fn other_traffic_goes_its_way(world) {
         for transport in BOTH {
-            let direct = dataplane_tests::lab::at(world.pod("web-3").address(), crate::world::TARGET);
+            let direct = dataplane_tests::lab::at(world.pod_ip("web-3"), crate::world::TARGET);
             assert_eq!(ask(&world.in_pod("shell-1"), transport, direct).unwrap().pod, "web-3");
-            let node = dataplane_tests::lab::at(world.node(2).address(), crate::world::HOST_TARGET);
+            let node = dataplane_tests::lab::at(world.node_ip(2), crate::world::HOST_TARGET);
             assert_eq!(ask(&world.outside(), transport, node).unwrap().pod, "host-2");
         }
-        let nobody = dataplane_tests::lab::at(world.node(2).address(), 9);
+        let nobody = dataplane_tests::lab::at(world.node_ip(2), 9);
         assert_refused(&world.outside(), nobody);
     }
 }

@@ -2,7 +2,6 @@
 
 use crate::world::{BOTH, HOST_TARGET, PORT, SILENCE, Tcp, ask, ask_many, assert_silent, everywhere};
 use dataplane_tests::lab::at;
-use std::net::{IpAddr, Ipv4Addr};
 
 everywhere! {
     /// P11: a pod reaches itself through its ClusterIP, and sees an address of its node.
@@ -42,7 +41,7 @@ everywhere! {
         world.apply(&world.node_port_service(0).endpoints(world.webs()));
         for node in [1, 3] {
             let client = world.on_node(node);
-            for to in [at(Ipv4Addr::LOCALHOST, world.node_port(0)), world.node_frontend(node, 0)] {
+            for to in [at(world.loopback(), world.node_port(0)), world.node_frontend(node, 0)] {
                 for transport in BOTH {
                     assert_eq!(crate::world::pods(&ask_many(&client, transport, to)).len(), 2, "{transport:?} {to}");
                 }
@@ -57,7 +56,7 @@ everywhere! {
     /// P18: a pod's loopback is its own.
     fn a_node_port_on_loopback_is_not_for_pods(world) {
         world.apply(&world.node_port_service(0).endpoints(world.webs()));
-        let to = at(Ipv4Addr::LOCALHOST, world.node_port(0));
+        let to = at(world.loopback(), world.node_port(0));
         for transport in BOTH {
             assert!(ask(&world.in_pod("shell-1").timeout(SILENCE), transport, to).is_err());
         }
@@ -68,14 +67,14 @@ everywhere! {
     /// P10: a client outside that has a route to the node reaches a ClusterIP; the endpoint sees the node.
     fn a_cluster_ip_routed_to_a_node_serves_clients_outside(world) {
         let number = world.cluster_ip(0);
-        let node = world.node(2);
-        let route = format!("route replace {number}/32 via {}", node.address());
+        let bits = if number.is_ipv4() { 32 } else { 128 };
+        let route = format!("route replace {number}/{bits} via {}", world.node_ip(2));
         world.lab().client().ip(&[route]).unwrap();
         world.apply(&world.cluster_service(0).endpoints(world.webs()));
         for transport in BOTH {
             for answer in ask_many(&world.outside(), transport, world.frontend(0)) {
                 assert_ne!(answer.client_ip(), world.outside_ip(), "{answer}");
-                let own = [world.node_ip(2), IpAddr::from(node.gateway())];
+                let own = [world.node_ip(2), world.gateway(2)];
                 assert!(own.contains(&answer.client_ip()), "{answer}");
             }
         }
@@ -86,7 +85,7 @@ everywhere! {
     /// P16, P17: no other address of the lab answers on the node port.
     fn a_node_port_answers_on_no_pods_address(world) {
         world.apply(&world.node_port_service(0).endpoints(world.webs()));
-        let pod = at(world.pod("shell-3").address(), world.node_port(0));
+        let pod = at(world.pod_ip("shell-3"), world.node_port(0));
         for transport in BOTH {
             assert!(ask(&world.in_pod("shell-1").timeout(SILENCE), transport, pod).is_err());
         }

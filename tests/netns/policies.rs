@@ -3,7 +3,6 @@
 use crate::world::{BOTH, World, ask, ask_many, everywhere, pods};
 use dataplane_tests::lab::Answer;
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 /// Asserts what a pod of `node` (from 1) saw of the outside client that called that node's port.
 #[track_caller]
@@ -21,13 +20,13 @@ everywhere! {
             for name in ["shell-1", "shell-2", "shell-3"] {
                 let answers = ask_many(&world.in_pod(name), transport, world.frontend(0));
                 assert_eq!(pods(&answers), BTreeSet::from(["web-1", "web-3"]));
-                let own = IpAddr::V4(world.pod(name).address());
+                let own = world.pod_ip(name);
                 assert!(answers.iter().all(|answer| answer.client_ip() == own), "{name}: {answers:?}");
             }
             for number in 1..=3 {
                 let answers = ask_many(&world.on_node(number), transport, world.frontend(0));
                 assert_eq!(pods(&answers), BTreeSet::from(["web-1", "web-3"]));
-                let own = [world.node_ip(number), world.node(number).gateway().into()];
+                let own = [world.node_ip(number), world.gateway(number)];
                 assert!(answers.iter().all(|answer| own.contains(&answer.client_ip())), "{answers:?}");
             }
         }
@@ -61,7 +60,7 @@ everywhere! {
             for (name, node) in [("shell-1", 1), ("shell-3", 3)] {
                 let answers = ask_many(&world.in_pod(name), transport, world.node_frontend(node, 0));
                 assert_eq!(pods(&answers), BTreeSet::from(["web-1", "web-3"]));
-                let own = IpAddr::V4(world.pod(name).address());
+                let own = world.pod_ip(name);
                 assert!(answers.iter().all(|answer| answer.client_ip() == own), "{name}: {answers:?}");
             }
         }
@@ -90,7 +89,7 @@ everywhere! {
             for (name, node) in [("shell-1", 1), ("shell-3", 3)] {
                 let answers = ask_many(&world.in_pod(name), transport, world.node_frontend(node, 0));
                 assert_eq!(pods(&answers), BTreeSet::from(["web-1", "web-3"]));
-                let own = IpAddr::V4(world.pod(name).address());
+                let own = world.pod_ip(name);
                 assert!(answers.iter().all(|answer| answer.client_ip() == own), "{name}: {answers:?}");
             }
         }
@@ -108,7 +107,7 @@ everywhere! {
             for node in [1, 3] {
                 let answers = ask_many(&world.on_node(node), transport, world.node_frontend(node, 0));
                 assert_eq!(pods(&answers), BTreeSet::from(["web-1", "web-3"]));
-                let own = [world.node_ip(node), world.node(node).gateway().into()];
+                let own = [world.node_ip(node), world.gateway(node)];
                 assert!(answers.iter().all(|answer| own.contains(&answer.client_ip())), "{answers:?}");
             }
         }
@@ -122,7 +121,7 @@ everywhere! {
         for transport in BOTH {
             let answer = ask(&world.in_pod("shell-3"), transport, world.node_frontend(1, 0)).unwrap();
             assert_eq!(answer.pod, "web-1");
-            assert_eq!(answer.client_ip(), IpAddr::V4(world.pod("shell-3").address()));
+            assert_eq!(answer.client_ip(), world.pod_ip("shell-3"));
         }
         crate::world::assert_silent(&world.in_pod("shell-1"), world.node_frontend(3, 0));
     }

@@ -5,15 +5,15 @@
 //! the only pod of `node-3`. The `web` pods serve TCP and UDP on [`TARGET`], and each node itself serves on [`HOST_TARGET`].
 
 use dataplane_common::frontend::FrontendKey;
-use dataplane_common::{Addr, Port, Protocol, tables};
+use dataplane_common::{Port, Protocol, tables};
 use dataplane_tests::lab::{
-    AgentOptions, Answer, Asked, Client, Endpoint, Failure, Lab, Node, Options, Pod, PodNetwork, PodOptions,
-    Service, at,
+    Addresses, AgentOptions, Answer, Asked, Client, Endpoint, Failure, Family, Lab, Node, Options, Pod,
+    PodNetwork, PodOptions, Service, at,
 };
 use dataplane_user::kernel::maps::Map;
 use dataplane_user::kernel::pins::Pins;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, Once, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -80,16 +80,20 @@ impl Kind {
     }
 }
 
-/// Makes a test of a body for each kind of laboratory.
+/// Makes a test of a body for each kind of laboratory; it runs for each family.
 macro_rules! everywhere {
     ($(#[$doc:meta])* fn $name:ident($world:ident) $body:block) => {
         $(#[$doc])*
         mod $name {
             use super::*;
 
+            fn body($world: &crate::world::World) $body
+
             fn run(kind: crate::world::Kind) {
-                let $world = &crate::world::World::shared(kind);
-                $body
+                for family in dataplane_tests::lab::Family::BOTH {
+                    println!("{family:?}");
+                    body(&crate::world::World::shared(kind, family));
+                }
             }
 
             #[test]
@@ -191,9 +195,10 @@ pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// A test's part of a laboratory.
+/// A test's part of a laboratory, with addresses of one family.
 pub(crate) struct World {
     kind: Kind,
+    family: Family,
     lab: Arc<Lab>,
     number: u16,
     services: Mutex<BTreeMap<String, Service>>,
@@ -202,29 +207,29 @@ pub(crate) struct World {
 
 type Labs = Mutex<BTreeMap<Kind, Arc<OnceLock<Arc<Lab>>>>>;
 static LABS: Labs = Mutex::new(BTreeMap::new());
-/// The number of the next test. It is the third byte of its ClusterIPs and the base of its node ports.
+/// The number of the next part. It is in its ClusterIPs, and the base of its node ports.
 static NUMBER: AtomicU16 = AtomicU16::new(1);
 
 impl World {
     /// A part of the one laboratory of this kind.
-    pub(crate) fn shared(kind: Kind) -> Self {
+    pub(crate) fn shared(kind: Kind, family: Family) -> Self {
         let cell = {
             let mut labs = LABS.lock().unwrap_or_else(PoisonError::into_inner);
             labs.entry(kind).or_default().clone()
         };
         remove_labs_at_exit();
         let lab = cell.get_or_init(|| Arc::new(raise(kind.options(), kind.arguments()))).clone();
-        Self::on(kind, lab)
+        Self::on(kind, family, lab)
     }
 
-    /// A laboratory of its own: default options and these flags of the agents.
+    /// A laboratory of its own, of IPv4: default options and these flags of the agents.
     pub(crate) fn own(arguments: &[&str]) -> Self {
-        Self::on(Kind::Plain, Arc::new(raise(Options::default(), arguments)))
+        Self::on(Kind::Plain, Family::V4, Arc::new(raise(Options::default(), arguments)))
     }
 
-    fn on(kind: Kind, lab: Arc<Lab>) -> Self {
+    fn on(kind: Kind, family: Family, lab: Arc<Lab>) -> Self {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        Self { kind, lab, number, services: Mutex::default(), changes: AtomicU16::new(0) }
+        Self { kind, family, lab, number, services: Mutex::default(), changes: AtomicU16::new(0) }
     }
 
     /// What kind of laboratory it is.
@@ -274,16 +279,22 @@ impl World {
     }
 
     /// A ClusterIP of this test.
-    pub(crate) fn cluster_ip(&self, index: u8) -> Ipv4Addr {
-        let [high, low] = self.number.to_be_bytes();
-        assert!(high == 0, "more tests than ClusterIPs");
-        Ipv4Addr::new(10, 96, low, index + 1)
+    pub(crate) fn cluster_ip(&self, index: u8) -> IpAddr {
+        // Of 256 parts in a row no two are in use at once.
+        let [_, low] = self.number.to_be_bytes();
+        match self.family {
+            Family::V4 => Ipv4Addr::new(10, 96, low, index + 1).into(),
+            Family::V6 => {
+                Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, u16::from_be_bytes([low, index + 1])).into()
+            }
+        }
     }
 
     /// A node port of this test.
     pub(crate) fn node_port(&self, index: u16) -> u16 {
-        assert!(index < 10);
-        30_000 + self.number * 10 + index
+        const EACH: u16 = 2;
+        assert!(index < EACH);
+        30_000 + self.number * EACH + index
     }
 
     /// A Service of this test, by an index from 0, without ports.
@@ -309,7 +320,7 @@ impl World {
 
     /// A node's node port of the Service of that index.
     pub(crate) fn node_frontend(&self, node: usize, index: u16) -> SocketAddr {
-        at(self.node(node).address(), self.node_port(index))
+        at(self.node_ip(node), self.node_port(index))
     }
 
     /// Writes a Service with its endpoints and waits until every kernel has it.
@@ -358,12 +369,36 @@ impl World {
 
     /// The address of a node as others see it.
     pub(crate) fn node_ip(&self, number: usize) -> IpAddr {
-        self.node(number).address().into()
+        self.of(self.node(number).addresses())
+    }
+
+    /// The address that a node has for its pods.
+    pub(crate) fn gateway(&self, number: usize) -> IpAddr {
+        self.of(self.node(number).gateways())
+    }
+
+    /// The address of a pod.
+    pub(crate) fn pod_ip(&self, name: &str) -> IpAddr {
+        self.of(self.pod(name).addresses())
+    }
+
+    /// The address of loopback.
+    pub(crate) fn loopback(&self) -> IpAddr {
+        self.of(Addresses { v4: Ipv4Addr::LOCALHOST, v6: Ipv6Addr::LOCALHOST })
+    }
+
+    /// Any address and port, for a socket of this family to be bound to.
+    pub(crate) fn any_port(&self) -> SocketAddr {
+        at(self.of(Addresses { v4: Ipv4Addr::UNSPECIFIED, v6: Ipv6Addr::UNSPECIFIED }), 0)
+    }
+
+    fn of(&self, addresses: Addresses) -> IpAddr {
+        addresses.of(self.family)
     }
 
     /// The address of the client outside.
     pub(crate) fn outside_ip(&self) -> IpAddr {
-        self.lab.client_address().into()
+        self.of(self.lab.client_addresses())
     }
 
     fn tell(&self) {
@@ -408,9 +443,9 @@ impl Drop for World {
 }
 
 /// Whether a node's kernel has a TCP frontend.
-pub(crate) fn has_frontend(node: &Node, address: Ipv4Addr, port: u16) -> bool {
+pub(crate) fn has_frontend(node: &Node, address: IpAddr, port: u16) -> bool {
     let Ok(map) = Map::<tables::Frontends>::open(&Pins::new(&node.bpffs()).maps()) else { return false };
-    let key = FrontendKey::new(Addr::from_v4(address.octets()), Port::new(port), Protocol::Tcp as u8);
+    let key = FrontendKey::new(address.into(), Port::new(port), Protocol::Tcp as u8);
     map.get(&key).is_ok_and(|found| found.is_some())
 }
 

@@ -3,6 +3,7 @@
 
 mod affinity;
 mod flows;
+mod headers;
 mod load_balancers;
 mod policies;
 mod refusals;

@@ -13,6 +13,10 @@ use dataplane_common::checksum::Sum;
 
 /// Bytes of an Ethernet header.
 pub const ETHERNET: u32 = 14;
+/// Offset of the EtherType in it.
+const ETHERTYPE: u32 = 12;
+/// Offset of the source address in it.
+const LINK_SOURCE: u32 = 6;
 
 /// Bytes that begin at an even address, so that the compiler may load them two by two.
 #[derive(Clone, Copy)]
@@ -27,6 +31,15 @@ pub struct Refused;
 pub trait Frame {
     /// Whether this is XDP: what it cannot finish it leaves unwritten to tc.
     const LEAVES_TO_TC: bool;
+
+    /// The network header: its offset, and the EtherType that says of which kind it is.
+    fn network(&mut self) -> Option<(u32, [u8; 2])>;
+
+    /// Whether its packets have VLAN tags, or the like, in front of that header: a route's link-layer header does not fit.
+    fn is_tagged(&self, l3: u32) -> bool;
+
+    /// The link-layer source address; all zero where there is none.
+    fn link_source(&mut self) -> [u8; 6];
 
     /// Length in bytes; for a packet that will be segmented, of all segments together.
     fn length(&self) -> u32;

@@ -1,15 +1,15 @@
 //! The frame of tc: a socket buffer. Written through helpers only, so that a clone is copied when, and only when, the
 //! packet is really changed, and checksums left to the device stay right.
 
-use super::{Even, Frame, Refused};
+use super::{ETHERNET, ETHERTYPE, Even, Frame, LINK_SOURCE, Refused};
 use crate::verdict::{Verdict, Way};
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT,
     TC_ACT_UNSPEC, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
 };
 use aya_ebpf::helpers::{
-    bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_tail, bpf_skb_pull_data,
-    bpf_skb_store_bytes,
+    bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_head, bpf_skb_change_tail,
+    bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop,
 };
 use core::ffi::c_void;
 use dataplane_common::checksum::Sum;
@@ -17,12 +17,13 @@ use dataplane_common::checksum::Sum;
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 
-/// A packet at tc.
-pub struct SkbFrame {
+/// A packet at tc, behind `LINK` bytes of a link-layer header: [`ETHERNET`], or none on a device whose packets have none, as a
+/// TUN device's.
+pub struct SkbFrame<const LINK: u32> {
     skb: *mut __sk_buff,
 }
 
-impl SkbFrame {
+impl<const LINK: u32> SkbFrame<LINK> {
     /// Wraps the context that the kernel hands to the program.
     ///
     /// # Safety
@@ -43,7 +44,46 @@ impl SkbFrame {
         Some(unsafe { (*(start as *const Even<[u8; N]>)).0 })
     }
 
+    /// Puts room for an Ethernet header in front of a packet that has none: without one nothing can be sent to a device that
+    /// asks for it, nor to a neighbour.
+    #[inline(always)]
+    fn add_link(&mut self) -> Result<(), Refused> {
+        if LINK == ETHERNET {
+            return Ok(());
+        }
+        // SAFETY: the context is valid, and no pointer into the packet lives across the call.
+        if unsafe { bpf_skb_change_head(self.skb, ETHERNET, 0) } == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    /// Takes away a VLAN tag, which says where the packet came from, not where it goes: a device that adds one does so itself.
+    #[inline(always)]
+    fn remove_tag(&mut self) -> Result<(), Refused> {
+        // SAFETY: `new` promises a valid context, and no pointer into the packet lives across the call.
+        let removed = unsafe { (*self.skb).vlan_present == 0 || bpf_skb_vlan_pop(self.skb) == 0 };
+        if removed { Ok(()) } else { Err(Refused) }
+    }
+
+    /// Up the stack as if it had come in on the way's interface, which has an Ethernet header if it has an address.
+    #[inline(always)]
+    fn hand_up(&mut self, way: &Way) -> Result<i32, Refused> {
+        const NO_ADDRESS: [u8; 6] = [0; 6];
+        self.remove_tag()?;
+        if LINK == ETHERNET {
+            self.write(0, &way.destination_mac)?;
+        } else if way.destination_mac != NO_ADDRESS {
+            let (_, [high, low]) = self.network().ok_or(Refused)?;
+            self.add_link()?;
+            let [a, b, c, d, e, f] = way.destination_mac;
+            self.write(0, &[a, b, c, d, e, f, 0, 0, 0, 0, 0, 0, high, low])?;
+        }
+        // SAFETY: a helper without pointers.
+        Ok(unsafe { bpf_redirect(way.ifindex, BPF_F_INGRESS as u64) as i32 })
+    }
+
     fn redirect_to(&mut self, way: &Way) -> i32 {
+        if self.remove_tag().is_err() || self.add_link().is_err() {
+            return TC_ACT_SHOT;
+        }
         let mut neighbour = if way.neighbour.is_v4() {
             let ipv4_nh = u32::from_ne_bytes(way.neighbour.v4_octets());
             let mut neighbour = bpf_redir_neigh {
@@ -82,8 +122,29 @@ impl SkbFrame {
     }
 }
 
-impl Frame for SkbFrame {
+impl<const LINK: u32> Frame for SkbFrame<LINK> {
     const LEAVES_TO_TC: bool = false;
+
+    #[inline(always)]
+    fn network(&mut self) -> Option<(u32, [u8; 2])> {
+        if LINK == ETHERNET {
+            return Some((LINK, self.read(ETHERTYPE)?));
+        }
+        // SAFETY: `new` promises a valid context. The two bytes lie in network order in the first half of the word.
+        let protocol = unsafe { (*self.skb).protocol };
+        Some((LINK, (protocol as u16).to_ne_bytes()))
+    }
+
+    /// A tag is no part of the packet here, and the kernel writes the link-layer header.
+    #[inline(always)]
+    fn is_tagged(&self, _l3: u32) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn link_source(&mut self) -> [u8; 6] {
+        if LINK == ETHERNET { self.read(LINK_SOURCE).unwrap_or_default() } else { [0; 6] }
+    }
 
     #[inline(always)]
     fn length(&self) -> u32 {
@@ -175,15 +236,9 @@ impl Frame for SkbFrame {
             Verdict::Pass | Verdict::Begin | Verdict::Refuse(_) | Verdict::LeaveToTc => TC_ACT_UNSPEC,
             Verdict::Drop(_) => TC_ACT_SHOT,
             Verdict::Forward => self.redirect_to(way),
-            Verdict::HandUp => {
-                if self.write(0, &way.destination_mac).is_err() {
-                    return TC_ACT_SHOT;
-                }
-                // SAFETY: a helper without pointers.
-                unsafe { bpf_redirect(way.ifindex, BPF_F_INGRESS as u64) as i32 }
-            }
+            Verdict::HandUp => self.hand_up(way).unwrap_or(TC_ACT_SHOT),
             Verdict::Answer => {
-                if self.swap_macs().is_err() {
+                if LINK == ETHERNET && self.swap_macs().is_err() {
                     return TC_ACT_SHOT;
                 }
                 let flags = if ingress { 0 } else { BPF_F_INGRESS as u64 };

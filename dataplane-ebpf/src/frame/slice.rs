@@ -1,6 +1,6 @@
 //! A frame over bytes in memory, for tests on the host.
 
-use super::{Frame, Refused};
+use super::{ETHERNET, ETHERTYPE, Frame, LINK_SOURCE, Refused};
 use crate::verdict::{Verdict, Way};
 use core::ffi::c_void;
 use dataplane_common::checksum::{Sum, update};
@@ -24,6 +24,18 @@ impl SliceFrame {
 
 impl Frame for SliceFrame {
     const LEAVES_TO_TC: bool = false;
+
+    fn network(&mut self) -> Option<(u32, [u8; 2])> {
+        Some((ETHERNET, self.read(ETHERTYPE)?))
+    }
+
+    fn is_tagged(&self, l3: u32) -> bool {
+        l3 != ETHERNET
+    }
+
+    fn link_source(&mut self) -> [u8; 6] {
+        self.read(LINK_SOURCE).unwrap_or_default()
+    }
 
     fn length(&self) -> u32 {
         self.bytes.len() as u32

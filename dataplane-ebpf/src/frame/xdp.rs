@@ -1,11 +1,16 @@
 //! The frame of XDP: plain memory, with every access checked against its end.
 
-use super::{Even, Frame, Refused};
+use super::{ETHERNET, ETHERTYPE, Even, Frame, LINK_SOURCE, Refused};
 use crate::verdict::{Verdict, Way};
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::{bpf_redirect, bpf_xdp_adjust_tail};
 use core::ffi::c_void;
 use dataplane_common::checksum::{Sum, update};
+
+/// EtherTypes of VLAN tags: IEEE 802.1Q, and 802.1ad's outer one.
+const VLAN: [[u8; 2]; 2] = [[0x81, 0x00], [0x88, 0xa8]];
+/// Bytes of a VLAN tag.
+const TAG: u32 = 4;
 
 /// A packet at XDP.
 pub struct XdpFrame {
@@ -51,6 +56,30 @@ impl XdpFrame {
 
 impl Frame for XdpFrame {
     const LEAVES_TO_TC: bool = true;
+
+    /// Behind at most two VLAN tags (P21). What has more is nobody's.
+    #[inline(always)]
+    fn network(&mut self) -> Option<(u32, [u8; 2])> {
+        let ethertype = self.read(ETHERTYPE)?;
+        if !VLAN.contains(&ethertype) {
+            return Some((ETHERNET, ethertype));
+        }
+        let ethertype = self.read(ETHERTYPE + TAG)?;
+        if !VLAN.contains(&ethertype) {
+            return Some((ETHERNET + TAG, ethertype));
+        }
+        Some((ETHERNET + 2 * TAG, self.read(ETHERTYPE + 2 * TAG)?))
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self, l3: u32) -> bool {
+        l3 != ETHERNET
+    }
+
+    #[inline(always)]
+    fn link_source(&mut self) -> [u8; 6] {
+        self.read(LINK_SOURCE).unwrap_or_default()
+    }
 
     #[inline(always)]
     fn length(&self) -> u32 {

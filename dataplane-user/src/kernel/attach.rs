@@ -90,7 +90,7 @@ pub struct Attachments {
 }
 
 impl Attachments {
-    /// Nothing yet; with the programs of `object`, all of which are loaded here.
+    /// Nothing yet; with the programs of `object`, of which all but the rare ones are loaded here.
     ///
     /// # Errors
     /// If a program cannot be loaded.
@@ -101,7 +101,7 @@ impl Attachments {
         xdp: XdpMode,
         sockets: SocketLb,
     ) -> Result<Self, ObjectError> {
-        let needed = |hook: &Hook| *hook != Hook::XdpUplink || xdp != XdpMode::Off;
+        let needed = |hook: &Hook| !hook.is_rare() && (*hook != Hook::XdpUplink || xdp != XdpMode::Off);
         let mut programs: Vec<_> = Hook::ALL.into_iter().filter(needed).map(Hook::program).collect();
         if sockets != SocketLb::Off {
             programs.extend(SOCKET_HOOKS.iter().map(|hook| hook.program));
@@ -173,13 +173,14 @@ impl Attachments {
         let mut wanted = BTreeSet::new();
         for (&index, &role) in roles {
             let Some(interface) = interfaces.links.get(&index) else { continue };
-            for hook in Hook::of(role) {
+            for hook in Hook::of(role, interface.ethernet) {
                 wanted.insert((hook, index));
                 let name = interface.name.as_str();
                 errors.extend(self.ensure(hook, index, name, |this| this.tc(hook, index, name)).err());
             }
             if role == Role::Uplink
-                && let Some(mode) = self.xdp_mode(&interface.name, interface.ethernet)
+                && interface.ethernet
+                && let Some(mode) = self.xdp_mode(&interface.name)
             {
                 wanted.insert((Hook::XdpUplink, index));
                 let name = interface.name.as_str();
@@ -210,6 +211,7 @@ impl Attachments {
 
     fn tc(&mut self, hook: Hook, index: u32, name: &str) -> Result<(), AttachError> {
         let failed = interface_error(hook, name);
+        self.object.load(hook.program())?;
         if !self.tcx {
             let program = self.object.classifier(hook.program())?;
             return clsact::attach(program, name, hook.is_egress()).map_err(failed);
@@ -223,15 +225,15 @@ impl Attachments {
         self.link(Hook::XdpUplink, index, name, Target::Xdp(index), XDP, mode)
     }
 
-    /// The mode of XDP on this uplink; `None` where tc does the work.
-    fn xdp_mode(&self, name: &str, ethernet: bool) -> Option<u32> {
+    /// The mode of XDP on this uplink, which has Ethernet headers; `None` where tc does the work.
+    fn xdp_mode(&self, name: &str) -> Option<u32> {
         match self.xdp {
             XdpMode::Off => None,
             XdpMode::Native => Some(XDP_NATIVE),
             XdpMode::Generic => Some(XDP_GENERIC),
             XdpMode::Auto => {
                 let driver = probe::driver(name).ok()?;
-                (ethernet && XDP_DRIVERS.contains(&driver.as_str())).then_some(XDP_NATIVE)
+                XDP_DRIVERS.contains(&driver.as_str()).then_some(XDP_NATIVE)
             }
         }
     }

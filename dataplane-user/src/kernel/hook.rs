@@ -11,6 +11,10 @@ pub enum Hook {
     UplinkIn,
     /// tc egress of an uplink.
     UplinkOut,
+    /// tc ingress of an uplink whose packets have no link-layer header.
+    BareUplinkIn,
+    /// tc egress of such an uplink.
+    BareUplinkOut,
     /// tc ingress of a pod interface: packets from a pod.
     PodIn,
     /// tc egress of a pod interface: packets to a pod.
@@ -19,7 +23,15 @@ pub enum Hook {
 
 impl Hook {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::XdpUplink, Self::UplinkIn, Self::UplinkOut, Self::PodIn, Self::PodOut];
+    pub const ALL: [Self; 7] = [
+        Self::XdpUplink,
+        Self::UplinkIn,
+        Self::UplinkOut,
+        Self::BareUplinkIn,
+        Self::BareUplinkOut,
+        Self::PodIn,
+        Self::PodOut,
+    ];
 
     /// Name of the program, and first half of its pins' names.
     pub const fn program(self) -> &'static str {
@@ -27,17 +39,28 @@ impl Hook {
             Self::XdpUplink => "xdp_uplink",
             Self::UplinkIn => "tc_uplink_in",
             Self::UplinkOut => "tc_uplink_out",
+            Self::BareUplinkIn => "tc_bare_in",
+            Self::BareUplinkOut => "tc_bare_out",
             Self::PodIn => "tc_pod_in",
             Self::PodOut => "tc_pod_out",
         }
     }
 
     /// The tc hooks of an interface, the restoring side first: a translated packet never meets a node that cannot
-    /// translate its reply back.
-    pub const fn of(role: Role) -> [Self; 2] {
-        match role {
-            Role::Uplink => [Self::UplinkOut, Self::UplinkIn],
-            Role::Pod => [Self::PodOut, Self::PodIn],
+    /// translate its reply back. `ethernet`: its packets have an Ethernet header; a pod's always do.
+    pub const fn of(role: Role, ethernet: bool) -> [Self; 2] {
+        match (role, ethernet) {
+            (Role::Uplink, true) => [Self::UplinkOut, Self::UplinkIn],
+            (Role::Uplink, false) => [Self::BareUplinkOut, Self::BareUplinkIn],
+            (Role::Pod, _) => [Self::PodOut, Self::PodIn],
+        }
+    }
+
+    /// Whether the program is loaded only where an interface wants it: few nodes have one.
+    pub const fn is_rare(self) -> bool {
+        match self {
+            Self::BareUplinkIn | Self::BareUplinkOut => true,
+            Self::XdpUplink | Self::UplinkIn | Self::UplinkOut | Self::PodIn | Self::PodOut => false,
         }
     }
 
@@ -45,8 +68,8 @@ impl Hook {
     /// attach sees packets as the pods see them.
     pub const fn is_egress(self) -> bool {
         match self {
-            Self::XdpUplink | Self::UplinkIn | Self::PodIn => false,
-            Self::UplinkOut | Self::PodOut => true,
+            Self::XdpUplink | Self::UplinkIn | Self::BareUplinkIn | Self::PodIn => false,
+            Self::UplinkOut | Self::BareUplinkOut | Self::PodOut => true,
         }
     }
 }

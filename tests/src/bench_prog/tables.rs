@@ -52,8 +52,10 @@ pub struct ProgramCost {
 }
 
 /// Every program that the agent loads.
-const ALL: [&str; 13] = [
+const ALL: [&str; 15] = [
     "xdp_uplink",
+    "tc_bare_in",
+    "tc_bare_out",
     "tc_uplink_in",
     "tc_uplink_out",
     "tc_pod_in",

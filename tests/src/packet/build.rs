@@ -29,6 +29,8 @@ pub const LINK_FROM: [u8; 6] = [2, 0, 0, 0, 0, 2];
 pub struct Packet {
     /// Link-layer destination and source.
     pub link: [[u8; 6]; 2],
+    /// VLAN tags, each with its EtherType.
+    pub tags: Vec<[u8; 4]>,
     /// Source address and port.
     pub src: (IpAddr, u16),
     /// Destination address and port.
@@ -114,6 +116,7 @@ pub fn sctp_packet(src: (&str, u16), dst: (&str, u16), tag: u32, chunk: u8, valu
 pub fn packet(src: (&str, u16), dst: (&str, u16), transport: Transport) -> Packet {
     Packet {
         link: [LINK_TO, LINK_FROM],
+        tags: Vec::new(),
         src: (ip(src.0), src.1),
         dst: (ip(dst.0), dst.1),
         ttl: 64,
@@ -176,6 +179,7 @@ impl Packet {
     /// The frame.
     pub fn bytes(&self) -> Vec<u8> {
         let mut bytes: Vec<u8> = self.link.concat();
+        bytes.extend(self.tags.concat());
         bytes.extend(if self.src.0.is_ipv4() { [0x08, 0x00] } else { [0x86, 0xdd] });
         bytes.extend(self.network_bytes());
         bytes

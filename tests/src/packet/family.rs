@@ -24,6 +24,9 @@ pub struct Family {
     pub narrow: &'static str,
     /// A pod to which there is no way.
     pub lost: &'static str,
+    /// A host behind the gateway whose packets the kernel's test run takes for what they are, although they have no Ethernet
+    /// header: it reads the EtherType where their source address is.
+    pub bare: &'static str,
     /// The ClusterIP of the Service `web`.
     pub cluster_ip: &'static str,
     /// The LB IP of [`Family::load_balancer`].
@@ -64,6 +67,7 @@ pub const V4: Family = Family {
     remote: "10.244.2.9",
     narrow: "10.244.3.9",
     lost: "10.244.9.9",
+    bare: "8.0.0.9",
     cluster_ip: "10.96.0.1",
     lb_ip: "203.0.113.10",
     external_ip: "203.0.113.20",
@@ -90,6 +94,7 @@ pub const V6: Family = Family {
     remote: "fd00:10:244:2::9",
     narrow: "fd00:10:244:3::9",
     lost: "fd00:10:244:9::9",
+    bare: "2001:db8:86dd::9",
     cluster_ip: "fd00:10:96::1",
     lb_ip: "2001:db8:b::10",
     external_ip: "2001:db8:b::20",

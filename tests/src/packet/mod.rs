@@ -44,6 +44,10 @@ pub enum Hook {
     UplinkIn,
     /// tc, to the network.
     UplinkOut,
+    /// tc, from the network, without a link-layer header.
+    BareIn,
+    /// tc, to the network, without a link-layer header.
+    BareOut,
     /// tc, from a pod.
     PodIn,
     /// tc, to a pod.
@@ -51,12 +55,18 @@ pub enum Hook {
 }
 
 impl Hook {
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Xdp, Self::UplinkIn, Self::UplinkOut, Self::BareIn, Self::BareOut, Self::PodIn, Self::PodOut];
+
     /// The name of the program there.
     pub fn program(self) -> &'static str {
         match self {
             Self::Xdp => "xdp_uplink",
             Self::UplinkIn => "tc_uplink_in",
             Self::UplinkOut => "tc_uplink_out",
+            Self::BareIn => "tc_bare_in",
+            Self::BareOut => "tc_bare_out",
             Self::PodIn => "tc_pod_in",
             Self::PodOut => "tc_pod_out",
         }
@@ -96,6 +106,7 @@ pub struct World {
     compiler: Compiler,
     settings: NodeSettings,
     uplink: u32,
+    bare: u32,
     pod: u32,
 }
 
@@ -121,7 +132,9 @@ fn set_up() -> Result<()> {
          link set up0 up
          link set up1 up
          link set pod0 up
-         link set pod1 up";
+         link set pod1 up
+         tuntap add tun0 mode tun
+         link set tun0 up";
     let commands = [interfaces.to_owned(), family::V4.network(), family::V6.network()];
     for command in commands.iter().flat_map(|commands| commands.lines()) {
         let status = Command::new("ip").args(command.split_whitespace()).status().context("ip")?;
@@ -178,7 +191,7 @@ impl World {
         let sizes = small.iter().chain(sizes).map(|&(map, entries)| MapSize { map, entries });
         let sizes: Vec<_> = sizes.collect();
         let mut object = Object::open(&Options { sizes: &sizes, ..Options::default() })?;
-        for hook in [Hook::Xdp, Hook::UplinkIn, Hook::UplinkOut, Hook::PodIn, Hook::PodOut] {
+        for hook in Hook::ALL {
             object.load(hook.program())?;
         }
         for empty in ["xdp_empty", "tc_empty"] {
@@ -194,9 +207,9 @@ impl World {
             flags,
             netns_cookie: 1,
         };
-        let (uplink, pod) = (index("up0")?, index("pod0")?);
+        let (uplink, bare, pod) = (index("up0")?, index("tun0")?, index("pod0")?);
         let (store, compiler) = (Store::new("here"), Compiler::default());
-        let mut world = Self { object, maps, mirror, store, compiler, settings, uplink, pod };
+        let mut world = Self { object, maps, mirror, store, compiler, settings, uplink, bare, pod };
         world.apply(yaml)?;
         Ok(world)
     }
@@ -288,6 +301,7 @@ impl World {
         if hook != Hook::Xdp {
             let ifindex = match hook {
                 Hook::Xdp | Hook::UplinkIn | Hook::UplinkOut => self.uplink,
+                Hook::BareIn | Hook::BareOut => self.bare,
                 Hook::PodIn | Hook::PodOut => self.pod,
             };
             context[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
@@ -299,9 +313,10 @@ impl World {
             (Hook::Xdp, 1) => Verdict::Drop,
             (Hook::Xdp, 3) => Verdict::Tx,
             (Hook::Xdp, 4) => Verdict::Redirect,
-            (Hook::UplinkIn | Hook::UplinkOut | Hook::PodIn | Hook::PodOut, -1) => Verdict::Pass,
-            (Hook::UplinkIn | Hook::UplinkOut | Hook::PodIn | Hook::PodOut, 2) => Verdict::Drop,
-            (Hook::UplinkIn | Hook::UplinkOut | Hook::PodIn | Hook::PodOut, 7) => Verdict::Redirect,
+            (Hook::Xdp, code) => bail!("{hook:?} returned {code}"),
+            (_, -1) => Verdict::Pass,
+            (_, 2) => Verdict::Drop,
+            (_, 7) => Verdict::Redirect,
             (hook, code) => bail!("{hook:?} returned {code}"),
         };
         Ok((verdict, result))
