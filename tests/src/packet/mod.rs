@@ -24,6 +24,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The node's IPv4 address on its uplink.
@@ -99,7 +100,7 @@ pub struct Outcome {
 
 /// A node whose programs are run by hand.
 pub struct World {
-    object: Object,
+    object: Mutex<Object>,
     maps: KernelMaps,
     mirror: Mirror,
     store: Store,
@@ -190,13 +191,7 @@ impl World {
         let small = ["backends", "backend_traffic", "services", "service_traffic"].map(|map| (map, 256));
         let sizes = small.iter().chain(sizes).map(|&(map, entries)| MapSize { map, entries });
         let sizes: Vec<_> = sizes.collect();
-        let mut object = Object::open(&Options { sizes: &sizes, ..Options::default() })?;
-        for hook in Hook::ALL {
-            object.load(hook.program())?;
-        }
-        for empty in ["xdp_empty", "tc_empty"] {
-            object.load(empty)?;
-        }
+        let object = Object::open(&Options { sizes: &sizes, ..Options::default() })?;
         let fds = tables::ALL.iter().map(|(name, ..)| Ok((*name, object.map(name)?)));
         let maps = KernelMaps::from_fds(fds.collect::<Result<Vec<_>>>()?)?;
         let mirror = Mirror::open(&maps, Instant::now())?;
@@ -209,7 +204,8 @@ impl World {
         };
         let (uplink, bare, pod) = (index("up0")?, index("tun0")?, index("pod0")?);
         let (store, compiler) = (Store::new("here"), Compiler::default());
-        let mut world = Self { object, maps, mirror, store, compiler, settings, uplink, bare, pod };
+        let mut world =
+            Self { object: Mutex::new(object), maps, mirror, store, compiler, settings, uplink, bare, pod };
         world.apply(yaml)?;
         Ok(world)
     }
@@ -307,7 +303,10 @@ impl World {
             context[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
         }
         let run = TestRun { data, context: &context, repeat: 1, ..TestRun::default() };
-        let result = bpf::prog_test_run(self.object.program(program)?, &run)?;
+        // Most cases run one program or two, and the verifier takes its time.
+        let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        object.load(program)?;
+        let result = bpf::prog_test_run(object.program(program)?, &run)?;
         let verdict = match (hook, result.retval as i32) {
             (Hook::Xdp, 2) => Verdict::Pass,
             (Hook::Xdp, 1) => Verdict::Drop,
