@@ -1,5 +1,7 @@
 //! Real maps: what `bpf(2)` really does with what the agent asks of it. Needs root; no packet is sent.
 
+mod refusals;
+
 use dataplane_common::backend::Backend;
 use dataplane_common::counter::Traffic;
 use dataplane_common::flow::{Flow, FlowKey};

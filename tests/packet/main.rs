@@ -3,6 +3,7 @@
 
 mod affinity;
 mod flows;
+mod half_written;
 mod headers;
 mod load_balancers;
 mod policies;

@@ -40,7 +40,7 @@ const ROOM: [(&str, usize); 4] =
 
 /// Something that happens. Each stands for itself, so that any of them can be left out.
 #[derive(Clone, Copy, Debug)]
-enum Step {
+pub(super) enum Step {
     /// An object is created or changed at the API server.
     Put { kind: Kind, object: u64, variant: u64 },
     /// An object is deleted there.
@@ -114,6 +114,12 @@ fn step(seed: &mut Seed) -> Step {
             }
         }
     }
+}
+
+/// An object of this kind is created or changed in some way.
+pub(super) fn change(kind: Kind, number: u64) -> Step {
+    let mut seed = Seed(number);
+    Step::Put { kind, object: seed.below(2 * SERVICES as usize) as u64, variant: seed.below(1 << 40) as u64 }
 }
 
 /// An object as an API server might hold it; some are broken.
@@ -277,10 +283,10 @@ struct WatchOfKind {
 type Agent = Dataplane<Arc<CheckedMaps>>;
 
 /// An API server, a kernel, and the agent between them.
-struct World {
+pub(super) struct World {
     settings: Settings,
-    maps: Arc<CheckedMaps>,
-    agent: Agent,
+    pub(super) maps: Arc<CheckedMaps>,
+    pub(super) agent: Agent,
     /// What the API server holds.
     objects: BTreeMap<Reference, Value>,
     /// Every version of an object that could be read.
@@ -293,6 +299,8 @@ struct World {
     /// After how many entries further writes fail.
     refusals: Vec<usize>,
     dies: bool,
+    /// An agent died.
+    pub(super) died: bool,
 }
 
 fn open(settings: &Settings, maps: &Arc<CheckedMaps>, addresses: &[IpAddr]) -> Agent {
@@ -300,7 +308,7 @@ fn open(settings: &Settings, maps: &Arc<CheckedMaps>, addresses: &[IpAddr]) -> A
 }
 
 impl World {
-    fn new(settings: &Settings) -> Self {
+    pub(super) fn new(settings: &Settings) -> Self {
         let maps = Arc::new(CheckedMaps::unchecked(&ROOM));
         let addresses = addresses(0);
         Self {
@@ -316,10 +324,11 @@ impl World {
             now: Instant::now(),
             refusals: Vec::new(),
             dies: false,
+            died: false,
         }
     }
 
-    fn perform(&mut self, step: Step) {
+    pub(super) fn perform(&mut self, step: Step) {
         match step {
             Step::Put { kind, object, variant } => self.put(kind, written(kind, object, variant)),
             Step::Delete { kind, object } => self.delete(&reference(kind, &written(kind, object, 0))),
@@ -465,6 +474,7 @@ impl World {
             check(&*self.maps);
             self.maps.fail_after(self.refusals.pop());
             if std::mem::take(&mut self.dies) {
+                self.died = true;
                 self.restart();
             }
         }
@@ -500,8 +510,41 @@ impl World {
         self.survive(result.is_err());
     }
 
+    /// The agent dies after so many entries of the next writes.
+    pub(super) fn die_after(&mut self, entries: Option<usize>) {
+        self.maps.fail_after(entries);
+        self.dies = entries.is_some();
+    }
+
+    /// Everything is told, kind by kind.
+    pub(super) fn tell_all(&mut self) {
+        for kind in [Kind::EndpointSlice, Kind::Node, Kind::Service, Kind::ServiceCidr] {
+            self.tell(kind, 0);
+            self.tell(kind, u64::MAX);
+        }
+    }
+
+    /// Everything is told before anything is written.
+    pub(super) fn tell_at_once(&mut self) {
+        for kind in KINDS {
+            self.take_in_all(kind);
+        }
+        self.flush();
+    }
+
+    fn take_in_all(&mut self, kind: Kind) {
+        if self.watch(kind).queue.is_none() {
+            let list = self.list(kind);
+            self.agent.take_in(list);
+            *self.watch(kind) = WatchOfKind { queue: Some(VecDeque::new()), told: Vec::new() };
+        }
+        while let Some(change) = self.watch(kind).queue.as_mut().and_then(VecDeque::pop_front) {
+            self.agent.take_in(change);
+        }
+    }
+
     /// All is told, and nothing fails any more.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         let own_node = ObjectName::new("", "n");
         if !self.objects.contains_key(&Reference { kind: Kind::Node, name: own_node }) {
             self.put(Kind::Node, written(Kind::Node, 0, 0));
@@ -509,10 +552,7 @@ impl World {
         self.maps.fail_after(None);
         self.refusals.clear();
         self.dies = false;
-        for kind in [Kind::EndpointSlice, Kind::Node, Kind::Service, Kind::ServiceCidr] {
-            self.tell(kind, 0);
-            self.tell(kind, u64::MAX);
-        }
+        self.tell_all();
         self.flush();
         self.wait(REST);
         self.wait(REST);
@@ -522,7 +562,7 @@ impl World {
     }
 
     /// What the agent knows is what the API server holds; of what cannot be read, a version that once could be (Z5).
-    fn compare_objects(&self) {
+    pub(super) fn compare_objects(&self) {
         let mut known: BTreeMap<_, _> =
             objects(&self.agent).into_iter().map(|object| (object.reference(), object)).collect();
         for (name, value) in self.objects.iter().filter(|(_, value)| is_selected(value)) {
@@ -536,7 +576,7 @@ impl World {
     }
 
     /// The tables, the complaints and the health checks are those of a cold start with the same objects.
-    fn compare_tables(&mut self) {
+    pub(super) fn compare_tables(&mut self) {
         let mut cold = Self::new(&self.settings);
         cold.addresses.clone_from(&self.addresses);
         cold.now = self.now;
@@ -566,7 +606,7 @@ fn objects(agent: &Agent) -> Vec<Object> {
     snapshot::read(Cursor::new(bytes), &owner).unwrap().unwrap().1
 }
 
-fn settings() -> Settings {
+pub(super) fn settings() -> Settings {
     let flags = ["portolan", "agent", "--node-name", "n", "--kubeconfig", "unused"];
     let Command::Agent(args) = Cli::try_parse_from(flags).unwrap().command else { panic!("not the agent") };
     Settings::new(&args, 1, true)

@@ -2,6 +2,8 @@
 //!
 //! Whatever ends it, it leaves everything in place: the kernel goes on serving (C3).
 
+#[cfg(test)]
+mod crash_points;
 mod dataplane;
 mod dry_run;
 mod health_checks;

@@ -14,7 +14,7 @@ use crate::kernel::links::{Choice, Interfaces};
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::sockets::{self, SocketError};
 use crate::metrics::{Metrics, Ports, SERIES};
-use crate::model::{Change, Kind, Object};
+use crate::model::{Change, Kind, Object, Reference};
 use crate::sync::{LingeringBits, Outcome};
 use crate::watch::Watch;
 use crate::watch::events::{Event, Severity};
@@ -181,6 +181,7 @@ impl Service {
             Change::Unreadable { object, error } => {
                 tracing::error!("{object}: {error}; what was known of it stays");
                 self.metrics.unreadable.add(1);
+                self.tell_about(object, "Unreadable", format!("{error}; what was known of it stays"));
             }
             Change::Applied(Object::Service(_)) => self.count_change(Kind::Service),
             Change::Applied(Object::EndpointSlice(_)) => self.count_change(Kind::EndpointSlice),
@@ -321,16 +322,20 @@ impl Service {
 
     fn complain(&self, complaint: &Complaint) {
         tracing::warn!("{complaint}");
-        let service = self.dataplane.store().service(&complaint.object.name);
-        let uid =
-            service.filter(|_| complaint.object.kind == Kind::Service).map(|service| service.uid.clone());
+        self.tell_about(&complaint.object, complaint.reason.label(), complaint.text.clone());
+    }
+
+    /// Publishes an Event about an object that somebody got wrong (Z5).
+    fn tell_about(&self, object: &Reference, reason: &'static str, note: String) {
+        let service = self.dataplane.store().service(&object.name);
+        let uid = service.filter(|_| object.kind == Kind::Service).map(|service| service.uid.clone());
         self.watch.events().publish(Event {
-            kind: complaint.object.kind,
-            name: complaint.object.name.clone(),
+            kind: object.kind,
+            name: object.name.clone(),
             uid: uid.unwrap_or_default(),
             severity: Severity::Warning,
-            reason: complaint.reason.label(),
-            note: complaint.text.clone(),
+            reason,
+            note,
         });
     }
 

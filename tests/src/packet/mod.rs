@@ -4,6 +4,7 @@
 mod batch;
 pub mod build;
 pub mod family;
+mod stepwise;
 
 pub use batch::NodeFacts;
 
@@ -11,14 +12,14 @@ use anyhow::{Context as _, Result, bail, ensure};
 use dataplane_common::drop::Reason;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables;
-use dataplane_user::compile::{self, Compiler, Context, NodeSettings};
+use dataplane_user::compile::{self, Compiler, Context, NodeSettings, NodeTables, Update};
 use dataplane_user::config::MapSize;
 use dataplane_user::kernel::bpf::{self, TestRun, TestRunResult};
 use dataplane_user::kernel::maps::KernelMaps;
 use dataplane_user::kernel::object::{Object, Options};
 use dataplane_user::model::store::Store;
 use dataplane_user::model::{Change, Kind};
-use dataplane_user::sync::Mirror;
+use dataplane_user::sync::{Maps, Mirror};
 use dataplane_user::watch::manifests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -160,6 +161,22 @@ fn interfaces() -> Result<[IpAddr; 4]> {
     Ok([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), own[0], own[1]])
 }
 
+/// Tables that are to be written.
+struct Compiled {
+    node: NodeTables,
+    update: Update,
+}
+
+impl Compiled {
+    fn write(&self, mirror: &mut Mirror, maps: &impl Maps) -> Result<()> {
+        mirror.set_node(maps, &self.node, Instant::now())?;
+        let changes = self.update.services.iter().map(|(name, compiled)| (name, Some(&compiled.tables)));
+        let outcome = mirror.change(maps, changes, Instant::now())?;
+        ensure!(outcome.refused.is_empty(), "a Service found no room");
+        Ok(())
+    }
+}
+
 impl World {
     /// A node of the name `here` with the objects of these manifests in its tables.
     ///
@@ -215,6 +232,11 @@ impl World {
     /// # Errors
     /// If a manifest does not parse, or the kernel refuses.
     pub fn apply(&mut self, yaml: &str) -> Result<()> {
+        self.compile(yaml)?.write(&mut self.mirror, &self.maps)
+    }
+
+    /// Takes these manifests for all there is.
+    fn compile(&mut self, yaml: &str) -> Result<Compiled> {
         let (objects, errors) = manifests::parse(yaml, "test");
         if let Some(error) = errors.first() {
             bail!("{error}");
@@ -228,12 +250,8 @@ impl World {
         let interfaces = interfaces()?;
         let context = Context::new(&self.store, None, &[], &interfaces);
         let update = self.compiler.update(&self.store, &dirty, &context);
-        let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
-        self.mirror.set_node(&self.maps, &tables, Instant::now())?;
-        let changes = update.services.iter().map(|(name, compiled)| (name, Some(&compiled.tables)));
-        let outcome = self.mirror.change(&self.maps, changes, Instant::now())?;
-        ensure!(outcome.refused.is_empty(), "a Service found no room");
-        Ok(())
+        let (node, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
+        Ok(Compiled { node, update })
     }
 
     /// Takes these ports for translated sources.

@@ -1,0 +1,128 @@
+//! What keeps the real agent from starting: each is named, with what to do about it, before anything is touched.
+
+use dataplane_tests::lab::portolan;
+use std::fs;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+/// A user with no right at all.
+const NOBODY: u32 = 65_534;
+
+/// A folder of this test alone, with an empty folder of manifests in it.
+fn folder(test: &str) -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("portolan-refusals-{test}-{}", std::process::id()));
+    fs::create_dir_all(folder.join("manifests")).unwrap();
+    folder
+}
+
+/// The agent's flags: nothing of it listens, and its pins are its own.
+fn flags(folder: &std::path::Path) -> Vec<String> {
+    let text = |path: PathBuf| path.to_str().unwrap().to_owned();
+    let pins = format!("/sys/fs/bpf/{}", folder.file_name().unwrap().to_str().unwrap());
+    ["agent", "--node-name", "n", "--healthz-bind-address=", "--metrics-bind-address="]
+        .map(str::to_owned)
+        .into_iter()
+        .chain(["--manifests".into(), text(folder.join("manifests")), "--bpffs".into(), pins])
+        .collect()
+}
+
+/// What it says, and that it ended by itself with an error and without a pin.
+fn refusal(test: &str, output: Output) -> String {
+    let folder = folder(test);
+    let pins = PathBuf::from("/sys/fs/bpf").join(folder.file_name().unwrap());
+    assert!(!pins.join("links").exists(), "{test}: it attached something");
+    let _ = fs::remove_dir_all(&folder);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    text.lines().filter(|line| line.starts_with("portolan: ")).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn an_ordinary_user_is_told_which_capabilities_are_missing() {
+    let folder = folder("user");
+    // The build folder may be root's alone.
+    let copy = folder.join("portolan");
+    fs::copy(portolan().unwrap(), &copy).unwrap();
+    let output = Command::new(copy).args(flags(&folder)).uid(NOBODY).gid(NOBODY).output().unwrap();
+    let text = refusal("user", output);
+    assert!(
+        text.contains("this process lacks CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON: run it as root"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_root_without_a_capability_is_told_which() {
+    let folder = folder("capability");
+    let output = Command::new("setpriv")
+        .args(["--bounding-set=-net_admin", "--inh-caps=-net_admin", "--"])
+        .arg(portolan().unwrap())
+        .args(flags(&folder))
+        .output()
+        .unwrap();
+    let text = refusal("capability", output);
+    assert!(text.contains("this process lacks CAP_NET_ADMIN: run it as root"), "{text}");
+}
+
+#[test]
+fn a_machine_without_cgroup2_is_told_what_to_mount() {
+    let folder = folder("cgroup");
+    // In a mount namespace of its own, in which no mount is a cgroup2.
+    let script =
+        "findmnt -rno TARGET -t cgroup2 | tac | while read -r at; do umount -l \"$at\"; done; exec \"$@\"";
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", script, "sh"])
+        .arg(portolan().unwrap())
+        .args(flags(&folder))
+        .output()
+        .unwrap();
+    let text = refusal("cgroup", output);
+    assert!(text.contains("no cgroup2 file system is mounted: mount one (`mount -t cgroup2 "), "{text}");
+    assert!(text.contains("--socket-lb=off"), "{text}");
+}
+
+#[test]
+fn a_cgroup_that_is_none_is_named() {
+    let folder = folder("not-cgroup");
+    let output =
+        Command::new(portolan().unwrap()).args(flags(&folder)).arg("--cgroup").arg(&folder).output().unwrap();
+    let text = refusal("not-cgroup", output);
+    assert!(text.contains(&format!("--cgroup {}", folder.display())), "{text}");
+    assert!(text.contains("`findmnt -t cgroup2` tells where"), "{text}");
+}
+
+#[test]
+fn a_place_where_no_bpf_file_system_can_be_is_named() {
+    let folder = folder("bpffs");
+    let mut flags = flags(&folder);
+    *flags.last_mut().unwrap() = "/proc/portolan".to_owned();
+    let output = Command::new(portolan().unwrap()).args(flags).output().unwrap();
+    let text = refusal("bpffs", output);
+    assert!(
+        text.contains("there is no BPF file system at /proc/portolan, and mounting one failed"),
+        "{text}"
+    );
+    assert!(text.contains("mount -t bpf bpf /proc/portolan"), "{text}");
+}
+
+#[test]
+fn a_folder_of_manifests_that_is_none_is_named() {
+    let folder = folder("manifests");
+    fs::remove_dir_all(folder.join("manifests")).unwrap();
+    let output = Command::new(portolan().unwrap()).args(flags(&folder)).arg("--dry-run").output().unwrap();
+    let text = refusal("manifests", output);
+    assert!(text.contains("manifests") && text.contains("is no folder that can be listed"), "{text}");
+}
+
+#[test]
+fn a_kubeconfig_that_is_none_is_named() {
+    let folder = folder("kubeconfig");
+    let output = Command::new(portolan().unwrap())
+        .args(["agent", "--node-name", "n", "--kubeconfig", "/none/kubeconfig", "--dry-run"])
+        .output()
+        .unwrap();
+    drop(folder);
+    let text = refusal("kubeconfig", output);
+    assert!(text.contains("kubeconfig /none/kubeconfig: "), "{text}");
+}
