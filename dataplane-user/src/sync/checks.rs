@@ -7,6 +7,7 @@ use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::filter::FilterBit;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::node::NodeAddress;
+use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::{EndpointSet, Service};
 use dataplane_common::tables::{self, Table};
 use std::collections::{BTreeMap, BTreeSet};
@@ -217,6 +218,10 @@ pub(crate) fn meaning(maps: &impl Maps) -> Vec<String> {
     lines.extend(ports.values().map(|port| format!("service port {port}")));
     let live = backends.values().filter(|backend| backend.status().has(BackendStatus::SERVING));
     lines.extend(live.map(|backend| format!("backend {} of {}", endpoint(backend), port(backend.service()))));
+    for (range, _) in read::<tables::SourceRanges>(maps) {
+        let prefix = SourceRangeKey::new(0, *range.addr(), range.bits());
+        lines.push(format!("source range {prefix:?} of {}", port(range.service())));
+    }
     for (addr, value) in read::<tables::NodeAddrs>(maps) {
         lines.push(format!("address {addr} {value:?}"));
     }

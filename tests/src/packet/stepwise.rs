@@ -62,7 +62,6 @@ impl World {
         let mut between = || between(world);
         let maps = Stepwise { maps: &maps, between: RefCell::new(&mut between) };
         let result = change.write(&mut mirror, &maps);
-        drop(maps);
         self.mirror = mirror;
         result
     }
