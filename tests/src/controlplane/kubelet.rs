@@ -2,6 +2,7 @@
 //! ends it as its grace period says. It runs no images: each pod is the lab's pod server on the pod's container ports.
 
 use super::Nodes;
+use super::objects::insist;
 use crate::lab::{Addresses, Node, PodOptions};
 use anyhow::{Context, Result};
 use futures::StreamExt;
@@ -147,8 +148,8 @@ impl Kubelet {
             "conditions": conditions, "containerStatuses": containers,
         } });
         let name = pod.name_any();
-        let parameters = PatchParams::default();
-        self.api(pod).patch_status(&name, &parameters, &Patch::Strategic(&status)).await?;
+        let (api, parameters, status) = (self.api(pod), PatchParams::default(), Patch::Strategic(&status));
+        insist(|| api.patch_status(&name, &parameters, &status)).await?;
         Ok(())
     }
 
@@ -174,7 +175,8 @@ impl Kubelet {
                 preconditions: Some(Preconditions { uid: Some(uid.into()), resource_version: None }),
                 ..DeleteParams::default()
             };
-            match self.api(pod).delete(&pod.name_any(), &parameters).await {
+            let (api, name) = (self.api(pod), pod.name_any());
+            match insist(|| api.delete(&name, &parameters)).await {
                 Ok(_) => {}
                 Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
                 Err(error) => return Err(error.into()),

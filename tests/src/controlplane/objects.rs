@@ -9,8 +9,14 @@ use kube::{Api, Client};
 use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair};
 use serde_json::{Value, json};
 use std::fs;
+use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a request is tried again while the API server does not answer, and how often.
+const PATIENCE: Duration = Duration::from_secs(120);
+const RETRY_PERIOD: Duration = Duration::from_millis(200);
 
 /// Who writes.
 const FIELD_MANAGER: &str = "portolan-lab";
@@ -43,6 +49,26 @@ pub(crate) async fn is_ready(client: &Client) -> Result<()> {
     // Ready comes before the namespaces are there.
     Api::<k8s_openapi::api::core::v1::Namespace>::all(client.clone()).get("default").await?;
     Ok(())
+}
+
+/// Makes a request again until the API server answers it, as a kubelet and a scheduler must: it may be restarting.
+///
+/// # Errors
+/// What the API server refuses it for, or the last failure when patience ends.
+pub(crate) async fn insist<T, F>(request: impl Fn() -> F) -> kube::Result<T>
+where
+    F: Future<Output = kube::Result<T>>,
+{
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match request().await {
+            Err(kube::Error::Api(status)) if status.code < 500 && status.code != 429 => {
+                return Err(kube::Error::Api(status));
+            }
+            Err(_) if Instant::now() < end => tokio::time::sleep(RETRY_PERIOD).await,
+            answered => return answered,
+        }
+    }
 }
 
 /// A Node object for each node of the lab.

@@ -1,6 +1,7 @@
 //! The lab's scheduler: gives each pod without a node the node that has the fewest pods. It knows no resources, taints or
 //! affinity, only `spec.unschedulable` (`kubectl cordon`).
 
+use super::objects::insist;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{ListParams, PostParams};
@@ -64,7 +65,8 @@ async fn bind(client: &Client, pod: &Pod, node: &str) -> kube::Result<()> {
         "apiVersion": "v1", "kind": "Binding", "metadata": { "name": name },
         "target": { "apiVersion": "v1", "kind": "Node", "name": node },
     });
-    api.create_subresource::<_, Value>("binding", &name, &PostParams::default(), &binding).await?;
+    let parameters = PostParams::default();
+    insist(|| api.create_subresource::<_, Value>("binding", &name, &parameters, &binding)).await?;
     Ok(())
 }
 

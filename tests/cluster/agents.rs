@@ -1,0 +1,110 @@
+//! Agents that read a real API server: what its controllers do reaches packets, and its absence does not.
+
+use crate::shared::{Cluster, PATIENCE, PORT};
+use crate::world::eventually;
+use dataplane_tests::lab::{Client, Failure, at};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+fn outside(cluster: &Cluster) -> Client {
+    Client::at(cluster.lab.client())
+}
+
+/// Waits until the agents have the Service: the shell's node its ClusterIP, another node its node port.
+fn wait_until_served(cluster: &Cluster, [cluster_ip, node_port]: [SocketAddr; 2]) {
+    eventually("the ClusterIP answers", || cluster.shell().tcp(cluster_ip).is_ok());
+    eventually("the node port answers", || outside(cluster).tcp(node_port).is_ok());
+}
+
+/// Makes new connections to both addresses while something is done. None may fail; says how many there were.
+fn under_new_connections(cluster: &Cluster, to: [SocketAddr; 2], disturb: impl FnOnce()) -> usize {
+    let (end, made) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        let clients = [cluster.shell(), outside(cluster)];
+        let running: Vec<_> = (clients.into_iter().zip(to))
+            .map(|(client, to)| {
+                let (end, made) = (&end, &made);
+                scope.spawn(move || {
+                    while !end.load(Ordering::Relaxed) {
+                        client.tcp(to).map_err(|failure| {
+                            for node in cluster.lab.nodes() { eprintln!("{} {}", node.name(), node.portolan(&["drops"]).unwrap().lines().filter(|l| !l.contains(" 0 ")).collect::<Vec<_>>().join("\n")); eprintln!("{}", node.portolan(&["services"]).unwrap()); eprintln!("{}", node.portolan(&["backends"]).unwrap()); }
+                            eprintln!("{}", cluster.plane.kubectl(&["get","pods,endpointslices","-o","wide"],"").unwrap());
+                            (to, failure)})?;
+                        made.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Ok::<_, (SocketAddr, Failure)>(())
+                })
+            })
+            .collect();
+        disturb();
+        end.store(true, Ordering::Relaxed);
+        running.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
+    });
+    made.into_inner()
+}
+
+/// C2, T5: a rollout replaces every pod, one after the other, and no connection fails.
+#[test]
+fn a_rollout_fails_no_connection() {
+    let cluster = Cluster::shared();
+    cluster.web("rolled", 3, 30_101);
+    let to = [at(cluster.cluster_ip("rolled"), PORT), at(cluster.lab.node(0).address(), 30_101)];
+    wait_until_served(&cluster, to);
+    let uids = || {
+        let arguments = ["get", "pods", "-l", "app=rolled", "-o", "jsonpath={.items[*].metadata.uid}"];
+        let text = cluster.plane.kubectl(&arguments, "").unwrap();
+        text.split(' ').map(str::to_owned).collect::<std::collections::BTreeSet<_>>()
+    };
+    let before = uids();
+    let made = under_new_connections(&cluster, to, || {
+        cluster.plane.kubectl(&["rollout", "restart", "statefulset", "rolled"], "").unwrap();
+        let arguments = ["rollout", "status", "statefulset", "rolled", "--timeout=90s"];
+        cluster.plane.kubectl(&arguments, "").unwrap();
+    });
+    assert!(made > 100, "{made} connections say nothing");
+    assert!(before.is_disjoint(&uids()), "all pods were replaced");
+}
+
+/// C3: while the API server is away all goes on; when it is back, what changes arrives again.
+#[test]
+fn an_api_server_that_goes_and_comes_is_not_noticed() {
+    let cluster = Cluster::shared();
+    cluster.web("steady", 2, 30_102);
+    let to = [at(cluster.cluster_ip("steady"), PORT), at(cluster.lab.node(1).address(), 30_102)];
+    wait_until_served(&cluster, to);
+    let made = under_new_connections(&cluster, to, || {
+        cluster.plane.stop_api_server();
+        std::thread::sleep(Duration::from_secs(3));
+        cluster.plane.start_api_server().unwrap();
+    });
+    assert!(made > 100, "{made} connections say nothing");
+    cluster.plane.kubectl(&["scale", "statefulset", "steady", "--replicas=3"], "").unwrap();
+    cluster.plane.wait_for_endpoints("steady", 3, PATIENCE).unwrap();
+    eventually("the third pod answers", || {
+        cluster.shell().tcp(to[0]).is_ok_and(|answer| answer.pod == "steady-2")
+    });
+}
+
+/// F1, F2: a Service becomes headless and comes back, and another proxy's label comes and goes.
+#[test]
+fn a_service_that_is_not_ours_any_more_is_left_alone() {
+    let cluster = Cluster::shared();
+    cluster.web("changing", 1, 30_103);
+    let node_port = at(cluster.lab.node(0).address(), 30_103);
+    let kubectl = |arguments: &[&str]| cluster.plane.kubectl(arguments, "").unwrap();
+    eventually("the node port answers", || outside(&cluster).tcp(node_port).is_ok());
+    kubectl(&["label", "service", "changing", "service.kubernetes.io/service-proxy-name=other"]);
+    eventually("the node port is refused by the node itself", || {
+        outside(&cluster).tcp(node_port) == Err(Failure::Refused)
+    });
+    kubectl(&["label", "service", "changing", "service.kubernetes.io/service-proxy-name-"]);
+    eventually("the node port answers again", || outside(&cluster).tcp(node_port).is_ok());
+    let external = r#"{"spec":{"type":"ExternalName","externalName":"example.org","selector":null,"clusterIP":null,"clusterIPs":null,"ports":null}}"#;
+    kubectl(&["patch", "service", "changing", "--type=merge", "-p", external]);
+    eventually("an ExternalName has no node port", || {
+        outside(&cluster).tcp(node_port) == Err(Failure::Refused)
+    });
+    let kinds = cluster.lab.node(0).portolan(&["services"]).unwrap();
+    assert!(!kinds.contains("changing"), "{kinds}");
+}
