@@ -1,6 +1,8 @@
 //! The laboratory with a real API server: what the control plane's controllers, the lab's kubelet and the agents make of each
 //! other.
 
+mod agents;
 mod boot;
 mod controlplane;
+mod shared;
 mod world;

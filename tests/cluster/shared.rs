@@ -33,7 +33,8 @@ impl Cluster {
         })
     }
 
-    fn raise() -> Self {
+    /// A new one.
+    pub(crate) fn raise() -> Self {
         let lab = Options::default().create().unwrap();
         let plane = ControlPlane::start(&lab).unwrap();
         let source = Source::Kubeconfig(plane.agent_kubeconfig());

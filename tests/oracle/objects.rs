@@ -81,7 +81,7 @@ pub(crate) fn later(random: &mut Random, before: &Cluster) -> Cluster {
             slice.endpoints = endpoints(random, &slice.address_type);
         }
     }
-    if random.chance(20) {
+    if random.chance(20) && !after.services.is_empty() {
         let gone = random.below(after.services.len());
         after.services.remove(gone);
     }
@@ -93,11 +93,9 @@ pub(crate) fn later(random: &mut Random, before: &Cluster) -> Cluster {
         late.metadata.name = Some("late".to_owned());
         after.slices.push(late);
     }
-    if random.chance(30) {
+    if random.chance(30) && !after.slices.is_empty() {
         let gone = random.below(after.slices.len());
-        if !after.slices.is_empty() {
-            after.slices.remove(gone);
-        }
+        after.slices.remove(gone);
     }
     if random.chance(10) {
         after.nodes = vec![node(random)];

@@ -104,7 +104,7 @@ struct Client {
 impl Author {
     /// Somewhere to go: mostly what a Service has, else a near miss.
     fn destination(&self, random: &mut Random) -> (SocketAddr, u8) {
-        if random.chance(88) {
+        if random.chance(88) && !self.destinations.is_empty() {
             let (ip, port, proto) = random.of(&self.destinations);
             return (SocketAddr::new(ip, port), proto);
         }
