@@ -63,8 +63,6 @@ reasons! {
     Loopback = 5, "loopback", Dropped;
     /// A packet to a Service came from a multicast, broadcast or its own destination address (Z3).
     BadSource = 6, "bad-source", Dropped;
-    /// A fragment of a packet to a Service: fragments are not followed.
-    Fragment = 7, "fragment", Dropped;
     /// A packet to a Service had more IPv6 extension headers than are followed (four, 128 bytes), or a source route that has not
     /// ended (P21).
     Extensions = 8, "extension-headers", Dropped;
@@ -102,6 +100,13 @@ reasons! {
     StrayReset = 24, "stray-reset", Dropped;
     /// The source is in none of the Service's `loadBalancerSourceRanges` (S2): intended, or add the client's range.
     SourceNotAllowed = 25, "source-not-allowed", Dropped;
+    /// A fragment to a Service came before the first of its datagram, which alone says the port (P20): something reorders packets.
+    EarlyFragment = 26, "early-fragment", Dropped;
+    /// A fragment to a Service whose datagram has no flow: its first fragment was refused or dropped, and counted.
+    OrphanFragment = 27, "orphan-fragment", Dropped;
+    /// An ICMP error about a flow, or a fragment after the first, that could not be sent on (too long for the way, or its time to
+    /// live ended) and that must not be answered by an ICMP error (RFC 1122 section 3.2.2).
+    Unanswerable = 28, "unanswerable", Dropped;
 }
 
 /// Length of the `reasons` array: one more than the largest number, rounded up for those to come.

@@ -17,6 +17,7 @@ pub mod crc32c;
 pub mod drop;
 pub mod filter;
 pub mod flow;
+pub mod fragment;
 pub mod frontend;
 pub mod node;
 pub mod range;

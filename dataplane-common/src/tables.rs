@@ -10,6 +10,7 @@ use crate::counter::Traffic;
 use crate::drop::REASON_SLOTS;
 use crate::filter::FILTER_WORDS;
 use crate::flow::{Flow, FlowKey};
+use crate::fragment::{FragmentKey, FragmentPorts};
 use crate::frontend::{Frontend, FrontendKey};
 use crate::node::{Node, NodeAddress};
 use crate::range::SourceRangeKey;
@@ -101,6 +102,8 @@ tables! {
     Closing = "closing", LruHash<FlowKey, Flow>, 16_384;
     /// The endpoint that each client of a service port with affinity had last.
     Affinities = "affinity", LruHash<AffinityKey, Affinity>, 16_384;
+    /// The ports of datagrams that come in fragments, from the first of them.
+    Fragments = "fragments", LruHash<FragmentKey, FragmentPorts>, 8_192;
     /// Traffic per service port.
     ServiceTraffic = "service_traffic", PerCpuArray<u32, Traffic>, 32_768;
     /// Traffic per backend.
@@ -136,6 +139,7 @@ mod tests {
         assert_eq!(size_of::<SocketChoice>(), 8);
         assert_eq!(size_of::<crate::affinity::Choice>(), 8);
         assert_eq!(size_of::<NodeAddress>(), 8);
+        assert_eq!(size_of::<FragmentPorts>(), 8);
     }
 
     #[test]
@@ -143,6 +147,7 @@ mod tests {
         assert_eq!(size_of::<FrontendKey>(), 24);
         assert_eq!(size_of::<FlowKey>(), 40);
         assert_eq!(size_of::<Flow>(), 72);
+        assert_eq!(size_of::<FragmentKey>(), 40);
         assert_eq!(size_of::<Service>(), 24);
         assert_eq!(size_of::<Backend>(), 32);
         assert_eq!(size_of::<Traffic>(), 40);

@@ -53,6 +53,12 @@ fn destination(addr: &Addr) -> (bool, bool) {
     }
 }
 
+/// Whether an address may be one of a Service and cannot be one of this node.
+#[inline(always)]
+pub fn only_of_service(addr: &Addr) -> bool {
+    destination(addr) == (true, false)
+}
+
 #[inline(always)]
 fn test(bit: FilterBit) -> bool {
     FILTER.get(bit.word()).is_some_and(|word| word & bit.mask() != 0)

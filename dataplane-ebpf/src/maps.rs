@@ -46,6 +46,7 @@ maps! {
     ESTABLISHED: HashMap = "established", Established;
     CLOSING: LruHashMap = "closing", Closing;
     AFFINITIES: LruHashMap = "affinity", Affinities;
+    FRAGMENTS: LruHashMap = "fragments", Fragments;
     SERVICE_TRAFFIC: PerCpuArray = "service_traffic", ServiceTraffic;
     BACKEND_TRAFFIC: PerCpuArray = "backend_traffic", BackendTraffic;
     REASONS: PerCpuArray = "reasons", Reasons;

@@ -40,8 +40,7 @@ pub const fn plan(packet: &Packet, flow: &Flow, routed: bool) -> Rewrite {
 /// [`Refused`]: the packet may be half changed and must be dropped.
 #[inline(always)]
 pub fn apply<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Result<(), Refused> {
-    let addresses =
-        if packet.is_v4() { ipv4(frame, packet, rewrite)? } else { ipv6(frame, packet, rewrite)? };
+    let addresses = headers::<F, true>(frame, packet, rewrite)?;
     let ports = Sum::default()
         .minus(&packet.src_port.bytes())
         .minus(&packet.dst_port.bytes())
@@ -73,12 +72,38 @@ pub extern "C" fn crc32c_delta(change: u32, length: u32) -> u32 {
     crc32c::delta(change.to_ne_bytes(), length as u16)
 }
 
-/// Writes time to live, header checksum, both addresses and both ports, which without options are 16 bytes in a row. By
-/// how much the sum of the addresses changed.
+/// Writes the changes of the network header alone: for a packet without a transport header of its own (a fragment after
+/// the first, an ICMP error, a quoted header). By how much the sum of the addresses changed.
+///
+/// # Errors
+/// As [`apply`].
 #[inline(always)]
-fn ipv4<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Result<Sum, Refused> {
+pub fn apply_to_network<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Result<Sum, Refused> {
+    headers::<F, false>(frame, packet, rewrite)
+}
+
+#[inline(always)]
+fn headers<F: Frame, const PORTS: bool>(
+    frame: &mut F,
+    packet: &Packet,
+    rewrite: &Rewrite,
+) -> Result<Sum, Refused> {
+    if packet.is_v4() {
+        return ipv4::<F, PORTS>(frame, packet, rewrite);
+    }
+    ipv6::<F, PORTS>(frame, packet, rewrite)
+}
+
+/// Writes time to live, header checksum, both addresses and perhaps both ports, which without options are 16 bytes in a
+/// row. By how much the sum of the addresses changed.
+#[inline(always)]
+fn ipv4<F: Frame, const PORTS: bool>(
+    frame: &mut F,
+    packet: &Packet,
+    rewrite: &Rewrite,
+) -> Result<Sum, Refused> {
     const TTL: u32 = 8;
-    const PORTS: u32 = 20;
+    const HEADER: u32 = 20;
     let addresses = Sum::default()
         .minus(&packet.src.v4_octets())
         .minus(&packet.dst.v4_octets())
@@ -94,19 +119,25 @@ fn ipv4<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Result<S
         u64::from_ne_bytes([rewrite.ttl, proto, c0, c1, s0, s1, s2, s3]),
         u64::from_ne_bytes([d0, d1, d2, d3, p0, p1, q0, q1]),
     ]);
-    if packet.network_header() == PORTS {
+    if PORTS && packet.network_header() == HEADER {
         frame.write(packet.l3() + TTL, &bytes)?;
     } else {
         let [header @ .., _, _, _, _] = bytes;
         frame.write::<12>(packet.l3() + TTL, &header)?;
-        frame.write(packet.l4(), &[p0, p1, q0, q1])?;
+        if PORTS {
+            frame.write(packet.l4(), &[p0, p1, q0, q1])?;
+        }
     }
     Ok(addresses)
 }
 
-/// Writes hop limit, both addresses and both ports. By how much the sum of the addresses changed.
+/// Writes hop limit, both addresses and perhaps both ports. By how much the sum of the addresses changed.
 #[inline(always)]
-fn ipv6<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Result<Sum, Refused> {
+fn ipv6<F: Frame, const PORTS: bool>(
+    frame: &mut F,
+    packet: &Packet,
+    rewrite: &Rewrite,
+) -> Result<Sum, Refused> {
     const NEXT_HEADER: u32 = 6;
     const ADDRESSES: u32 = 8;
     if rewrite.ttl != packet.ttl {
@@ -115,8 +146,10 @@ fn ipv6<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Result<S
     }
     let ([s0, s1], [d0, d1]) = (rewrite.src.words(), rewrite.dst.words());
     frame.write_counted::<32>(packet.l3() + ADDRESSES, &bytemuck::must_cast([s0, s1, d0, d1]))?;
-    let ([p0, p1], [q0, q1]) = (rewrite.src_port.bytes(), rewrite.dst_port.bytes());
-    frame.write(packet.l4(), &[p0, p1, q0, q1])?;
+    if PORTS {
+        let ([p0, p1], [q0, q1]) = (rewrite.src_port.bytes(), rewrite.dst_port.bytes());
+        frame.write(packet.l4(), &[p0, p1, q0, q1])?;
+    }
     Ok(Sum::default()
         .minus_address(&packet.src)
         .minus_address(&packet.dst)

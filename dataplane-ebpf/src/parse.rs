@@ -32,6 +32,19 @@ mod extension {
     pub(super) const DESTINATION: u8 = 60;
 }
 
+/// IP protocol number of ICMP.
+pub const ICMP: u8 = 1;
+/// The same for IPv6.
+pub const ICMPV6: u8 = 58;
+/// The ICMP types that are errors and quote a packet, a bit for each: unreachable, time exceeded, parameter problem.
+const ICMP_ERRORS: u32 = 1 << 3 | 1 << 11 | 1 << 12;
+/// The same for ICMPv6: unreachable, packet too big, time exceeded, parameter problem.
+const ICMPV6_ERRORS: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4;
+/// Bytes before the packet that an ICMP error quotes.
+const ICMP_HEADER: u8 = 8;
+/// How far behind the frame's begin an ICMP error may begin, so that all offsets in the quoted packet fit into a byte.
+const QUOTING_L4: u8 = u8::MAX - IPV6_HEADER - EXTENSION_BYTES as u8 - ICMP_HEADER;
+
 /// TCP flag bits (RFC 9293 section 3.1).
 pub mod tcp {
     /// No more data from the sender.
@@ -66,8 +79,12 @@ pub mod sctp {
 pub enum Obstacle {
     /// Nothing.
     None,
-    /// It is a fragment.
-    Fragment,
+    /// It is the first fragment of a datagram, with the ports: they must be noted for the others.
+    FirstFragment,
+    /// It is a fragment after the first: the ports are not in it.
+    LaterFragment,
+    /// It is an ICMP error, which concerns the packet that it quotes.
+    IcmpError,
     /// It has more IPv6 extension headers than are followed, or has not been to all addresses of its source route.
     Extensions,
     /// It ends too early, or a length lies.
@@ -101,6 +118,8 @@ pub struct Packet {
     pub ack: u32,
     /// Bytes from the network header to the packet's end, link padding not counted.
     pub length: u32,
+    /// Of a fragment: its datagram's identification, as its bytes stand in the packet.
+    pub fragment_id: u32,
     /// Offset of the network header. One byte, so that the verifier knows its bounds whenever it is read.
     l3: u8,
     /// Offset of the transport header, where there is one.
@@ -122,6 +141,7 @@ impl Packet {
         seq: 0,
         ack: 0,
         length: 0,
+        fragment_id: 0,
         l3: 0,
         l4: 0,
     };
@@ -202,7 +222,7 @@ pub fn parse<F: Frame>(frame: &mut F, packet: &mut Packet) -> bool {
     let Some(follows) = network else { return false };
     if follows == Follows::Transport {
         let found = transport(frame, packet);
-        if packet.obstacle == Obstacle::None {
+        if found != Obstacle::None && packet.obstacle != Obstacle::Malformed {
             packet.obstacle = found;
         }
     }
@@ -222,7 +242,8 @@ enum Follows {
 /// Reads the network header, and says in the packet what stands in the way as far as that shows it; `None` if it is none.
 #[inline(always)]
 fn ipv4<F: Frame>(frame: &mut F, packet: &mut Packet) -> Option<Follows> {
-    let [version_ihl, _, len0, len1, _, _, frag0, frag1, ttl, proto, _, _] = frame.read::<12>(packet.l3())?;
+    let [version_ihl, _, len0, len1, id0, id1, frag0, frag1, ttl, proto, _, _] =
+        frame.read::<12>(packet.l3())?;
     let [s0, s1, s2, s3, d0, d1, d2, d3] = frame.read::<8>(packet.l3() + 12)?;
     if version_ihl >> 4 != 4 {
         return None;
@@ -239,19 +260,17 @@ fn ipv4<F: Frame>(frame: &mut F, packet: &mut Packet) -> Option<Follows> {
     }
     // Bit 13 says that more fragments follow, the lower 13 bits where this one begins (RFC 791 section 3.1).
     let more_fragments = frag0 & 0x20 != 0;
-    if frag0 & 0x1f != 0 || frag1 != 0 {
-        packet.obstacle = Obstacle::Fragment;
-        return Some(Follows::Rest);
-    }
+    let later_fragment = frag0 & 0x1f != 0 || frag1 != 0;
     packet.obstacle =
         if header_length < IPV4_HEADER || packet.length < header_length as u32 || packet.length > available {
             Obstacle::Malformed
-        } else if more_fragments {
-            Obstacle::Fragment
+        } else if later_fragment || more_fragments {
+            packet.fragment_id = u16::from_ne_bytes([id0, id1]) as u32;
+            if later_fragment { Obstacle::LaterFragment } else { Obstacle::FirstFragment }
         } else {
             Obstacle::None
         };
-    Some(Follows::Transport)
+    Some(if later_fragment { Follows::Rest } else { Follows::Transport })
 }
 
 /// As [`ipv4`].
@@ -328,12 +347,16 @@ impl<F: Frame> Steps for Extensions<'_, F> {
             bytes = 8;
             // The lowest bit says that more fragments follow, the upper 13 where this one begins.
             let (later, more) = (third != 0 || fourth & 0xf8 != 0, fourth & 1 != 0);
+            let Some(id) = self.frame.read::<4>(self.packet.l4() + 4) else {
+                return self.stop(Obstacle::Malformed);
+            };
+            self.packet.fragment_id = u32::from_ne_bytes(id);
             if later {
                 self.packet.proto = next;
-                return self.stop(Obstacle::Fragment);
+                return self.stop(Obstacle::LaterFragment);
             }
             if more {
-                self.packet.obstacle = Obstacle::Fragment;
+                self.packet.obstacle = Obstacle::FirstFragment;
             }
         }
         let l4 = self.packet.l4() + bytes;
@@ -366,11 +389,15 @@ fn transport<F: Frame>(frame: &mut F, packet: &mut Packet) -> Obstacle {
         let Some([a, b, c, d, e, f]) = frame.read::<6>(packet.l4()) else { return Obstacle::Malformed };
         (packet.src_port, packet.dst_port) = (Port::from_bytes([a, b]), Port::from_bytes([c, d]));
         let length = u16::from_be_bytes([e, f]) as u32;
-        if length >= UDP_HEADER && (length <= payload || frame.segment_size() != 0) {
+        // The length is that of the whole: of all segments, of all fragments.
+        let whole = packet.obstacle == Obstacle::FirstFragment || frame.segment_size() != 0;
+        if length >= UDP_HEADER && (length <= payload || whole) {
             return Obstacle::None;
         }
     } else if packet.proto == Protocol::Sctp as u8 {
         return sctp_header(frame, packet, payload);
+    } else if packet.obstacle == Obstacle::None && is_icmp_error(frame, packet) {
+        return Obstacle::IcmpError;
     } else {
         return Obstacle::Protocol;
     }
@@ -384,11 +411,50 @@ fn sctp_header<F: Frame>(frame: &mut F, packet: &mut Packet, payload: u32) -> Ob
     let [a, b, c, d, t0, t1, t2, t3, _, _, _, _, chunk] = header;
     (packet.src_port, packet.dst_port) = (Port::from_bytes([a, b]), Port::from_bytes([c, d]));
     (packet.flags, packet.seq) = (chunk, u32::from_be_bytes([t0, t1, t2, t3]));
+    if packet.obstacle == Obstacle::FirstFragment {
+        // What the CRC32c becomes hangs on the length of all fragments.
+        return Obstacle::Protocol;
+    }
     if chunk == sctp::INIT_ACK {
         let Some(tag) = frame.read::<4>(packet.l4() + SCTP_HEADER) else { return Obstacle::Malformed };
         packet.ack = u32::from_be_bytes(tag);
     }
     if payload >= SCTP_HEADER { Obstacle::None } else { Obstacle::Malformed }
+}
+
+/// Whether it is an ICMP error that quotes a packet (RFC 792, RFC 4443).
+#[inline(always)]
+fn is_icmp_error<F: Frame>(frame: &mut F, packet: &Packet) -> bool {
+    let errors = match (packet.proto, packet.is_v4()) {
+        (ICMP, true) => ICMP_ERRORS,
+        (ICMPV6, false) => ICMPV6_ERRORS,
+        _ => return false,
+    };
+    // Two bytes: the verifier does not follow the comparison that the compiler makes of the bounds of one.
+    frame.read::<2>(packet.l4()).is_some_and(|[kind, _]| kind < 32 && errors & 1 << kind != 0)
+}
+
+/// Reads the header of the packet that the ICMP error `outer` quotes, and its ports; false if they are not all there.
+#[inline(always)]
+pub fn quoted<F: Frame>(frame: &mut F, outer: &Packet, quoted: &mut Packet) -> bool {
+    if outer.l4 > QUOTING_L4 {
+        return false;
+    }
+    quoted.l3 = outer.l4 + ICMP_HEADER;
+    let network = if outer.is_v4() { ipv4(frame, quoted) } else { ipv6(frame, quoted) };
+    // That the quoted packet is longer than the quote is no fault of it.
+    if network != Some(Follows::Transport) || !is_translatable(quoted.proto) {
+        return false;
+    }
+    let Some([a, b, c, d]) = frame.read::<4>(quoted.l4()) else { return false };
+    (quoted.src_port, quoted.dst_port) = (Port::from_bytes([a, b]), Port::from_bytes([c, d]));
+    quoted.l4() + 4 <= outer.l3() + outer.length
+}
+
+/// Whether packets of this protocol begin with ports and are translated.
+#[inline(always)]
+const fn is_translatable(proto: u8) -> bool {
+    proto == Protocol::Tcp as u8 || proto == Protocol::Udp as u8 || proto == Protocol::Sctp as u8
 }
 
 #[cfg(test)]
@@ -432,10 +498,10 @@ mod tests {
             (packet.obstacle, packet.dst_port.number())
         };
         assert_eq!(obstacle(&|_| {}), (Obstacle::None, 80));
-        assert_eq!(obstacle(&|frame| frame.bytes[20] = 0x20), (Obstacle::Fragment, 80));
+        assert_eq!(obstacle(&|frame| frame.bytes[20] = 0x20), (Obstacle::FirstFragment, 80));
         assert_eq!(
             obstacle(&|frame| frame.bytes[21] = 1),
-            (Obstacle::Fragment, 0),
+            (Obstacle::LaterFragment, 0),
             "a later fragment has no ports"
         );
         assert_eq!(
@@ -525,11 +591,11 @@ mod tests {
         // RFC 8200 section 4.5; RFC 6946: a fragment that is the whole packet is none.
         let fragment = |high: u8, low: u8| behind(&[(44, &[0, high, low, 0, 0, 0, 9])]);
         assert_eq!(fragment(0, 0), (Obstacle::None, 80));
-        assert_eq!(fragment(0, 1), (Obstacle::Fragment, 80), "the first");
-        assert_eq!(fragment(0, 8), (Obstacle::Fragment, 0), "a later one has no ports");
-        assert_eq!(fragment(1, 1), (Obstacle::Fragment, 0));
+        assert_eq!(fragment(0, 1), (Obstacle::FirstFragment, 80), "the first");
+        assert_eq!(fragment(0, 8), (Obstacle::LaterFragment, 0), "a later one has no ports");
+        assert_eq!(fragment(1, 1), (Obstacle::LaterFragment, 0));
         let options: &[u8] = &[0, 1, 4, 0, 0, 0, 0];
-        assert_eq!(behind(&[(44, &[0, 0, 1, 0, 0, 0, 9]), (60, options)]), (Obstacle::Fragment, 80));
+        assert_eq!(behind(&[(44, &[0, 0, 1, 0, 0, 0, 9]), (60, options)]), (Obstacle::FirstFragment, 80));
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! The walk of a packet, the same at every hook: parse, filter, flow, service, select, route, claim, translate.
 
+mod follow;
+
 use crate::affinity;
 use crate::count::{self, Direction};
 use crate::flow::{self, Claim, Place};
 use crate::forward::{self, Origin, Route};
 use crate::frame::Frame;
-use crate::parse::{Obstacle, Packet, parse, sctp, tcp};
+use crate::parse::{ICMP, ICMPV6, Obstacle, Packet, parse, sctp, tcp};
 use crate::reject::{self, IcmpError};
 use crate::repeat::{Step, Steps, repeat};
 use crate::scratch::{Opening, Scratch, SourceRule};
@@ -62,6 +64,18 @@ enum Exit {
     HandUp,
 }
 
+impl Exit {
+    /// The verdict on a packet that was written.
+    #[inline(always)]
+    const fn verdict(self) -> Verdict {
+        match self {
+            Self::Stack => Verdict::Pass,
+            Self::Forward => Verdict::Forward,
+            Self::HandUp => Verdict::HandUp,
+        }
+    }
+}
+
 /// Takes a packet through the dataplane. [`Verdict::Forward`] and [`Verdict::HandUp`] go by `scratch.way`. `log` is told
 /// why a packet was dropped or refused.
 #[inline(always)]
@@ -99,12 +113,19 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     if hook == Hook::UplinkIngress && (packet.src.is_loopback() || packet.dst.is_loopback()) {
         return Verdict::Drop(Reason::Loopback);
     }
+    let mut walk = Walk { frame, hook, s: scratch };
+    if walk.s.packet.obstacle != Obstacle::None {
+        let followed = walk.with_obstacle();
+        if followed != Code::BEGIN {
+            return followed.verdict();
+        }
+    }
+    let packet = &walk.s.packet;
     let interest = interest::of(packet, hook);
     if interest.none() {
         return not_ours(packet, hook);
     }
-    scratch.key = FlowKey::new(packet.src, packet.src_port, packet.dst, packet.dst_port, packet.proto);
-    let mut walk = Walk { frame, hook, s: scratch };
+    walk.s.key = FlowKey::new(packet.src, packet.src_port, packet.dst, packet.dst_port, packet.proto);
     // Functions of their own, one after the other, so that no one's stack adds to another's: 512 bytes are for a whole
     // chain of calls, and kernels before 6.8 round each function's share up to 32.
     let known = walk.known();
@@ -294,16 +315,16 @@ impl<F: Frame> Walk<'_, F> {
     #[inline(always)]
     fn send(&mut self, exit: Exit) -> Verdict {
         let (packet, flow) = (&self.s.packet, &self.s.flow);
-        // Only a router lowers the time to live, not the sender itself.
-        let routed = exit == Exit::Forward && self.hook.is_ingress();
-        if nat::apply(self.frame, packet, &nat::plan(packet, flow, routed)).is_err() {
+        if nat::apply(self.frame, packet, &nat::plan(packet, flow, self.is_routed(exit))).is_err() {
             return Verdict::Drop(Reason::WriteFailed);
         }
-        match exit {
-            Exit::Stack => Verdict::Pass,
-            Exit::Forward => Verdict::Forward,
-            Exit::HandUp => Verdict::HandUp,
-        }
+        exit.verdict()
+    }
+
+    /// Whether the time to live falls: a router lowers it, not the sender itself.
+    #[inline(always)]
+    fn is_routed(&self, exit: Exit) -> bool {
+        exit == Exit::Forward && self.hook.is_ingress()
     }
 
     /// Why a packet that is ours cannot be translated.
@@ -311,7 +332,10 @@ impl<F: Frame> Walk<'_, F> {
     fn obstacle(&self) -> Option<Reason> {
         match self.s.packet.obstacle {
             Obstacle::None => None,
-            Obstacle::Fragment => Some(Reason::Fragment),
+            // Whoever comes here with one has met it before: it is not of TCP or UDP, or quotes nothing of ours.
+            Obstacle::FirstFragment | Obstacle::LaterFragment | Obstacle::IcmpError => {
+                Some(Reason::UnsupportedProtocol)
+            }
             Obstacle::Extensions => Some(Reason::Extensions),
             Obstacle::Malformed => Some(Reason::Malformed),
             Obstacle::Protocol => Some(Reason::UnsupportedProtocol),
@@ -382,7 +406,8 @@ impl<F: Frame> Walk<'_, F> {
             Obstacle::None => !packet.resets(),
             // Another protocol gets the same answer, but never an error for what may be an error (RFC 1122, 3.2.2).
             Obstacle::Protocol => packet.proto != ICMP && packet.proto != ICMPV6,
-            Obstacle::Fragment | Obstacle::Extensions | Obstacle::Malformed => false,
+            Obstacle::FirstFragment | Obstacle::LaterFragment | Obstacle::IcmpError => false,
+            Obstacle::Extensions | Obstacle::Malformed => false,
         };
         if refusable {
             Verdict::Refuse(Reason::ClosedPort)
@@ -551,11 +576,6 @@ const PORT_STEPS: u32 = 512;
 /// How many of them must be of no flow at all. The later ones may be of a flow that is closing: clients that connect again
 /// and again leave more of those than there are ports.
 const UNUSED_PORT_TRIES: u32 = 8;
-
-/// IP protocol number of ICMP.
-const ICMP: u8 = 1;
-/// The same for IPv6.
-const ICMPV6: u8 = 58;
 
 /// Moves a flow through its life: half-open, established, closing.
 #[inline(always)]

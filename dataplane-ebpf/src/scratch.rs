@@ -3,6 +3,7 @@
 //! Programs at XDP and tc run with bottom halves disabled and do not nest, so an element has one user at a time. The
 //! socket hooks run in preemptible process context and must not use it.
 
+use crate::icmp::Changes;
 use crate::maps::SCRATCH;
 use crate::parse::Packet;
 use crate::service::Source;
@@ -18,6 +19,10 @@ use dataplane_common::service::EndpointSet;
 pub struct Scratch {
     /// The packet's headers.
     pub packet: Packet,
+    /// If it is an ICMP error: the headers it quotes.
+    pub quoted: Packet,
+    /// By how much its translation changes sums.
+    pub changes: Changes,
     /// Its five-tuple.
     pub key: FlowKey,
     /// The flow that was found, or the client's half of the one that begins.

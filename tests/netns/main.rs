@@ -2,7 +2,9 @@
 //!
 //! One file per behaviour. Tests share laboratories of one kind but no Service; see [`world`].
 
+mod errors;
 mod flows;
+mod fragments;
 mod health;
 mod load;
 mod own;

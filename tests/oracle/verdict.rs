@@ -47,7 +47,7 @@ fn reason(why: Why) -> Reason {
         Why::UnknownService => Reason::UnknownService,
         Why::Loopback => Reason::Loopback,
         Why::BadSource => Reason::BadSource,
-        Why::Flawed(Flaw::Fragment) => Reason::Fragment,
+        Why::Flawed(Flaw::Fragment) => Reason::EarlyFragment,
         Why::Flawed(Flaw::Options) => Reason::Extensions,
         Why::Flawed(Flaw::Lengths) => Reason::Malformed,
         Why::Flawed(Flaw::Protocol) => Reason::UnsupportedProtocol,

@@ -2,7 +2,9 @@
 //! sent, the verdict, the whole packet out and the counters that moved; it fails if any other moved.
 
 mod affinity;
+mod errors;
 mod flows;
+mod fragments;
 mod half_written;
 mod headers;
 mod load_balancers;

@@ -144,35 +144,6 @@ fn a_source_that_no_client_can_have_is_dropped() {
     });
 }
 
-/// The same packet as a fragment that begins at `offset` bytes; `more`: it is not the last.
-fn fragment(mut packet: Packet, offset: u16, more: bool) -> Packet {
-    if packet.src.0.is_ipv4() {
-        packet.fragment = (offset / 8) | if more { 0x2000 } else { 0 };
-    } else {
-        let [high, low] = (offset | u16::from(more)).to_be_bytes();
-        packet.extensions = vec![(44, vec![0, high, low, 0, 0, 0, 9])];
-    }
-    packet
-}
-
-/// P20 as far as it goes: never half translated, counted only if it was ours.
-#[test]
-fn fragments_to_a_service_are_counted_drops() {
-    for_both(|f| {
-        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
-        let first = fragment(udp_packet((f.client, 40_000), (f.cluster_ip, 80), b"question"), 0, true);
-        let rest = Transport::Other { proto: 17, bytes: vec![1; 24] };
-        let later = fragment(packet((f.client, 0), (f.cluster_ip, 0), rest), 8, false);
-        for hook in [Hook::UplinkIn, Hook::Xdp] {
-            expect_drop(&world, hook, &first, Reason::Fragment);
-            expect_drop(&world, hook, &later, Reason::Fragment);
-        }
-        for packet in [first, later] {
-            expect_untouched(&world, Hook::UplinkIn, &packet.to(f.elsewhere, 80));
-        }
-    });
-}
-
 /// P21: past the bound, only if the destination is ours.
 #[test]
 fn more_extension_headers_than_are_followed_are_a_counted_drop() {

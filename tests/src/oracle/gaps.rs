@@ -14,11 +14,11 @@ pub enum Gap {
     Ipv6,
     /// SCTP packets (S6).
     Sctp,
-    /// Later fragments (P20): each fragment of a packet to a Service is dropped.
+    /// Fragments (P20): random cases leave them out.
     Fragments,
     /// IP options and VLAN tags (P21): a packet with options to a Service is dropped.
     Options,
-    /// ICMP errors about translated flows (P19).
+    /// ICMP errors about translated flows (P19): random cases leave them out.
     IcmpErrors,
 }
 

@@ -233,6 +233,10 @@ pub fn rewritten(frame: &[u8], headers: &Headers, rewrite: &Rewrite) -> Vec<u8> 
             panic!("a rewrite keeps the family")
         }
     }
+    // P20: what follows the first fragment has no transport header.
+    if !headers.is_v6() && number(&frame[ETHERNET + 6..ETHERNET + 8]) & 0x1fff != 0 {
+        return out;
+    }
     let l4 = headers.l4;
     out[l4..l4 + 2].copy_from_slice(&rewrite.src.port().to_be_bytes());
     out[l4 + 2..l4 + 4].copy_from_slice(&rewrite.dst.port().to_be_bytes());

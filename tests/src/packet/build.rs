@@ -326,13 +326,25 @@ pub fn crc32c(bytes: &[u8]) -> u32 {
 }
 
 /// The ICMP or ICMPv6 error of this type and code, with its second word, that a router at `from` sends about `about`.
-pub fn icmp_error(from: &str, about: &Packet, [kind, code]: [u8; 2], word: u32) -> Packet {
+pub fn icmp_error(from: &str, about: &Packet, kind: [u8; 2], word: u32) -> Packet {
+    let mut error = icmp_error_quoting(from, about, kind, word, 8);
+    (error.id, error.link) = (0, [LINK_FROM, LINK_TO]);
+    error
+}
+
+/// The same as it arrives from elsewhere, quoting this many bytes behind the network header, or all there are.
+pub fn icmp_error_quoting(
+    from: &str,
+    about: &Packet,
+    [kind, code]: [u8; 2],
+    word: u32,
+    quoted: usize,
+) -> Packet {
     let mut bytes = vec![kind, code, 0, 0];
     bytes.extend(word.to_be_bytes());
-    bytes.extend(&about.network_bytes()[..about.header_length() + 8]);
+    bytes.extend(about.network_bytes().iter().take(about.header_length() + quoted));
     let proto = if about.src.0.is_ipv4() { ICMP } else { ICMPV6 };
     let mut error = packet((from, 0), (from, 0), Transport::Other { proto, bytes });
     error.dst = (about.src.0, 0);
-    (error.id, error.link) = (0, [LINK_FROM, LINK_TO]);
     error
 }

@@ -1,0 +1,155 @@
+//! Datagrams that come in fragments, between real stacks (P20).
+
+use crate::world::{PORT, World, everywhere};
+use dataplane_tests::lab::{Place, at};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Bytes of the datagrams: more than forty fragments.
+const BIG: usize = 60_000;
+
+/// The port on which servers of this test listen.
+fn target(world: &World) -> u16 {
+    world.node_port(9)
+}
+
+/// While `clients` run, a server in each of the pods sends every datagram back.
+fn with_echo(world: &World, pods: &[&str], clients: impl FnOnce()) {
+    let end = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for pod in pods {
+            let place = world.pod(pod).place().clone();
+            let (socket, end) = (bind(world, &place), &end);
+            socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            scope.spawn(move || {
+                let mut buffer = vec![0; 65_536];
+                while !end.load(Ordering::Relaxed) {
+                    if let Ok((length, client)) = socket.recv_from(&mut buffer) {
+                        let _ = socket.send_to(&buffer[..length], client);
+                    }
+                }
+            });
+        }
+        // A panic of a client must end the servers, or the scope waits for them.
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(clients));
+        end.store(true, Ordering::Relaxed);
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+}
+
+fn bind(world: &World, place: &Place) -> UdpSocket {
+    let address = at(Ipv4Addr::UNSPECIFIED, target(world));
+    place.enter(|| UdpSocket::bind(address)).unwrap().unwrap()
+}
+
+/// Sends a big datagram and expects it back, three times on one socket.
+#[track_caller]
+fn assert_echoed(place: &Place, to: SocketAddr) {
+    let socket = place.udp_socket(None).unwrap();
+    socket.connect(to).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    for round in 0..3_u8 {
+        let sent: Vec<u8> = (0..BIG).map(|at| (at / 251) as u8 ^ round).collect();
+        socket.send(&sent).unwrap();
+        let mut read = vec![0; 65_536];
+        let length = socket.recv(&mut read).unwrap_or_else(|error| panic!("{to}, round {round}: {error}"));
+        assert!(read[..length] == sent, "{to}, round {round}: {length} other bytes");
+    }
+}
+
+everywhere! {
+    /// P20: 60,000 bytes there and back: from pods and from the node through a ClusterIP, from outside through node ports, with the
+    /// source kept and with the source translated.
+    fn big_datagrams_go_there_and_back(world) {
+        let service = |index: u8, pod: &str| {
+            let service = world.bare_service(index).udp_node_port(PORT, target(world), world.node_port(index.into()));
+            world.apply(&service.endpoints([world.pod(pod).endpoint()]));
+        };
+        (service(0, "web-1"), service(1, "web-3"));
+        with_echo(world, &["web-1", "web-3"], || {
+            for index in [0, 1] {
+                assert_echoed(world.pod("shell-1").place(), world.frontend(index));
+                assert_echoed(world.pod("shell-3").place(), world.frontend(index));
+                assert_echoed(world.lab().client(), world.node_frontend(1, index.into()));
+                assert_echoed(world.lab().client(), world.node_frontend(2, index.into()));
+            }
+            assert_echoed(world.node(1).place(), world.frontend(1));
+        });
+    }
+}
+
+/// The fragments of a datagram of 48 bytes of data, as raw IPv4 packets; the kernel fills in the header's checksum.
+fn fragments(src: Ipv4Addr, dst: SocketAddr, id: u16) -> Vec<Vec<u8>> {
+    const PIECE: usize = 24;
+    let SocketAddr::V4(dst) = dst else { panic!("{dst} is no IPv4 address") };
+    let mut datagram = [40_000_u16, dst.port(), 56, 0].map(u16::to_be_bytes).concat();
+    datagram.extend([b'x'; 48]);
+    let pieces: Vec<_> = datagram.chunks(PIECE).enumerate().collect();
+    pieces
+        .iter()
+        .map(|(number, piece)| {
+            let more = if number + 1 < pieces.len() { 0x2000 } else { 0 };
+            let field = ((number * PIECE / 8) as u16 | more).to_be_bytes();
+            let (length, id) = ((20 + piece.len() as u16).to_be_bytes(), id.to_be_bytes());
+            let mut packet =
+                vec![0x45, 0, length[0], length[1], id[0], id[1], field[0], field[1], 64, 17, 0, 0];
+            packet.extend(src.octets());
+            packet.extend(dst.ip().octets());
+            packet.extend(*piece);
+            packet
+        })
+        .collect()
+}
+
+everywhere! {
+    /// P20: a fragment that comes before its first is dropped and counted, and its datagram is lost; in any order behind the first they
+    /// arrive.
+    fn an_early_fragment_is_dropped_and_counted(world) {
+        let service = world.bare_service(0).udp(PORT, target(world));
+        world.apply(&service.endpoints([world.pod("web-3").endpoint()]));
+        let pod = world.pod("shell-1");
+        let server = bind(world, world.pod("web-3").place());
+        let raw = pod.place().socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW).unwrap();
+        let raw = UdpSocket::from(raw);
+        let send = |id: u16, order: [usize; 3]| {
+            let packets = fragments(pod.address(), world.frontend(0), id);
+            for at in order {
+                send_raw(&raw, &packets[at], world.frontend(0));
+            }
+        };
+        let received = |wait: Duration| {
+            server.set_read_timeout(Some(wait)).unwrap();
+            server.recv(&mut [0; 100]).ok()
+        };
+        let before = world.count(1, "early-fragment");
+        send(1, [0, 2, 1]);
+        assert_eq!(received(Duration::from_secs(3)), Some(48));
+        assert_eq!(world.count(1, "early-fragment"), before);
+        send(2, [1, 0, 2]);
+        assert_eq!(received(crate::world::SILENCE), None);
+        assert_eq!(world.count(1, "early-fragment"), before + 1);
+        send(3, [0, 1, 2]);
+        assert_eq!(received(Duration::from_secs(3)), Some(48));
+    }
+}
+
+fn send_raw(socket: &UdpSocket, packet: &[u8], to: SocketAddr) {
+    let SocketAddr::V4(to) = to else { panic!("{to} is no IPv4 address") };
+    // SAFETY: all zero is a valid `sockaddr_in`; both pointers are to values that outlive the call, with their sizes.
+    let sent = unsafe {
+        let mut address: libc::sockaddr_in = std::mem::zeroed();
+        address.sin_family = libc::AF_INET as libc::sa_family_t;
+        address.sin_addr.s_addr = u32::from_ne_bytes(to.ip().octets());
+        libc::sendto(
+            socket.as_raw_fd(),
+            packet.as_ptr().cast(),
+            packet.len(),
+            0,
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_in>() as u32,
+        )
+    };
+    assert_eq!(sent, packet.len() as isize, "{}", std::io::Error::last_os_error());
+}
