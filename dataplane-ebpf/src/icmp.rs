@@ -6,8 +6,8 @@
 use crate::frame::{Frame, Refused};
 use crate::nat::{self, Rewrite};
 use crate::scratch::Scratch;
+use dataplane_common::Protocol;
 use dataplane_common::checksum::{Sum, update};
-use dataplane_common::{Addr, Protocol};
 
 /// Offset of the checksum in an ICMP header.
 const CHECKSUM: u32 = 2;
@@ -17,20 +17,18 @@ const CHECKSUM: u32 = 2;
 /// It belongs into the walk's working memory, where the verifier does not tell apart what came of the families.
 #[derive(Clone, Copy)]
 pub struct Changes {
-    outer: u64,
+    pub(crate) outer: u64,
     addresses: u64,
     quote: u64,
 }
 
-/// Translates the error `packet` about `quoted`. `flow` is the direction in which the error goes, `src` its source afterwards,
-/// `routed` as in [`nat::plan`].
+/// Translates what the error `packet` quotes. `flow` is the direction in which the error goes,
+/// `changes.outer` by how much the sum of its own addresses changed.
 ///
 /// # Errors
 /// [`Refused`]: the packet may be half changed and must be dropped.
 #[inline(always)]
-pub fn apply<F: Frame>(frame: &mut F, s: &mut Scratch, src: Addr, routed: bool) -> Result<(), Refused> {
-    let outer = Rewrite { src, ..nat::plan(&s.packet, &s.flow, routed) };
-    s.changes.outer = nat::apply_to_network(frame, &s.packet, &outer)?.0;
+pub fn requote<F: Frame>(frame: &mut F, s: &mut Scratch) -> Result<(), Refused> {
     requote_network(frame, s)?;
     requote_transport(frame, s)?;
     // The checksum of ICMPv6 covers the addresses, that of ICMP does not (RFC 4443 section 2.3, RFC 792).

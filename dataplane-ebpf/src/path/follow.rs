@@ -16,10 +16,23 @@ impl<F: Frame> Walk<'_, F> {
     pub(super) fn with_obstacle(&mut self) -> Code {
         match self.s.packet.obstacle {
             Obstacle::FirstFragment => self.first_fragment(),
-            Obstacle::LaterFragment => self.later_fragment(),
-            Obstacle::IcmpError => self.icmp_error(),
+            Obstacle::LaterFragment | Obstacle::IcmpError => self.by_another(),
             Obstacle::None | Obstacle::Extensions | Obstacle::Malformed | Obstacle::Protocol => Code::BEGIN,
         }
+    }
+
+    /// A packet whose flow another packet tells. One way for both kinds, so that the verifier walks it once.
+    #[inline(always)]
+    fn by_another(&mut self) -> Code {
+        let is_error = self.s.packet.obstacle == Obstacle::IcmpError;
+        let named = if is_error { self.named_by_quote() } else { self.named_by_first_fragment() };
+        if named {
+            let followed = self.follow();
+            if followed != Code::BEGIN {
+                return followed;
+            }
+        }
+        if is_error { Code::BEGIN } else { self.lost_fragment(named) }
     }
 
     /// The first fragment of a datagram has the ports and the checksum, and goes the common way. If it may be ours, the
@@ -34,17 +47,20 @@ impl<F: Frame> Walk<'_, F> {
         Code::BEGIN
     }
 
+    /// Takes key and ports of a fragment from what the first of its datagram left; false if that was not seen.
     #[inline(never)]
-    fn later_fragment(&mut self) -> Code {
+    fn named_by_first_fragment(&mut self) -> bool {
         let packet = &mut self.s.packet;
-        let Some(ports) = fragment::lookup(packet) else { return self.early_fragment().into() };
+        let Some(ports) = fragment::lookup(packet) else { return false };
         (packet.src_port, packet.dst_port, packet.proto) = (ports.src_port, ports.dst_port, ports.proto());
         self.s.key = FlowKey::new(packet.src, packet.src_port, packet.dst, packet.dst_port, packet.proto);
-        let followed = self.follow();
-        if followed != Code::BEGIN {
-            return followed;
-        }
-        self.orphan_fragment().into()
+        true
+    }
+
+    /// A fragment without a flow; `named`: its first one was seen.
+    #[inline(never)]
+    fn lost_fragment(&self, named: bool) -> Code {
+        if named { self.orphan_fragment() } else { self.early_fragment() }.into()
     }
 
     /// A fragment whose datagram is not known. What only Services have as their address is ours and cannot be translated;
@@ -83,15 +99,16 @@ impl<F: Frame> Walk<'_, F> {
         }
     }
 
-    /// An error is found by the opposite direction of what it quotes, and is addressed to the sender of that.
+    /// Takes the key of an error from what it quotes: it goes in the opposite direction, to the sender of that. False if it
+    /// quotes nothing that could be ours.
     #[inline(never)]
-    fn icmp_error(&mut self) -> Code {
+    fn named_by_quote(&mut self) -> bool {
         let quoted = &mut self.s.quoted;
         if !parse::quoted(self.frame, &self.s.packet, quoted) || quoted.src != self.s.packet.dst {
-            return Code::BEGIN;
+            return false;
         }
         self.s.key = FlowKey::new(quoted.dst, quoted.dst_port, quoted.src, quoted.src_port, quoted.proto);
-        self.follow()
+        true
     }
 
     /// Sends the packet the way of the flow that is found by the walk's key; [`Verdict::Begin`] if there is none.
@@ -111,30 +128,30 @@ impl<F: Frame> Walk<'_, F> {
             let direction = if flow.has(Flow::REPLY) { Direction::Out } else { Direction::In };
             count::packet(flow.service, flow.backend, direction, self.s.packet.length);
         }
-        if self.s.packet.obstacle == Obstacle::IcmpError {
-            return self.translate_error(exit);
+        if self.s.packet.obstacle != Obstacle::IcmpError {
+            found.touch(flow);
         }
-        found.touch(flow);
-        self.translate_fragment(exit)
+        self.translate(exit)
     }
 
+    /// Writes the translation of the network header, and of what an error quotes.
     #[inline(never)]
-    fn translate_error(&mut self, exit: Exit) -> Code {
+    fn translate(&mut self, exit: Exit) -> Code {
         let (packet, flow) = (&self.s.packet, &self.s.flow);
-        let routed = self.is_routed(exit);
+        let mut rewrite = nat::plan(packet, flow, self.is_routed(exit));
+        let is_error = packet.obstacle == Obstacle::IcmpError;
         // The far end speaks by the address under which it is known here. So does a router in between where the error is
         // sent on by this node itself: nobody believes it that router's address.
-        let known_as = packet.src == self.s.key.src || exit == Exit::Forward;
-        let src = if known_as { flow.src } else { packet.src };
-        let written = icmp::apply(self.frame, self.s, src, routed);
-        written.map_or(Verdict::Drop(Reason::WriteFailed), |()| exit.verdict()).into()
-    }
-
-    #[inline(never)]
-    fn translate_fragment(&mut self, exit: Exit) -> Code {
-        let (packet, flow) = (&self.s.packet, &self.s.flow);
-        let rewrite = nat::plan(packet, flow, self.is_routed(exit));
-        let written = nat::apply_to_network(self.frame, packet, &rewrite);
-        written.map_or(Verdict::Drop(Reason::WriteFailed), |_| exit.verdict()).into()
+        if is_error && packet.src != self.s.key.src && exit != Exit::Forward {
+            rewrite.src = packet.src;
+        }
+        match nat::apply_to_network(self.frame, packet, &rewrite) {
+            Ok(outer) => self.s.changes.outer = outer.0,
+            Err(_) => return Verdict::Drop(Reason::WriteFailed).into(),
+        }
+        if is_error && icmp::requote(self.frame, self.s).is_err() {
+            return Verdict::Drop(Reason::WriteFailed).into();
+        }
+        exit.verdict().into()
     }
 }
