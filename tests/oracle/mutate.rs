@@ -6,7 +6,7 @@ use crate::random::Random;
 use crate::run::{Bench, hook, reasons};
 use crate::script::{self, Step};
 use dataplane_common::drop::{Disposition, Reason};
-use dataplane_tests::oracle::wire::{self, ETHERNET, Headers, Rewrite};
+use dataplane_tests::oracle::wire::{self, ETHERNET, Flaw, Headers, Rewrite};
 use dataplane_tests::oracle::{Cluster, Place};
 use dataplane_tests::packet::Verdict;
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,9 +37,14 @@ pub(crate) fn run(bench: &mut Bench, seed: u64) -> Result<usize, String> {
                 damage(&mut random, &mut frame);
             }
             // Where a Service's address is its endpoint's own, a translation changes nothing: only the counters tell it.
-            let headers = wire::parse(&frame);
-            let invisible =
-                headers.filter(|headers| [headers.src, headers.dst].iter().any(|at| own.contains(at)));
+            let invisible = wire::parse(&frame).filter(|headers| {
+                // A fragment after the first has no ports, and may be one of any of them.
+                let later = headers.flaw == Some(Flaw::Fragment) && headers.dst.port() == 0;
+                let is_own = |at: SocketAddr| {
+                    own.contains(&at) || later && own.iter().any(|endpoint| endpoint.ip() == at.ip())
+                };
+                is_own(headers.src) || is_own(headers.dst)
+            });
             let known = invisible.is_some().then(|| total(bench)).transpose()?;
             let (verdict, out) = bench
                 .world
