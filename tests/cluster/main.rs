@@ -4,5 +4,6 @@
 mod agents;
 mod boot;
 mod controlplane;
+mod names;
 mod shared;
 mod world;

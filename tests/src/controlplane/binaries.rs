@@ -21,6 +21,9 @@ const KUBERNETES: [&str; 4] = [
 ];
 /// The package of etcd.
 const ETCD: &str = "go.etcd.io/etcd/server/v3";
+/// The package of CoreDNS, in a module of its own, and its program.
+const COREDNS: &str = "github.com/coredns/coredns";
+const DNS_PROGRAM: &str = "coredns";
 /// How often a build that is not watched on a terminal says how far it is.
 const PROGRESS_PERIOD: Duration = Duration::from_secs(15);
 
@@ -42,11 +45,29 @@ impl Binaries {
         if PROGRAMS.iter().all(|name| in_path(name)) {
             return Ok(Self { folder: None });
         }
-        let folder = cache()?;
+        let folder = cache(&module())?;
         if !PROGRAMS.iter().all(|name| folder.join(name).is_file()) {
-            build(&folder).context("building the control plane from tests/controlplane")?;
+            build(&folder, &build_cluster).context("building the control plane from tests/controlplane")?;
         }
         Ok(Self { folder: Some(folder) })
+    }
+
+    /// CoreDNS: found beside the others or in PATH, or built as they are, in a folder of its own.
+    pub fn find_or_build_dns(&self) -> Result<PathBuf> {
+        if let Some(beside) =
+            self.folder.as_ref().map(|folder| folder.join(DNS_PROGRAM)).filter(|p| p.is_file())
+        {
+            return Ok(beside);
+        }
+        if in_path(DNS_PROGRAM) {
+            return Ok(DNS_PROGRAM.into());
+        }
+        let folder = cache(&dns_module())?;
+        let program = folder.join(DNS_PROGRAM);
+        if !program.is_file() {
+            build(&folder, &build_dns).context("building CoreDNS from tests/controlplane/coredns")?;
+        }
+        Ok(program)
     }
 
     /// The path of a program.
@@ -65,8 +86,13 @@ fn module() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("controlplane")
 }
 
-/// `target/controlplane/HASH`, where the hash is that of the module's versions.
-fn cache() -> Result<PathBuf> {
+/// That of CoreDNS.
+fn dns_module() -> PathBuf {
+    module().join(DNS_PROGRAM)
+}
+
+/// `target/controlplane/HASH`, where the hash is that of a module's versions.
+fn cache(module: &Path) -> Result<PathBuf> {
     let running = std::env::current_exe()?;
     let target = running
         .ancestors()
@@ -74,7 +100,7 @@ fn cache() -> Result<PathBuf> {
         .with_context(|| format!("{} is not in a target folder of cargo", running.display()))?;
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for file in ["go.mod", "go.sum"] {
-        let path = module().join(file);
+        let path = module.join(file);
         for byte in fs::read(&path).with_context(|| path.display().to_string())? {
             hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
         }
@@ -82,7 +108,8 @@ fn cache() -> Result<PathBuf> {
     Ok(target.join("controlplane").join(format!("{hash:016x}")))
 }
 
-fn build(folder: &Path) -> Result<()> {
+/// Has the programs of a folder built, unless somebody else is about to.
+fn build(folder: &Path, programs: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
     let parent = folder.parent().context("cache folder")?;
     fs::create_dir_all(parent)?;
     let lock = File::create(parent.join("lock"))?;
@@ -96,19 +123,29 @@ fn build(folder: &Path) -> Result<()> {
             "Go is needed: install Go 1.26 or later, or name a folder with {PROGRAMS:?} in {FOLDER_VARIABLE}"
         );
     }
-    eprintln!("building the control plane once (several minutes) …");
     // Under the lock: nobody else builds, and what is there is of a build that was cut short.
     let new = parent.join(".new");
     let _ = fs::remove_dir_all(&new);
+    programs(&new)?;
+    Ok(fs::rename(&new, folder)?)
+}
+
+fn build_cluster(folder: &Path) -> Result<()> {
+    eprintln!("building the control plane once (several minutes) …");
     let all: Vec<_> = KUBERNETES.iter().copied().chain([ETCD]).collect();
-    let mut progress = Progress::new(packages(&all)?);
+    let mut progress = Progress::new(module(), &all)?;
     let version = version()?;
-    let flags = version_flags(&version);
-    let out = new.join("");
-    progress.go_build(&flags, &out, &KUBERNETES)?;
-    progress.go_build("-s -w", &new.join("etcd"), &[ETCD])?;
-    fs::rename(&new, folder)?;
-    progress.finish();
+    progress.go_build(&version_flags(&version), &folder.join(""), &KUBERNETES)?;
+    progress.go_build("-s -w", &folder.join("etcd"), &[ETCD])?;
+    progress.finish("the control plane");
+    Ok(())
+}
+
+fn build_dns(folder: &Path) -> Result<()> {
+    eprintln!("building CoreDNS once (several minutes) …");
+    let mut progress = Progress::new(dns_module(), &[COREDNS])?;
+    progress.go_build("-s -w", &folder.join(DNS_PROGRAM), &[COREDNS])?;
+    progress.finish("CoreDNS");
     Ok(())
 }
 
@@ -130,23 +167,24 @@ fn version_flags(version: &str) -> String {
     )
 }
 
-fn go() -> Command {
+fn go(module: &Path) -> Command {
     let mut go = Command::new("go");
-    go.current_dir(module()).env("CGO_ENABLED", "0").env_remove("GOFLAGS");
+    go.current_dir(module).env("CGO_ENABLED", "0").env_remove("GOFLAGS");
     go
 }
 
 /// How many packages the programs are made of; also fetches their modules.
-fn packages(roots: &[&str]) -> Result<usize> {
+fn packages(module: &Path, roots: &[&str]) -> Result<usize> {
     eprintln!("fetching Go modules …");
     let output =
-        go().args(["list", "-mod=readonly", "-deps"]).args(roots).stderr(Stdio::inherit()).output()?;
+        go(module).args(["list", "-mod=readonly", "-deps"]).args(roots).stderr(Stdio::inherit()).output()?;
     ensure!(output.status.success(), "go list: {}", output.status);
     Ok(output.stdout.iter().filter(|&&byte| byte == b'\n').count())
 }
 
 /// How far a build is, by the packages that `go build -v` names as it compiles them.
 struct Progress {
+    module: PathBuf,
     done: usize,
     total: usize,
     start: Instant,
@@ -154,12 +192,13 @@ struct Progress {
 }
 
 impl Progress {
-    fn new(total: usize) -> Self {
-        Self { done: 0, total, start: Instant::now(), told: Instant::now() }
+    fn new(module: PathBuf, roots: &[&str]) -> Result<Self> {
+        let total = packages(&module, roots)?;
+        Ok(Self { module, done: 0, total, start: Instant::now(), told: Instant::now() })
     }
 
     fn go_build(&mut self, flags: &str, out: &Path, packages: &[&str]) -> Result<()> {
-        let mut command = go();
+        let mut command = go(&self.module);
         command.args([
             "build",
             "-v",
@@ -204,8 +243,8 @@ impl Progress {
         }
     }
 
-    fn finish(&self) {
+    fn finish(&self, what: &str) {
         let seconds = self.start.elapsed().as_secs();
-        eprintln!("\rthe control plane is built ({}:{:02})", seconds / 60, seconds % 60);
+        eprintln!("\r{what} is built ({}:{:02})", seconds / 60, seconds % 60);
     }
 }

@@ -1,23 +1,29 @@
 //! The lab's kubelet for all nodes: makes a namespace and a server of each pod that is bound to a node, reports it ready, and
-//! ends it as its grace period says. It runs no images: each pod is the lab's pod server on the pod's container ports.
+//! ends it as its grace period says. It pulls no images: a pod whose image is a program of the lab's folder of images runs that,
+//! and every other pod is the lab's pod server on the pod's container ports.
 
 use super::Nodes;
+use super::dns::{ADDRESS, DOMAIN};
 use super::objects::insist;
-use crate::lab::{Addresses, Node, PodOptions};
-use anyhow::{Context, Result};
+use crate::lab::{self, Addresses, Node, PodOptions};
+use anyhow::{Context, Result, ensure};
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Annotation: seconds that the server goes on serving after SIGTERM.
 pub(crate) const DRAIN: &str = "lab.portolan.dev/drain-seconds";
 
+/// How often a readiness probe is made.
+const PROBE_PERIOD: Duration = Duration::from_millis(200);
 /// The grace period of a pod that has none.
 const GRACE: i64 = 30;
 
@@ -33,12 +39,14 @@ enum Stage {
 struct Kubelet {
     client: Client,
     nodes: Arc<Nodes>,
+    /// Programs by the name of their image.
+    images: PathBuf,
     stages: Arc<Mutex<BTreeMap<String, Stage>>>,
 }
 
 /// Runs for ever.
-pub(crate) async fn run(client: Client, nodes: Nodes) {
-    let kubelet = Kubelet { client: client.clone(), nodes: Arc::new(nodes), stages: Arc::default() };
+pub(crate) async fn run(client: Client, nodes: Nodes, images: PathBuf) {
+    let kubelet = Kubelet { client: client.clone(), nodes: Arc::new(nodes), images, stages: Arc::default() };
     let mut events = std::pin::pin!(watcher(Api::<Pod>::all(client), watcher::Config::default()));
     while let Some(event) = events.next().await {
         match event {
@@ -101,7 +109,7 @@ impl Kubelet {
     }
 
     async fn start(&self, node: &Arc<Node>, pod: &Pod, uid: &str) -> Result<()> {
-        let (name, options) = (local_name(pod), options(pod));
+        let (name, options) = (local_name(pod), options(pod, &self.images));
         let made = {
             let node = node.clone();
             tokio::task::spawn_blocking(move || {
@@ -120,6 +128,10 @@ impl Kubelet {
                 return Err(error);
             }
         };
+        if let Some(probe) = readiness_probe(pod) {
+            let made = made.clone();
+            tokio::task::spawn_blocking(move || wait_until_ready(&made, &probe)).await??;
+        }
         self.set_stage(uid, Some(Stage::Running));
         self.report(node, pod, made.addresses()).await
     }
@@ -195,8 +207,44 @@ fn local_name(pod: &Pod) -> String {
     }
 }
 
-/// Serves on the ports of all containers.
-fn options(pod: &Pod) -> PodOptions {
+/// The `httpGet` of the first readiness probe. Other kinds are not known here: such a pod is ready at once.
+fn readiness_probe(pod: &Pod) -> Option<(u16, String)> {
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    let probe =
+        containers.filter_map(|container| container.readiness_probe.as_ref()?.http_get.as_ref()).next()?;
+    let IntOrString::Int(port) = probe.port else { return None };
+    Some((port.try_into().ok()?, probe.path.clone().unwrap_or_else(|| "/".into())))
+}
+
+/// Asks until the answer is 200, for as long as the pod's program runs.
+fn wait_until_ready(pod: &lab::Pod, (port, path): &(u16, String)) -> Result<()> {
+    let client = lab::Client::at(pod.place());
+    let ready = || {
+        let mut stream = client.connect(lab::at(pod.address(), *port)).ok()?;
+        stream.get(path).ok().filter(|(status, _)| *status == 200)
+    };
+    while ready().is_none() {
+        let server = pod.server().context("it runs nothing that could be ready")?;
+        ensure!(server.exit_status().is_none(), "its program has ended:\n{}", server.log());
+        std::thread::sleep(PROBE_PERIOD);
+    }
+    Ok(())
+}
+
+/// What a pod of the cluster knows of names: `dnsPolicy: ClusterFirst`.
+fn resolver(pod: &Pod) -> String {
+    let namespace = pod.namespace().unwrap_or_else(|| "default".into());
+    format!("nameserver {ADDRESS}\nsearch {namespace}.svc.{DOMAIN} svc.{DOMAIN} {DOMAIN}\noptions ndots:5\n",)
+}
+
+/// Runs the image that is there, or serves on the ports of all containers.
+fn options(pod: &Pod, images: &Path) -> PodOptions {
+    let first = pod.spec.iter().flat_map(|spec| &spec.containers).next();
+    let image = first.and_then(|container| Some(images.join(container.image.as_ref()?)));
+    if let Some(program) = image.filter(|program| program.is_file()) {
+        let arguments = first.and_then(|container| container.args.clone()).unwrap_or_default();
+        return PodOptions::client().program(&program, &arguments);
+    }
     let ports = |wanted: &str| -> Vec<u16> {
         let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
         containers
@@ -206,5 +254,9 @@ fn options(pod: &Pod) -> PodOptions {
             .collect()
     };
     let drain = pod.annotations().get(DRAIN).and_then(|text| text.parse().ok()).unwrap_or(0.0);
-    PodOptions::default().tcp(&ports("TCP")).udp(&ports("UDP")).drain(Duration::from_secs_f64(drain))
+    PodOptions::default()
+        .tcp(&ports("TCP"))
+        .udp(&ports("UDP"))
+        .drain(Duration::from_secs_f64(drain))
+        .resolver(&resolver(pod))
 }

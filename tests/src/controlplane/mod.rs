@@ -5,6 +5,7 @@
 //! forwarder that listens on loopback: there is no route.
 
 mod binaries;
+pub mod dns;
 mod forward;
 mod kubelet;
 mod objects;
@@ -62,6 +63,7 @@ impl ControlPlane {
     pub fn start_telling(lab: &Lab, tell: &dyn Fn(&str)) -> Result<Self> {
         let binaries = Binaries::find_or_build()?;
         let place = lab.add_outside("control-plane", HOST)?;
+        lab.route_to_pods(&place)?;
         let folder = lab.folder().join("control-plane");
         let logs = lab.logs();
         fs::create_dir_all(&folder)?;
@@ -91,7 +93,7 @@ impl ControlPlane {
         plane.start_controllers()?;
         plane.block_on(objects::create_nodes(&plane.client, lab.nodes()))?;
         plane.spawn(scheduler::run(plane.client.clone(), names(lab)));
-        plane.spawn(kubelet::run(plane.client.clone(), lab.nodes().to_vec()));
+        plane.spawn(kubelet::run(plane.client.clone(), lab.nodes().to_vec(), plane.images()));
         Ok(plane)
     }
 
@@ -122,6 +124,11 @@ impl ControlPlane {
     /// For a person at this machine: all rights, by way of the forwarder.
     pub fn admin_kubeconfig(&self) -> PathBuf {
         self.folder.join("admin.kubeconfig")
+    }
+
+    /// Where the lab's kubelet finds programs by the name of their image.
+    fn images(&self) -> PathBuf {
+        self.folder.join("images")
     }
 
     /// Where `kubectl` is.

@@ -21,7 +21,7 @@ const RETRY_PERIOD: Duration = Duration::from_millis(200);
 /// Who writes.
 const FIELD_MANAGER: &str = "portolan-lab";
 
-/// The keys of service accounts, which no pod of the lab uses and the API server wants.
+/// The keys of service accounts, which CoreDNS uses and the API server wants.
 pub(crate) fn write_account_keys(folder: &Path) -> Result<()> {
     /// `SubjectPublicKeyInfo` of an uncompressed point on P-256, up to the point.
     const PUBLIC_KEY_HEAD: [u8; 26] = [
@@ -104,7 +104,9 @@ fn addressed(client: &Client, object: &Value) -> Result<(Api<DynamicObject>, Str
     let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, &kind));
     let namespace = text(&object["metadata"]["namespace"]).unwrap_or_else(|| "default".into());
     let api = match kind.as_str() {
-        "Node" | "Namespace" | "ServiceCIDR" => Api::all_with(client.clone(), &resource),
+        "Node" | "Namespace" | "ServiceCIDR" | "ClusterRole" | "ClusterRoleBinding" => {
+            Api::all_with(client.clone(), &resource)
+        }
         _ => Api::namespaced_with(client.clone(), &namespace, &resource),
     };
     Ok((api, name))

@@ -363,6 +363,17 @@ impl Lab {
         Ok(())
     }
 
+    /// Routes from an outside place to the pods, each by way of its node: pods call it with their own addresses. A router knows
+    /// them already, unless they are behind tunnels.
+    pub fn route_to_pods(&self, outside: &Place) -> Result<()> {
+        let routes: Vec<_> = self.nodes.iter().flat_map(|node| node.routes_to_pods()).collect();
+        match (self.options.routed, self.options.pods.tunnel()) {
+            (false, _) => outside.ip(&routes),
+            (true, Some(_)) => self.net.ip(&routes),
+            (true, None) => Ok(()),
+        }
+    }
+
     /// A pod with its server on a node (index from 0).
     pub fn add_pod(&self, name: &str, node: usize, options: &PodOptions) -> Result<Arc<Pod>> {
         self.node(node).add_pod(name, options)
@@ -431,8 +442,13 @@ pub fn places(id: &str) -> BTreeMap<String, Place> {
         .filter_map(|entry| {
             let name = entry.file_name().to_string_lossy().into_owned();
             let text = fs::read_to_string(entry.path()).ok()?;
-            let (namespace, cgroup) = text.trim_end().split_once('\n')?;
-            Some((name.clone(), Place::new(&name, namespace, Path::new(cgroup))))
+            let mut lines = text.lines();
+            let place = Place::new(&name, lines.next()?, Path::new(lines.next()?));
+            let place = match lines.next() {
+                Some(resolver) => place.with_resolver(Path::new(resolver)),
+                None => place,
+            };
+            Some((name, place))
         })
         .collect()
 }

@@ -256,7 +256,14 @@ impl Node {
         let host = self.reserve_address()?;
         let addresses = network::pod(self.number, host);
         let cgroup = self.cgroup.strip_prefix(&self.traces.cgroup)?.join("pods").join(name);
-        let place = make_place(&self.traces, name, &cgroup)?;
+        let mut place = make_place(&self.traces, name, &cgroup)?;
+        if let Some(text) = &options.resolver {
+            let file = self.traces.folder.join("resolvers").join(name);
+            fs::create_dir_all(file.parent().context("folder")?)?;
+            fs::write(&file, text)?;
+            place = place.with_resolver(&file);
+            super::process::record(&self.traces.folder, &place)?;
+        }
         let pod = Pod {
             name: name.into(),
             node: self.name().into(),
@@ -333,18 +340,22 @@ pub struct PodOptions {
     tcp: Vec<u16>,
     udp: Vec<u16>,
     drain: Duration,
+    /// What the pod's programs see as `/etc/resolv.conf`.
+    resolver: Option<String>,
+    /// A program in place of the pod server, with its arguments.
+    program: Option<(PathBuf, Vec<String>)>,
 }
 
 impl Default for PodOptions {
     fn default() -> Self {
-        Self { tcp: vec![8080], udp: vec![8080], drain: Duration::ZERO }
+        Self { tcp: vec![8080], udp: vec![8080], ..Self::client() }
     }
 }
 
 impl PodOptions {
     /// A pod without a server: a client.
     pub fn client() -> Self {
-        Self { tcp: Vec::new(), udp: Vec::new(), drain: Duration::ZERO }
+        Self { tcp: Vec::new(), udp: Vec::new(), drain: Duration::ZERO, resolver: None, program: None }
     }
 
     /// Serves HTTP on these ports (8080 unless told).
@@ -368,11 +379,30 @@ impl PodOptions {
         self
     }
 
+    /// The pod's `/etc/resolv.conf` (the machine's own unless told).
+    #[must_use]
+    pub fn resolver(mut self, text: &str) -> Self {
+        self.resolver = Some(text.into());
+        self
+    }
+
+    /// Runs a program in place of the pod server, and does not wait until it listens.
+    #[must_use]
+    pub fn program(mut self, program: &Path, arguments: &[String]) -> Self {
+        self.program = Some((program.into(), arguments.to_vec()));
+        self
+    }
+
     fn serves(&self) -> bool {
-        !self.tcp.is_empty() || !self.udp.is_empty()
+        self.program.is_some() || !self.tcp.is_empty() || !self.udp.is_empty()
     }
 
     fn start(&self, place: &Place, logs: &Path, pod: &str, node: &str) -> Result<Process> {
+        if let Some((program, arguments)) = &self.program {
+            let mut command = place.command(program)?;
+            command.args(arguments);
+            return Process::start(logs, pod, command);
+        }
         let mut command = place.command(program("portolan-lab", "PORTOLAN_LAB_PROGRAM")?)?;
         command.args(["serve", "--pod", pod, "--node", node]);
         command.arg("--drain").arg(self.drain.as_secs_f64().to_string());

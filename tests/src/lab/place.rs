@@ -5,11 +5,12 @@
 
 use super::network::Family;
 use anyhow::{Context, Result};
-use std::ffi::OsStr;
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,12 +24,25 @@ pub struct Place {
     name: String,
     namespace: String,
     cgroup: PathBuf,
+    /// Stands in the place of `/etc/resolv.conf`.
+    resolver: Option<PathBuf>,
 }
 
 impl Place {
     /// A place by its short name, the name of its namespace and the folder of its cgroup.
     pub(crate) fn new(name: &str, namespace: &str, cgroup: &Path) -> Self {
-        Self { name: name.into(), namespace: namespace.into(), cgroup: cgroup.into() }
+        Self { name: name.into(), namespace: namespace.into(), cgroup: cgroup.into(), resolver: None }
+    }
+
+    /// The same, where programs see this file as `/etc/resolv.conf`.
+    pub(crate) fn with_resolver(mut self, file: &Path) -> Self {
+        self.resolver = Some(file.into());
+        self
+    }
+
+    /// What programs see as `/etc/resolv.conf`, if not the machine's own.
+    pub(crate) fn resolver(&self) -> Option<&Path> {
+        self.resolver.as_deref()
     }
 
     /// Its name within the lab, such as `node-1`.
@@ -66,11 +80,16 @@ impl Place {
             .write(true)
             .open(&members)
             .with_context(|| format!("cgroup {}", members.display()))?;
+        let resolver =
+            self.resolver.as_ref().map(|file| CString::new(file.as_os_str().as_bytes())).transpose()?;
         let mut command = Command::new(program);
-        // SAFETY: the closure makes two system calls on descriptors that it owns, and allocates nothing.
+        // SAFETY: the closure makes system calls on descriptors and a string that it owns, and allocates nothing.
         unsafe {
             command.pre_exec(move || {
                 set_namespace(namespace.as_raw_fd())?;
+                if let Some(file) = &resolver {
+                    mount_resolver(file)?;
+                }
                 match libc::write(members.as_raw_fd(), c"0".as_ptr().cast(), 1) {
                     1 => Ok(()),
                     _ => Err(io::Error::last_os_error()),
@@ -162,6 +181,20 @@ pub(crate) fn any_source(family: Family) -> SocketAddr {
     match family {
         Family::V4 => (Ipv4Addr::UNSPECIFIED, 0).into(),
         Family::V6 => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    }
+}
+
+/// Puts a file in the place of `/etc/resolv.conf`, for the calling process and its children alone. What is unmounted outside is
+/// unmounted here too, so that this process keeps no namespace of the lab alive.
+fn mount_resolver(file: &CStr) -> io::Result<()> {
+    let null = std::ptr::null();
+    let done = |result| if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
+    // SAFETY: system calls; all pointers are strings that outlive them, or null where the kernel reads none.
+    unsafe {
+        done(libc::unshare(libc::CLONE_NEWNS))?;
+        let slave = libc::MS_REC | libc::MS_SLAVE;
+        done(libc::mount(null, c"/".as_ptr(), null, slave, null.cast()))?;
+        done(libc::mount(file.as_ptr(), c"/etc/resolv.conf".as_ptr(), null, libc::MS_BIND, null.cast()))
     }
 }
 

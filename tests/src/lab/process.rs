@@ -138,7 +138,8 @@ pub fn program(name: &str, variable: &str) -> Result<PathBuf> {
 
 /// Appends a name to `Place` commands so that a lab's folder tells where things run.
 pub(crate) fn record(folder: &Path, place: &Place) -> Result<()> {
-    let text = format!("{}\n{}\n", place.namespace(), place.cgroup().display());
+    let resolver = place.resolver().map(|file| format!("{}\n", file.display())).unwrap_or_default();
+    let text = format!("{}\n{}\n{resolver}", place.namespace(), place.cgroup().display());
     let file = folder.join("places").join(place.name());
     fs::write(&file, text).with_context(|| file.display().to_string())
 }

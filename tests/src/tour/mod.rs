@@ -10,8 +10,11 @@ use anyhow::{Context, Result};
 use narration::Narration;
 use std::process::ExitCode;
 use std::time::Instant;
-use steps::{STEPS, Tour};
+use steps::{CLUSTER_STEPS, STEPS, Tour};
 use world::{LOCAL_PORT, NODE_PORT, PORT, SHELL, WEB, World};
+
+/// Names are asked before a pod leaves.
+const STEPS_BEFORE_NAMES: usize = 5;
 
 /// `portolan-lab run`.
 #[derive(Clone, Debug, clap::Args)]
@@ -76,7 +79,9 @@ pub fn run(options: &TourOptions) -> Result<ExitCode> {
     introduce(&lab);
     let mut narration = Narration::default();
     let tour = Tour { lab, world };
-    for (title, step) in STEPS {
+    let of_cluster = if options.cluster { CLUSTER_STEPS.as_slice() } else { &[] };
+    let (before, after) = STEPS.split_at(STEPS_BEFORE_NAMES);
+    for (title, step) in before.iter().chain(of_cluster).chain(after) {
         narration.step(title);
         if let Err(error) = step(&tour, &mut narration) {
             narration.failed(&error);

@@ -12,6 +12,8 @@ use std::time::Duration;
 const MANY: usize = 40;
 /// How long silence must last to count as a drop.
 const SILENCE: Duration = Duration::from_millis(700);
+/// The headless Service of the StatefulSet, where there is a cluster.
+const NGINX: &str = "nginx.default.svc.cluster.local";
 /// Entries of a dump that are shown.
 const DUMP_ENTRIES: usize = 2;
 
@@ -29,6 +31,10 @@ pub(crate) const STEPS: [(&str, Step); 8] = [
     ("The endpoints' counters", Tour::counters),
     ("A map as bpftool shows it", Tour::a_map),
 ];
+
+/// The steps that only a cluster has.
+pub(crate) const CLUSTER_STEPS: [(&str, Step); 1] =
+    [("Names: a headless Service, a pod that is replaced, an ExternalName", Tour::names)];
 
 /// What the steps look at.
 pub(crate) struct Tour {
@@ -227,6 +233,53 @@ impl Tour {
             }
         }
         anyhow::bail!("{name} never answers a datagram")
+    }
+
+    /// Asks CoreDNS from the shell, as a user does.
+    fn nslookup(&self, say: &mut Narration, name: &str) -> Result<String> {
+        say.tell(&format!("nslookup {name}, in the pod {SHELL}"));
+        let place = pod(&self.lab, SHELL)?.place().clone();
+        let output = place.command("nslookup")?.arg(name).output().context("nslookup")?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        say.quote(text.trim_end());
+        Ok(text)
+    }
+
+    fn names(&self, say: &mut Narration) -> Result<()> {
+        let World::Cluster(plane) = &self.world else { return Ok(()) };
+        plane.start_dns()?;
+        let server = crate::controlplane::dns::ADDRESS;
+        say.tell(&format!(
+            "CoreDNS is a pod behind the ClusterIP {server}, and reaches the API server by 10.96.0.1"
+        ));
+        let client = pod(&self.lab, SHELL)?.place().clone();
+        let answers = || client.run("nslookup", &["-timeout=1", NGINX]).is_ok();
+        wait(answers, "CoreDNS answers")?;
+        let text = self.nslookup(say, NGINX)?;
+        let pods = self.lab.nodes().iter().flat_map(|node| node.pods_by_name());
+        let pods: Vec<_> = pods.filter(|pod| PODS.contains(&pod.name())).collect();
+        let all = pods.iter().all(|pod| text.contains(&pod.address().to_string()));
+        say.check(all, "a headless Service is the addresses of its pods (D4)");
+        let name = format!("{}.{NGINX}", PODS[0]);
+        let before = pod(&self.lab, PODS[0])?.address();
+        let text = self.nslookup(say, &name)?;
+        say.check(text.contains(&before.to_string()), "a pod of a StatefulSet has a name (D5)");
+        say.tell(&format!("kubectl delete pod {}", PODS[0]));
+        plane.kubectl(&["delete", "pod", PODS[0]], "")?;
+        let follows = || {
+            let new = self.lab.pod(PODS[0]).map(|pod| pod.address());
+            let text = client.run("nslookup", &[&name]).unwrap_or_default();
+            new.is_some_and(|new| new != before && text.contains(&new.to_string()))
+        };
+        wait(follows, "the name has the address of the new pod")?;
+        let text = self.nslookup(say, &name)?;
+        say.check(!text.contains(&before.to_string()), "its name follows it to its new address (D5)");
+        let text = self.nslookup(say, "elsewhere.default.svc.cluster.local")?;
+        say.check(text.contains("canonical name"), "an ExternalName is an alias (D8)");
+        for service in ["nginx", "web"] {
+            plane.wait_for_endpoints(service, PODS.len(), Duration::from_secs(60))?;
+        }
+        Ok(())
     }
 
     fn counters(&self, say: &mut Narration) -> Result<()> {

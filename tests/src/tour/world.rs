@@ -58,7 +58,7 @@ fn stateful_set(drain: u8) -> Value {
     json!({
         "apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": { "name": "web" },
         "spec": {
-            "replicas": PODS.len(), "serviceName": "web", "podManagementPolicy": "Parallel",
+            "replicas": PODS.len(), "serviceName": "nginx", "podManagementPolicy": "Parallel",
             "selector": { "matchLabels": { "app": "web" } },
             "template": {
                 "metadata": {
@@ -68,6 +68,21 @@ fn stateful_set(drain: u8) -> Value {
                 "spec": { "containers": [{ "name": "web", "image": "lab/web", "ports": ports }] },
             },
         },
+    })
+}
+
+/// The headless Service that gives the StatefulSet's pods their names.
+fn headless() -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "nginx" },
+        "spec": { "clusterIP": "None", "selector": { "app": "web" }, "ports": [{ "name": "http", "port": POD_PORT }] },
+    })
+}
+
+fn external_name() -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "elsewhere" },
+        "spec": { "type": "ExternalName", "externalName": crate::controlplane::dns::OUTSIDE_NAME },
     })
 }
 
@@ -98,8 +113,8 @@ impl World {
         let bare = lab.node(BARE_NODE).name();
         tell(&format!("kubectl cordon {bare}: so that one node has no web server"));
         plane.kubectl(&["cordon", bare], "")?;
-        tell("kubectl apply: a StatefulSet `web` of 3 replicas, three Services, a pod `shell`");
-        let mut objects = vec![stateful_set(drain), shell(bare)];
+        tell("kubectl apply: a StatefulSet `web` of 3 replicas, five Services, a pod `shell`");
+        let mut objects = vec![stateful_set(drain), shell(bare), headless(), external_name()];
         for service in services() {
             let mut service = service.service();
             service["spec"]["selector"] = json!({ "app": "web" });

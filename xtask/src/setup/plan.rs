@@ -29,6 +29,11 @@ pub(super) struct Package {
 /// What everything needs. What depends on more than one file is planned below.
 pub(super) const PACKAGES: &[Package] = &[
     Package {
+        name: "bind9-dnsutils",
+        probe: Probe::Program("dig"),
+        why: "asks for names, with `dig` and `nslookup`",
+    },
+    Package {
         name: "bpftool",
         probe: Probe::Program("bpftool"),
         why: "shows maps and programs in the tour and in tests",
@@ -305,6 +310,7 @@ mod tests {
         let expected = [
             "rustfmt",
             "clippy",
+            "bind9-dnsutils",
             "bpftool",
             "cargo-web",
             "curl",
