@@ -13,7 +13,7 @@ use crate::repeat::{Step, Steps, repeat};
 use crate::scratch::{Opening, Scratch, SourceRule};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
-use crate::verdict::{Code, Verdict};
+use crate::verdict::{Code, Verdict, Way};
 use crate::{interest, nat};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::affinity::AffinityKey;
@@ -269,21 +269,9 @@ impl<F: Frame> Walk<'_, F> {
             return Ok(Exit::HandUp);
         }
         if node_client || flow.has(Flow::SOURCE_TRANSLATED) {
-            return self.way_out();
+            return self.routed_exit();
         }
         Ok(Exit::Stack)
-    }
-
-    /// As [`Self::routed_exit`]; but a pod's interface is no exit for XDP: what is redirected to a veth without a program
-    /// behind it is lost.
-    #[inline(always)]
-    fn way_out(&mut self) -> Result<Exit, Verdict> {
-        let flow = &self.s.flow;
-        if F::LEAVES_TO_TC && !flow.has(Flow::REPLY) && select::status(flow.backend).has(BackendStatus::LOCAL)
-        {
-            return Err(Verdict::LeaveToTc);
-        }
-        self.routed_exit()
     }
 
     /// Finds the way to the flow's destination past the stack, and the source address the kernel would use.
@@ -296,9 +284,8 @@ impl<F: Frame> Walk<'_, F> {
         }
         let origin = if sent { Origin::Sent } else { Origin::Received };
         match forward::route(self.frame, packet, &flow.dst, origin, fib, way) {
-            Route::Via if F::LEAVES_TO_TC && self.frame.is_tagged(packet.l3()) => Err(Verdict::LeaveToTc),
-            Route::Via if way.resolved || !F::LEAVES_TO_TC => Ok(Exit::Forward),
-            Route::Via => Err(Verdict::LeaveToTc),
+            Route::Via if F::LEAVES_TO_TC && !back_out(self.frame, packet, way) => Err(Verdict::LeaveToTc),
+            Route::Via => Ok(Exit::Forward),
             Route::Local => {
                 // The endpoint is in the node's own network. The node as its own client would meet a martian: its
                 // packet must come from the frontend's address.
@@ -353,6 +340,8 @@ impl<F: Frame> Walk<'_, F> {
     fn find_endpoints(&mut self) -> Verdict {
         let packet = &self.s.packet;
         let source = match self.hook {
+            // P18: loopback is the node's own processes' only.
+            Hook::PodIngress if packet.dst.is_loopback() => return Verdict::Pass,
             Hook::PodIngress => Source::Pod,
             Hook::UplinkIngress => Source::Outside,
             Hook::UplinkEgress if service::node_address(&packet.src).is_some() => Source::Node,
@@ -515,7 +504,7 @@ impl<F: Frame> Walk<'_, F> {
     /// Finds the way, enters the proposed flow with a translated source, and sends the packet.
     #[inline(always)]
     fn enter_translated(&mut self) -> Verdict {
-        let exit = match self.way_out() {
+        let exit = match self.routed_exit() {
             Ok(exit) => exit,
             Err(verdict) => return verdict,
         };
@@ -536,6 +525,13 @@ impl<F: Frame> Walk<'_, F> {
         count::packet(flow.service, flow.backend, Direction::In, self.s.packet.length);
         self.send(exit).into()
     }
+}
+
+/// Whether XDP can send a packet on: by the interface it came in on, untagged, to a known neighbour. Any other may be a veth,
+/// a tunnel or a VLAN, where what XDP redirects is lost or arrives as something else.
+#[inline(always)]
+fn back_out<F: Frame>(frame: &F, packet: &Packet, way: &Way) -> bool {
+    way.resolved && way.ifindex == frame.ifindex() && !frame.is_tagged(packet.l3())
 }
 
 /// The rule by which a flow's source address is kept or translated (P4, P5, P7, P9, P10).

@@ -165,7 +165,7 @@ fn errors_of_a_node_port_with_a_remote_endpoint_reach_both_ends() {
 #[track_caller]
 fn expect_sent_on(world: &World, hook: Hook, sent: &Packet, out: &Packet, moved: &BTreeMap<String, u64>) {
     let outcome = world.send(hook, sent).unwrap();
-    assert_eq!((outcome.verdict, &outcome.moved), (Verdict::Redirect, moved), "{sent:?}");
+    assert_eq!((outcome.verdict, &outcome.moved), (hook.sent_on(), moved), "{sent:?}");
     let link = if hook == Hook::Xdp { 12 } else { 0 };
     assert_eq!(hex(&outcome.packet[link..]), hex(&out.bytes()[link..]), "the packet out");
 }

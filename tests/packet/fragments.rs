@@ -89,7 +89,7 @@ fn later_fragments_follow_the_first_where_the_source_is_translated() {
             let first = world.send(hook, &sent[0]).unwrap();
             assert_eq!(
                 (first.verdict, first.moved),
-                (Verdict::Redirect, f.counted_in(lengths(&whole)[0], true))
+                (hook.sent_on(), f.counted_in(lengths(&whole)[0], true))
             );
             let port =
                 f.source_port(&first.packet[if whole.src.0.is_ipv4() { 0 } else { FRAGMENT_HEADER }..]);
@@ -98,14 +98,14 @@ fn later_fragments_follow_the_first_where_the_source_is_translated() {
             assert_eq!(l3(&first.packet), l3(&there[0].bytes()));
             for at in [2, 1] {
                 let outcome = world.send(hook, &sent[at]).unwrap();
-                assert_eq!(outcome.verdict, Verdict::Redirect, "{:?}", outcome.moved);
+                assert_eq!(outcome.verdict, hook.sent_on(), "{:?}", outcome.moved);
                 assert_eq!(l3(&outcome.packet), l3(&there[at].bytes()));
             }
             let whole = datagram((f.remote, 8080), (f.node, port));
             let back = fragments(&whole.clone().from(f.node, 30_080).to(f.client, 40_000).ttl(63));
             for (sent, back) in fragments(&whole).iter().zip(&back) {
                 let outcome = world.send(hook, sent).unwrap();
-                assert_eq!(outcome.verdict, Verdict::Redirect, "{:?}", outcome.moved);
+                assert_eq!(outcome.verdict, hook.sent_on(), "{:?}", outcome.moved);
                 assert_eq!(l3(&outcome.packet), l3(&back.bytes()));
             }
         }
@@ -178,7 +178,7 @@ fn a_later_fragment_is_never_answered() {
         let whole = datagram((f.client, 40_000), (f.node, 30_080));
         let sent = fragments(&whole);
         for hook in [Hook::UplinkIn, Hook::Xdp] {
-            assert_eq!(world.send(hook, &sent[0]).unwrap().verdict, Verdict::Redirect);
+            assert_eq!(world.send(hook, &sent[0]).unwrap().verdict, hook.sent_on());
             expect_drop(&world, hook, &sent[1].clone().ttl(1), Reason::Unanswerable);
         }
         let world = World::new(&f.web("", &[(f.narrow, "there", "ready: true")])).unwrap();

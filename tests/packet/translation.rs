@@ -94,7 +94,7 @@ fn xdp_sends_a_packet_to_a_remote_endpoint_on_by_itself() {
         let uplink: [u8; 6] = outcome.packet[6..12].try_into().unwrap();
         assert_ne!(uplink, LINK_FROM, "the uplink's own address");
         let out = sent.clone().from(f.node, port).to(f.remote, 8080).ttl(63).link(GATEWAY_MAC, uplink);
-        assert_eq!((outcome.verdict, outcome.packet), (Verdict::Redirect, out.bytes()));
+        assert_eq!((outcome.verdict, outcome.packet), (Verdict::Tx, out.bytes()));
         assert_eq!(outcome.moved, f.counted_in(16, true));
     });
 }

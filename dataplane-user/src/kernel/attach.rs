@@ -17,7 +17,6 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 // `enum bpf_attach_type` of linux/bpf.h.
-const XDP: u32 = 37;
 const TCX_INGRESS: u32 = 46;
 const TCX_EGRESS: u32 = 47;
 
@@ -222,7 +221,7 @@ impl Attachments {
     }
 
     fn xdp(&mut self, index: u32, name: &str, mode: u32) -> Result<(), AttachError> {
-        self.link(Hook::XdpUplink, index, name, Target::Xdp(index), XDP, mode)
+        self.link(Hook::XdpUplink, index, name, Target::Xdp(index), link::XDP, mode)
     }
 
     /// The mode of XDP on this uplink, which has Ethernet headers; `None` where tc does the work.

@@ -18,6 +18,9 @@ const TYPE_CGROUP: u32 = 3;
 const TYPE_XDP: u32 = 6;
 const TYPE_TCX: u32 = 11;
 
+/// `BPF_XDP` of `enum bpf_attach_type`.
+pub const XDP: u32 = 37;
+
 /// `BPF_F_BEFORE` without a reference: at the head of the chain.
 pub const FIRST: u32 = 1 << 3;
 /// `BPF_F_AFTER` without a reference: at the end of the chain.

@@ -415,7 +415,7 @@ impl KernelMaps {
             })+};
         }
         create_each!(Nodes NodeAddrs Filter Frontends Services Slots Backends HalfOpen Established Closing);
-        create_each!(SourceRanges Affinities);
+        create_each!(SourceRanges Affinities Fragments);
         create_each!(ServiceTraffic BackendTraffic Reasons SocketPeers SocketChoices);
         Ok(Self { maps })
     }

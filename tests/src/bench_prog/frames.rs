@@ -7,7 +7,7 @@ use super::Effort;
 use crate::bench::target::Ratio;
 use crate::lab::xdp;
 use crate::packet::build::{tcp, tcp_packet};
-use crate::packet::{CLIENT, Hook, in_namespace, index};
+use crate::packet::{CLIENT, Hook, in_namespace, index, xdp_md};
 use anyhow::{Context as _, Result};
 use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::filter::FilterBit;
@@ -85,9 +85,7 @@ fn in_turn(effort: Effort) -> Result<Vec<LiveFrames>> {
 /// Frames per second through one program.
 fn rate(program: BorrowedFd<'_>, uplink: u32) -> Result<f64> {
     let data = tcp_packet((CLIENT, 40_000), ENDPOINT, tcp::ACK).ttl(255).bytes();
-    // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
-    let context: Vec<u8> =
-        [0, data.len() as u32, 0, uplink, 0, 0].iter().flat_map(|word: &u32| word.to_ne_bytes()).collect();
+    let context = xdp_md(data.len(), uplink);
     let run = TestRun {
         data: &data,
         context: &context,

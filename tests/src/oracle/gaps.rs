@@ -4,8 +4,6 @@
 /// Something the contract asks for that is not there yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gap {
-    /// XDP sends to a pod of this node what it must leave to tc, if no slice (any more) says that the pod is on this node.
-    XdpTakesPodsForRemote,
     /// `loadBalancerSourceRanges` (S2).
     SourceRanges,
     /// `sessionAffinity: ClientIP` (S1): any endpoint may be chosen.
@@ -23,16 +21,8 @@ pub enum Gap {
 }
 
 /// The gaps there are.
-pub const GAPS: &[Gap] = &[
-    Gap::XdpTakesPodsForRemote,
-    Gap::SourceRanges,
-    Gap::Affinity,
-    Gap::Ipv6,
-    Gap::Sctp,
-    Gap::Fragments,
-    Gap::Options,
-    Gap::IcmpErrors,
-];
+pub const GAPS: &[Gap] =
+    &[Gap::SourceRanges, Gap::Affinity, Gap::Ipv6, Gap::Sctp, Gap::Fragments, Gap::Options, Gap::IcmpErrors];
 
 /// Whether a gap is still open.
 pub fn is_open(gap: Gap) -> bool {

@@ -3,7 +3,6 @@
 use super::address::is_multicast_or_broadcast;
 use super::cluster::{Kind, ServicePort};
 use super::flows::{Flow, Phase, Sender, Tuple};
-use super::gaps::{self, Gap};
 use super::wire::{self, Flaw, Headers, Rewrite, flag};
 use super::{Model, Place, Way};
 use std::collections::BTreeSet;
@@ -199,17 +198,12 @@ impl Model {
             Then::Used(_, Sender::Endpoint) | Then::Nothing => None,
         };
         let flow = flow.filter(|flow| flow.source_translated);
-        let placed_here = flow.is_some_and(|flow| flow.local);
         let to_pod = flow.is_some_and(|flow| self.is_pod_here(flow.translated.dst.ip()));
-        let unnoticed = to_pod && !placed_here && gaps::is_open(Gap::XdpTakesPodsForRemote);
-        let unnoticed = unnoticed
-            || to_pod
-                && flow.is_some_and(|flow| flow.endpoint_gone && gaps::is_open(Gap::XdpTakesPodsForRemote));
         match alternative.outcome {
             Outcome::Reject(..) => (true, true),
             Outcome::Translated(_, exit) | Outcome::Begun { exit, .. } => match exit {
-                Exit::Stack => (placed_here, false),
-                Exit::Forward => (placed_here || to_pod, to_pod && !unnoticed),
+                Exit::Stack => (false, false),
+                Exit::Forward => (to_pod, to_pod),
                 Exit::HandUp(_) => (true, true),
             },
             Outcome::Pass | Outcome::LeftToTc | Outcome::Drop(_) => (false, false),

@@ -39,6 +39,8 @@ pub struct Family {
     pub elsewhere: &'static str,
     /// An address of loopback.
     pub loopback: &'static str,
+    /// The loopback address that the node has.
+    pub localhost: &'static str,
     /// Addresses that no client can have: multicast, broadcast, unspecified.
     pub no_clients: &'static [&'static str],
     /// Number of its ICMP.
@@ -74,6 +76,7 @@ pub const V4: Family = Family {
     unknown_ip: "10.96.7.7",
     elsewhere: "203.0.113.9",
     loopback: "127.3.2.1",
+    localhost: "127.0.0.1",
     no_clients: &["224.0.0.1", "255.255.255.255", "0.0.0.0"],
     icmp: 1,
     echo_request: 8,
@@ -101,6 +104,7 @@ pub const V6: Family = Family {
     unknown_ip: "fd00:10:96::707",
     elsewhere: "2001:db8:e::9",
     loopback: "::1",
+    localhost: "::1",
     no_clients: &["ff02::1", "ff0e::1", "::"],
     icmp: 58,
     echo_request: 128,

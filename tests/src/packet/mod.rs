@@ -8,6 +8,7 @@ mod stepwise;
 
 pub use batch::NodeFacts;
 
+use crate::lab::xdp;
 use anyhow::{Context as _, Result, bail, ensure};
 use dataplane_common::drop::Reason;
 use dataplane_common::flow::{Flow, FlowKey};
@@ -24,6 +25,7 @@ use dataplane_user::watch::manifests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
+use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -73,6 +75,11 @@ impl Hook {
             Self::PodOut => "tc_pod_out",
         }
     }
+
+    /// The verdict there on a packet that goes on past the stack, out of the uplink.
+    pub fn sent_on(self) -> Verdict {
+        if self == Self::Xdp { Verdict::Tx } else { Verdict::Redirect }
+    }
 }
 
 /// What a program did with a packet.
@@ -118,7 +125,8 @@ pub fn in_namespace(test: impl FnOnce() + Send + 'static) {
         // SAFETY: a plain system call; the namespace is this thread's alone.
         let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
         assert_eq!(result, 0, "a network namespace needs root: {}", std::io::Error::last_os_error());
-        set_up().unwrap_or_else(|error| panic!("{error:#}"));
+        // What it holds ends with the namespace.
+        let _queues = set_up().unwrap_or_else(|error| panic!("{error:#}"));
         test();
     });
     if let Err(panic) = thread.join() {
@@ -126,8 +134,9 @@ pub fn in_namespace(test: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// An uplink with a gateway and another node behind it, a pod, and routes to both, in both families.
-fn set_up() -> Result<()> {
+/// An uplink with a gateway and another node behind it, a pod, and routes to both, in both families. A veth has the receive
+/// queues for XDP, one of which a test run's context names, only while a program is attached: the links are to it.
+fn set_up() -> Result<Vec<OwnedFd>> {
     let interfaces = "link set lo up
          link add up0 type veth peer name up1
          link add pod0 type veth peer name pod1
@@ -143,7 +152,8 @@ fn set_up() -> Result<()> {
         ensure!(status.success(), "ip {command}");
     }
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("ip_forward")?;
-    std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").context("forwarding")
+    std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").context("forwarding")?;
+    xdp::pass_all(&["up0".to_owned()])
 }
 
 /// The index of an interface of the calling thread's namespace.
@@ -159,6 +169,20 @@ pub(crate) fn index(interface: &str) -> Result<u32> {
 fn interfaces() -> Result<[IpAddr; 4]> {
     let own = [family::V4.node.parse()?, family::V6.node.parse()?];
     Ok([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), own[0], own[1]])
+}
+
+/// `struct __sk_buff` of a packet of an interface.
+fn sk_buff(interface: u32) -> Vec<u8> {
+    const IFINDEX: usize = 40;
+    let mut context = vec![0; 192];
+    context[IFINDEX..IFINDEX + 4].copy_from_slice(&interface.to_ne_bytes());
+    context
+}
+
+/// `struct xdp_md` of a packet that came in by an interface: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
+/// egress_ifindex.
+pub(crate) fn xdp_md(length: usize, interface: u32) -> Vec<u8> {
+    [0, length as u32, 0, interface, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect()
 }
 
 /// Tables that are to be written.
@@ -220,9 +244,17 @@ impl World {
             netns_cookie: 1,
         };
         let (uplink, bare, pod) = (index("up0")?, index("tun0")?, index("pod0")?);
-        let (store, compiler) = (Store::new("here"), Compiler::default());
-        let mut world =
-            Self { object: Mutex::new(object), maps, mirror, store, compiler, settings, uplink, bare, pod };
+        let mut world = Self {
+            object: Mutex::new(object),
+            maps,
+            mirror,
+            store: Store::new("here"),
+            compiler: Compiler::default(),
+            settings,
+            uplink,
+            bare,
+            pod,
+        };
         world.apply(yaml)?;
         Ok(world)
     }
@@ -308,18 +340,12 @@ impl World {
 
     /// One run of a program with the context of a hook.
     fn run(&self, hook: Hook, program: &str, data: &[u8]) -> Result<(Verdict, TestRunResult)> {
-        /// Offset of `ifindex` in `struct __sk_buff`, and its size.
-        const IFINDEX: usize = 40;
-        const SK_BUFF: usize = 192;
-        let mut context = vec![0; if hook == Hook::Xdp { 0 } else { SK_BUFF }];
-        if hook != Hook::Xdp {
-            let ifindex = match hook {
-                Hook::Xdp | Hook::UplinkIn | Hook::UplinkOut => self.uplink,
-                Hook::BareIn | Hook::BareOut => self.bare,
-                Hook::PodIn | Hook::PodOut => self.pod,
-            };
-            context[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
-        }
+        let context = match hook {
+            Hook::Xdp => xdp_md(data.len(), self.uplink),
+            Hook::UplinkIn | Hook::UplinkOut => sk_buff(self.uplink),
+            Hook::BareIn | Hook::BareOut => sk_buff(self.bare),
+            Hook::PodIn | Hook::PodOut => sk_buff(self.pod),
+        };
         let run = TestRun { data, context: &context, repeat: 1, ..TestRun::default() };
         // Most cases run one program or two, and the verifier takes its time.
         let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
