@@ -64,6 +64,15 @@ fn another_nodes_node_port_is_left_alone() {
     });
 }
 
+/// P18: a pod that forges a packet to loopback reaches no node port of the node.
+#[test]
+fn a_node_port_on_loopback_is_no_pods() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        expect_untouched(&world, Hook::PodIn, &tcp_packet((f.pod, 40_000), (f.localhost, 30_080), tcp::SYN));
+    });
+}
+
 /// P9: iTP Local chooses local endpoints for pods.
 #[test]
 fn internal_policy_local_chooses_local_endpoints() {
