@@ -1,47 +1,54 @@
 //! ICMP errors between real stacks: path MTU discovery on both sides of a node, traceroute (P19).
 
 use crate::world::{PORT, Tcp, Transport, Udp, World, everywhere};
-use dataplane_tests::lab::{Client, Failure, Place, at};
+use dataplane_tests::lab::{Client, Failure, Family, Place, at};
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd as _;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::time::Duration;
 
 /// Enough for windows to open and many segments to be too long.
 const BULK: usize = 1 << 20;
 
 /// A place behind a router of its own, on whose far link packets of at most `mtu` bytes are sent; the place itself does not
-/// know that. `host` is the router's host number in the nodes' network.
-fn behind_router(world: &World, name: &str, host: u8, mtu: u16) -> (Place, Ipv4Addr) {
+/// know that.
+fn behind_router(world: &World, mtu: u16) -> (Place, IpAddr) {
     let lab = world.lab();
-    let router = lab.add_outside(&format!("{name}-r"), host).unwrap();
-    let far = lab.add_outside(name, host + 1).unwrap();
-    router.sysctl("net/ipv4/ip_forward", "1").unwrap();
+    let (host, net, near, far_end) = match world.family() {
+        Family::V4 => (150, "172.30.150.0/24", "172.30.150.1", "172.30.150.2"),
+        Family::V6 => (160, "fd00:30:150::/64", "fd00:30:150::1", "fd00:30:150::2"),
+    };
+    let router = lab.add_outside(&format!("router-{host}"), host).unwrap();
+    let far = lab.add_outside(&format!("far-{host}"), host + 1).unwrap();
+    for forwarding in ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"] {
+        router.sysctl(forwarding, "1").unwrap();
+    }
+    let bits = net.split_once('/').unwrap().1;
     router
         .ip(&[
             format!("link add far0 type veth peer name near0 netns {}", far.namespace()),
-            format!("addr add 172.30.{host}.1/24 dev far0"),
+            address_on("far0", near, bits),
             format!("link set far0 mtu {mtu} up"),
         ])
         .unwrap();
     far.ip(&[
         "link del eth0".into(),
-        format!("addr add 172.30.{host}.2/24 dev near0"),
+        address_on("near0", far_end, bits),
         "link set near0 up".into(),
-        format!("route add default via 172.30.{host}.1"),
+        format!("route add default via {near}"),
     ])
     .unwrap();
-    let network = lab.client_address().octets();
+    let router = lab.outside_addresses(host).of(world.family());
     for node in lab.nodes() {
-        let router = Ipv4Addr::new(network[0], network[1], network[2], host);
-        node.place().ip(&[format!("route add 172.30.{host}.0/24 via {router}")]).unwrap();
+        node.place().ip(&[format!("route replace {net} via {router}")]).unwrap();
     }
-    (far, Ipv4Addr::new(172, 30, host, 2))
+    (far, far_end.parse().unwrap())
 }
 
-/// The port on which servers of this test listen.
-fn target(world: &World) -> u16 {
-    world.node_port(9)
+/// The command of `ip` that gives an interface an address at once, without a search for duplicates.
+fn address_on(interface: &str, address: &str, bits: &str) -> String {
+    let nodad = if address.contains(':') { " nodad" } else { "" };
+    format!("addr add {address}/{bits} dev {interface}{nodad}")
 }
 
 /// A listener in a pod for one connection, on which `talk` runs.
@@ -50,7 +57,7 @@ fn serve_one(
     pod: &str,
     talk: impl FnOnce(TcpStream) + Send + 'static,
 ) -> std::thread::JoinHandle<()> {
-    let address = at(Ipv4Addr::UNSPECIFIED, target(world));
+    let address = at(world.any_port().ip(), world.own_target());
     let listener = world.pod(pod).place().enter(|| TcpListener::bind(address)).unwrap().unwrap();
     std::thread::spawn(move || {
         let (stream, _) = listener.accept().unwrap();
@@ -71,9 +78,9 @@ fn bulk() -> Vec<u8> {
     (0..BULK).map(|at| (at / 7) as u8).collect()
 }
 
-/// A Service with a node port for TCP on [`target`] of the pod `web-3`, which is on `node-2`.
+/// A Service with a node port for TCP of the pod `web-3`, which is on `node-2`.
 fn apply(world: &World) {
-    let service = world.bare_service(0).tcp_node_port(PORT, target(world), world.node_port(0));
+    let service = world.bare_service(0).tcp_node_port(PORT, world.own_target(), world.node_port(0));
     world.apply(&service.endpoints([world.pod("web-3").endpoint()]));
 }
 
@@ -82,9 +89,9 @@ everywhere! {
     /// the one that translated only the destination.
     fn a_client_behind_a_small_mtu_downloads_through_a_node_port(world) {
         apply(world);
-        let (far, address) = behind_router(world, "small", 150, 1_280);
+        let (far, address) = behind_router(world, 1_280);
         let pod = world.pod("web-3");
-        for (node, seen_by_pod) in [(1, world.node_ip(1)), (2, address.into())] {
+        for (node, seen_by_pod) in [(1, world.node_ip(1)), (2, address)] {
             let server = serve_one(world, "web-3", |mut stream| stream.write_all(&bulk()).unwrap());
             let stream = Client::at(&far).connect(world.node_frontend(node, 0)).unwrap();
             let mut read = Vec::new();
@@ -101,7 +108,8 @@ everywhere! {
     fn a_client_uploads_over_a_way_that_takes_less(world) {
         apply(world);
         let narrow = |mtu: &str| {
-            let (range, via) = (world.node(2).pod_range(), world.node(2).address());
+            let (via, [v4, v6]) = (world.node_ip(2), world.node(2).pod_ranges());
+            let range = if via.is_ipv4() { v4 } else { v6 };
             world.node(3).place().ip(&[format!("route replace {range} via {via} {mtu}")]).unwrap();
         };
         narrow("mtu lock 1300");
@@ -132,10 +140,11 @@ enum Hop {
 
 /// A datagram with this time to live on a connected socket, which hears of errors only if they quote what it sent.
 fn probe(place: &Place, to: SocketAddr, ttl: u32) -> Hop {
-    let socket = place.udp_socket(None).unwrap();
+    let family = Family::of(to.ip());
+    let socket = UdpSocket::from(place.socket(family.domain(), libc::SOCK_DGRAM, 0).unwrap());
     socket.connect(to).unwrap();
-    set_option(&socket, libc::IP_TTL, ttl);
-    set_option(&socket, libc::IP_RECVERR, 1);
+    set_ttl(&socket, family, ttl);
+    keep_errors(&socket, family);
     socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
     socket.send(b"hello").unwrap();
     let mut buffer = [0; 512];
@@ -143,32 +152,46 @@ fn probe(place: &Place, to: SocketAddr, ttl: u32) -> Hop {
         Ok(_) => Hop::Answered,
         Err(error) => {
             assert_eq!(error.raw_os_error(), Some(libc::EHOSTUNREACH), "{to} with {ttl}: {error}");
-            offender(&socket)
+            offender(&socket, family)
         }
     }
 }
 
-fn set_option(socket: &impl std::os::fd::AsRawFd, option: i32, value: u32) {
-    let value: i32 = value.cast_signed();
+/// Sets the time to live of what a socket sends.
+fn set_ttl(socket: &impl AsFd, family: Family, ttl: u32) {
+    let socket = socket2::SockRef::from(socket);
+    match family {
+        Family::V4 => socket.set_ttl_v4(ttl).unwrap(),
+        Family::V6 => socket.set_unicast_hops_v6(ttl).unwrap(),
+    }
+}
+
+/// Has ICMP errors kept on the socket's error queue.
+fn keep_errors(socket: &UdpSocket, family: Family) {
+    let (level, option) = match family {
+        Family::V4 => (libc::IPPROTO_IP, libc::IP_RECVERR),
+        Family::V6 => (libc::IPPROTO_IPV6, libc::IPV6_RECVERR),
+    };
+    let on: i32 = 1;
     // SAFETY: the pointer is to a value that outlives the call, with its size.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::IPPROTO_IP,
+            level,
             option,
-            (&raw const value).cast(),
-            size_of::<i32>() as u32,
+            (&raw const on).cast(),
+            size_of_val(&on) as libc::socklen_t,
         )
     };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// Who sent the ICMP error that waits on a socket's error queue.
-fn offender(socket: &UdpSocket) -> Hop {
-    /// Where the parts of `struct sock_extended_err` with its address lie in the control message (linux/errqueue.h).
+/// Who sent the ICMP error that waits on a socket's error queue: that the time to live was exceeded.
+fn offender(socket: &UdpSocket, family: Family) -> Hop {
+    /// Where the parts of `struct sock_extended_err` lie in the control message (linux/errqueue.h); an address follows it.
     const HEADER: usize = size_of::<libc::cmsghdr>();
     const KIND: usize = HEADER + 5;
-    const OFFENDER: usize = HEADER + 16 + 4;
+    const OFFENDER: usize = HEADER + 16;
     let mut control = [0_u64; 32];
     // SAFETY: all zero is a valid `msghdr`; the control buffer outlives the call.
     let read = unsafe {
@@ -179,27 +202,23 @@ fn offender(socket: &UdpSocket) -> Hop {
     };
     assert!(read >= 0, "no error waits: {}", std::io::Error::last_os_error());
     let bytes: Vec<u8> = control.iter().flat_map(|word| word.to_ne_bytes()).collect();
-    assert_eq!(bytes[KIND], 11, "time exceeded");
-    let address: [u8; 4] = bytes[OFFENDER..OFFENDER + 4].try_into().unwrap();
-    Hop::Exceeded(Ipv4Addr::from(address).into())
+    // The address is at byte 4 of `struct sockaddr_in`, at byte 8 of `struct sockaddr_in6`.
+    let (time_exceeded, address): (u8, IpAddr) = match family {
+        Family::V4 => (11, <[u8; 4]>::try_from(&bytes[OFFENDER + 4..OFFENDER + 8]).unwrap().into()),
+        Family::V6 => (3, <[u8; 16]>::try_from(&bytes[OFFENDER + 8..OFFENDER + 24]).unwrap().into()),
+    };
+    assert_eq!(bytes[KIND], time_exceeded, "time exceeded");
+    Hop::Exceeded(address)
 }
 
 /// A connection whose packets have this time to live.
 fn connect(place: &Place, to: SocketAddr, ttl: u32) -> Result<(), Failure> {
-    let SocketAddr::V4(to) = to else { panic!("{to} is no IPv4 address") };
-    let stream = TcpStream::from(place.socket(libc::AF_INET, libc::SOCK_STREAM, 0).unwrap());
-    set_option(&stream, libc::IP_TTL, ttl);
+    let family = Family::of(to.ip());
+    let stream = TcpStream::from(place.tcp_socket(family).unwrap());
+    set_ttl(&stream, family, ttl);
     // A call to `connect` waits no longer than this.
     stream.set_write_timeout(Some(Duration::from_secs(3))).unwrap();
-    // SAFETY: all zero is a valid `sockaddr_in`, which outlives the call.
-    let result = unsafe {
-        let mut address: libc::sockaddr_in = std::mem::zeroed();
-        address.sin_family = libc::AF_INET as libc::sa_family_t;
-        address.sin_port = to.port().to_be();
-        address.sin_addr.s_addr = u32::from_ne_bytes(to.ip().octets());
-        libc::connect(stream.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as u32)
-    };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
+    Ok(socket2::SockRef::from(&stream).connect(&to.into())?)
 }
 
 /// Every hop but the last is this one, over UDP and TCP; then the endpoint answers.
@@ -227,7 +246,7 @@ everywhere! {
     /// translates both ends speaks in that node's name.
     fn a_traceroute_to_a_service_ends(world) {
         world.apply(&world.node_port_service(0).endpoints([world.pod("web-3").endpoint()]));
-        let gateway = IpAddr::from(world.node(1).gateway());
+        let gateway = world.gateway(1);
         let [first, second] = [world.node_ip(1), world.node_ip(2)];
         let both = [Udp, Tcp];
         assert_route(world.pod("shell-1").place(), world.frontend(0), &[gateway, second], &both);

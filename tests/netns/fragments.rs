@@ -1,19 +1,15 @@
 //! Datagrams that come in fragments, between real stacks (P20).
 
 use crate::world::{PORT, World, everywhere};
-use dataplane_tests::lab::{Place, at};
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd as _;
+use dataplane_tests::lab::{Family, Place, at};
+use dataplane_tests::packet::build::{Packet, udp_packet};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Bytes of the datagrams: more than forty fragments.
 const BIG: usize = 60_000;
-
-/// The port on which servers of this test listen.
-fn target(world: &World) -> u16 {
-    world.node_port(9)
-}
 
 /// While `clients` run, a server in each of the pods sends every datagram back.
 fn with_echo(world: &World, pods: &[&str], clients: impl FnOnce()) {
@@ -40,14 +36,14 @@ fn with_echo(world: &World, pods: &[&str], clients: impl FnOnce()) {
 }
 
 fn bind(world: &World, place: &Place) -> UdpSocket {
-    let address = at(Ipv4Addr::UNSPECIFIED, target(world));
+    let address = at(world.any_port().ip(), world.own_target());
     place.enter(|| UdpSocket::bind(address)).unwrap().unwrap()
 }
 
 /// Sends a big datagram and expects it back, three times on one socket.
 #[track_caller]
 fn assert_echoed(place: &Place, to: SocketAddr) {
-    let socket = place.udp_socket(None).unwrap();
+    let socket = UdpSocket::from(place.socket(Family::of(to.ip()).domain(), libc::SOCK_DGRAM, 0).unwrap());
     socket.connect(to).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     for round in 0..3_u8 {
@@ -64,7 +60,7 @@ everywhere! {
     /// source kept and with the source translated.
     fn big_datagrams_go_there_and_back(world) {
         let service = |index: u8, pod: &str| {
-            let service = world.bare_service(index).udp_node_port(PORT, target(world), world.node_port(index.into()));
+            let service = world.bare_service(index).udp_node_port(PORT, world.own_target(), world.node_port(index.into()));
             world.apply(&service.endpoints([world.pod(pod).endpoint()]));
         };
         (service(0, "web-1"), service(1, "web-3"));
@@ -80,41 +76,25 @@ everywhere! {
     }
 }
 
-/// The fragments of a datagram of 48 bytes of data, as raw IPv4 packets; the kernel fills in the header's checksum.
-fn fragments(src: Ipv4Addr, dst: SocketAddr, id: u16) -> Vec<Vec<u8>> {
-    const PIECE: usize = 24;
-    let SocketAddr::V4(dst) = dst else { panic!("{dst} is no IPv4 address") };
-    let mut datagram = [40_000_u16, dst.port(), 56, 0].map(u16::to_be_bytes).concat();
-    datagram.extend([b'x'; 48]);
-    let pieces: Vec<_> = datagram.chunks(PIECE).enumerate().collect();
-    pieces
-        .iter()
-        .map(|(number, piece)| {
-            let more = if number + 1 < pieces.len() { 0x2000 } else { 0 };
-            let field = ((number * PIECE / 8) as u16 | more).to_be_bytes();
-            let (length, id) = ((20 + piece.len() as u16).to_be_bytes(), id.to_be_bytes());
-            let mut packet =
-                vec![0x45, 0, length[0], length[1], id[0], id[1], field[0], field[1], 64, 17, 0, 0];
-            packet.extend(src.octets());
-            packet.extend(dst.ip().octets());
-            packet.extend(*piece);
-            packet
-        })
-        .collect()
+/// The fragments of a datagram of 48 bytes of data, from the network header on.
+fn fragments(src: IpAddr, dst: SocketAddr, id: u16) -> Vec<Vec<u8>> {
+    let (src, to) = (src.to_string(), dst.ip().to_string());
+    let mut datagram = udp_packet((&src, 40_000), (&to, dst.port()), &[b'x'; 48]);
+    datagram.id = id;
+    datagram.fragments(24).iter().map(Packet::network_bytes).collect()
 }
 
 everywhere! {
     /// P20: a fragment that comes before its first is dropped and counted, and its datagram is lost; in any order behind the first they
     /// arrive.
     fn an_early_fragment_is_dropped_and_counted(world) {
-        let service = world.bare_service(0).udp(PORT, target(world));
+        let service = world.bare_service(0).udp(PORT, world.own_target());
         world.apply(&service.endpoints([world.pod("web-3").endpoint()]));
         let pod = world.pod("shell-1");
         let server = bind(world, world.pod("web-3").place());
-        let raw = pod.place().socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW).unwrap();
-        let raw = UdpSocket::from(raw);
+        let raw = pod.place().socket(world.family().domain(), libc::SOCK_RAW, libc::IPPROTO_RAW).unwrap();
         let send = |id: u16, order: [usize; 3]| {
-            let packets = fragments(pod.address(), world.frontend(0), id);
+            let packets = fragments(world.pod_ip("shell-1"), world.frontend(0), id);
             for at in order {
                 send_raw(&raw, &packets[at], world.frontend(0));
             }
@@ -135,21 +115,8 @@ everywhere! {
     }
 }
 
-fn send_raw(socket: &UdpSocket, packet: &[u8], to: SocketAddr) {
-    let SocketAddr::V4(to) = to else { panic!("{to} is no IPv4 address") };
-    // SAFETY: all zero is a valid `sockaddr_in`; both pointers are to values that outlive the call, with their sizes.
-    let sent = unsafe {
-        let mut address: libc::sockaddr_in = std::mem::zeroed();
-        address.sin_family = libc::AF_INET as libc::sa_family_t;
-        address.sin_addr.s_addr = u32::from_ne_bytes(to.ip().octets());
-        libc::sendto(
-            socket.as_raw_fd(),
-            packet.as_ptr().cast(),
-            packet.len(),
-            0,
-            (&raw const address).cast(),
-            size_of::<libc::sockaddr_in>() as u32,
-        )
-    };
-    assert_eq!(sent, packet.len() as isize, "{}", std::io::Error::last_os_error());
+/// Sends a packet with its network header. The port of a raw socket's destination is to be 0 (IPv6).
+fn send_raw(socket: &OwnedFd, packet: &[u8], to: SocketAddr) {
+    let to = at(to.ip(), 0).into();
+    assert_eq!(socket2::SockRef::from(socket).send_to(packet, &to).unwrap(), packet.len());
 }

@@ -237,6 +237,11 @@ impl World {
         self.kind
     }
 
+    /// The family of the addresses.
+    pub(crate) fn family(&self) -> Family {
+        self.family
+    }
+
     /// The laboratory.
     pub(crate) fn lab(&self) -> &Lab {
         &self.lab
@@ -295,6 +300,11 @@ impl World {
         const EACH: u16 = 2;
         assert!(index < EACH);
         30_000 + self.number * EACH + index
+    }
+
+    /// The port of servers that this test starts in pods by itself.
+    pub(crate) fn own_target(&self) -> u16 {
+        20_000 + self.number
     }
 
     /// A Service of this test, by an index from 0, without ports.

@@ -11,32 +11,6 @@ const PIECE: usize = 40;
 /// Bytes of an IPv6 fragment header.
 const FRAGMENT_HEADER: usize = 8;
 
-/// The fragments of a packet. The first carries the transport checksum over the whole.
-fn fragments(whole: &Packet) -> Vec<Packet> {
-    let payload = whole.network_bytes().split_off(whole.header_length());
-    let pieces = payload.chunks(PIECE).enumerate();
-    let last = payload.len().div_ceil(PIECE) - 1;
-    pieces
-        .map(|(number, piece)| {
-            let transport = Transport::Other { proto: whole.proto(), bytes: piece.to_vec() };
-            fragment(whole, number * PIECE, number != last, transport)
-        })
-        .collect()
-}
-
-/// A fragment that begins at an offset.
-fn fragment(whole: &Packet, offset: usize, more: bool, transport: Transport) -> Packet {
-    let mut fragment = whole.clone();
-    fragment.transport = transport;
-    if whole.src.0.is_ipv4() {
-        fragment.fragment = (offset / 8) as u16 | if more { 0x2000 } else { 0 };
-    } else {
-        let ([high, low], [a, b]) = ((offset as u16 | u16::from(more)).to_be_bytes(), whole.id.to_be_bytes());
-        fragment.extensions = vec![(44, vec![0, high, low, 0, 0, a, b])];
-    }
-    fragment
-}
-
 /// Bytes behind the network header of each of a datagram's three fragments.
 fn lengths(whole: &Packet) -> [u64; 3] {
     let header = if whole.src.0.is_ipv4() { 0 } else { FRAGMENT_HEADER };
@@ -54,14 +28,14 @@ fn later_fragments_follow_the_first_through_a_cluster_ip() {
     for_both(|f| {
         let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
         let whole = datagram((f.pod, 40_000), (f.cluster_ip, 80));
-        let (sent, out) = (fragments(&whole), fragments(&whole.clone().to(f.remote, 8080)));
+        let (sent, out) = (whole.fragments(PIECE), whole.clone().to(f.remote, 8080).fragments(PIECE));
         for at in [0, 2, 1] {
             let counted = f.counted_in(lengths(&whole)[at], at == 0);
             expect(&world, Hook::PodIn, &sent[at], Verdict::Pass, &out[at], &counted);
             expect_untouched(&world, Hook::UplinkOut, &out[at]);
         }
         let whole = datagram((f.remote, 8080), (f.pod, 40_000));
-        let (sent, out) = (fragments(&whole), fragments(&whole.clone().from(f.cluster_ip, 80)));
+        let (sent, out) = (whole.fragments(PIECE), whole.clone().from(f.cluster_ip, 80).fragments(PIECE));
         for at in [0, 2, 1] {
             expect_untouched(&world, Hook::UplinkIn, &sent[at]);
             expect_untouched(&world, Hook::Xdp, &sent[at]);
@@ -85,7 +59,7 @@ fn later_fragments_follow_the_first_where_the_source_is_translated() {
         for hook in [Hook::UplinkIn, Hook::Xdp] {
             let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
             let whole = datagram((f.client, 40_000), (f.node, 30_080));
-            let sent = fragments(&whole);
+            let sent = whole.fragments(PIECE);
             let first = world.send(hook, &sent[0]).unwrap();
             assert_eq!(
                 (first.verdict, first.moved),
@@ -93,7 +67,7 @@ fn later_fragments_follow_the_first_where_the_source_is_translated() {
             );
             let port =
                 f.source_port(&first.packet[if whole.src.0.is_ipv4() { 0 } else { FRAGMENT_HEADER }..]);
-            let there = fragments(&whole.clone().from(f.node, port).to(f.remote, 8080).ttl(63));
+            let there = whole.clone().from(f.node, port).to(f.remote, 8080).ttl(63).fragments(PIECE);
             let l3 = |bytes: &[u8]| crate::hex(&bytes[12..]);
             assert_eq!(l3(&first.packet), l3(&there[0].bytes()));
             for at in [2, 1] {
@@ -102,8 +76,8 @@ fn later_fragments_follow_the_first_where_the_source_is_translated() {
                 assert_eq!(l3(&outcome.packet), l3(&there[at].bytes()));
             }
             let whole = datagram((f.remote, 8080), (f.node, port));
-            let back = fragments(&whole.clone().from(f.node, 30_080).to(f.client, 40_000).ttl(63));
-            for (sent, back) in fragments(&whole).iter().zip(&back) {
+            let back = whole.clone().from(f.node, 30_080).to(f.client, 40_000).ttl(63).fragments(PIECE);
+            for (sent, back) in whole.fragments(PIECE).iter().zip(&back) {
                 let outcome = world.send(hook, sent).unwrap();
                 assert_eq!(outcome.verdict, hook.sent_on(), "{:?}", outcome.moved);
                 assert_eq!(l3(&outcome.packet), l3(&back.bytes()));
@@ -119,12 +93,16 @@ fn later_fragments_follow_the_first_to_a_local_endpoint_and_back() {
         for hook in [Hook::UplinkIn, Hook::Xdp] {
             let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
             let whole = datagram((f.client, 40_000), (f.node, 30_080));
-            for (sent, out) in fragments(&whole).iter().zip(&fragments(&whole.clone().to(f.pod, 8080))) {
+            for (sent, out) in
+                whole.fragments(PIECE).iter().zip(&whole.clone().to(f.pod, 8080).fragments(PIECE))
+            {
                 let outcome = world.send(hook, sent).unwrap();
                 assert_eq!((outcome.verdict, outcome.packet), (Verdict::Pass, out.bytes()));
             }
             let whole = datagram((f.pod, 8080), (f.client, 40_000));
-            for (sent, out) in fragments(&whole).iter().zip(&fragments(&whole.clone().from(f.node, 30_080))) {
+            for (sent, out) in
+                whole.fragments(PIECE).iter().zip(&whole.clone().from(f.node, 30_080).fragments(PIECE))
+            {
                 expect_untouched(&world, Hook::PodIn, sent);
                 let outcome = world.send(Hook::UplinkOut, sent).unwrap();
                 assert_eq!((outcome.verdict, outcome.packet), (Verdict::Pass, out.bytes()));
@@ -141,12 +119,12 @@ fn a_fragment_before_its_first_is_dropped() {
             let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
             let client = if hook == Hook::PodIn { f.other_pod } else { f.client };
             let mut whole = datagram((client, 40_000), (f.cluster_ip, 80));
-            expect_drop(&world, hook, &fragments(&whole)[1], Reason::EarlyFragment);
+            expect_drop(&world, hook, &whole.fragments(PIECE)[1], Reason::EarlyFragment);
             assert_eq!(world.flow_counts().unwrap(), [0, 0, 0]);
-            let first = world.send(Hook::PodIn, &fragments(&whole)[0]).unwrap();
+            let first = world.send(Hook::PodIn, &whole.fragments(PIECE)[0]).unwrap();
             assert_eq!(first.verdict, Verdict::Pass);
             whole.id += 1;
-            expect_drop(&world, hook, &fragments(&whole)[2], Reason::EarlyFragment);
+            expect_drop(&world, hook, &whole.fragments(PIECE)[2], Reason::EarlyFragment);
         }
     });
 }
@@ -157,7 +135,7 @@ fn a_refused_datagram_is_answered_once() {
     for_both(|f| {
         let world = World::new(&f.web("", &[])).unwrap();
         let whole = datagram((f.pod, 40_000), (f.cluster_ip, 80));
-        let sent = fragments(&whole);
+        let sent = whole.fragments(PIECE);
         let outcome = world.send(Hook::PodIn, &sent[0]).unwrap();
         assert_eq!((outcome.verdict, outcome.moved), (Verdict::Redirect, reason(Reason::NoEndpoints)));
         // An ICMPv6 error quotes 48 bytes: the fragment header, but not yet the ports behind it.
@@ -176,7 +154,7 @@ fn a_later_fragment_is_never_answered() {
     for_both(|f| {
         let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
         let whole = datagram((f.client, 40_000), (f.node, 30_080));
-        let sent = fragments(&whole);
+        let sent = whole.fragments(PIECE);
         for hook in [Hook::UplinkIn, Hook::Xdp] {
             assert_eq!(world.send(hook, &sent[0]).unwrap().verdict, hook.sent_on());
             expect_drop(&world, hook, &sent[1].clone().ttl(1), Reason::Unanswerable);
@@ -200,13 +178,13 @@ fn fragments_of_strangers_leave_as_they_came() {
             ((f.pod, 40_000), (f.elsewhere, 80)),
             ((f.pod, 8080), (f.client, 40_001)),
         ] {
-            let sent = fragments(&datagram(src, dst));
+            let sent = datagram(src, dst).fragments(PIECE);
             for hook in [Hook::Xdp, Hook::UplinkIn, Hook::UplinkOut, Hook::PodIn, Hook::PodOut] {
                 [2, 0, 1].iter().for_each(|&at: &usize| expect_untouched(&world, hook, &sent[at]));
             }
         }
         let gre = packet((f.client, 0), (f.node, 0), Transport::Other { proto: 47, bytes: vec![0; 90] });
-        fragments(&gre).iter().for_each(|sent| expect_untouched(&world, Hook::UplinkIn, sent));
+        gre.fragments(PIECE).iter().for_each(|sent| expect_untouched(&world, Hook::UplinkIn, sent));
     });
 }
 
@@ -216,7 +194,7 @@ fn a_first_fragment_without_its_ports_is_malformed() {
     for_both(|f| {
         let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
         let short = Transport::Other { proto: 17, bytes: vec![0x9c, 0x40] };
-        let tiny = fragment(&datagram((f.pod, 40_000), (f.cluster_ip, 80)), 0, true, short);
+        let tiny = datagram((f.pod, 40_000), (f.cluster_ip, 80)).fragment(0, true, short);
         expect_drop(&world, Hook::PodIn, &tiny, Reason::Malformed);
     });
 }
@@ -233,12 +211,14 @@ fn fragments_to_other_ports_of_an_external_ip_follow_theirs() {
             let client = if hook == Hook::PodIn { f.other_pod } else { f.client };
             let mut whole = datagram((client, 40_000), (external, 81));
             whole.id = 20 + hook as u16;
-            [0, 2, 1].iter().for_each(|&at: &usize| expect_untouched(&world, hook, &fragments(&whole)[at]));
+            [0, 2, 1]
+                .iter()
+                .for_each(|&at: &usize| expect_untouched(&world, hook, &whole.fragments(PIECE)[at]));
             whole.id += 100;
-            expect_drop(&world, hook, &fragments(&whole)[1], Reason::EarlyFragment);
+            expect_drop(&world, hook, &whole.fragments(PIECE)[1], Reason::EarlyFragment);
         }
         let ours = datagram((f.client, 40_000), (external, 80));
-        for (sent, out) in fragments(&ours).iter().zip(&fragments(&ours.clone().to(f.pod, 8080))) {
+        for (sent, out) in ours.fragments(PIECE).iter().zip(&ours.clone().to(f.pod, 8080).fragments(PIECE)) {
             let outcome = world.send(Hook::UplinkIn, sent).unwrap();
             assert_eq!((outcome.verdict, outcome.packet), (Verdict::Pass, out.bytes()));
         }

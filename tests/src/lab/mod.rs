@@ -322,6 +322,11 @@ impl Lab {
         network::uplink(CLIENT_HOST)
     }
 
+    /// The addresses of what [`Lab::add_outside`] adds with that host number.
+    pub fn outside_addresses(&self, host: u8) -> Addresses {
+        network::uplink(host)
+    }
+
     /// The place of the bridge: what a router outside would see.
     pub fn net(&self) -> &Place {
         &self.net

@@ -112,7 +112,7 @@ impl Family {
     }
 
     /// `AF_INET` or `AF_INET6`.
-    pub(crate) const fn domain(self) -> i32 {
+    pub const fn domain(self) -> i32 {
         match self {
             Self::V4 => libc::AF_INET,
             Self::V6 => libc::AF_INET6,

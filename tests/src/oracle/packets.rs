@@ -174,39 +174,24 @@ impl Model {
         }
         let mut early = Vec::new();
         for alternative in alternatives {
-            let (may, must) = self.leaves_to_tc(&alternative);
-            if may {
-                early.push(Alternative {
-                    outcome: Outcome::LeftToTc,
-                    then: Then::Nothing,
-                    ..alternative.clone()
-                });
-            }
-            if !must {
+            if self.leaves_to_tc(&alternative.outcome) {
+                early.push(Alternative { outcome: Outcome::LeftToTc, then: Then::Nothing, ..alternative });
+            } else {
                 early.push(alternative);
             }
         }
         early
     }
 
-    /// XDP answers nobody, cannot hand a packet up, and reaches no pod: that it leaves to tc, unwritten. Whether it may
-    /// leave this to tc, and whether it must.
-    fn leaves_to_tc(&self, alternative: &Alternative) -> (bool, bool) {
-        let flow = match &alternative.then {
-            Then::Begin(flow) => Some(&**flow),
-            Then::Used(client, Sender::Client) => self.flows.find(*client).map(|(flow, _)| flow),
-            Then::Used(_, Sender::Endpoint) | Then::Nothing => None,
-        };
-        let flow = flow.filter(|flow| flow.source_translated);
-        let to_pod = flow.is_some_and(|flow| self.is_pod_here(flow.translated.dst.ip()));
-        match alternative.outcome {
-            Outcome::Reject(..) => (true, true),
-            Outcome::Translated(_, exit) | Outcome::Begun { exit, .. } => match exit {
-                Exit::Stack => (false, false),
-                Exit::Forward => (to_pod, to_pod),
-                Exit::HandUp(_) => (true, true),
-            },
-            Outcome::Pass | Outcome::LeftToTc | Outcome::Drop(_) => (false, false),
+    /// XDP answers nobody, cannot hand a packet up, and sends nothing to a pod: that it leaves to tc, unwritten.
+    fn leaves_to_tc(&self, outcome: &Outcome) -> bool {
+        match outcome {
+            Outcome::Reject(..) | Outcome::Translated(_, Exit::HandUp(_)) => true,
+            Outcome::Begun { exit: Exit::HandUp(_), .. } => true,
+            Outcome::Translated(rewrite, Exit::Forward) => self.is_pod_here(rewrite.dst.ip()),
+            Outcome::Begun { to, exit: Exit::Forward, .. } => self.is_pod_here(to.ip()),
+            Outcome::Translated(_, Exit::Stack) | Outcome::Begun { exit: Exit::Stack, .. } => false,
+            Outcome::Pass | Outcome::LeftToTc | Outcome::Drop(_) => false,
         }
     }
 
@@ -261,7 +246,11 @@ impl Model {
 
     fn continued(&self, place: Place, headers: &Headers, flow: &Flow, sender: Sender) -> Outcome {
         if let (Sender::Endpoint, Some(link)) = (sender, flow.node_client) {
-            let exit = if place == Place::FromNetwork { Exit::Stack } else { Exit::HandUp(link) };
+            let exit = if matches!(place, Place::FromNetwork | Place::Early) {
+                Exit::Stack
+            } else {
+                Exit::HandUp(link)
+            };
             return Outcome::Translated(flow.rewrite(sender, false), exit);
         }
         if flow.node_client.is_none() && !flow.source_translated {

@@ -197,6 +197,35 @@ impl Packet {
         bytes
     }
 
+    /// Its fragments, with `piece` bytes behind the network header in each but the last. The first carries the transport
+    /// checksum over the whole.
+    pub fn fragments(&self, piece: usize) -> Vec<Self> {
+        let payload = self.network_bytes().split_off(self.header_length());
+        let last = payload.len().div_ceil(piece) - 1;
+        payload
+            .chunks(piece)
+            .enumerate()
+            .map(|(number, bytes)| {
+                let transport = Transport::Other { proto: self.proto(), bytes: bytes.to_vec() };
+                self.fragment(number * piece, number != last, transport)
+            })
+            .collect()
+    }
+
+    /// A fragment of it that begins at an offset, which is a multiple of 8.
+    pub fn fragment(&self, offset: usize, more: bool, transport: Transport) -> Self {
+        let mut fragment = self.clone();
+        fragment.transport = transport;
+        if self.src.0.is_ipv4() {
+            fragment.fragment = (offset / 8) as u16 | if more { 0x2000 } else { 0 };
+        } else {
+            let ([high, low], [a, b]) =
+                ((offset as u16 | u16::from(more)).to_be_bytes(), self.id.to_be_bytes());
+            fragment.extensions = vec![(44, vec![0, high, low, 0, 0, a, b])];
+        }
+        fragment
+    }
+
     /// Bytes of the network header, with all that belongs to it.
     pub fn header_length(&self) -> usize {
         self.network_bytes().len() - self.transport_bytes().len()
