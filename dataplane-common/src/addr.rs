@@ -10,16 +10,18 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// eight bytes hold all that differs between two IPv4 addresses.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 #[repr(C, align(8))]
-pub struct Addr([u8; 16]);
+pub struct Addr {
+    octets: [u8; 16],
+}
 
 impl Addr {
     /// `::`, the address of no host.
-    pub const UNSPECIFIED: Self = Self([0; 16]);
+    pub const UNSPECIFIED: Self = Self { octets: [0; 16] };
 
     /// The address with these 16 bytes in network order.
     #[inline(always)]
     pub const fn from_bytes(bytes: [u8; 16]) -> Self {
-        Self(bytes)
+        Self { octets: bytes }
     }
 
     /// The IPv4-mapped form of four bytes in network order.
@@ -39,19 +41,19 @@ impl Addr {
     /// The 16 bytes in network order.
     #[inline(always)]
     pub const fn bytes(&self) -> &[u8; 16] {
-        &self.0
+        &self.octets
     }
 
     /// The two halves as they lie in memory: cheap to mix and compare, meaningless as numbers.
     #[inline(always)]
     pub const fn words(&self) -> [u64; 2] {
-        bytemuck::must_cast(self.0)
+        bytemuck::must_cast(self.octets)
     }
 
     /// The last four bytes: the IPv4 address, if this is one.
     #[inline(always)]
     pub const fn v4_octets(&self) -> [u8; 4] {
-        let b = &self.0;
+        let b = &self.octets;
         [b[12], b[13], b[14], b[15]]
     }
 
@@ -74,7 +76,7 @@ impl Addr {
     #[inline(always)]
     pub fn is_loopback(&self) -> bool {
         if self.is_v4() {
-            return self.0[12] == 127;
+            return self.octets[12] == 127;
         }
         let last: u64 = bytemuck::cast([0, 0, 0, 0, 0, 0, 0, 1u8]);
         self.words() == [0, last]
@@ -84,14 +86,14 @@ impl Addr {
     #[inline(always)]
     pub fn is_multicast_or_broadcast(&self) -> bool {
         if self.is_v4() {
-            return self.0[12] & 0xf0 == 0xe0 || self.v4_octets() == [255; 4];
+            return self.octets[12] & 0xf0 == 0xe0 || self.v4_octets() == [255; 4];
         }
-        self.0[0] == 0xff
+        self.octets[0] == 0xff
     }
 
     /// The standard library's form, for people and parsers.
     pub const fn to_ip(self) -> IpAddr {
-        let v6 = Ipv6Addr::from_octets(self.0);
+        let v6 = Ipv6Addr::from_octets(self.octets);
         match v6.to_ipv4_mapped() {
             Some(v4) => IpAddr::V4(v4),
             None => IpAddr::V6(v6),
@@ -116,7 +118,7 @@ impl From<Ipv4Addr> for Addr {
 
 impl From<Ipv6Addr> for Addr {
     fn from(ip: Ipv6Addr) -> Self {
-        Self(ip.octets())
+        Self { octets: ip.octets() }
     }
 }
 
@@ -135,34 +137,36 @@ impl fmt::Display for Addr {
 /// A port number in network byte order.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 #[repr(transparent)]
-pub struct Port([u8; 2]);
+pub struct Port {
+    bytes: [u8; 2],
+}
 
 impl Port {
     /// Port 0, which no packet to a Service has: in keys it means "any port".
-    pub const ANY: Self = Self([0; 2]);
+    pub const ANY: Self = Self { bytes: [0; 2] };
 
     /// From a number.
     #[inline(always)]
     pub const fn new(number: u16) -> Self {
-        Self(number.to_be_bytes())
+        Self { bytes: number.to_be_bytes() }
     }
 
     /// From the two bytes of a header.
     #[inline(always)]
     pub const fn from_bytes(bytes: [u8; 2]) -> Self {
-        Self(bytes)
+        Self { bytes }
     }
 
     /// The two bytes as they stand in a header.
     #[inline(always)]
     pub const fn bytes(self) -> [u8; 2] {
-        self.0
+        self.bytes
     }
 
     /// The number.
     #[inline(always)]
     pub const fn number(self) -> u16 {
-        u16::from_be_bytes(self.0)
+        u16::from_be_bytes(self.bytes)
     }
 }
 
