@@ -9,7 +9,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// How long one machine may take from its start to its end.
-const TIME_LIMIT: Duration = Duration::from_secs(10 * 60);
+const TIME_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// What `init` says first; before it, the firmware paints the screen.
 const BOOTED: &str = "portolan-vm: booted";
 

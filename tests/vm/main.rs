@@ -14,11 +14,12 @@ use std::sync::{Mutex, PoisonError};
 const MODULES: &[&str] =
     &["bridge", "cls_bpf", "dummy", "inet_diag", "sch_ingress", "tcp_diag", "udp_diag", "veth"];
 
-/// Arguments of `portolan-lab run --once`, a tour each. Emulated, forty requests take longer than pods usually drain.
+/// Arguments of `portolan-lab run --once`, a tour each. Emulated, forty requests take longer than pods usually drain, and a
+/// verifier that walks every program for three agents at once takes more than a minute.
 const TOURS: &[&str] = &[
-    "--drain 20",
-    "--drain 20 --xdp",
-    "--drain 20 --pod-network bridge --strict-rp-filter --no-tx-checksums",
+    "--drain 20 --patience 300",
+    "--drain 20 --patience 300 --xdp",
+    "--drain 20 --patience 300 --pod-network bridge --strict-rp-filter --no-tx-checksums",
 ];
 
 /// Boots a kernel of this series, has it run all tours, and gives what it said.

@@ -9,7 +9,7 @@ use crate::lab::{self, Lab, Options, PodNetwork, portolan};
 use anyhow::{Context, Result};
 use narration::Narration;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use steps::{CLUSTER_STEPS, STEPS, Tour};
 use world::{LOCAL_PORT, NODE_PORT, PORT, SHELL, WEB, World};
 
@@ -43,6 +43,9 @@ pub struct TourOptions {
     /// Seconds for which a pod goes on serving after SIGTERM; a slow machine needs more.
     #[arg(long, default_value_t = 4)]
     drain: u8,
+    /// Seconds within which each agent must be ready; a slow machine needs more.
+    #[arg(long, default_value_t = 60)]
+    patience: u64,
     /// More arguments for the agents, after `--`.
     #[arg(last = true)]
     agent_arguments: Vec<String>,
@@ -74,7 +77,8 @@ pub fn run(options: &TourOptions) -> Result<ExitCode> {
     let xdp = if options.xdp { ["--xdp", "native"].as_slice() } else { &[] };
     let arguments = options.agent_arguments.iter().map(String::as_str);
     let arguments: Vec<_> = xdp.iter().copied().chain(arguments).collect();
-    lab.start_agents(&world.agents().arguments(&arguments))?;
+    let patience = Duration::from_secs(options.patience);
+    lab.start_agents(&world.agents().arguments(&arguments).ready_within(patience))?;
     println!("lab {} is up after {:.1} s", lab.id(), begun.elapsed().as_secs_f32());
     introduce(&lab);
     let mut narration = Narration::default();
