@@ -10,4 +10,5 @@ mod load;
 mod own;
 mod policies;
 mod refusals;
+mod sockets;
 mod world;

@@ -196,7 +196,8 @@ pub struct Stream {
 }
 
 impl Stream {
-    fn connect(socket: OwnedFd, to: SocketAddr, timeout: Duration) -> Result<Self, Failure> {
+    /// Connects a socket that is not connected yet.
+    pub fn connect(socket: OwnedFd, to: SocketAddr, timeout: Duration) -> Result<Self, Failure> {
         let stream = TcpStream::from(socket);
         stream.set_nonblocking(true)?;
         if let Err(error) = connect(&stream, to)
