@@ -93,7 +93,11 @@ pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, log: imp
         }
         Verdict::Refuse(reason) => {
             log(reason);
-            answer(frame, scratch, reason).verdict()
+            let answered = answer(frame, scratch, reason);
+            if hook != Hook::UplinkIngress || answered != Code::ANSWER {
+                return answered.verdict();
+            }
+            way_back(frame, scratch).verdict()
         }
         Verdict::Pass | Verdict::Forward | Verdict::HandUp | Verdict::Answer => verdict,
         Verdict::Begin | Verdict::LeaveToTc => Verdict::Pass,
@@ -178,6 +182,15 @@ fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Cod
     verdict.into()
 }
 
+/// An answer goes the kernel's way to whoever is answered, which need not be the one that the question came.
+#[inline(never)]
+fn way_back<F: Frame>(frame: &F, scratch: &mut Scratch) -> Code {
+    let Scratch { packet, fib, way, .. } = scratch;
+    let elsewhere = forward::route(frame, packet, &packet.src, Origin::Sent, fib, way) == Route::Via
+        && way.ifindex != frame.ifindex();
+    if elsewhere { Verdict::Forward } else { Verdict::Answer }.into()
+}
+
 impl<F: Frame> Walk<'_, F> {
     /// A packet of a known flow; [`Verdict::Begin`] if there is none, or if it ended with this packet's arrival.
     #[inline(never)]
@@ -224,12 +237,10 @@ impl<F: Frame> Walk<'_, F> {
             // The node as a client is translated where its packets leave.
             (false, true, _) => from_node,
             (false, false, _) => ingress,
-            // The node talks to itself: the answer leaves where the question left.
-            (true, true, true) => from_node,
             // The reply is addressed to the node and must not be delivered as it is.
             (true, true, false) => ingress,
             // The same; but an endpoint in the node's own network answers the frontend's address, and leaves.
-            (true, false, true) => ingress || from_node,
+            (true, _, true) => ingress || from_node,
             // The reply passes the stack with the endpoint's address and is restored where it leaves.
             (true, false, false) => !ingress,
         }
@@ -418,27 +429,52 @@ impl<F: Frame> Walk<'_, F> {
             if proposed != Code::BEGIN {
                 return proposed.verdict();
             }
+            let mut exit = Exit::Stack;
+            if self.hook == Hook::UplinkEgress || self.s.flow.has(Flow::SOURCE_TRANSLATED) {
+                exit = match self.routed_exit() {
+                    Ok(exit) => exit,
+                    Err(verdict) => return verdict,
+                };
+                if self.leaves_elsewhere() {
+                    self.translate_source();
+                }
+            }
             if self.s.flow.has(Flow::SOURCE_TRANSLATED) {
-                return self.enter_translated();
+                return self.enter_translated(exit);
             }
             // A client's own port that serves it again ends the flow that is closing.
             match flow::claim(&self.s.key, &mut self.s.flow, &mut self.s.reply, true) {
-                Claim::Made => {
-                    return match self.exit() {
-                        Ok(exit) => self.launch(exit).verdict(),
-                        Err(verdict) => verdict,
-                    };
-                }
-                // Another flow has the same reply: another endpoint may do.
+                Claim::Made => return self.launch(exit).verdict(),
+                // Another flow has the same reply. What port the node itself sends from is no matter.
+                Claim::Taken if self.hook == Hook::UplinkEgress => break,
+                // Another endpoint may do.
                 Claim::Taken => {}
                 Claim::Failed => return Verdict::Drop(Reason::FlowInsert),
             }
         }
         // Better a translated source, whatever the policy says, than a client refused.
         count::reason(Reason::ReplyCollision);
+        self.translate_source();
+        match self.routed_exit() {
+            Ok(exit) => self.enter_translated(exit),
+            Err(verdict) => verdict,
+        }
+    }
+
+    /// Whether what the node itself sends leaves by another interface than the one that the kernel chose for the Service's
+    /// address, and from another address than it has. With its own the answer would come another way, if at all (P9).
+    #[inline(always)]
+    fn leaves_elsewhere(&self) -> bool {
+        self.hook == Hook::UplinkEgress
+            && self.s.way.ifindex != self.frame.ifindex()
+            && self.s.way.source != self.s.packet.src
+    }
+
+    /// Has the proposed flow's source translated, whatever the policy says.
+    #[inline(always)]
+    fn translate_source(&mut self) {
         self.s.flow.set(Flow::SOURCE_TRANSLATED);
         self.s.reply.set(Flow::SOURCE_TRANSLATED);
-        self.enter_translated()
     }
 
     /// Chooses an endpoint and proposes a flow to it; [`Verdict::Begin`] if there is one.
@@ -501,13 +537,9 @@ impl<F: Frame> Walk<'_, F> {
         (reply.dst, reply.dst_port) = (packet.src, packet.src_port);
     }
 
-    /// Finds the way, enters the proposed flow with a translated source, and sends the packet.
+    /// Enters the proposed flow with a translated source, that of its way, and sends the packet.
     #[inline(always)]
-    fn enter_translated(&mut self) -> Verdict {
-        let exit = match self.routed_exit() {
-            Ok(exit) => exit,
-            Err(verdict) => return verdict,
-        };
+    fn enter_translated(&mut self, exit: Exit) -> Verdict {
         let Scratch { key, flow, reply, way, .. } = &mut *self.s;
         flow.src = way.source;
         match claim_port(key, flow, reply) {

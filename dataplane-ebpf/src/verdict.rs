@@ -33,6 +33,8 @@ pub struct Code(u32);
 impl Code {
     /// [`Verdict::Begin`].
     pub const BEGIN: Self = Self(Self::BEGIN_TAG);
+    /// [`Verdict::Answer`].
+    pub const ANSWER: Self = Self(Self::ANSWER_TAG);
 
     const PASS_TAG: u32 = 0;
     const FORWARD_TAG: u32 = 1;

@@ -189,9 +189,9 @@ pub enum SocketLb {
 pub enum XdpMode {
     /// Native where the driver keeps its offloads, else off.
     Auto,
-    /// In the driver; an uplink whose driver cannot is an error.
+    /// In the driver, of all uplinks but tunnels; one whose driver cannot is an error.
     Native,
-    /// In the stack: slower than tc, for tests.
+    /// In the stack, of all uplinks but tunnels: slower than tc, for tests.
     Generic,
     /// tc does the work.
     Off,

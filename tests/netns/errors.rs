@@ -1,6 +1,6 @@
 //! ICMP errors between real stacks: path MTU discovery on both sides of a node, traceroute (P19).
 
-use crate::world::{PORT, Tcp, Transport, Udp, World, everywhere};
+use crate::world::{PORT, Tcp, Transport, Udp, World, on_one_network};
 use dataplane_tests::lab::{Client, Failure, Family, Place, at};
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -84,7 +84,7 @@ fn apply(world: &World) {
     world.apply(&service.endpoints([world.pod("web-3").endpoint()]));
 }
 
-everywhere! {
+on_one_network! {
     /// P19: the error about what an endpoint sends reaches the endpoint, through the node that translated both ends and through
     /// the one that translated only the destination.
     fn a_client_behind_a_small_mtu_downloads_through_a_node_port(world) {
@@ -103,7 +103,7 @@ everywhere! {
     }
 }
 
-everywhere! {
+on_one_network! {
     /// P19: where the way from the node to the endpoint takes less than the client sends, as an overlay does, the client is told.
     fn a_client_uploads_over_a_way_that_takes_less(world) {
         apply(world);
@@ -241,7 +241,7 @@ fn assert_route(place: &Place, to: SocketAddr, hops: &[IpAddr], transports: &[Tr
     }
 }
 
-everywhere! {
+on_one_network! {
     /// P19: a traceroute to a Service shows the way and ends: from a pod, hop by hop; from outside, what lies behind the node that
     /// translates both ends speaks in that node's name.
     fn a_traceroute_to_a_service_ends(world) {

@@ -2,7 +2,7 @@
 
 use crate::world::{
     BOTH, PORT, Tcp, Udp, ask, ask_many, assert_refused, assert_transport_refused, eventually, everywhere,
-    pods,
+    on_both_paths, pods,
 };
 use dataplane_tests::lab::{Failure, ask_datagram};
 use std::collections::BTreeSet;
@@ -62,7 +62,7 @@ everywhere! {
     }
 }
 
-everywhere! {
+on_both_paths! {
     /// T5, F6: endpoints that only drain serve when no other is there.
     fn draining_endpoints_serve_when_no_other_is_ready(world) {
         let mut service = world.cluster_service(0).endpoints(world.webs());
@@ -74,7 +74,7 @@ everywhere! {
     }
 }
 
-everywhere! {
+on_both_paths! {
     /// F7: removing one protocol's port stops only that one.
     fn removing_the_udp_port_leaves_the_tcp_port(world) {
         world.apply(&world.cluster_service(0).endpoints(world.webs()));
@@ -85,7 +85,7 @@ everywhere! {
     }
 }
 
-everywhere! {
+on_both_paths! {
     /// F2: the label that gives a Service to another proxy takes effect live, both ways.
     fn the_proxy_name_label_comes_and_goes(world) {
         let service = world.cluster_service(0).endpoints(world.webs());
@@ -99,7 +99,7 @@ everywhere! {
     }
 }
 
-everywhere! {
+on_both_paths! {
     /// F1: a Service that is deleted is gone, and its address with it.
     fn a_deleted_service_leaves_nothing(world) {
         let service = world.cluster_service(0).endpoints(world.webs());
@@ -111,7 +111,7 @@ everywhere! {
     }
 }
 
-everywhere! {
+on_both_paths! {
     /// Z5, Z2: a broken object costs itself only.
     fn a_broken_manifest_costs_nobody_else(world) {
         world.apply(&world.cluster_service(0).endpoints(world.webs()));

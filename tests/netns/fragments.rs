@@ -1,6 +1,6 @@
 //! Datagrams that come in fragments, between real stacks (P20).
 
-use crate::world::{PORT, World, everywhere};
+use crate::world::{PORT, World, on_one_network};
 use dataplane_tests::lab::{Family, Place, at};
 use dataplane_tests::packet::build::{Packet, udp_packet};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -55,7 +55,7 @@ fn assert_echoed(place: &Place, to: SocketAddr) {
     }
 }
 
-everywhere! {
+on_one_network! {
     /// P20: 60,000 bytes there and back: from pods and from the node through a ClusterIP, from outside through node ports, with the
     /// source kept and with the source translated.
     fn big_datagrams_go_there_and_back(world) {
@@ -84,7 +84,7 @@ fn fragments(src: IpAddr, dst: SocketAddr, id: u16) -> Vec<Vec<u8>> {
     datagram.fragments(24).iter().map(Packet::network_bytes).collect()
 }
 
-everywhere! {
+on_one_network! {
     /// P20: a fragment that comes before its first is dropped and counted, and its datagram is lost; in any order behind the first they
     /// arrive.
     fn an_early_fragment_is_dropped_and_counted(world) {

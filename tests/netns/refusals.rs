@@ -2,6 +2,7 @@
 
 use crate::world::{
     BOTH, PORT, TARGET, Tcp, Udp, ask, assert_refused, assert_silent, assert_transport_refused, everywhere,
+    on_both_paths,
 };
 use dataplane_tests::lab::at;
 
@@ -11,8 +12,12 @@ everywhere! {
         world.apply(&world.node_port_service(0));
         for client in [world.in_pod("shell-1"), world.in_pod("shell-3"), world.on_node(1)] {
             assert_refused(&client, world.frontend(0));
-            assert_refused(&client, world.node_frontend(2, 0));
         }
+        if world.pods_reach_other_nodes() {
+            assert_refused(&world.in_pod("shell-1"), world.node_frontend(2, 0));
+            assert_refused(&world.in_pod("shell-3"), world.node_frontend(2, 0));
+        }
+        assert_refused(&world.on_node(1), world.node_frontend(2, 0));
         assert_refused(&world.in_pod("shell-1"), world.node_frontend(1, 0));
         for node in 1..=3 {
             assert_refused(&world.outside(), world.node_frontend(node, 0));
@@ -21,7 +26,7 @@ everywhere! {
     }
 }
 
-everywhere! {
+on_both_paths! {
     /// P1: an endpoint that is not ready is none.
     fn a_service_whose_endpoints_are_not_ready_is_refused_at_once(world) {
         let mut service = world.cluster_service(0).endpoints(world.webs());
@@ -73,7 +78,7 @@ everywhere! {
     }
 }
 
-everywhere! {
+on_both_paths! {
     /// P13, F7: the same number with another protocol is another port.
     fn a_port_of_the_other_protocol_is_refused_at_once(world) {
         world.apply(&world.bare_service(0).tcp(PORT, TARGET).endpoints(world.webs()));

@@ -36,6 +36,9 @@ const ARRIVAL: Duration = Duration::from_secs(20);
 pub(crate) const MANY: usize = 24;
 
 /// A kind of laboratory. Tests with the same kind share one.
+///
+/// Together they have every pod network, every value of `--socket-lb` and `--xdp`, strict `rp_filter` or not and tx checksumming
+/// on and off, and the pairs of these that meet in one program or at one interface; not each with each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
     /// Host routes, everything by default.
@@ -46,43 +49,124 @@ pub(crate) enum Kind {
     BridgeHostSockets,
     /// Pods on a bridge, tx checksumming, strict `rp_filter`, no socket hooks.
     BridgePacketPath,
-    /// Host routes, native XDP on uplinks.
+    /// Host routes, native XDP on uplinks, strict `rp_filter`.
     Xdp,
+    /// Host routes between nodes behind a router, generic XDP on uplinks, no socket hooks.
+    RoutedGenericXdp,
+    /// A VXLAN overlay, tx checksumming, strict `rp_filter`, no socket hooks.
+    Vxlan,
+    /// A VXLAN overlay between nodes behind a router, native XDP on their own uplinks, socket hooks for the node only.
+    RoutedVxlanXdp,
+    /// Tunnels without Ethernet headers, strict `rp_filter`, native XDP on the nodes' own uplinks, no socket hooks.
+    TunXdp,
+    /// Tunnels without Ethernet headers between nodes behind a router, tx checksumming, socket hooks for all.
+    RoutedTun,
 }
 
 impl Kind {
     fn options(self) -> Options {
-        let options = Options::default();
+        let options = Options::default().strict_rp_filter(self.is_strict());
         match self {
             Self::Plain => options,
-            Self::PacketPath => options.tx_checksums(false).strict_rp_filter(true),
+            Self::PacketPath => options.tx_checksums(false),
             Self::BridgeHostSockets => options.pods(PodNetwork::Bridge).tx_checksums(false),
-            Self::BridgePacketPath => options.pods(PodNetwork::Bridge).strict_rp_filter(true),
+            Self::BridgePacketPath => options.pods(PodNetwork::Bridge),
             Self::Xdp => options.xdp(true),
+            // XDP needs checksums that are there, in the stack as well.
+            Self::RoutedGenericXdp => options.routed(true).tx_checksums(false),
+            Self::Vxlan => options.pods(PodNetwork::Vxlan),
+            Self::RoutedVxlanXdp => options.pods(PodNetwork::Vxlan).routed(true).xdp(true),
+            Self::TunXdp => options.pods(PodNetwork::Tun).xdp(true),
+            Self::RoutedTun => options.pods(PodNetwork::Tun).routed(true),
         }
     }
 
     fn arguments(self) -> &'static [&'static str] {
         match self {
-            Self::Plain => &[],
-            Self::PacketPath | Self::BridgePacketPath => &["--socket-lb=off"],
+            Self::Plain | Self::RoutedTun => &[],
+            Self::PacketPath | Self::BridgePacketPath | Self::Vxlan => &["--socket-lb=off"],
             Self::BridgeHostSockets => &["--socket-lb=host"],
             Self::Xdp => &["--xdp=native"],
+            Self::RoutedGenericXdp => &["--xdp=generic", "--socket-lb=off"],
+            Self::RoutedVxlanXdp => &["--xdp=native", "--socket-lb=host"],
+            Self::TunXdp => &["--xdp=native", "--socket-lb=off"],
         }
     }
 
     /// Whether the node itself reaches node ports on its own addresses: there is no packet path.
     pub(crate) fn serves_own_node_ports(self) -> bool {
+        !self.arguments().contains(&"--socket-lb=off")
+    }
+
+    /// Whether nodes reach the pods of others through a tunnel, and each other beside it.
+    pub(crate) fn has_tunnel(self) -> bool {
         match self {
-            Self::Plain | Self::BridgeHostSockets | Self::Xdp => true,
-            Self::PacketPath | Self::BridgePacketPath => false,
+            Self::Plain | Self::PacketPath | Self::BridgeHostSockets | Self::BridgePacketPath => false,
+            Self::Xdp | Self::RoutedGenericXdp => false,
+            Self::Vxlan | Self::RoutedVxlanXdp | Self::TunXdp | Self::RoutedTun => true,
+        }
+    }
+
+    /// Whether `rp_filter` is strict.
+    fn is_strict(self) -> bool {
+        match self {
+            Self::PacketPath | Self::BridgePacketPath | Self::Xdp | Self::Vxlan | Self::TunXdp => true,
+            Self::Plain | Self::BridgeHostSockets | Self::RoutedGenericXdp => false,
+            Self::RoutedVxlanXdp | Self::RoutedTun => false,
         }
     }
 }
 
 /// Makes a test of a body for each kind of laboratory; it runs for each family.
 macro_rules! everywhere {
-    ($(#[$doc:meta])* fn $name:ident($world:ident) $body:block) => {
+    ($($body:tt)*) => {
+        crate::world::in_kinds! {
+            plain Plain
+            packet_path_without_checksums_strict PacketPath
+            bridge_without_checksums_sockets_of_hosts BridgeHostSockets
+            bridge_packet_path_strict BridgePacketPath
+            native_xdp_strict Xdp
+            behind_a_router_generic_xdp_packet_path RoutedGenericXdp
+            vxlan_packet_path_strict Vxlan
+            vxlan_behind_a_router_native_xdp_sockets_of_hosts RoutedVxlanXdp
+            tun_native_xdp_packet_path_strict TunXdp
+            tun_behind_a_router RoutedTun;
+            $($body)*
+        }
+    };
+}
+pub(crate) use everywhere;
+
+/// The same where all nodes share one network, which pods are reached by as well.
+macro_rules! on_one_network {
+    ($($body:tt)*) => {
+        crate::world::in_kinds! {
+            plain Plain
+            packet_path_without_checksums_strict PacketPath
+            bridge_without_checksums_sockets_of_hosts BridgeHostSockets
+            bridge_packet_path_strict BridgePacketPath
+            native_xdp_strict Xdp;
+            $($body)*
+        }
+    };
+}
+pub(crate) use on_one_network;
+
+/// The same where nothing but the socket hooks and the packet path could make a difference.
+macro_rules! on_both_paths {
+    ($($body:tt)*) => {
+        crate::world::in_kinds! {
+            plain Plain
+            bridge_packet_path_strict BridgePacketPath;
+            $($body)*
+        }
+    };
+}
+pub(crate) use on_both_paths;
+
+/// The tests of one body, by the names of their kinds.
+macro_rules! in_kinds {
+    ($($test:ident $kind:ident)*; $(#[$doc:meta])* fn $name:ident($world:ident) $body:block) => {
         $(#[$doc])*
         mod $name {
             use super::*;
@@ -96,34 +180,16 @@ macro_rules! everywhere {
                 }
             }
 
-            #[test]
-            fn plain() {
-                run(crate::world::Kind::Plain);
-            }
-
-            #[test]
-            fn packet_path_without_checksums_strict() {
-                run(crate::world::Kind::PacketPath);
-            }
-
-            #[test]
-            fn bridge_without_checksums_sockets_of_hosts() {
-                run(crate::world::Kind::BridgeHostSockets);
-            }
-
-            #[test]
-            fn bridge_packet_path_strict() {
-                run(crate::world::Kind::BridgePacketPath);
-            }
-
-            #[test]
-            fn native_xdp() {
-                run(crate::world::Kind::Xdp);
-            }
+            $(
+                #[test]
+                fn $test() {
+                    run(crate::world::Kind::$kind);
+                }
+            )*
         }
     };
 }
-pub(crate) use everywhere;
+pub(crate) use in_kinds;
 
 /// TCP or UDP, for what holds for both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -385,6 +451,25 @@ impl World {
     /// The address that a node has for its pods.
     pub(crate) fn gateway(&self, number: usize) -> IpAddr {
         self.of(self.node(number).gateways())
+    }
+
+    /// The address of a node that pods of other nodes see.
+    pub(crate) fn node_source(&self, number: usize) -> IpAddr {
+        self.of(self.node(number).sources())
+    }
+
+    /// Whether pods reach other nodes at their own addresses, Services or not. Where a tunnel leads to pods they come beside it,
+    /// which a strict `rp_filter` (of IPv4 alone) takes for forged unless somebody translates their source.
+    pub(crate) fn pods_reach_other_nodes(&self) -> bool {
+        let reach = !(self.kind.has_tunnel() && self.kind.is_strict() && self.family == Family::V4);
+        let direct = self.in_pod("shell-3").timeout(SILENCE).tcp(at(self.node_ip(1), HOST_TARGET));
+        assert!(reach || direct == Err(Failure::TimedOut), "{direct:?}");
+        reach
+    }
+
+    /// Every address of a node that an endpoint may see when the node itself calls.
+    pub(crate) fn node_sources(&self, number: usize) -> [IpAddr; 3] {
+        [self.node_ip(number), self.node_source(number), self.gateway(number)]
     }
 
     /// The address of a pod.

@@ -145,17 +145,17 @@ fn a_packet_without_a_link_layer_header_is_sent_on_with_one() {
     });
 }
 
-/// P1: the answer goes back as the question came.
+/// P1: the answer goes the kernel's way to who is refused, which here is a device with Ethernet headers.
 #[test]
-fn a_packet_without_a_link_layer_header_is_refused_without_one() {
+fn a_packet_without_a_link_layer_header_is_refused_by_the_way_to_its_sender() {
     for_both(|f| {
         let world = World::new(&f.web("", &[])).unwrap();
         let sent = tcp_packet((f.bare, 40_000), (f.node, 30_080), tcp::SYN);
         let answer = f.reset(&sent, 0, 1_001, tcp::RST | tcp::ACK);
-        expect_bare(&world, &sent, Verdict::Redirect, &[], &answer);
+        expect_bare(&world, &sent, Verdict::Redirect, &[0; 14], &answer);
         let sent = udp_packet((f.bare, 40_000), (f.node, 30_080), b"question");
         let answer = icmp_error(f.node, &sent, f.port_unreachable, 0);
-        expect_bare(&world, &sent, Verdict::Redirect, &[], &answer);
+        expect_bare(&world, &sent, Verdict::Redirect, &[0; 14], &answer);
     });
 }
 

@@ -27,6 +27,9 @@ const XDP_NATIVE: u32 = 1 << 2;
 /// Drivers that run XDP without giving up segmentation and checksum offloads. veth and virtio are not among them.
 const XDP_DRIVERS: &[&str] = &["bnxt_en", "i40e", "ice", "igb", "igc", "ixgbe", "mlx5_core"];
 
+/// Drivers of devices that wrap packets and hand them on: what they carry came in on another uplink, where XDP is.
+const TUNNEL_DRIVERS: &[&str] = &["bareudp", "geneve", "gre", "ip6_gre", "ip6tnl", "ipip", "tun", "vxlan"];
+
 /// What went wrong at one hook.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
@@ -226,8 +229,10 @@ impl Attachments {
 
     /// The mode of XDP on this uplink, which has Ethernet headers; `None` where tc does the work.
     fn xdp_mode(&self, name: &str) -> Option<u32> {
+        let tunnel = || probe::driver(name).is_ok_and(|driver| TUNNEL_DRIVERS.contains(&driver.as_str()));
         match self.xdp {
             XdpMode::Off => None,
+            XdpMode::Native | XdpMode::Generic if tunnel() => None,
             XdpMode::Native => Some(XDP_NATIVE),
             XdpMode::Generic => Some(XDP_GENERIC),
             XdpMode::Auto => {

@@ -7,6 +7,7 @@ use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a client waits unless it is told.
@@ -168,9 +169,20 @@ impl Client {
 
     /// A UDP socket that can reach an address, bound to the client's source.
     fn udp_socket(&self, to: SocketAddr) -> Result<UdpSocket, Failure> {
-        let source = self.source.unwrap_or_else(|| any_source(Family::of(to.ip())));
+        let source = self.source.unwrap_or_else(|| next_source(Family::of(to.ip())));
         Ok(self.place.udp_socket(Some(source))?)
     }
+}
+
+/// Any address and the port after that of the last socket. A flow of datagrams has no end that anybody sees: a socket that got the
+/// port of an earlier one could not have the same endpoint through another Service without being translated.
+fn next_source(family: Family) -> SocketAddr {
+    const FIRST: u16 = 33_000;
+    const PORTS: u16 = 27_000;
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let mut source = any_source(family);
+    source.set_port(FIRST + NEXT.fetch_add(1, Ordering::Relaxed) % PORTS);
+    source
 }
 
 /// Sends a datagram (to `to`, or to the peer of a connected socket) and waits for the pod server's answer to it.
