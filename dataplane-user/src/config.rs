@@ -28,7 +28,8 @@ pub struct Cli {
         env = "PORTOLAN_LOG",
         default_value = "info",
         value_name = "FILTER",
-        overrides_with = "log"
+        overrides_with = "log",
+        display_order = 1_000
     )]
     pub log: String,
 }

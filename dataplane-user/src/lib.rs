@@ -5,6 +5,7 @@
 
 pub mod admin;
 pub mod agent;
+pub mod causes;
 pub mod compile;
 pub mod config;
 pub mod expire;

@@ -4,7 +4,9 @@ use anyhow::Result;
 use clap::Parser as _;
 use dataplane_user::admin::{self, View};
 use dataplane_user::agent;
+use dataplane_user::causes::causes;
 use dataplane_user::config::{Cli, Command, ShowArgs};
+use dataplane_user::kernel::capability;
 use dataplane_user::kernel::cleanup::cleanup;
 use std::io::{ErrorKind, IsTerminal as _, Write as _};
 use std::process::ExitCode;
@@ -15,7 +17,7 @@ fn main() -> ExitCode {
     match log_to_stderr(&cli.log).and_then(|()| run(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("portolan: {error:#}");
+            eprintln!("portolan: {}", causes(&*error));
             ExitCode::FAILURE
         }
     }
@@ -25,6 +27,7 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Agent(args) => agent::run(*args),
         Command::Cleanup(args) => {
+            capability::check()?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let mut count = 0;
             runtime.block_on(cleanup(&args.bpffs, |removed| {

@@ -20,7 +20,7 @@ pub struct DropRow {
 }
 
 impl Row for DropRow {
-    const HEADINGS: &'static [&'static str] = &["REASON", "COUNT", "PACKETS-WERE", "WHAT-TO-CHECK"];
+    const HEADINGS: &'static [&'static str] = &["REASON", "COUNT", "PACKETS-WERE", "WHAT-IT-MEANS"];
 
     fn cells(&self) -> Vec<String> {
         vec![

@@ -66,7 +66,15 @@ pub fn render(view: View, maps: &KernelMaps, names: &Names, output: Output) -> R
         View::Services => print(&services::rows(maps, names)?, output),
         View::Backends => print(&backends::rows(maps, names)?, output),
         View::Flows => print(&flows::rows(maps, names, clock::read())?, output),
-        View::Drops => print(&drops::rows(maps)?, output),
+        View::Drops => {
+            let mut rows = drops::rows(maps)?;
+            match output {
+                Output::Json => {}
+                // Who reads it looks for what happened here, not for all that could.
+                Output::Table => rows.retain(|row| row.count > 0),
+            }
+            print(&rows, output)
+        }
     }
 }
 

@@ -27,10 +27,17 @@ pub type Entries<T> = Vec<(<T as Table>::Key, <T as Table>::Value)>;
 /// What went wrong with a map.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
-    /// The pin cannot be opened.
+    /// There is no pin.
     #[error(
-        "cannot open the map {path}: {source}. Is the agent running, or has it run, with this --bpffs folder?"
+        "no maps of Portolan are pinned in {folder}: no agent has run with this --bpffs folder since the machine started, or \
+         `portolan cleanup` removed them"
     )]
+    Nothing {
+        /// The folder of the pins.
+        folder: PathBuf,
+    },
+    /// The pin cannot be opened.
+    #[error("cannot open the map {path}: {source}. Is this root (CAP_BPF)?")]
     Open {
         /// The pin.
         path: PathBuf,
@@ -380,20 +387,17 @@ impl KernelMaps {
     /// If there is no pin at all, or one cannot be opened.
     pub fn open(folder: &Path) -> Result<Self, MapError> {
         let mut maps = BTreeMap::new();
-        let mut missing = None;
         for (name, ..) in tables::ALL {
             let path = folder.join(name);
             match MapFd::open(&path) {
                 Ok(fd) => drop(maps.insert(*name, Arc::new(fd))),
-                Err(source) if source.kind() == io::ErrorKind::NotFound => {
-                    missing = missing.or(Some(MapError::Open { path, source }));
-                }
+                Err(source) if source.kind() == io::ErrorKind::NotFound => {}
                 Err(source) => return Err(MapError::Open { path, source }),
             }
         }
-        match missing {
-            Some(error) if maps.is_empty() => Err(error),
-            Some(_) | None => Ok(Self { maps }),
+        match maps.is_empty() {
+            true => Err(MapError::Nothing { folder: folder.to_owned() }),
+            false => Ok(Self { maps }),
         }
     }
 

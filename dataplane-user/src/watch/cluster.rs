@@ -12,6 +12,7 @@ use super::objects::{
     HEADLESS_LABEL, PROXY_NAME_LABEL, WrittenEndpointSlice, WrittenNode, WrittenService, WrittenServiceCidr,
 };
 use super::{Changes, Events, Options, Status, Watch};
+use crate::causes::causes;
 use follow::{Following, follow};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
@@ -78,20 +79,6 @@ async fn from_file(file: &Path) -> Result<Config, ClusterError> {
     let kubeconfig = Kubeconfig::read_from(file).map_err(|error| failed(&error))?;
     let options = KubeConfigOptions::default();
     Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|error| failed(&error))
-}
-
-/// An error and its causes, each said once.
-fn causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
 }
 
 fn start(client: Client, server: String, options: Options, changes: Changes) -> Watch {

@@ -45,9 +45,7 @@ async fn run(path: PathBuf, options: Options, mut follower: Follower, changes: C
         let unfinished = follower.unfinished();
         reader.forget(&unfinished);
         let (told, complaints) = folder.update(reading, &unfinished);
-        for complaint in &complaints {
-            tracing::error!("{complaint}");
-        }
+        complaints.iter().for_each(log);
         let were_others = std::mem::replace(&mut others, folder.other_nodes());
         if let Some(names) = others.as_ref().filter(|_| others != were_others) {
             let names = names.join(", ");
@@ -63,6 +61,17 @@ async fn run(path: PathBuf, options: Options, mut follower: Follower, changes: C
             listed.iter().for_each(|kind| status.listed(*kind));
         }
         touched = follower.next().await;
+    }
+}
+
+fn log(complaint: &ManifestError) {
+    match complaint {
+        ManifestError::Document { .. } => {
+            tracing::error!("{complaint}; the last good version of this file stays")
+        }
+        ManifestError::File { .. } | ManifestError::Object { .. } | ManifestError::Duplicate { .. } => {
+            tracing::error!("{complaint}");
+        }
     }
 }
 

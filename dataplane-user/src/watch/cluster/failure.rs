@@ -1,6 +1,6 @@
 //! What goes wrong between the agent and the API server, and what to check.
 
-use super::causes;
+use crate::causes::causes;
 use kube::Error;
 use kube::core::Status;
 use std::fmt;
@@ -87,7 +87,7 @@ fn unanswered(server: &str, why: &str) -> String {
         "is the API server running, and is this its address?"
     } else if is("lookup") || is("resolve") || is("dns") {
         "check the server's name and this machine's DNS"
-    } else if is("unreachable") || is("timed out") || is("elapsed") || is("deadline") {
+    } else if is("unreachable") || is("No route to host") || is("timed out") || is("elapsed") || is("deadline") {
         "check the route and the firewall between this machine and the API server"
     } else {
         "check the API server and the network"

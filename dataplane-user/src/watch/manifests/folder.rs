@@ -319,5 +319,10 @@ fn refused(error: &ManifestError) -> Option<Reference> {
 }
 
 fn unreadable(error: &ManifestError) -> Option<Change> {
-    refused(error).map(|object| Change::Unreadable { object, error: error.to_string() })
+    match error {
+        ManifestError::Object { file, line, object, reason } => {
+            Some(Change::Unreadable { object: object.clone(), error: format!("{file}:{line}: {reason}") })
+        }
+        ManifestError::File { .. } | ManifestError::Document { .. } | ManifestError::Duplicate { .. } => None,
+    }
 }
