@@ -5,18 +5,18 @@ use crate::health_checks::HealthChecks;
 use crate::http::Page;
 use crate::kernel::bpf;
 use crate::kernel::maps::{KernelMaps, MapError};
+use crate::kernel::object::Programs;
 use crate::metrics::{Counts, Metrics, Observed, Ports, SERIES};
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
 use dataplane_common::tables::{BackendTraffic, Backends, Reasons, ServiceTraffic};
 use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 
 /// Where all that is told is found.
 pub(super) struct Scrape {
     pub(super) maps: KernelMaps,
-    pub(super) programs: Vec<(&'static str, OwnedFd)>,
+    pub(super) programs: Programs,
     pub(super) metrics: Arc<Metrics>,
     pub(super) health: Arc<Health>,
     pub(super) health_checks: Arc<HealthChecks>,
@@ -95,14 +95,13 @@ impl Scrape {
         Ok(counts)
     }
 
-    fn runs(&self) -> Vec<(&'static str, u64, u64)> {
+    fn runs(&self) -> Vec<(Arc<str>, u64, u64)> {
         if !bpf::counts_runs() {
             return Vec::new();
         }
-        let runs = |(name, program): &(&'static str, OwnedFd)| {
-            let (runs, nanoseconds) = bpf::program_runs(program.as_fd()).ok()?;
-            Some((*name, runs, nanoseconds))
-        };
-        self.programs.iter().filter_map(runs).collect()
+        self.programs.each(|name, program| {
+            let (runs, nanoseconds) = bpf::program_runs(program).ok()?;
+            Some((name.clone(), runs, nanoseconds))
+        })
     }
 }

@@ -7,13 +7,13 @@ use super::clsact;
 use super::hook::{Hook, SOCKET_HOOKS, SocketHook};
 use super::link::{self, Link, Target};
 use super::links::{Interfaces, Role};
-use super::object::{Object, ObjectError};
+use super::object::{Object, ObjectError, Programs};
 use super::pins::{PinError, Pins};
 use super::probe::{self, Cgroup, Features};
 use crate::config::{SocketLb, XdpMode};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 // `enum bpf_attach_type` of linux/bpf.h.
@@ -112,12 +112,9 @@ impl Attachments {
         Ok(Self { object, pins, tcx: features.tcx, xdp, attached: BTreeSet::new(), sockets: Vec::new() })
     }
 
-    /// Every program that was loaded, by its name.
-    pub fn programs(&self) -> Vec<(&'static str, OwnedFd)> {
-        let names =
-            Hook::ALL.into_iter().map(Hook::program).chain(SOCKET_HOOKS.iter().map(|hook| hook.program));
-        let open = |name| Some((name, self.object.program(name).ok()?.try_clone_to_owned().ok()?));
-        names.filter_map(open).collect()
+    /// The programs that are loaded: the rare ones follow when an interface wants them.
+    pub fn programs(&self) -> Programs {
+        self.object.programs()
     }
 
     /// All is attached for the first time: what the programs before these wrote is carried over.

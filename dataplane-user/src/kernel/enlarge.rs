@@ -18,11 +18,12 @@ pub(super) struct Enlarged {
 }
 
 /// The tables that programs write on their own.
-const WRITTEN_BY_PROGRAMS: [&str; 6] = [
+const WRITTEN_BY_PROGRAMS: [&str; 7] = [
     tables::HalfOpen::NAME,
     tables::Established::NAME,
     tables::Closing::NAME,
     tables::Affinities::NAME,
+    tables::Fragments::NAME,
     tables::SocketPeers::NAME,
     tables::SocketChoices::NAME,
 ];

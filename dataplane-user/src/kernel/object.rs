@@ -18,6 +18,7 @@ use dataplane_common::tables;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The programs, compiled by the build script.
 static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portolan-ebpf.o"));
@@ -132,10 +133,33 @@ impl AsRawFd for ProgramLog {
     }
 }
 
+/// The programs that are loaded, by name, in the order of loading; clones share them, and see what is loaded later.
+#[derive(Clone, Debug, Default)]
+pub struct Programs(Arc<Mutex<Vec<Loaded>>>);
+
+#[derive(Debug)]
+struct Loaded {
+    name: Arc<str>,
+    program: OwnedFd,
+}
+
+impl Programs {
+    fn add(&self, name: &str, program: OwnedFd) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Loaded { name: name.into(), program });
+    }
+
+    /// What `look` finds out of each; programs of which it finds nothing are left out.
+    pub fn each<T>(&self, look: impl Fn(&Arc<str>, BorrowedFd<'_>) -> Option<T>) -> Vec<T> {
+        let programs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        programs.iter().filter_map(|loaded| look(&loaded.name, loaded.program.as_fd())).collect()
+    }
+}
+
 /// The object, loaded.
 #[derive(Debug)]
 pub struct Object {
     ebpf: Ebpf,
+    programs: Programs,
     /// Maps that got more room just now.
     enlarged: Vec<Enlarged>,
 }
@@ -184,7 +208,7 @@ impl Object {
             loader.map_pin_path(name, path);
         }
         let ebpf = loader.load(BYTES).map_err(refused_maps)?;
-        let object = Self { ebpf, enlarged };
+        let object = Self { ebpf, programs: Programs::default(), enlarged };
         if let Some(pins) = options.pins {
             object.enlarged.iter().try_for_each(|map| map.take_over(pins))?;
             object.verify(pins)?;
@@ -233,7 +257,19 @@ impl Object {
                 ObjectError::Refused { what: format!("the program {name}"), source: io_error }
             }
             source => ObjectError::Program { name: name.to_owned(), source: Box::new(source) },
-        })
+        })?;
+        // Without a descriptor of its own a program is merely not counted.
+        if let Ok(fd) = self.program(name).map(|program| program.try_clone_to_owned())
+            && let Ok(fd) = fd
+        {
+            self.programs.add(name, fd);
+        }
+        Ok(())
+    }
+
+    /// The programs that are loaded, now and later.
+    pub fn programs(&self) -> Programs {
+        self.programs.clone()
     }
 
     /// Whether the object has this program at all.
@@ -330,8 +366,7 @@ fn data(map: &Map) -> Option<&MapData> {
 }
 
 fn is_denial(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES))
-        && error.raw_os_error() == Some(libc::EPERM)
+    error.raw_os_error() == Some(libc::EPERM)
 }
 
 fn refused_maps(error: EbpfError) -> ObjectError {

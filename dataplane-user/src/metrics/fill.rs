@@ -1,6 +1,7 @@
 //! How full the tables are, and a warning before one is full.
 
 use super::family::{TABLE_CAPACITY, TABLE_ENTRIES, TABLE_NEARLY_FULL, Text};
+use dataplane_common::tables::{SocketChoices, SocketPeers, Table as _};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -8,6 +9,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 const HIGH: usize = 90;
 /// Below this part it is so no longer.
 const LOW: usize = 80;
+
+/// Tables from which nothing is removed but by what is newer: sooner or later they are full of what is of no use any more,
+/// and that says nothing.
+const ALWAYS_FULL: [&str; 2] = [SocketPeers::NAME, SocketChoices::NAME];
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Table {
@@ -33,7 +38,8 @@ impl Fill {
         let table = tables.entry(name).or_default();
         let part = entries.saturating_mul(100).checked_div(capacity).unwrap_or_default();
         let was = table.nearly_full;
-        *table = Table { entries, capacity, nearly_full: part >= HIGH || (was && part >= LOW) };
+        let nearly_full = !ALWAYS_FULL.contains(&name) && (part >= HIGH || (was && part >= LOW));
+        *table = Table { entries, capacity, nearly_full };
         (table.nearly_full && !was).then(|| {
             format!(
                 "the table {name} is {part} % full, {entries} of {capacity} entries: make room with {}",
@@ -86,6 +92,18 @@ mod tests {
         assert_eq!(fill.set("established", 700, 1000), None);
         assert!(fill.set("established", 1000, 1000).is_some());
         assert!(fill.set("frontends", 10, 10).unwrap().contains("--map-size frontends=N"));
+    }
+
+    /// H3
+    #[test]
+    fn a_table_that_is_always_full_is_not_warned_of() {
+        let fill = Fill::default();
+        assert_eq!(fill.set("socket_peers", 16_384, 16_384), None);
+        let mut text = Text::default();
+        fill.write(&mut text, &[]);
+        let text = text.into_string();
+        assert!(text.contains("portolan_table_entries{table=\"socket_peers\"} 16384"), "{text}");
+        assert!(text.contains("portolan_table_nearly_full{table=\"socket_peers\"} 0"), "{text}");
     }
 
     /// H3

@@ -116,7 +116,7 @@ pub struct Observed {
     /// Traffic of service ports and endpoints.
     pub counts: Counts,
     /// Runs of each program and their nanoseconds; empty while the kernel does not count them.
-    pub runs: Vec<(&'static str, u64, u64)>,
+    pub runs: Vec<(Arc<str>, u64, u64)>,
 }
 
 impl Metrics {
@@ -223,7 +223,7 @@ fn by_reason(text: &mut Text, family: &family::Family, numbers: &[(&str, u64)]) 
     }
 }
 
-fn runs(text: &mut Text, programs: &[(&str, u64, u64)]) {
+fn runs(text: &mut Text, programs: &[(Arc<str>, u64, u64)]) {
     text.head(&family::PROGRAM_RUNS);
     for (program, runs, _) in programs {
         text.sample(&family::PROGRAM_RUNS, &[program], runs);
@@ -264,8 +264,11 @@ mod tests {
     /// H3
     #[test]
     fn every_line_is_a_comment_or_a_name_and_a_number() {
-        let observed =
-            Observed { reasons: vec![("x", 1)], runs: vec![("connect4", 2, 3)], ..Observed::default() };
+        let observed = Observed {
+            reasons: vec![("x", 1)],
+            runs: vec![("connect4".into(), 2, 3)],
+            ..Observed::default()
+        };
         for line in Metrics::default().text(&observed).lines().filter(|line| !line.starts_with("# ")) {
             let (name, number) = line.rsplit_once(' ').unwrap();
             assert!(number.parse::<f64>().is_ok() && !name.is_empty(), "{line}");

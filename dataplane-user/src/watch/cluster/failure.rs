@@ -87,7 +87,12 @@ fn unanswered(server: &str, why: &str) -> String {
         "is the API server running, and is this its address?"
     } else if is("lookup") || is("resolve") || is("dns") {
         "check the server's name and this machine's DNS"
-    } else if is("unreachable") || is("No route to host") || is("timed out") || is("elapsed") || is("deadline") {
+    } else if is("unreachable")
+        || is("No route to host")
+        || is("timed out")
+        || is("elapsed")
+        || is("deadline")
+    {
         "check the route and the firewall between this machine and the API server"
     } else {
         "check the API server and the network"
