@@ -2,13 +2,17 @@
 //!
 //! One file per behaviour. Tests share laboratories of one kind but no Service; see [`world`].
 
+mod api_server;
+mod death;
 mod errors;
 mod flows;
 mod fragments;
 mod health;
 mod load;
+mod manifests;
 mod own;
 mod policies;
 mod refusals;
+mod room;
 mod sockets;
 mod world;

@@ -1,5 +1,6 @@
 //! The laboratory, the packet builder and the program runner that the tests share.
 
+pub mod api_server;
 pub mod bench;
 pub mod bench_agent;
 pub mod bench_load;

@@ -33,7 +33,7 @@ pub(crate) mod xdp;
 pub use agent::{Agent, AgentOptions, Source, portolan};
 pub use client::{Answer, Asked, Client, Failure, Stream, ask_datagram, at};
 pub use leftovers::{LABS, labs, on_signal_exit_with, sweep};
-pub use manifests::{Endpoint, Manifests, Service};
+pub use manifests::{Endpoint, Manifests, Service, documents};
 pub use network::{Addresses, Family, PodNetwork};
 pub use node::{Node, Pod, PodOptions};
 pub use place::Place;
