@@ -6,4 +6,5 @@ mod boot;
 mod controlplane;
 mod names;
 mod shared;
+mod told;
 mod world;

@@ -15,6 +15,7 @@ use dataplane_user::config::Output;
 use dataplane_user::expire::{IdleTimes, sweep};
 use dataplane_user::kernel::bpf;
 use dataplane_user::kernel::maps::{KernelMaps, MapError, create};
+use dataplane_user::kernel::object::{self, Object};
 use dataplane_user::model::ObjectName;
 use dataplane_user::sync::{LingeringBits, Maps, MemoryMaps, Mirror, REST};
 use std::collections::BTreeMap;
@@ -230,6 +231,19 @@ fn idle_flows_leave_hash_and_lru_tables() {
     assert_eq!(swept.established.alone + swept.closing.alone, 0);
 }
 
+/// H3: those for devices without a link-layer header are loaded where such a device first appears.
+#[test]
+fn programs_that_are_loaded_later_are_counted_too() {
+    let mut object = Object::open(&object::Options::default()).unwrap();
+    let programs = object.programs();
+    let runs = || programs.each(|name, program| Some((name.to_string(), bpf::program_runs(program).ok()?.0)));
+    object.load("tc_pod_out").unwrap();
+    assert_eq!(runs(), [("tc_pod_out".to_owned(), 0)]);
+    object.load("tc_bare_out").unwrap();
+    object.load("tc_bare_out").unwrap();
+    assert_eq!(runs(), [("tc_pod_out".to_owned(), 0), ("tc_bare_out".to_owned(), 0)]);
+}
+
 #[test]
 fn the_tables_are_shown_for_people_and_for_programs() {
     let (maps, now) = (KernelMaps::create(&[]).unwrap(), Instant::now());
@@ -258,5 +272,8 @@ fn the_tables_are_shown_for_people_and_for_programs() {
     let json: serde_json::Value = serde_json::from_str(&shown(View::Drops, Output::Json)).unwrap();
     assert_eq!((&json[0]["reason"], &json[0]["disposition"]), (&"no-endpoints".into(), &"rejected".into()));
     assert_eq!(json[0]["count"], 5 * bpf::possible_cpus().unwrap() as u64);
+    let text = shown(View::Drops, Output::Table);
+    let lines: Vec<_> = text.lines().collect();
+    assert!(lines.len() == 2 && lines[1].starts_with("no-endpoints "), "only what occurred: {text}");
     assert_eq!(shown(View::Flows, Output::Json), "[]\n");
 }

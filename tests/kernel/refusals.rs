@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 /// A user with no right at all.
 const NOBODY: u32 = 65_534;
@@ -125,4 +126,71 @@ fn a_kubeconfig_that_is_none_is_named() {
     drop(folder);
     let text = refusal("kubeconfig", output);
     assert!(text.contains("kubeconfig /none/kubeconfig: "), "{text}");
+}
+
+/// An agent in network and mount namespaces of its own, in which the kernel's own types cannot be found. It attaches nothing
+/// outside of them.
+#[test]
+fn a_kernel_without_its_own_types_serves_and_is_named() {
+    let folder = folder("btf");
+    let script = "mount -t tmpfs none /sys/kernel/btf && exec \"$@\"";
+    let output = folder.join("out");
+    let mut agent = Command::new("unshare")
+        .args(["--net", "--mount", "sh", "-c", script, "sh"])
+        .arg(portolan().unwrap())
+        .args(flags(&folder))
+        .arg("--socket-lb=off")
+        .stdout(fs::File::create(&output).unwrap())
+        .stderr(fs::File::create(folder.join("log")).unwrap())
+        .spawn()
+        .unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    while fs::read_to_string(&output).unwrap() != "ready\n" && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // SAFETY: a system call on our own child, which has not been waited for.
+    unsafe { libc::kill(agent.id() as libc::pid_t, libc::SIGTERM) };
+    let status = agent.wait().unwrap();
+    let (ready, log) =
+        (fs::read_to_string(&output).unwrap(), fs::read_to_string(folder.join("log")).unwrap());
+    let pins = flags(&folder).pop().unwrap();
+    let cleanup = Command::new(portolan().unwrap()).args(["cleanup", "--bpffs", &pins]).output().unwrap();
+    let _ = fs::remove_dir_all(&folder);
+    assert!(status.success() && ready == "ready\n", "{status}: {log}");
+    assert!(
+        log.contains("no BTF of the kernel (no /sys/kernel/btf/vmlinux; CONFIG_DEBUG_INFO_BTF)"),
+        "{log}"
+    );
+    let removed = String::from_utf8_lossy(&cleanup.stdout).into_owned();
+    assert!(removed.ends_with(&format!("removed folder {pins}\n")), "{removed}");
+    assert!(!PathBuf::from(&pins).exists());
+}
+
+#[test]
+fn what_was_never_there_is_neither_shown_nor_removed() {
+    let run = |arguments: &[&str]| {
+        let arguments = arguments.iter().chain(&["--bpffs", "/sys/fs/bpf/portolan-none"]);
+        let output = Command::new(portolan().unwrap()).args(arguments).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(text).unwrap())
+    };
+    for view in ["services", "backends", "flows", "drops"] {
+        let (ok, text) = run(&[view]);
+        assert!(!ok && text.lines().count() == 1, "{text}");
+        assert!(text.contains("no maps of Portolan are pinned in /sys/fs/bpf/portolan-none/"), "{text}");
+        assert!(text.contains("no agent has run with this --bpffs folder"), "{text}");
+    }
+    let (ok, text) = run(&["cleanup"]);
+    assert!(ok && text.starts_with("nothing to remove at /sys/fs/bpf/portolan-none"), "{text}");
+}
+
+#[test]
+fn an_ordinary_user_is_not_told_that_there_is_nothing_to_remove() {
+    let folder = folder("user-cleanup");
+    // The build folder may be root's alone.
+    let copy = folder.join("portolan");
+    fs::copy(portolan().unwrap(), &copy).unwrap();
+    let output = Command::new(copy).arg("cleanup").uid(NOBODY).gid(NOBODY).output().unwrap();
+    let text = refusal("user-cleanup", output);
+    assert!(text.contains("this process lacks CAP_BPF, CAP_NET_ADMIN"), "{text}");
 }

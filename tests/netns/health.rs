@@ -1,8 +1,8 @@
 //! What a node tells others about itself: health check ports (S4), its own health (H1, H2) and its metrics (H3).
 
-use dataplane_tests::lab::{AgentOptions, Client, Lab, Options, PodOptions, Service, at};
+use dataplane_tests::lab::{AgentOptions, Client, Family, Lab, Options, PodOptions, Service, at};
 use serde_json::Value;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 /// How long a change may take until it is told.
@@ -105,6 +105,39 @@ fn a_load_balancer_learns_which_nodes_have_endpoints() {
     assert!(Client::at(outside).tcp(at(lab.node(0).address(), 32_101)).is_ok(), "traffic is still served");
     lab.manifests().delete(&service).unwrap();
     until("nobody answers", || check(0).is_none());
+}
+
+/// S4, H1, H3: each family is asked at its own addresses, and counts its own endpoints.
+#[test]
+fn both_families_are_told_of_health_and_each_of_its_own_endpoints() {
+    let lab = lab(&["--metrics-bind-address=[::]:10249"]);
+    let mut endpoints = ["web-1", "web-2"].map(|name| lab.pod(name).unwrap().endpoint());
+    endpoints[1].address6 = None;
+    let v6: Ipv6Addr = "fd00:10:96::77".parse().unwrap();
+    let service = balanced(&lab).and_cluster_ip(v6).endpoints(endpoints);
+    lab.manifests().apply(&service).unwrap();
+    for (family, count) in [(Family::V4, 2), (Family::V6, 1)] {
+        let ask = |node: usize, port| get(lab.client(), at(lab.node(node).ip(family), port), "/healthz");
+        until("the check answers", || ask(0, CHECK).is_some_and(|answer| answer.status == 200));
+        let answer = ask(0, CHECK).unwrap();
+        assert_eq!(answer.json()["localEndpoints"], count, "{answer:?}");
+        assert_eq!(answer.json()["service"]["name"], "balanced");
+        assert_eq!(answer.json()["serviceProxyHealthy"], true);
+        assert!(answer.has_header(&format!("X-Load-Balancing-Endpoint-Weight: {count}")), "{answer:?}");
+        assert_eq!(ask(1, CHECK).map(|answer| answer.status), Some(503), "no endpoint is there");
+        let healthz = ask(0, HEALTH).unwrap();
+        assert_eq!((healthz.status, healthz.json()["nodeEligible"].as_bool()), (200, Some(true)));
+        let metrics = get(lab.client(), at(lab.node(0).ip(family), METRICS), "/metrics").unwrap();
+        for name in [
+            "kubeproxy_network_programming_duration_seconds_count",
+            "kubeproxy_sync_proxy_rules_duration_seconds_bucket",
+            "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+            "kubeproxy_proxy_healthz_total{code=\"200\"}",
+        ] {
+            assert!(metrics.text.lines().any(|line| line.starts_with(name)), "{name} in {metrics:?}");
+        }
+    }
 }
 
 /// S4, H3

@@ -54,6 +54,8 @@ fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
         shell(&lab).timeout(Duration::from_millis(400)).tcp(at(cluster_ip(number), PORT)).is_ok()
     };
     for (table, room) in SMALL {
+        let before = node.agent().map_or(0, |_| log(node).len());
+        let said = || log(node)[before..].to_owned();
         for number in 1..=18 {
             lab.manifests().apply(&service(&lab, number)).unwrap();
         }
@@ -61,24 +63,21 @@ fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
         node.start_agent(&AgentOptions::default().arguments(&[&size])).unwrap();
         let nearly_full = format!("portolan_table_nearly_full{{table=\"{table}\"}} ");
         eventually("a metric tells that it is nearly full", || metric(node, &nearly_full) == Some(1.0));
-        assert!(log(node).contains(&format!("the table {table} is 9")), "{}", log(node));
-        assert!(log(node).contains(&format!("make room with --map-size {table}=N")), "{}", log(node));
-        assert!(!log(node).contains("waits"), "it is not full yet: {}", log(node));
+        assert!(said().contains(&format!("the table {table} is 9")), "{}", said());
+        assert!(said().contains(&format!("make room with --map-size {table}=N")), "{}", said());
+        assert!(!said().contains("waits"), "it is not full yet: {}", said());
 
+        let some_wait = || metric(node, "portolan_waiting_services ").is_some_and(|count| count >= 1.0);
         (19..=22).for_each(|number| lab.manifests().apply(&service(&lab, number)).unwrap());
-        eventually("some wait", || {
-            metric(node, "portolan_waiting_services ").is_some_and(|count| count >= 1.0)
-        });
+        eventually("some wait", some_wait);
         let full = format!("map `{table}` is full with {room} entries: enlarge it with --map-size {table}=N");
-        assert!(log(node).contains(&full), "{}", log(node));
+        assert!(said().contains(&full), "{}", said());
         assert!((1..=18).all(serves), "what was served goes on");
         (1..=6).for_each(|number| lab.manifests().delete(&service(&lab, number)).unwrap());
         eventually("who waited is served", || (7..=22).all(serves));
 
         (1..=6).for_each(|number| lab.manifests().apply(&service(&lab, number)).unwrap());
-        eventually("some wait again", || {
-            metric(node, "portolan_waiting_services ").is_some_and(|count| count >= 1.0)
-        });
+        eventually("some wait again", some_wait);
         node.agent().unwrap().stop().unwrap();
         let larger = format!("--map-size={table}={}", 4 * room);
         node.start_agent(&AgentOptions::default().arguments(&[&larger])).unwrap();
@@ -86,9 +85,7 @@ fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
         assert_eq!(metric(node, "portolan_waiting_services "), Some(0.0));
         node.agent().unwrap().stop().unwrap();
         node.portolan(&["cleanup"]).unwrap();
-        for number in 19..=22 {
-            lab.manifests().delete(&service(&lab, number)).unwrap();
-        }
+        (19..=22).for_each(|number| lab.manifests().delete(&service(&lab, number)).unwrap());
     }
 }
 

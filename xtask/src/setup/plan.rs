@@ -73,6 +73,11 @@ pub(super) const PACKAGES: &[Package] = &[
         probe: Probe::Program("nft"),
         why: "the netfilter rules that tests put in the way",
     },
+    Package {
+        name: "strace",
+        probe: Probe::Program("strace"),
+        why: "kills the agent at a given system call, in tests",
+    },
 ];
 
 /// What benchmarks need besides.
@@ -321,6 +326,7 @@ mod tests {
             "llvm-22-dev",
             "nftables",
             "rustc-web",
+            "strace",
             "bpf-linker",
             "cargo-deny",
             "go 1.26.8",
