@@ -113,9 +113,6 @@ pub fn primary<'a>(node: &'a Node, dst: &Addr) -> &'a Addr {
 /// Network-layer bytes of the longest packet that will be on the wire.
 #[inline(always)]
 fn wire_length<F: Frame>(frame: &F, packet: &Packet) -> u16 {
-    // A segment carries `gso_size` bytes behind headers of at most 60 bytes of TCP; the usual 12 bytes of timestamps
-    // are what counts here, and the device segments exactly.
-    const TCP_WITH_TIMESTAMPS: u32 = 32;
     // What the kernel says of a packet whose segments are cut already, each as long as its way took (SCTP): `GSO_BY_FRAGS`.
     const CUT_ALREADY: u32 = 0xffff;
     let segment = frame.segment_size();
@@ -124,7 +121,7 @@ fn wire_length<F: Frame>(frame: &F, packet: &Packet) -> u16 {
     } else if segment == 0 {
         packet.length
     } else {
-        segment + packet.network_header() + TCP_WITH_TIMESTAMPS
+        segment + packet.network_header() + packet.transport_header()
     };
     if length > u16::MAX as u32 { u16::MAX } else { length as u16 }
 }

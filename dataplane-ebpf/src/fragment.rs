@@ -14,6 +14,12 @@ pub fn note(packet: &Packet) {
     let _ = FRAGMENTS.insert(&key(packet), &ports, BPF_ANY as u64);
 }
 
+/// Forgets what an earlier datagram with the key of this fragment left.
+#[inline(always)]
+pub fn forget(packet: &Packet) {
+    let _ = FRAGMENTS.remove(&key(packet));
+}
+
 /// The ports of the datagram that `packet` is a fragment of; `None` if its first fragment was not seen.
 #[inline(always)]
 pub fn lookup(packet: &Packet) -> Option<FragmentPorts> {

@@ -124,6 +124,8 @@ pub struct Packet {
     l3: u8,
     /// Offset of the transport header, where there is one.
     l4: u8,
+    /// Bytes of the header of TCP or UDP, options counted; 0 otherwise.
+    transport_header: u8,
 }
 
 impl Packet {
@@ -144,7 +146,24 @@ impl Packet {
         fragment_id: 0,
         l3: 0,
         l4: 0,
+        transport_header: 0,
     };
+
+    /// Whether a fragment may be of a protocol that Services have: behind an extension header anything may follow.
+    #[inline(always)]
+    pub fn may_have_ports(&self) -> bool {
+        let proto = self.proto;
+        proto == Protocol::Tcp as u8
+            || proto == Protocol::Udp as u8
+            || proto == Protocol::Sctp as u8
+            || (!self.is_v4() && is_extension(proto))
+    }
+
+    /// Bytes of the header of TCP or UDP, options counted; 0 otherwise.
+    #[inline(always)]
+    pub const fn transport_header(&self) -> u32 {
+        self.transport_header as u32
+    }
 
     /// Whether the TCP flags in `mask` are exactly `wanted`.
     #[inline(always)]
@@ -381,13 +400,14 @@ fn transport<F: Frame>(frame: &mut F, packet: &mut Packet) -> Obstacle {
         packet.flags = flags;
         packet.seq = u32::from_be_bytes([s0, s1, s2, s3]);
         packet.ack = u32::from_be_bytes([a0, a1, a2, a3]);
-        let header_length = ((offset >> 4) as u32) * 4;
-        if header_length >= TCP_HEADER && header_length <= payload {
+        packet.transport_header = (offset >> 4) * 4;
+        if packet.transport_header() >= TCP_HEADER && packet.transport_header() <= payload {
             return Obstacle::None;
         }
     } else if packet.proto == Protocol::Udp as u8 {
         let Some([a, b, c, d, e, f]) = frame.read::<6>(packet.l4()) else { return Obstacle::Malformed };
         (packet.src_port, packet.dst_port) = (Port::from_bytes([a, b]), Port::from_bytes([c, d]));
+        packet.transport_header = UDP_HEADER as u8;
         let length = u16::from_be_bytes([e, f]) as u32;
         // The length is that of the whole: of all segments, of all fragments.
         let whole = packet.obstacle == Obstacle::FirstFragment || frame.segment_size() != 0;

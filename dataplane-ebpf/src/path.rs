@@ -93,7 +93,7 @@ pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, log: imp
         }
         Verdict::Refuse(reason) => {
             log(reason);
-            let answered = answer(frame, scratch, reason);
+            let answered = answer(frame, hook, scratch, reason);
             if hook != Hook::UplinkIngress || answered != Code::ANSWER {
                 return answered.verdict();
             }
@@ -157,7 +157,7 @@ fn not_ours(packet: &Packet, hook: Hook) -> Verdict {
 
 /// Turns the frame into what tells its sender no.
 #[inline(never)]
-fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Code {
+fn answer<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, reason: Reason) -> Code {
     let packet = &scratch.packet;
     let error = if reason == Reason::TtlExceeded {
         Some(IcmpError::TIME_EXCEEDED)
@@ -168,9 +168,12 @@ fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Cod
     };
     let written = match error {
         Some(error) => {
-            // In the node's own name, as a router would.
-            let source = service::node().map_or(packet.dst, |node| *forward::primary(node, &packet.dst));
-            reject::icmp(frame, packet, &source, error)
+            // In the node's own name, as a router would; but to the node itself that would be a martian.
+            let source = match service::node() {
+                Some(node) if hook != Hook::UplinkEgress => forward::primary(node, &packet.dst),
+                Some(_) | None => &packet.dst,
+            };
+            reject::icmp(frame, packet, source, error)
         }
         None => reject::refuse(frame, packet),
     };
@@ -424,8 +427,8 @@ impl<F: Frame> Walk<'_, F> {
 
     #[inline(always)]
     fn new_flow(&mut self) -> Verdict {
-        for _ in 0..ENDPOINT_TRIES {
-            let proposed = self.propose();
+        for attempt in 0..ENDPOINT_TRIES {
+            let proposed = self.propose(attempt);
             if proposed != Code::BEGIN {
                 return proposed.verdict();
             }
@@ -477,12 +480,13 @@ impl<F: Frame> Walk<'_, F> {
         self.s.reply.set(Flow::SOURCE_TRANSLATED);
     }
 
-    /// Chooses an endpoint and proposes a flow to it; [`Verdict::Begin`] if there is one.
+    /// Chooses an endpoint and proposes a flow to it; [`Verdict::Begin`] if there is one. Of one packet XDP and tc choose the
+    /// same: if each drew for itself, what XDP can finish alone would have more than its share.
     #[inline(never)]
-    fn propose(&mut self) -> Code {
+    fn propose(&mut self, attempt: u32) -> Code {
         let Opening { endpoints, service, affinity_seconds, source, rule } = self.s.opening;
         let chosen = if affinity_seconds == 0 {
-            select::select(endpoints)
+            select::by(endpoints, self.s.key.draw((flow::now() as u64) << 32 | attempt as u64))
         } else {
             let client = affinity_client(&self.s.packet.src, source);
             affinity::select(endpoints, &AffinityKey::address(*client, service), affinity_seconds)

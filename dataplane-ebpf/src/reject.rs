@@ -104,7 +104,11 @@ pub fn icmp<F: Frame>(
     if packet.is_v4() {
         return icmpv4(frame, packet, source, error);
     }
-    icmpv6(frame, packet, source, error)
+    if packet.network_header() > IPV6_HEADER as u32 {
+        // Of a fragment: its header, and behind it what a stack needs to find the socket.
+        return icmpv6::<F, { IPV6_HEADER + 2 * QUOTE }>(frame, packet, source, error);
+    }
+    icmpv6::<F, { IPV6_HEADER + QUOTE }>(frame, packet, source, error)
 }
 
 /// Where the UDP checksum was left to the device, the device later writes a sum into bytes 6 and 7 of the ICMP header.
@@ -120,8 +124,13 @@ fn icmpv4<F: Frame>(frame: &mut F, packet: &Packet, source: &Addr, error: IcmpEr
 
 /// As [`icmpv4`], but the checksum covers a pseudo header. If bytes 6 and 7 hold its sum before the device replaces them,
 /// it is no longer part of the rest, which then sums to zero as above.
-fn icmpv6<F: Frame>(frame: &mut F, packet: &Packet, source: &Addr, error: IcmpError) -> Result<(), Refused> {
-    let quote = frame.read::<{ IPV6_HEADER + QUOTE }>(packet.l3()).ok_or(Refused)?;
+fn icmpv6<F: Frame, const QUOTED: usize>(
+    frame: &mut F,
+    packet: &Packet,
+    source: &Addr,
+    error: IcmpError,
+) -> Result<(), Refused> {
+    let quote = frame.read::<QUOTED>(packet.l3()).ok_or(Refused)?;
     let partial = packet.proto == Protocol::Udp as u8 && frame.checksum_is_partial(packet.checksum_offset());
     begin(frame, packet, source, ICMPV6, ICMP_HEADER + quote.len())?;
     let mut header = error.header(false);

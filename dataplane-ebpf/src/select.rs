@@ -28,9 +28,17 @@ pub struct Chosen {
 #[inline(always)]
 pub fn select(set: EndpointSet) -> Result<Chosen, Reason> {
     // SAFETY: a helper without arguments.
-    let random = unsafe { bpf_get_prandom_u32() };
+    by(set, unsafe { bpf_get_prandom_u32() })
+}
+
+/// The endpoint of a set that is not empty to which a number from all of `u32` leads.
+///
+/// # Errors
+/// As [`select`].
+#[inline(always)]
+pub fn by(set: EndpointSet, number: u32) -> Result<Chosen, Reason> {
     // The upper half of the product is uniform in 0 .. count, without a division.
-    let index = set.base() + ((random as u64 * set.count() as u64) >> 32) as u32;
+    let index = set.base() + ((number as u64 * set.count() as u64) >> 32) as u32;
     let id = *SLOTS.get(index).ok_or(Reason::CorruptTable)?;
     backend(id).ok_or(Reason::CorruptTable)
 }

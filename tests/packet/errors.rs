@@ -193,6 +193,22 @@ fn errors_of_the_nodes_own_flows_reach_both_ends() {
     });
 }
 
+/// P19: a router's own address is no reason to hand an error up anywhere but where it came in.
+#[test]
+fn an_error_by_another_uplink_stays_there() {
+    for_both(|f| {
+        let mut world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let about = udp_packet((f.node, 40_000), (f.cluster_ip, 80), b"question");
+        world.set_uplink("up1").unwrap();
+        world.send(Hook::UplinkOut, &about).unwrap();
+        world.set_uplink("up0").unwrap();
+        let there = about.clone().to(f.remote, 8080);
+        let sent = icmp_error_quoting(router(f), &there, f.time_exceeded, 0, 8);
+        let out = icmp_error_quoting(router(f), &about, f.time_exceeded, 0, 8);
+        expect(&world, Hook::UplinkIn, &sent, Verdict::Pass, &out, &counted_out(length(&sent)));
+    });
+}
+
 /// P19: the quoted packet may have IP options or extension headers of its own.
 #[test]
 fn a_quoted_header_that_is_longer_than_usual_is_translated() {

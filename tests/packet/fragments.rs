@@ -138,13 +138,60 @@ fn a_refused_datagram_is_answered_once() {
         let sent = whole.fragments(PIECE);
         let outcome = world.send(Hook::PodIn, &sent[0]).unwrap();
         assert_eq!((outcome.verdict, outcome.moved), (Verdict::Redirect, reason(Reason::NoEndpoints)));
-        // An ICMPv6 error quotes 48 bytes: the fragment header, but not yet the ports behind it.
-        if whole.src.0.is_ipv4() {
-            let answer = icmp_error(f.cluster_ip, &sent[0], f.port_unreachable, 0);
-            assert_eq!(crate::hex(&outcome.packet), crate::hex(&answer.bytes()));
-        }
+        // It quotes the ports behind IPv6's fragment header, without which no stack finds the socket.
+        let answer = icmp_error(f.cluster_ip, &sent[0], f.port_unreachable, 0);
+        assert_eq!(crate::hex(&outcome.packet), crate::hex(&answer.bytes()));
         expect_drop(&world, Hook::PodIn, &sent[1], Reason::OrphanFragment);
         expect_drop(&world, Hook::PodIn, &sent[2], Reason::OrphanFragment);
+    });
+}
+
+/// P20: XDP leaves a datagram to tc with all its fragments: those that follow may be there before tc has seen the first.
+#[test]
+fn xdp_leaves_all_fragments_of_a_new_flow_to_tc() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[(f.pod, "there", "ready: true")])).unwrap();
+        let whole = datagram((f.client, 40_000), (f.node, 30_080));
+        let sent = whole.fragments(PIECE);
+        for fragment in &sent {
+            expect(&world, Hook::Xdp, fragment, Verdict::Pass, fragment, &reason(Reason::XdpLeftToTc));
+        }
+        let first = world.send(Hook::UplinkIn, &sent[0]).unwrap();
+        let port = f.source_port(&first.packet);
+        let there = whole.clone().from(f.node, port).to(f.pod, 8080).ttl(63).fragments(PIECE);
+        for at in [1, 2] {
+            let counted = f.counted_in(lengths(&whole)[at], false);
+            expect(&world, Hook::UplinkIn, &sent[at], Verdict::Redirect, &there[at], &counted);
+        }
+    });
+}
+
+/// Z4: a datagram is not taken for an earlier one that had the same identification.
+#[test]
+fn an_identification_that_comes_again_means_nothing() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let ours = datagram((f.client, 40_000), (f.node, 30_080));
+        let theirs = datagram((f.client, 40_000), (f.node, 53));
+        for hook in [Hook::UplinkIn, Hook::Xdp] {
+            for fragment in ours.fragments(PIECE) {
+                assert_eq!(world.send(hook, &fragment).unwrap().packet.len(), fragment.bytes().len());
+            }
+            theirs.fragments(PIECE).iter().for_each(|sent| expect_untouched(&world, hook, sent));
+        }
+    });
+}
+
+/// Z4: no Service speaks ICMP: its fragments pass, as what is not in fragments does.
+#[test]
+fn fragments_of_a_protocol_that_no_service_has_pass() {
+    for_both(|f| {
+        let world = World::new(&f.load_balancer("", &[f.local_endpoint()])).unwrap();
+        let echo = Transport::Other { proto: f.icmp, bytes: vec![f.echo_request; 108] };
+        for (hook, client) in [(Hook::PodIn, f.pod), (Hook::UplinkIn, f.client), (Hook::Xdp, f.client)] {
+            let whole = packet((client, 0), (f.lb_ip, 0), echo.clone());
+            whole.fragments(PIECE).iter().for_each(|sent| expect_untouched(&world, hook, sent));
+        }
     });
 }
 

@@ -290,6 +290,39 @@ fn a_packet_too_long_for_the_way_is_answered_with_its_mtu() {
     });
 }
 
+/// P19: the node is told in the name of whom it called: an error from itself would be a martian.
+#[test]
+fn a_packet_of_the_node_too_long_for_the_way_is_answered_with_its_mtu() {
+    for_both(|f| {
+        let far = (f.narrow, "there", "ready: true");
+        let world = World::new(&f.web("", &[far])).unwrap();
+        let sent = udp_packet((f.node, 40_000), (f.cluster_ip, 80), &[7; 1_400]);
+        let answer = icmp_error(f.cluster_ip, &sent, f.too_big, NARROW);
+        expect(&world, Hook::UplinkOut, &sent, Verdict::Redirect, &answer, &reason(Reason::TooBig));
+    });
+}
+
+/// What will be cut into segments, or was merged of them, is as long on the wire as one of them, with its own headers.
+#[test]
+fn a_train_of_segments_that_fit_the_way_is_not_too_long() {
+    for_both(|f| {
+        let far = (f.narrow, "there", "ready: true");
+        let world = World::new(&f.web("", &[far])).unwrap();
+        let room = NARROW - f.header as u32;
+        let mut tcp = tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::SYN);
+        if let Transport::Tcp { data, .. } = &mut tcp.transport {
+            *data = vec![7; 2_400];
+        }
+        let udp = udp_packet((f.client, 40_000), (f.node, 30_080), &[7; 2_400]);
+        for (train, header) in [(&tcp, 20), (&udp, 8)] {
+            let sent = world.send_train(Hook::UplinkIn, train, room - header).unwrap();
+            assert!(sent.moved.contains_key("service in"), "{:?}", sent.moved);
+            let long = world.send_train(Hook::UplinkIn, train, room - header + 1).unwrap();
+            assert_eq!(long.moved, reason(Reason::TooBig));
+        }
+    });
+}
+
 #[test]
 fn an_endpoint_without_a_route_is_a_counted_drop() {
     for_both(|f| {
@@ -319,6 +352,42 @@ fn two_flows_with_one_reply_are_kept_apart() {
         let translated: Packet =
             through_node_port.clone().from(f.node, f.source_port(&outcome.packet)).to(f.remote, 8080).ttl(63);
         assert_eq!(outcome.packet, translated.bytes());
+    });
+}
+
+/// C4: the same for the node's own flows: the second reply, too, comes back to it.
+#[test]
+fn two_flows_of_the_node_with_one_reply_are_kept_apart() {
+    for_both(|f| {
+        let world = World::new(&f.load_balancer("", &[f.remote_endpoint()])).unwrap();
+        let to = |address| udp_packet((f.node, 40_000), (address, 80), b"question");
+        world.send(Hook::UplinkOut, &to(f.cluster_ip)).unwrap();
+        let outcome = world.send(Hook::UplinkOut, &to(f.lb_ip)).unwrap();
+        let port = f.source_port(&outcome.packet);
+        let out = to(f.lb_ip).from(f.node, port).to(f.remote, 8080);
+        assert_eq!((outcome.verdict, outcome.packet), (Verdict::Redirect, out.bytes()));
+        let reply = udp_packet((f.remote, 8080), (f.node, port), b"answer");
+        let restored = reply.clone().from(f.lb_ip, 80).to(f.node, 40_000);
+        expect(&world, Hook::UplinkIn, &reply, Verdict::Pass, &restored, &f.counted_out(14));
+    });
+}
+
+/// P4: what XDP leaves to tc does not weigh on the choice: the same endpoint is chosen there.
+#[test]
+fn xdp_and_tc_together_choose_evenly() {
+    for_both(|f| {
+        let endpoints = [(f.other_pod, "here", "ready: true"), (f.pod, "there", "ready: true")];
+        let world = World::with_ports(&f.web("", &endpoints), 0, &[], 50_000..=59_999).unwrap();
+        let to_stack = (0..400).filter(|number| {
+            let sent = udp_packet((f.client, 40_000 + number), (f.node, 30_080), b"question");
+            let outcome = world.send(Hook::Xdp, &sent).unwrap();
+            let left = outcome.packet == sent.bytes();
+            // Hardly ever: the choice is another one each second.
+            !left || world.send(Hook::UplinkIn, &sent).unwrap().verdict == Verdict::Pass
+        });
+        // Ten are a standard deviation.
+        let to_stack = to_stack.count();
+        assert!((150..=250).contains(&to_stack), "{to_stack} of 400");
     });
 }
 

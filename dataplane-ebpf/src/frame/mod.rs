@@ -44,7 +44,7 @@ pub trait Frame {
     /// Length in bytes; for a packet that will be segmented, of all segments together.
     fn length(&self) -> u32;
 
-    /// Length of the network-layer payload per segment, if the packet is to be segmented; else 0.
+    /// Bytes of data behind the transport header in each segment, if the packet is to be segmented; else 0.
     fn segment_size(&self) -> u32;
 
     /// The program's context, for helpers that ask for it.

@@ -41,7 +41,10 @@ impl<F: Frame> Walk<'_, F> {
     fn first_fragment(&mut self) -> Code {
         let packet = &mut self.s.packet;
         packet.obstacle = Obstacle::None;
-        if !interest::of(packet, self.hook).none() {
+        if interest::of(packet, self.hook).none() {
+            // An earlier datagram may have had the same identification.
+            fragment::forget(packet);
+        } else {
             fragment::note(packet);
         }
         Code::BEGIN
@@ -63,20 +66,23 @@ impl<F: Frame> Walk<'_, F> {
         if named { self.orphan_fragment() } else { self.early_fragment() }.into()
     }
 
-    /// A fragment whose datagram is not known. What only Services have as their address is ours and cannot be translated;
-    /// what may be anybody's passes (Z4): a fragment to the node itself goes up to its stack, never on.
+    /// A fragment whose datagram is not known. What only Services have as their address is ours and cannot be translated, if it
+    /// may be of a protocol that Services have; what may be anybody's passes (Z4): a fragment to the node itself goes up to its
+    /// stack, never on.
     #[inline(always)]
     fn early_fragment(&self) -> Verdict {
         let packet = &self.s.packet;
         if self.is_from_client()
-            && (interest::only_of_service(&packet.dst) || service::is_closed(&packet.dst))
+            && (packet.may_have_ports() && interest::only_of_service(&packet.dst)
+                || service::is_closed(&packet.dst))
         {
             return Verdict::Drop(Reason::EarlyFragment);
         }
         not_ours(packet, self.hook)
     }
 
-    /// A fragment of a datagram that has no flow: it was refused or dropped, or is not ours.
+    /// A fragment of a datagram that has no flow: it was refused or dropped, or is not ours. XDP may have left the first one to
+    /// tc, which is not there yet.
     #[inline(always)]
     fn orphan_fragment(&self) -> Verdict {
         let packet = &self.s.packet;
@@ -84,7 +90,7 @@ impl<F: Frame> Walk<'_, F> {
             !matches!(service::lookup(&packet.dst, packet.dst_port, packet.proto), Ok(None))
         };
         if self.is_from_client() && (serves(packet) || service::is_closed(&packet.dst)) {
-            return Verdict::Drop(Reason::OrphanFragment);
+            return if F::LEAVES_TO_TC { Verdict::LeaveToTc } else { Verdict::Drop(Reason::OrphanFragment) };
         }
         not_ours(packet, self.hook)
     }
@@ -136,7 +142,7 @@ impl<F: Frame> Walk<'_, F> {
 
     /// Writes the translation of the network header, and of what an error quotes.
     #[inline(never)]
-    fn translate(&mut self, exit: Exit) -> Code {
+    fn translate(&mut self, mut exit: Exit) -> Code {
         let (packet, flow) = (&self.s.packet, &self.s.flow);
         let mut rewrite = nat::plan(packet, flow, self.is_routed(exit));
         let is_error = packet.obstacle == Obstacle::IcmpError;
@@ -144,6 +150,10 @@ impl<F: Frame> Walk<'_, F> {
         // sent on by this node itself: nobody believes it that router's address.
         if is_error && packet.src != self.s.key.src && exit != Exit::Forward {
             rewrite.src = packet.src;
+            if self.hook.is_ingress() {
+                // That address has come in where it belongs.
+                exit = Exit::Stack;
+            }
         }
         match nat::apply_to_network(self.frame, packet, &rewrite) {
             Ok(outer) => self.s.changes.outer = outer.0,

@@ -81,7 +81,7 @@ impl World {
     /// # Errors
     /// If the kernel refuses to run it.
     pub fn send_uncounted(&self, hook: Hook, data: &[u8]) -> Result<(Verdict, Vec<u8>)> {
-        let (verdict, result) = self.run(hook, hook.program(), data)?;
+        let (verdict, result) = self.run(hook, hook.program(), data, 0)?;
         Ok((verdict, result.data))
     }
 

@@ -171,11 +171,13 @@ fn interfaces() -> Result<[IpAddr; 4]> {
     Ok([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), own[0], own[1]])
 }
 
-/// `struct __sk_buff` of a packet of an interface.
-fn sk_buff(interface: u32) -> Vec<u8> {
+/// `struct __sk_buff` of a packet of an interface, with its `gso_size`.
+fn sk_buff(interface: u32, segment: u32) -> Vec<u8> {
     const IFINDEX: usize = 40;
+    const GSO_SIZE: usize = 176;
     let mut context = vec![0; 192];
     context[IFINDEX..IFINDEX + 4].copy_from_slice(&interface.to_ne_bytes());
+    context[GSO_SIZE..GSO_SIZE + 4].copy_from_slice(&segment.to_ne_bytes());
     context
 }
 
@@ -286,6 +288,15 @@ impl World {
         Ok(Compiled { node, update })
     }
 
+    /// Takes this interface for the uplink that packets are met on.
+    ///
+    /// # Errors
+    /// If it is not there.
+    pub fn set_uplink(&mut self, interface: &str) -> Result<()> {
+        self.uplink = index(interface)?;
+        Ok(())
+    }
+
     /// Takes these ports for translated sources.
     ///
     /// # Errors
@@ -311,8 +322,21 @@ impl World {
     /// # Errors
     /// As [`World::send`].
     pub fn send_bytes(&self, hook: Hook, data: &[u8]) -> Result<Outcome> {
+        self.observe(|| self.run(hook, hook.program(), data, 0))
+    }
+
+    /// Sends a packet that will be cut into segments with so many bytes of data each.
+    ///
+    /// # Errors
+    /// As [`World::send`].
+    pub fn send_train(&self, hook: Hook, packet: &build::Packet, segment: u32) -> Result<Outcome> {
+        self.observe(|| self.run(hook, hook.program(), &packet.bytes(), segment))
+    }
+
+    /// Looks at all counters before and after.
+    fn observe(&self, run: impl FnOnce() -> Result<(Verdict, TestRunResult)>) -> Result<Outcome> {
         let before = self.counters()?;
-        let (verdict, result) = self.run(hook, hook.program(), data)?;
+        let (verdict, result) = run()?;
         let moved = self.counters()?.into_iter().filter_map(|(name, count)| {
             let difference = count - before.get(&name).copied().unwrap_or(0);
             (difference != 0).then_some((name, difference))
@@ -325,7 +349,7 @@ impl World {
     /// # Errors
     /// As [`World::send`].
     pub fn time(&self, hook: Hook, data: &[u8]) -> Result<(Verdict, u32)> {
-        let (verdict, result) = self.run(hook, hook.program(), data)?;
+        let (verdict, result) = self.run(hook, hook.program(), data, 0)?;
         Ok((verdict, result.nanoseconds))
     }
 
@@ -335,16 +359,16 @@ impl World {
     /// As [`World::send`].
     pub fn time_of_nothing(&self, hook: Hook, data: &[u8]) -> Result<u32> {
         let empty = if hook == Hook::Xdp { "xdp_empty" } else { "tc_empty" };
-        Ok(self.run(hook, empty, data)?.1.nanoseconds)
+        Ok(self.run(hook, empty, data, 0)?.1.nanoseconds)
     }
 
-    /// One run of a program with the context of a hook.
-    fn run(&self, hook: Hook, program: &str, data: &[u8]) -> Result<(Verdict, TestRunResult)> {
+    /// One run of a program with the context of a hook; `segment`: bytes of data in each segment, 0 where it is one.
+    fn run(&self, hook: Hook, program: &str, data: &[u8], segment: u32) -> Result<(Verdict, TestRunResult)> {
         let context = match hook {
             Hook::Xdp => xdp_md(data.len(), self.uplink),
-            Hook::UplinkIn | Hook::UplinkOut => sk_buff(self.uplink),
-            Hook::BareIn | Hook::BareOut => sk_buff(self.bare),
-            Hook::PodIn | Hook::PodOut => sk_buff(self.pod),
+            Hook::UplinkIn | Hook::UplinkOut => sk_buff(self.uplink, segment),
+            Hook::BareIn | Hook::BareOut => sk_buff(self.bare, segment),
+            Hook::PodIn | Hook::PodOut => sk_buff(self.pod, segment),
         };
         let run = TestRun { data, context: &context, repeat: 1, ..TestRun::default() };
         // Most cases run one program or two, and the verifier takes its time.
