@@ -329,7 +329,7 @@ fn extensions<F: Frame>(frame: &mut F, packet: &mut Packet) -> Follows {
     let mut headers = Extensions { frame, packet, follows: Follows::Transport };
     repeat(EXTENSION_HEADERS, &mut headers);
     let Extensions { packet, follows, .. } = headers;
-    if is_extension(packet.proto) && packet.obstacle == Obstacle::None {
+    if is_extension(packet.proto) && follows == Follows::Transport {
         packet.obstacle = Obstacle::Extensions;
         return Follows::Rest;
     }
@@ -409,9 +409,9 @@ fn transport<F: Frame>(frame: &mut F, packet: &mut Packet) -> Obstacle {
         (packet.src_port, packet.dst_port) = (Port::from_bytes([a, b]), Port::from_bytes([c, d]));
         packet.transport_header = UDP_HEADER as u8;
         let length = u16::from_be_bytes([e, f]) as u32;
-        // The length is that of the whole: of all segments, of all fragments.
+        // The length is that of the whole: of all segments, of all fragments. But the header is in the first.
         let whole = packet.obstacle == Obstacle::FirstFragment || frame.segment_size() != 0;
-        if length >= UDP_HEADER && (length <= payload || whole) {
+        if length >= UDP_HEADER && (length <= payload || whole && payload >= UDP_HEADER) {
             return Obstacle::None;
         }
     } else if packet.proto == Protocol::Sctp as u8 {
@@ -616,6 +616,19 @@ mod tests {
         assert_eq!(fragment(1, 1), (Obstacle::LaterFragment, 0));
         let options: &[u8] = &[0, 1, 4, 0, 0, 0, 0];
         assert_eq!(behind(&[(44, &[0, 0, 1, 0, 0, 0, 9]), (60, options)]), (Obstacle::FirstFragment, 80));
+        let first: &[u8] = &[0, 0, 1, 0, 0, 0, 9];
+        let many = [(44, first), (60, options), (60, options), (60, options), (60, options)];
+        assert_eq!(behind(&many), (Obstacle::Extensions, 0), "more headers than are followed");
+    }
+
+    #[test]
+    fn a_first_fragment_has_the_transport_header() {
+        // P20: what lies behind its end is padding, not its header.
+        for (length, obstacle) in [(27, Obstacle::Malformed), (28, Obstacle::FirstFragment)] {
+            let mut frame = sample::udp(b"0123456789", true);
+            (frame.bytes[17], frame.bytes[20]) = (length, 0x20);
+            assert_eq!(parsed(frame).unwrap().obstacle, obstacle);
+        }
     }
 
     #[test]

@@ -365,6 +365,10 @@ impl<F: Frame> Walk<'_, F> {
         let destination = match service::lookup(&packet.dst, packet.dst_port, packet.proto) {
             Ok(Some(destination)) => destination,
             Ok(None) if service::is_closed(&packet.dst) => return self.closed_port(),
+            // P21: nobody can read its port; what is a Service's alone goes nowhere untranslated.
+            Ok(None) if packet.obstacle == Obstacle::Extensions && interest::only_of_service(&packet.dst) => {
+                return Verdict::Drop(Reason::Extensions);
+            }
             Ok(None) => return not_ours(packet, self.hook),
             Err(reason) => return Verdict::Drop(reason),
         };

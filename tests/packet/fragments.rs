@@ -246,6 +246,31 @@ fn a_first_fragment_without_its_ports_is_malformed() {
     });
 }
 
+/// P20: what lies behind its end in the frame, such as padding, is no part of it.
+#[test]
+fn a_first_fragment_without_its_whole_header_is_malformed() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let bytes = vec![0x9c, 0x40, 0, 80, 0, 116];
+        let whole = datagram((f.pod, 40_000), (f.cluster_ip, 80));
+        let tiny = whole.fragment(0, true, Transport::Other { proto: 17, bytes });
+        let sent = [tiny.bytes(), vec![0xaa; 8]].concat();
+        let outcome = world.send_bytes(Hook::PodIn, &sent).unwrap();
+        assert_eq!((outcome.verdict, outcome.moved), (Verdict::Drop, reason(Reason::Malformed)));
+    });
+}
+
+/// P18: loopback is the node's own, in fragments too.
+#[test]
+fn fragments_from_a_pod_to_loopback_are_nobodys() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        for sent in datagram((f.pod, 40_000), (f.localhost, 30_080)).fragments(PIECE) {
+            expect_untouched(&world, Hook::PodIn, &sent);
+        }
+    });
+}
+
 /// P20, Z4: other ports of an external IP are nobody's, and so are the datagrams to them; but what comes too early is not let
 /// out of the node under an address that only Services have.
 #[test]

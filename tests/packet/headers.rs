@@ -3,8 +3,8 @@
 use crate::{expect, expect_untouched, hex};
 use dataplane_common::drop::Reason;
 use dataplane_tests::packet::build::{LINK_FROM, Packet, icmp_error, tcp, tcp_packet, udp_packet};
-use dataplane_tests::packet::family::{Family, V4, for_both};
-use dataplane_tests::packet::{Hook, Verdict, World, counted_in, reason};
+use dataplane_tests::packet::family::{Family, V4, V6, for_both};
+use dataplane_tests::packet::{Hook, Verdict, World, counted_in, in_namespace, reason};
 
 /// The same packet with all the headers that are followed: options of a whole header, or four extension headers.
 fn with_headers(mut packet: Packet) -> Packet {
@@ -170,5 +170,28 @@ fn a_reply_without_a_link_layer_header_is_handed_up_with_one() {
         let reply = udp_packet((f.bare, 8080), (f.node, 40_000), b"answer");
         let link = [&LINK_FROM[..], &[0; 6], &ethertype(f)].concat();
         expect_bare(&world, &reply, Verdict::Redirect, &link, &reply.clone().from(f.cluster_ip, 80));
+    });
+}
+
+/// P21: past the bound nobody can read the port. Dropped, and counted, where the address is a Service's alone; what may be
+/// anybody's passes (Z4).
+#[test]
+fn too_many_extension_headers_to_a_services_own_address_are_dropped() {
+    in_namespace(|| {
+        let f = &V6;
+        let world = World::new(&f.load_balancer("", &[f.local_endpoint()])).unwrap();
+        let too_many = |to: &str| {
+            let mut packet = udp_packet((f.client, 40_000), (to, 80), b"question");
+            packet.extensions = vec![(60, vec![0, 1, 4, 0, 0, 0, 0]); 5];
+            packet
+        };
+        for hook in [Hook::Xdp, Hook::UplinkIn, Hook::PodIn] {
+            for to in [f.cluster_ip, f.lb_ip, f.external_ip] {
+                crate::expect_drop(&world, hook, &too_many(to), Reason::Extensions);
+            }
+            for to in [f.node, f.pod, f.elsewhere] {
+                expect_untouched(&world, hook, &too_many(to));
+            }
+        }
     });
 }

@@ -99,7 +99,9 @@ impl<F: Frame> Walk<'_, F> {
     #[inline(always)]
     fn is_from_client(&self) -> bool {
         match self.hook {
-            Hook::UplinkIngress | Hook::PodIngress => true,
+            Hook::UplinkIngress => true,
+            // P18: loopback is the node's own.
+            Hook::PodIngress => !self.s.packet.dst.is_loopback(),
             Hook::UplinkEgress => service::node_address(&self.s.packet.src).is_some(),
             Hook::PodEgress => false,
         }
