@@ -295,15 +295,16 @@ impl<T: Table> Map<T> {
     pub fn visit(&self, mut visit: impl FnMut(T::Key, &[T::Value])) -> Result<(), MapError> {
         let mut length = CHUNK.min(self.capacity().max(1));
         let mut cursor = self.fd.cursor();
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        let buffers =
+            |length| (vec![0; length * size_of::<T::Key>()], vec![0; length * self.fd.copied_size()]);
+        let (mut keys, mut values) = buffers(length);
         let mut copies = Vec::new();
         loop {
-            keys.resize(length * size_of::<T::Key>(), 0);
-            values.resize(length * self.fd.copied_size(), 0);
             let progress = match self.fd.lookup_batch(&mut cursor, &mut keys, &mut values) {
                 Ok(progress) => progress,
                 Err(e) if e.raw_os_error() == Some(libc::ENOSPC) => {
                     length *= 2;
+                    (keys, values) = buffers(length);
                     continue;
                 }
                 Err(e) if no_batch(&e) => return self.visit_singly(visit),
