@@ -5,11 +5,14 @@
 //! place in every run). A failure prints the seed of its case, which replays it. Without it they begin at the same place, so
 //! that a change is judged by what it changes.
 
+mod broken;
+mod kinds;
 mod mutate;
 mod objects;
 mod random;
 mod run;
 mod script;
+mod shape;
 mod shrink;
 mod universe;
 mod verdict;
@@ -46,8 +49,8 @@ fn seed() -> u64 {
     number("PORTOLAN_SEED").unwrap_or(SEED)
 }
 
-/// F1 to F7, T1 to T5, P1 to P7, P9 to P14, P16 to P17, S3, S5, S7, C1, C2, C4, Z1 to Z4: whatever the Services, whoever
-/// calls, wherever the packet is met.
+/// F1 to F8, T1 to T5, P1 to P7, P9 to P14, P16 to P21, S1 to S3, S5 to S7, C1, C2, C4, Z1 to Z5: whatever the Services,
+/// whoever calls, wherever the packet is met.
 #[test]
 fn programs_and_contract_agree_on_every_packet() {
     in_namespace(|| {
@@ -70,6 +73,7 @@ fn programs_and_contract_agree_on_every_packet() {
         }
         let packets = bench.packets;
         println!("{packets} packets in {scripts} cases agree, in {:.1} s", start.elapsed().as_secs_f32());
+        bench.kinds.assert_met(packets);
     });
 }
 

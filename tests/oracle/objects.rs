@@ -1,9 +1,7 @@
 //! Random cluster states: Services of every kind, slices with every mix of conditions, duplicates and odd objects.
 
 use crate::random::Random;
-use crate::universe::{
-    FAR, HERE, LOST, NARROW, NOBODY, NODE, NODE_PORTS, OUTER, PODS, PORTS, SERVER, UNKNOWN, cluster_ip,
-};
+use crate::universe::{FAMILIES, HERE, NODE_PORTS, PORTS, Places, V4, V6};
 use dataplane_tests::oracle::Cluster;
 use k8s_openapi::api::core::v1::{
     ClientIPConfig, LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeStatus, Service,
@@ -19,9 +17,9 @@ use std::collections::BTreeMap;
 /// Most Services of a cluster.
 const SERVICES: usize = 7;
 
-/// The cluster as manifests.
-pub(crate) fn manifests(cluster: &Cluster) -> String {
-    let mut text = String::new();
+/// The cluster as manifests, with documents that nobody can read between them.
+pub(crate) fn manifests(cluster: &Cluster, broken: &[String]) -> String {
+    let mut text = broken.iter().map(|broken| format!("---\n{broken}\n")).collect::<String>();
     let mut add = |object: serde_json::Result<String>| {
         text.push_str("---\n");
         text.push_str(&object.unwrap());
@@ -78,7 +76,7 @@ pub(crate) fn later(random: &mut Random, before: &Cluster) -> Cluster {
             }
         }
         if random.chance(25) {
-            slice.endpoints = endpoints(random, &slice.address_type);
+            slice.endpoints = endpoints(random, &slice.address_type.clone());
         }
     }
     if random.chance(20) && !after.services.is_empty() {
@@ -120,12 +118,13 @@ fn node(random: &mut Random) -> Node {
     if random.chance(80) {
         metadata.labels = Some([("topology.kubernetes.io/zone".to_owned(), "a".to_owned())].into());
     }
-    let named = if random.chance(30) { NODE.to_vec() } else { vec![NODE[0]] };
+    let count = if random.chance(30) { 2 } else { 1 };
+    let named = FAMILIES.iter().flat_map(|places| &places.node[..count]);
     let address = |address: &str| NodeAddress { address: address.to_owned(), type_: "InternalIP".to_owned() };
     Node {
         metadata,
         status: Some(NodeStatus {
-            addresses: Some(named.into_iter().map(address).collect()),
+            addresses: Some(named.map(|named| address(named)).collect()),
             ..NodeStatus::default()
         }),
         ..Node::default()
@@ -154,21 +153,29 @@ fn service(random: &mut Random, number: usize) -> Service {
         internal_traffic_policy: policy(random),
         external_traffic_policy: policy(random),
         ports: Some(service_ports(random, number, kind != "ClusterIP")),
-        external_ips: Some(some(random, &OUTER, 25)),
+        external_ips: Some(some(random, 25)),
         ..ServiceSpec::default()
     };
-    let address = if random.chance(3) { cluster_ip(0) } else { cluster_ip(number) };
-    spec.cluster_ip = Some(address.clone());
-    spec.cluster_ips = random.chance(90).then(|| vec![address]);
+    // F4: one family, or both, the second one second.
+    let families = random.of(&[&[&V4][..], &[&V4], &[&V6], &[&V6], &[&V4, &V6], &[&V6, &V4]]);
+    let at = if random.chance(3) { 0 } else { number };
+    let addresses: Vec<String> = families.iter().map(|places| places.cluster_ip(at)).collect();
+    spec.cluster_ip = addresses.first().cloned();
+    spec.cluster_ips = random.chance(90).then_some(addresses);
+    if random.chance(25) {
+        spec.load_balancer_source_ranges = Some(source_ranges(random));
+    }
     if random.chance(5) {
         (spec.cluster_ip, spec.cluster_ips) = (Some("None".to_owned()), Some(vec!["None".to_owned()]));
     } else if random.chance(3) {
         spec.type_ = Some("ExternalName".to_owned());
         spec.external_name = Some("example.com".to_owned());
     }
-    if random.chance(15) {
+    if random.chance(30) {
         spec.session_affinity = Some("ClientIP".to_owned());
-        let client_ip = Some(ClientIPConfig { timeout_seconds: Some(10_800) });
+        // No case lasts that long.
+        let timeout_seconds = random.of(&[None, Some(3_600), Some(10_800), Some(86_400)]);
+        let client_ip = Some(ClientIPConfig { timeout_seconds });
         spec.session_affinity_config = Some(SessionAffinityConfig { client_ip });
     }
     let status = (kind == "LoadBalancer").then(|| ServiceStatus {
@@ -178,15 +185,28 @@ fn service(random: &mut Random, number: usize) -> Service {
     Service { metadata, spec: Some(spec), status }
 }
 
-/// Some of these addresses, and now and then one that must not be programmed (Z1).
-fn some(random: &mut Random, addresses: &[&str], percent: usize) -> Vec<String> {
+/// Ranges of clients of both families (S2); now and then everybody.
+fn source_ranges(random: &mut Random) -> Vec<String> {
+    let mut ranges = Vec::new();
+    for _ in 0..1 + random.below(3) {
+        let of = random.of(&FAMILIES).ranges;
+        ranges.push(
+            if random.chance(5) { of[of.len() - 1] } else { random.of(&of[..of.len() - 1]) }.to_owned(),
+        );
+    }
+    ranges
+}
+
+/// Some LB IPs or external IPs of both families, and now and then one that must not be programmed (Z1).
+fn some(random: &mut Random, percent: usize) -> Vec<String> {
     let mut chosen = Vec::new();
-    while random.chance(percent) && chosen.len() < 3 {
+    while random.chance(percent) && chosen.len() < 4 {
+        let places = random.of(&FAMILIES);
         let address = match random.below(12) {
-            0 => random.of(&NOBODY).to_owned(),
-            1 => random.of(&PODS).to_owned(),
-            2 => cluster_ip(random.below(SERVICES)),
-            _ => random.of(addresses).to_owned(),
+            0 => random.of(&places.nobody).to_owned(),
+            1 => random.of(&places.pods).to_owned(),
+            2 => places.cluster_ip(random.below(SERVICES)),
+            _ => random.of(&places.outer).to_owned(),
         };
         if !chosen.contains(&address) {
             chosen.push(address);
@@ -197,7 +217,7 @@ fn some(random: &mut Random, addresses: &[&str], percent: usize) -> Vec<String> 
 
 fn ingress(random: &mut Random) -> Vec<LoadBalancerIngress> {
     let mut list = Vec::new();
-    for ip in some(random, &OUTER, 70) {
+    for ip in some(random, 75) {
         let mode = random.of(&[None, Some("VIP"), Some("VIP"), Some("Proxy")]).map(str::to_owned);
         list.push(LoadBalancerIngress { ip: Some(ip), ip_mode: mode, ..LoadBalancerIngress::default() });
     }
@@ -243,7 +263,14 @@ fn slice(random: &mut Random, service: &Service, number: usize) -> EndpointSlice
     if random.chance(3) {
         labels.push(("service.kubernetes.io/headless", ""));
     }
-    let address_type = if random.chance(94) { "IPv4" } else { random.of(&["IPv6", "FQDN"]) };
+    let cluster_ips = service.spec.iter().flat_map(|spec| spec.cluster_ips.iter().flatten());
+    let own: Vec<_> = cluster_ips.map(|ip| Places::of(ip.contains(':')).name).collect();
+    let address_type = match random.below(30) {
+        0 => "FQDN",
+        1 | 2 => random.of(&FAMILIES).name,
+        _ if own.is_empty() => random.of(&FAMILIES).name,
+        _ => random.of(&own),
+    };
     let mut ports = Vec::new();
     for port in service.spec.iter().flat_map(|spec| spec.ports.iter().flatten()) {
         if random.chance(90) {
@@ -266,21 +293,18 @@ fn slice(random: &mut Random, service: &Service, number: usize) -> EndpointSlice
 fn endpoints(random: &mut Random, address_type: &str) -> Option<Vec<Endpoint>> {
     // Hints count only if all endpoints have them, so one throw decides for a whole slice.
     let hints = random.below(4);
+    let places = Places::of(address_type == V6.name);
     let addresses = match address_type {
-        "IPv4" => (0..random.below(5)).map(|_| endpoint_address(random).to_owned()).collect(),
-        "IPv6" => vec!["fd00:244::9".to_owned()],
-        _ => vec!["example.com".to_owned()],
+        "FQDN" => vec!["example.com".to_owned()],
+        _ => (0..random.below(5)).map(|_| endpoint_address(random, places).to_owned()).collect(),
     };
     let endpoint = |address: String| {
-        let node = if PODS.contains(&address.as_str()) || NODE.contains(&address.as_str()) {
-            Some(HERE)
-        } else {
-            Some("there")
-        };
+        let here = places.pods.contains(&address.as_str()) || places.has_node(&address);
+        let node = if here { Some(HERE) } else { Some("there") };
         let node = if random.chance(92) { node } else { random.of(&[None, Some("there")]) };
         let mut addresses = vec![address];
         if random.chance(8) {
-            addresses.push(FAR[4].to_owned());
+            addresses.push(places.far[4].to_owned());
         }
         Endpoint {
             addresses,
@@ -293,15 +317,15 @@ fn endpoints(random: &mut Random, address_type: &str) -> Option<Vec<Endpoint>> {
     Some(addresses.into_iter().map(endpoint).collect())
 }
 
-fn endpoint_address(random: &mut Random) -> &'static str {
+fn endpoint_address(random: &mut Random, places: &Places) -> &'static str {
     match random.below(30) {
-        0 => NARROW,
-        1 => LOST,
-        2 => SERVER,
-        3 => random.of(&NOBODY),
-        4 | 5 => NODE[0],
-        6..=15 => random.of(&PODS),
-        _ => random.of(&FAR),
+        0 => places.narrow,
+        1 => places.lost,
+        2 => places.server,
+        3 => random.of(&places.nobody),
+        4 | 5 => places.node[0],
+        6..=15 => random.of(&places.pods),
+        _ => random.of(&places.far),
     }
 }
 
@@ -340,9 +364,12 @@ fn hints(random: &mut Random, kind: usize) -> Option<EndpointHints> {
 
 /// All addresses that a packet of a random case may go to, and near misses.
 pub(crate) fn destinations() -> Vec<String> {
-    let mut all: Vec<String> = (0..SERVICES).map(cluster_ip).collect();
-    let fixed =
-        OUTER.iter().chain(&NODE).chain(&PODS).chain(&FAR).chain(&[UNKNOWN, SERVER, NARROW, "127.0.0.1"]);
-    all.extend(fixed.map(|address| (*address).to_owned()));
-    all
+    let of = |places: &Places| {
+        let mut all: Vec<String> = (0..SERVICES).map(|number| places.cluster_ip(number)).collect();
+        let fixed = places.outer.iter().chain(&places.node).chain(&places.pods).chain(&places.far);
+        let fixed = fixed.chain([&places.unknown, &places.server, &places.narrow, &places.loopback]);
+        all.extend(fixed.map(|address| (*address).to_owned()));
+        all
+    };
+    FAMILIES.into_iter().flat_map(of).collect()
 }

@@ -3,12 +3,14 @@
 
 use crate::objects;
 use crate::random::Random;
-use crate::universe::{FAR, Flags, NOBODY, NODE, NODE_PORTS, OUTSIDE, PODS, PORTS, is_pod};
-use dataplane_tests::oracle::wire::{Segment, TCP, UDP, flag};
+use crate::shape::Shape;
+use crate::universe::{Flags, NODE_PORTS, PORTS, Places, is_pod};
+use crate::{broken, shape};
+use dataplane_tests::oracle::wire::{ICMP, ICMPV6, SCTP, Segment, TCP, UDP, chunk, flag};
 use dataplane_tests::oracle::{Cluster, Place};
 use std::net::{IpAddr, SocketAddr};
 
-/// Packets of a case before its walks through further hooks are counted.
+/// Steps of a case before its walks through further hooks are counted.
 const PACKETS: usize = 150;
 /// The endpoint's first sequence number in a script.
 const ISS: u32 = 5_000;
@@ -17,8 +19,22 @@ const ISS: u32 = 5_000;
 #[derive(Clone, Debug)]
 pub(crate) struct Script {
     pub(crate) flags: Flags,
-    pub(crate) states: Vec<Cluster>,
+    pub(crate) states: Vec<State>,
     pub(crate) steps: Vec<Step>,
+}
+
+/// What the API server holds: objects, and what is none.
+#[derive(Clone, Debug)]
+pub(crate) struct State {
+    pub(crate) cluster: Cluster,
+    pub(crate) broken: Vec<String>,
+}
+
+impl State {
+    /// All of it as manifests.
+    pub(crate) fn manifests(&self) -> String {
+        objects::manifests(&self.cluster, &self.broken)
+    }
 }
 
 /// One step.
@@ -32,19 +48,25 @@ pub(crate) enum Step {
         id: usize,
         place: Place,
         segment: Segment,
+        shape: Shape,
     },
     /// Whoever got the packet `to` answers it; nothing is sent if nobody got it.
-    Reply { to: usize, early: bool, flags: u8, seq: u32, ack: u32, data: usize },
+    Reply { id: usize, to: usize, early: bool, flags: u8, seq: u32, ack: u32, data: usize, shape: Shape },
+    /// Whoever got the packet `about`, or a router on the way there, sends an ICMP error about it.
+    Error { about: usize, early: bool, router: bool, kind: usize, quoted: usize },
 }
 
 /// Draws a case.
 pub(crate) fn random(random: &mut Random) -> Script {
     let flags = Flags::random(random);
-    let mut states = vec![objects::cluster(random)];
+    let mut clusters = vec![objects::cluster(random)];
     for _ in 0..random.below(3) {
-        states.push(objects::later(random, states.last().expect("there is a first")));
+        clusters.push(objects::later(random, clusters.last().expect("there is a first")));
     }
-    let mut author = Author { steps: vec![Step::State(0)], next_id: 0, destinations: destinations(&states) };
+    let mut author =
+        Author { steps: vec![Step::State(0)], next_id: 0, destinations: destinations(&clusters) };
+    let broken = |mut cluster: Cluster| State { broken: broken::some(random, &mut cluster), cluster };
+    let states: Vec<State> = clusters.into_iter().map(broken).collect();
     let mut clients = Vec::new();
     for number in 0..states.len() {
         if number > 0 {
@@ -71,13 +93,18 @@ fn destinations(states: &[Cluster]) -> Vec<(IpAddr, u16, u8)> {
         let spec = service.spec.clone().unwrap_or_default();
         let status = service.status.clone().and_then(|status| status.load_balancer).unwrap_or_default();
         let ingress = status.ingress.into_iter().flatten().filter_map(|ingress| ingress.ip);
-        let addresses =
-            spec.cluster_ip.into_iter().chain(spec.external_ips.into_iter().flatten()).chain(ingress);
+        let cluster_ips = spec.cluster_ips.unwrap_or_else(|| spec.cluster_ip.into_iter().collect());
+        let addresses = cluster_ips.into_iter().chain(spec.external_ips.into_iter().flatten()).chain(ingress);
         let addresses: Vec<IpAddr> = addresses.filter_map(|text| text.parse().ok()).collect();
         for port in spec.ports.iter().flatten() {
-            let proto = if port.protocol.as_deref() == Some("UDP") { UDP } else { TCP };
+            let proto = match port.protocol.as_deref() {
+                Some("UDP") => UDP,
+                Some("SCTP") => SCTP,
+                Some(_) | None => TCP,
+            };
             all.extend(addresses.iter().map(|ip| (*ip, port.port as u16, proto)));
-            for node in NODE.iter().filter(|_| port.node_port.is_some()) {
+            let families = [false, true].into_iter().filter(|_| port.node_port.is_some());
+            for node in families.flat_map(|v6| Places::of(v6).node) {
                 all.push((node.parse().unwrap(), port.node_port.unwrap_or(0) as u16, proto));
             }
         }
@@ -111,7 +138,8 @@ impl Author {
         let all = objects::destinations();
         let ip: IpAddr = all[random.below(all.len())].parse().unwrap();
         let port = if random.chance(50) { random.of(&PORTS) } else { random.of(&NODE_PORTS) };
-        (SocketAddr::new(ip, port), random.of(&[TCP, UDP]))
+        let ping = if ip.is_ipv6() { ICMPV6 } else { ICMP };
+        (SocketAddr::new(ip, port), random.of(&[TCP, TCP, UDP, UDP, SCTP, ping]))
     }
 
     /// Somebody who calls, and where the call is met.
@@ -119,38 +147,71 @@ impl Author {
         let (dst, proto) = self.destination(random);
         // Few ports, so that tuples meet again.
         let port = 40_000 + random.below(12) as u16;
-        let own = NODE.iter().any(|node| node.parse() == Ok(dst.ip())) || dst.ip().is_loopback();
+        let places = Places::of(dst.is_ipv6());
+        let own = places.has_node(&dst.ip().to_string()) || dst.ip().is_loopback();
         let (ip, place) = match random.below(10) {
-            0..=3 => (random.of(&PODS), Place::FromPod),
+            0..=3 => (random.of(&places.pods), Place::FromPod),
             // What the node sends to itself leaves by no uplink.
-            4 if !own => (random.of(&NODE), Place::ToNetwork),
-            _ => (random.of(&OUTSIDE), random.of(&[Place::FromNetwork, Place::FromNetwork, Place::Early])),
+            4 if !own => (random.of(&places.node), Place::ToNetwork),
+            _ => (
+                random.of(&places.outside),
+                random.of(&[Place::FromNetwork, Place::FromNetwork, Place::Early]),
+            ),
         };
         Client { place, src: SocketAddr::new(ip.parse().unwrap(), port), dst, proto }
     }
 
     fn send(&mut self, random: &mut Random, client: &Client, flags: u8, ack: u32) -> usize {
         let data = if random.chance(5) { 1_400 } else { random.below(9) };
+        let sctp = client.proto == SCTP;
+        let flags = if sctp { chunk_of(flags) } else { flags };
+        // SCTP asks for the tag with which the other end was told to come.
+        let (seq, ack) = match flags {
+            chunk::INIT if sctp => (0, 1_001),
+            _ if sctp => (ack, 1_001),
+            _ => (1_000, if flags & flag::ACK == 0 { 0 } else { ack }),
+        };
         let segment = Segment {
             src: client.src,
             dst: client.dst,
             proto: client.proto,
             flags,
-            seq: 1_000,
-            ack: if flags & flag::ACK == 0 { 0 } else { ack },
+            seq,
+            ack,
             ttl: if random.chance(3) { random.of(&[0, 1, 2]) } else { 64 },
             data: vec![random.next() as u8; data],
             summed: !random.chance(10),
         };
-        let id = self.next_id;
-        self.next_id += 1;
-        self.steps.push(Step::Send { id, place: client.place, segment });
+        let id = self.id();
+        let shape = shape::random(random, client.place == Place::Early);
+        self.steps.push(Step::Send { id, place: client.place, segment, shape });
+        if random.chance(8) {
+            self.error(random, id);
+        }
         id
     }
 
-    fn reply(&mut self, random: &mut Random, to: usize, flags: u8) {
-        let data = random.below(9);
-        self.steps.push(Step::Reply { to, early: random.chance(40), flags, seq: ISS, ack: 1_001, data });
+    fn id(&mut self) -> usize {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    fn reply(&mut self, random: &mut Random, to: usize, proto: u8, flags: u8) {
+        let (id, data) = (self.id(), random.below(9));
+        let (flags, ack) = if proto == SCTP { (chunk_of(flags), ISS + 1) } else { (flags, 1_001) };
+        let seq = if proto == SCTP { 1_001 } else { ISS };
+        let early = random.chance(40);
+        let shape = shape::random(random, false);
+        self.steps.push(Step::Reply { id, to, early, flags, seq, ack, data, shape });
+        if random.chance(8) {
+            self.error(random, id);
+        }
+    }
+
+    fn error(&mut self, random: &mut Random, about: usize) {
+        let quoted = random.of(&[24, 28, 48, 56, 64, 576]);
+        let (early, router) = (random.chance(40), random.chance(40));
+        self.steps.push(Step::Error { about, early, router, kind: random.below(7), quoted });
     }
 
     /// A client begins to talk, and perhaps goes on.
@@ -174,10 +235,11 @@ impl Author {
             }
             let flags = if random.chance(6) { random_flags(random) } else { flags };
             if from_client {
-                let ack = if random.chance(90) { ISS + 1 + random.below(70) as u32 } else { 900_000_000 };
+                let beyond = if client.proto == SCTP { 0 } else { random.below(70) as u32 };
+                let ack = if random.chance(90) { ISS + 1 + beyond } else { 900_000_000 };
                 self.send(random, &client, flags, ack);
             } else {
-                self.reply(random, first, flags);
+                self.reply(random, first, client.proto, flags);
             }
         }
         client
@@ -193,18 +255,19 @@ impl Author {
         let id = self.send(random, client, flags, ISS + 1);
         if random.chance(50) {
             let flags = random.of(&[flag::ACK, flag::SYN | flag::ACK, flag::RST, flag::FIN | flag::ACK]);
-            self.reply(random, id, flags);
+            self.reply(random, id, client.proto, flags);
         }
     }
 
     /// A packet from anybody to anywhere, met anywhere.
     fn stray(&mut self, random: &mut Random) {
         let mut client = self.client(random);
+        let places = Places::of(client.dst.is_ipv6());
         let from = match random.below(5) {
-            0 => random.of(&NOBODY),
-            1 => random.of(&FAR),
-            2 => random.of(&NODE),
-            _ => random.of(&PODS),
+            0 => random.of(&places.nobody[..4]),
+            1 => random.of(&places.far),
+            2 => random.of(&places.node),
+            _ => random.of(&places.pods),
         };
         client.src = SocketAddr::new(from.parse().unwrap(), random.of(&[8080, 9090, 40_000, 40_001]));
         if random.chance(20) {
@@ -217,7 +280,7 @@ impl Author {
         };
         if random.chance(15)
             && !client.dst.ip().is_loopback()
-            && !NODE.contains(&client.dst.ip().to_string().as_str())
+            && !places.has_node(&client.dst.ip().to_string())
         {
             client.place = Place::ToNetwork;
         }
@@ -229,4 +292,18 @@ impl Author {
 /// Any mix of the six old flags.
 fn random_flags(random: &mut Random) -> u8 {
     random.below(64) as u8
+}
+
+/// What SCTP has for a mix of TCP's flags.
+fn chunk_of(flags: u8) -> u8 {
+    const SYN_ACK: u8 = flag::SYN | flag::ACK;
+    const FIN_ACK: u8 = flag::FIN | flag::ACK;
+    match flags {
+        flag::SYN => chunk::INIT,
+        SYN_ACK => chunk::INIT_ACK,
+        flag::ACK => chunk::DATA,
+        FIN_ACK => chunk::SHUTDOWN,
+        flag::RST => chunk::ABORT,
+        other => other % (chunk::SHUTDOWN_COMPLETE + 2),
+    }
 }

@@ -1,6 +1,5 @@
 //! A smaller case that fails as well: fewer steps, then fewer objects.
 
-use crate::objects;
 use crate::run::Bench;
 use crate::script::{Script, Step};
 use std::fmt::Write as _;
@@ -40,7 +39,7 @@ fn failure(bench: &mut Bench, script: &Script) -> Option<String> {
 }
 
 fn size(script: &Script) -> usize {
-    script.steps.len() + script.states.iter().map(|state| objects::manifests(state).len()).sum::<usize>()
+    script.steps.len() + script.states.iter().map(|state| state.manifests().len()).sum::<usize>()
 }
 
 /// Without a run of steps: halves first, single steps last. `None` when there is no such candidate.
@@ -72,16 +71,22 @@ fn fewer_steps(script: &Script, mut number: usize) -> Option<Script> {
 fn fewer_objects(script: &Script, mut number: usize) -> Option<Script> {
     for (index, state) in script.states.iter().enumerate() {
         let mut smaller = script.clone();
-        if number < state.services.len() {
-            smaller.states[index].services.remove(number);
+        let counts = [state.cluster.services.len(), state.cluster.slices.len(), state.broken.len()];
+        if number < counts[0] {
+            smaller.states[index].cluster.services.remove(number);
             return Some(smaller);
         }
-        number -= state.services.len();
-        if number < state.slices.len() {
-            smaller.states[index].slices.remove(number);
+        number -= counts[0];
+        if number < counts[1] {
+            smaller.states[index].cluster.slices.remove(number);
             return Some(smaller);
         }
-        number -= state.slices.len();
+        number -= counts[1];
+        if number < counts[2] {
+            smaller.states[index].broken.remove(number);
+            return Some(smaller);
+        }
+        number -= counts[2];
     }
     None
 }
@@ -90,7 +95,7 @@ fn fewer_objects(script: &Script, mut number: usize) -> Option<Script> {
 fn fewer_parts(script: &Script, mut number: usize) -> Option<Script> {
     for index in 0..script.states.len() {
         let mut smaller = script.clone();
-        let state = &mut smaller.states[index];
+        let state = &mut smaller.states[index].cluster;
         let mut done = false;
         for slice in &mut state.slices {
             done =
@@ -99,6 +104,7 @@ fn fewer_parts(script: &Script, mut number: usize) -> Option<Script> {
         for spec in state.services.iter_mut().filter_map(|service| service.spec.as_mut()) {
             done =
                 done || shorten(&mut spec.ports, &mut number) || shorten(&mut spec.external_ips, &mut number);
+            done = done || shorten(&mut spec.load_balancer_source_ranges, &mut number);
         }
         if done {
             return Some(smaller);
@@ -125,7 +131,7 @@ fn tell(script: &Script, error: &str) -> String {
         .iter()
         .filter_map(|step| if let Step::State(number) = step { Some(*number) } else { None });
     for number in used {
-        let _ = writeln!(text, "state {number}:\n{}", objects::manifests(&script.states[number]));
+        let _ = writeln!(text, "state {number}:\n{}", script.states[number].manifests());
     }
     for step in &script.steps {
         let _ = writeln!(text, "{step:?}");

@@ -2,7 +2,7 @@
 
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
-use dataplane_tests::oracle::packets::{Exit, NewSource};
+use dataplane_tests::oracle::outcome::{Exit, NewSource};
 use dataplane_tests::oracle::wire::{self, ETHERNET, Flaw, Headers, Rewrite, flag};
 use dataplane_tests::oracle::{Alternative, Answer, Model, Outcome, Place, Sender, Then, Why};
 use dataplane_tests::packet::{GATEWAY_MAC, Verdict};
@@ -21,7 +21,10 @@ pub(crate) struct Seen<'a> {
 
 impl fmt::Display for Seen<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let tuple = |frame| wire::parse(frame).map(|h| format!("{} → {} proto {}", h.src, h.dst, h.proto));
+        let tuple = |frame| {
+            wire::parse(frame, self.place == Place::Early)
+                .map(|h| format!("{} → {} proto {}", h.src, h.dst, h.proto))
+        };
         let none = || "no IP packet".to_owned();
         write!(
             f,
@@ -48,10 +51,13 @@ fn reason(why: Why) -> Reason {
         Why::Loopback => Reason::Loopback,
         Why::BadSource => Reason::BadSource,
         Why::Flawed(Flaw::Fragment) => Reason::EarlyFragment,
-        Why::Flawed(Flaw::Options) => Reason::Extensions,
+        Why::Flawed(Flaw::Extensions) => Reason::Extensions,
         Why::Flawed(Flaw::Lengths) => Reason::Malformed,
         Why::Flawed(Flaw::Protocol) => Reason::UnsupportedProtocol,
         Why::StrayReset => Reason::StrayReset,
+        Why::SourceNotAllowed => Reason::SourceNotAllowed,
+        Why::OrphanFragment => Reason::OrphanFragment,
+        Why::Unanswerable => Reason::Unanswerable,
         Why::NoRoute => Reason::NoRoute,
         Why::TtlExceeded => Reason::TtlExceeded,
         Why::TooBig => Reason::TooBig,
@@ -95,12 +101,12 @@ pub(crate) fn fits(
         }
         (Outcome::Translated(rewrite, exit), Some(headers)) => translated(seen, headers, rewrite, *exit),
         (Outcome::Begun { to, source, ttl_falls, exit }, Some(headers)) => {
-            let out = wire::parse(seen.out).ok_or("what left is no packet")?;
+            let out = wire::parse(seen.out, seen.place == Place::Early).ok_or("what left is no packet")?;
             let src = match source {
                 NewSource::Kept => headers.src,
                 NewSource::Port(ip) => SocketAddr::new(*ip, out.src.port()),
             };
-            translated(seen, headers, &Rewrite { src, dst: *to, ttl_falls: *ttl_falls }, *exit)?;
+            translated(seen, headers, &Rewrite { src, dst: *to, ttl_falls: *ttl_falls, quote: None }, *exit)?;
             if *source != NewSource::Kept && !model.node().source_ports.contains(&src.port()) {
                 return Err("the port is none of the range (P12)".to_owned());
             }
@@ -164,7 +170,7 @@ fn translated(seen: &Seen<'_>, headers: &Headers, rewrite: &Rewrite, exit: Exit)
 
 /// Whether what left is this answer to the sender of what came.
 fn check_answer(model: &Model, answer: Answer, headers: &Headers, seen: &Seen<'_>) -> Result<(), String> {
-    let out = wire::parse(seen.out).ok_or("the answer is no packet")?;
+    let out = wire::parse(seen.out, false).ok_or("the answer is no packet")?;
     let wrong = |what: &str| Err(format!("the answer's {what}"));
     let link = [&seen.frame[6..12], &seen.frame[..6]].concat();
     if seen.out[..12] != link {
@@ -173,7 +179,7 @@ fn check_answer(model: &Model, answer: Answer, headers: &Headers, seen: &Seen<'_
     if out.dst.ip() != headers.src.ip() {
         return wrong("destination is not the sender");
     }
-    if !wire::header_sum_is_right(seen.out) || out.ttl == 0 || seen.out.len() != out.end() {
+    if !wire::header_sum_is_right(seen.out, &out) || out.ttl == 0 || seen.out.len() != out.end() {
         return wrong("IP header is wrong");
     }
     let from = match answer {
@@ -242,7 +248,9 @@ pub(crate) fn count(alternative: &Alternative, bytes: u64, traffic: &mut Traffic
             traffic.new_flows += 1;
             true
         }
-        (Outcome::Translated(..), Then::Used(_, sender)) => *sender == Sender::Client,
+        (Outcome::Translated(..), Then::Used(_, sender) | Then::Followed(_, sender)) => {
+            *sender == Sender::Client
+        }
         _ => return,
     };
     if from_client {

@@ -11,6 +11,11 @@ pub struct Range {
 }
 
 impl Range {
+    /// A single address.
+    pub const fn one(address: IpAddr) -> Self {
+        Self { address, length: if address.is_ipv6() { 128 } else { 32 } }
+    }
+
     /// How many leading bits are given.
     pub const fn length(&self) -> u8 {
         self.length

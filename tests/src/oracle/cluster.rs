@@ -51,7 +51,7 @@ pub struct ServicePort {
     pub external_local: bool,
     /// `sessionAffinity: ClientIP` (S1).
     pub affinity: bool,
-    /// `loadBalancerSourceRanges` of the family, if they restrict anything (S2).
+    /// Who may call where `loadBalancerSourceRanges` hold, if they restrict anything in this family (S2).
     pub source_ranges: Option<Vec<Range>>,
     /// The endpoint sets of section 2.
     pub sets: Sets,
@@ -185,6 +185,16 @@ impl State {
         Some((&self.ports[*index], Kind::NodePort))
     }
 
+    /// Whether an address is a Service's.
+    pub(super) fn is_services(&self, ip: IpAddr) -> bool {
+        self.cluster_ips.contains(&ip) || self.frontends.keys().any(|(frontend, ..)| *frontend == ip)
+    }
+
+    /// Whether an address is a ClusterIP whose other ports are refused (P13).
+    pub(super) fn is_closed(&self, ip: IpAddr, node: &ThisNode) -> bool {
+        self.cluster_ips.contains(&ip) && !node.has(ip)
+    }
+
     /// P16, P17.
     fn node_ports_answer_at(&self, ip: IpAddr, node: &ThisNode) -> bool {
         let chosen = match &node.node_ports {
@@ -236,12 +246,19 @@ fn external_ips(service: &Service) -> Vec<IpAddr> {
     list.into_iter().flatten().filter_map(|text| text.parse().ok()).collect()
 }
 
-/// S2: the ranges of one family, if they restrict anything. A family without ranges, or with all addresses, is open.
-fn source_ranges(service: &Service, v6: bool) -> Option<Vec<Range>> {
+/// S2: the ranges of one family, if they restrict anything. A family without ranges, or with all addresses, is open. Where
+/// this node may call, so may the LB IPs.
+fn source_ranges(service: &Service, v6: bool, node: &ThisNode) -> Option<Vec<Range>> {
     let list = service.spec.as_ref().and_then(|spec| spec.load_balancer_source_ranges.as_ref());
     let ranges: Vec<Range> = list.into_iter().flatten().filter_map(|text| text.parse().ok()).collect();
-    let ranges: Vec<Range> = ranges.into_iter().filter(|range| range.is_v6() == v6).collect();
-    (!ranges.is_empty() && ranges.iter().all(|range| range.length() != 0)).then_some(ranges)
+    let mut ranges: Vec<Range> = ranges.into_iter().filter(|range| range.is_v6() == v6).collect();
+    if ranges.is_empty() || ranges.iter().any(|range| range.length() == 0) {
+        return None;
+    }
+    if node.source(v6).is_some_and(|primary| ranges.iter().any(|range| range.contains(primary))) {
+        ranges.extend(load_balancer_ips(service).into_iter().map(Range::one));
+    }
+    Some(ranges)
 }
 
 fn service_port(
@@ -267,7 +284,7 @@ fn service_port(
         internal_local: is_local(spec.internal_traffic_policy),
         external_local: is_local(spec.external_traffic_policy),
         affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
-        source_ranges: source_ranges(service, v6),
+        source_ranges: source_ranges(service, v6, node),
         sets: sets(&candidates, &node.name, zone),
         id,
     }

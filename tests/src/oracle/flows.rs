@@ -1,7 +1,7 @@
 //! Section 5 of the contract: what is remembered of flows. Both directions of a flow live and die together (C4).
 
 use super::cluster::{PortId, State};
-use super::wire::{Headers, Rewrite, flag};
+use super::wire::{Headers, Rewrite, UDP, chunk, flag};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
@@ -90,8 +90,12 @@ impl Flow {
     /// What a packet of this flow becomes.
     pub const fn rewrite(&self, sender: Sender, ttl_falls: bool) -> Rewrite {
         match sender {
-            Sender::Client => Rewrite { src: self.translated.src, dst: self.translated.dst, ttl_falls },
-            Sender::Endpoint => Rewrite { src: self.client.dst, dst: self.client.src, ttl_falls },
+            Sender::Client => {
+                Rewrite { src: self.translated.src, dst: self.translated.dst, ttl_falls, quote: None }
+            }
+            Sender::Endpoint => {
+                Rewrite { src: self.client.dst, dst: self.client.src, ttl_falls, quote: None }
+            }
         }
     }
 
@@ -99,11 +103,14 @@ impl Flow {
     pub(super) fn after(&self, sender: Sender, headers: &Headers) -> Option<Phase> {
         match self.phase {
             Phase::HalfOpen { answered } => self.half_open_after(sender, headers, answered),
-            Phase::Established { client_fin, endpoint_fin } if headers.tcp.is_some() => {
-                let fin = headers.flags() & flag::FIN != 0;
+            Phase::Established { client_fin, endpoint_fin } if headers.proto != UDP => {
+                let fin = headers.flags() & flag::FIN != 0
+                    || headers.has_chunk(chunk::SHUTDOWN)
+                    || headers.has_chunk(chunk::SHUTDOWN_ACK);
                 let client_fin = client_fin || fin && sender == Sender::Client;
                 let endpoint_fin = endpoint_fin || fin && sender == Sender::Endpoint;
-                let over = headers.flags() & flag::RST != 0 || client_fin && endpoint_fin;
+                let ended = headers.resets() || headers.has_chunk(chunk::SHUTDOWN_COMPLETE);
+                let over = ended || client_fin && endpoint_fin;
                 Some(if over { Phase::Closing } else { Phase::Established { client_fin, endpoint_fin } })
             }
             phase @ (Phase::Established { .. } | Phase::Closing) => Some(phase),
@@ -112,28 +119,34 @@ impl Flow {
 
     fn half_open_after(&self, sender: Sender, headers: &Headers, answered: Option<u32>) -> Option<Phase> {
         let established = |client_fin| Some(Phase::Established { client_fin, endpoint_fin: false });
-        let Some((flags, seq, ack)) = headers.tcp else {
+        if headers.proto == UDP {
             return match (sender, answered) {
                 (Sender::Endpoint, _) => Some(Phase::HalfOpen { answered: Some(0) }),
                 (Sender::Client, Some(_)) => established(false),
                 (Sender::Client, None) => Some(self.phase),
             };
-        };
-        if flags & flag::RST != 0 {
+        }
+        if headers.resets() {
             // A connection that was refused or given up.
             return None;
         }
-        match sender {
-            Sender::Endpoint if headers.is_tcp_with(flag::SYN | flag::ACK) => {
-                Some(Phase::HalfOpen { answered: Some(seq.wrapping_add(1)) })
+        // What the endpoint promises, and what proves that the client saw it: a number, or SCTP's tag.
+        let (promise, proof) = match (headers.tcp, headers.sctp) {
+            (Some((_, seq, ack)), _) => (
+                headers.is_tcp_with(flag::SYN | flag::ACK).then(|| seq.wrapping_add(1)),
+                answered.is_some_and(|promised| {
+                    headers.is_tcp_with(flag::ACK) && ack.wrapping_sub(promised) < PROOF_WINDOW
+                }),
+            ),
+            (None, Some((_, tag, asked))) => {
+                (headers.has_chunk(chunk::INIT_ACK).then_some(asked), answered == Some(tag))
             }
-            Sender::Client if headers.is_tcp_with(flag::ACK) => match answered {
-                Some(promised) if ack.wrapping_sub(promised) < PROOF_WINDOW => {
-                    established(flags & flag::FIN != 0)
-                }
-                Some(_) | None => Some(self.phase),
-            },
-            Sender::Endpoint | Sender::Client => Some(self.phase),
+            (None, None) => (None, false),
+        };
+        match (sender, promise) {
+            (Sender::Endpoint, Some(promise)) => Some(Phase::HalfOpen { answered: Some(promise) }),
+            (Sender::Client, _) if proof => established(headers.flags() & flag::FIN != 0),
+            (Sender::Endpoint | Sender::Client, _) => Some(self.phase),
         }
     }
 }

@@ -9,21 +9,25 @@
 //! it was ([`Model::accept`]); that is how the oracle learns which endpoint and which port a flow got.
 
 pub mod address;
+mod affinity;
+mod begin;
 mod cluster;
 mod endpoints;
 mod flows;
-pub mod gaps;
-pub mod packets;
+mod follow;
+pub mod outcome;
+mod packets;
 pub mod wire;
 
 pub use address::Range;
 pub use cluster::{Kind, PortId, ServicePort, State};
 pub use endpoints::Sets;
 pub use flows::{Flow, Phase, Sender, Tuple};
-pub use packets::{Alternative, Answer, Outcome, Then, Why};
+pub use outcome::{Alternative, Answer, Outcome, Then, Why};
 
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
@@ -84,6 +88,8 @@ pub struct ThisNode {
     pub masquerade_all: bool,
     /// The switch of P10.
     pub cluster_ip_inside_only: bool,
+    /// The switch of S2: source ranges hold for node ports and external IPs too.
+    pub source_ranges_everywhere: bool,
     /// The cluster's pod ranges (Z1).
     pub pod_ranges: Vec<Range>,
     /// The cluster's service ranges (P13).
@@ -146,19 +152,32 @@ pub struct Model {
     node: ThisNode,
     state: State,
     flows: flows::Flows,
+    affinities: affinity::Affinities,
+    fragments: follow::Fragments,
+    /// Addresses that flows were called by when the cluster last changed.
+    lately: BTreeSet<IpAddr>,
 }
 
 impl Model {
     /// A node that was told this cluster, and has seen no packet.
     pub fn new(node: ThisNode, cluster: &Cluster) -> Self {
         let state = State::of(cluster, &node);
-        Self { node, state, flows: flows::Flows::default() }
+        Self {
+            node,
+            state,
+            flows: flows::Flows::default(),
+            affinities: affinity::Affinities::default(),
+            fragments: follow::Fragments::default(),
+            lately: BTreeSet::new(),
+        }
     }
 
     /// The cluster is another now; flows go on, or do not (C1, C2).
     pub fn change(&mut self, cluster: &Cluster) {
         self.state = State::of(cluster, &self.node);
         self.flows.endpoints_changed(&self.state);
+        self.affinities.endpoints_changed(&self.state);
+        self.lately = self.flows.iter().map(|flow| flow.client.dst.ip()).collect();
     }
 
     /// What sections 1 and 2 make of the cluster.

@@ -63,7 +63,7 @@ impl World {
         Ok(errors.iter().map(ToString::to_string).collect())
     }
 
-    /// Removes all flows.
+    /// Removes all flows, and all that is remembered of clients and datagrams.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -73,6 +73,12 @@ impl World {
         self.maps.map::<tables::HalfOpen>()?.remove_batch(&half_open)?;
         self.maps.map::<tables::Established>()?.remove_batch(&established)?;
         self.maps.map::<tables::Closing>()?.remove_batch(&closing)?;
+        let (affinities, fragments) =
+            (self.maps.map::<tables::Affinities>()?, self.maps.map::<tables::Fragments>()?);
+        let clients: Vec<_> = affinities.entries()?.into_iter().map(|(key, _)| key).collect();
+        let datagrams: Vec<_> = fragments.entries()?.into_iter().map(|(key, _)| key).collect();
+        affinities.remove_batch(&clients)?;
+        fragments.remove_batch(&datagrams)?;
         Ok(())
     }
 

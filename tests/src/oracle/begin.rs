@@ -1,0 +1,151 @@
+//! How a flow begins: to which endpoint, and with which source (P4 to P12, S1).
+
+use super::cluster::{Kind, ServicePort};
+use super::flows::{Flow, Phase, Tuple};
+use super::outcome::{Alternative, Exit, NewSource, Outcome, Then};
+use super::packets::Client;
+use super::wire::Headers;
+use super::{Model, Place, Way};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+impl Model {
+    /// A flow to one of these endpoints.
+    #[expect(clippy::too_many_arguments, reason = "the walk of a packet, as the contract tells it")]
+    pub(super) fn begun(
+        &self,
+        place: Place,
+        frame: &[u8],
+        headers: &Headers,
+        client: Client,
+        port: &ServicePort,
+        kind: Kind,
+        endpoints: &BTreeSet<SocketAddr>,
+    ) -> Vec<Alternative> {
+        // S1: the node is one client, whichever of its addresses it calls from.
+        let src = headers.src.ip();
+        let own = self.node.source(headers.is_v6()).filter(|_| client == Client::Node);
+        let who = own.unwrap_or(src);
+        let all = endpoints.len();
+        let endpoints = &self.affinities.narrow(who, port, endpoints);
+        let mut alternatives = Vec::new();
+        let reply_of = |to| Tuple { src: to, dst: headers.src, proto: headers.proto };
+        // Two flows of one client to one endpoint port, through two addresses, would have the same reply.
+        let taken = |to: SocketAddr| {
+            let other = self.flows.with_reply(reply_of(to));
+            other.is_some_and(|other| other.client != Tuple::of(headers) && other.phase != Phase::Closing)
+        };
+        let collides = endpoints
+            .iter()
+            .any(|to| taken(*to) && !self.translates_source(client, port, kind, headers, *to));
+        for &to in endpoints {
+            let translates = self.translates_source(client, port, kind, headers, to);
+            if translates || !taken(to) {
+                let outcome = self.begin(place, headers, client, to, translates);
+                alternatives.push(self.remembered(place, frame, headers, client, port, to, outcome, who));
+            }
+            if collides && !translates {
+                let outcome = self.begin(place, headers, client, to, true);
+                let mut alternative = self.remembered(place, frame, headers, client, port, to, outcome, who);
+                alternative.collided = true;
+                alternatives.push(alternative);
+            }
+        }
+        alternatives.iter_mut().for_each(|alternative| alternative.bound = endpoints.len() < all);
+        alternatives
+    }
+
+    /// Whether the endpoint must see an address of this node in place of the client's (P4 to P7, P9 to P11).
+    fn translates_source(
+        &self,
+        client: Client,
+        port: &ServicePort,
+        kind: Kind,
+        headers: &Headers,
+        to: SocketAddr,
+    ) -> bool {
+        // P11.
+        if to.ip() == headers.src.ip() {
+            return true;
+        }
+        let on_this_node = port.sets.usable.get(&to).copied().unwrap_or(false);
+        match (client, kind) {
+            // P5, P9, P4: the client is a pod of this node.
+            (Client::Pod, _) => false,
+            // P6, P9: its source is an address of the node already. But a server in the node's own network must not see
+            // its own address as its client's.
+            (Client::Node, _) => self.node.has(to.ip()),
+            // P10.
+            (Client::Outside, Kind::ClusterIp) => true,
+            // P7.
+            (Client::Outside, _) if port.external_local => false,
+            // P4. A server in the node's own network answers through the node anyway.
+            (Client::Outside, _) if self.node.has(to.ip()) => false,
+            (Client::Outside, _) => self.node.masquerade_all || !on_this_node,
+        }
+    }
+
+    /// The first packet of a flow to this endpoint.
+    fn begin(
+        &self,
+        place: Place,
+        headers: &Headers,
+        client: Client,
+        to: SocketAddr,
+        translates: bool,
+    ) -> Outcome {
+        if !translates && client != Client::Node {
+            return Outcome::Begun { to, source: NewSource::Kept, ttl_falls: false, exit: Exit::Stack };
+        }
+        let exit = match self.way_past_the_stack(place, headers, to.ip(), [0; 6]) {
+            Ok(exit) => exit,
+            Err(outcome) => return outcome,
+        };
+        let source = match (translates, self.node.way(to.ip())) {
+            (false, _) => NewSource::Kept,
+            // From the node's own address to itself would be a martian: the Service's address stands in.
+            (true, Way::Here) => NewSource::Port(headers.dst.ip()),
+            (true, Way::Out { .. } | Way::None) => {
+                NewSource::Port(self.node.source(headers.is_v6()).unwrap_or(headers.dst.ip()))
+            }
+        };
+        let ttl_falls = exit == Exit::Forward && place != Place::ToNetwork;
+        Outcome::Begun { to, source, ttl_falls, exit }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the walk of a packet, as the contract tells it")]
+    fn remembered(
+        &self,
+        place: Place,
+        frame: &[u8],
+        headers: &Headers,
+        client: Client,
+        port: &ServicePort,
+        to: SocketAddr,
+        mut outcome: Outcome,
+        who: IpAddr,
+    ) -> Alternative {
+        let mut link = [0; 6];
+        link.copy_from_slice(&frame[6..12]);
+        if let Outcome::Begun { exit: exit @ Exit::HandUp(_), .. } = &mut outcome {
+            *exit = Exit::HandUp(link);
+        }
+        // The node's own flow is entered before its way is known: a packet that is too long for it does not end it.
+        let entered = matches!(outcome, Outcome::Begun { .. })
+            || client == Client::Node && place == Place::ToNetwork && !self.node.has(to.ip());
+        let source_translated = matches!(outcome, Outcome::Begun { source: NewSource::Port(_), .. });
+        let flow = Flow {
+            client: Tuple::of(headers),
+            translated: Tuple { src: headers.src, dst: to, proto: headers.proto },
+            port: port.id.clone(),
+            local: port.sets.usable.get(&to).copied().unwrap_or(false),
+            source_translated,
+            node_client: (client == Client::Node).then_some(link),
+            phase: Phase::HalfOpen { answered: None },
+            endpoint_gone: false,
+        };
+        let then = if entered { Then::Begin(Box::new(flow)) } else { Then::Nothing };
+        let remembers = port.affinity.then(|| (who, port.id.clone(), BTreeSet::from([to])));
+        Alternative { then, remembers, ..Alternative::new(outcome) }
+    }
+}
