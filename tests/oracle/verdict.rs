@@ -184,6 +184,10 @@ fn check_answer(model: &Model, answer: Answer, headers: &Headers, seen: &Seen<'_
     }
     let from = match answer {
         Answer::Reset | Answer::PortUnreachable => Some(headers.dst.ip()),
+        // To the node itself its own address would be a martian.
+        Answer::TimeExceeded | Answer::TooBig(_) if model.node().has(headers.src.ip()) => {
+            Some(headers.dst.ip())
+        }
         Answer::TimeExceeded | Answer::TooBig(_) => model.node().source(headers.is_v6()),
     };
     if Some(out.src.ip()) != from {

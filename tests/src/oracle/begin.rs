@@ -42,11 +42,11 @@ impl Model {
             let translates = self.translates_source(client, port, kind, headers, to);
             if translates || !taken(to) {
                 let outcome = self.begin(place, headers, client, to, translates);
-                alternatives.push(self.remembered(place, frame, headers, client, port, to, outcome, who));
+                alternatives.push(self.remembered(frame, headers, client, port, to, outcome, who));
             }
             if collides && !translates {
                 let outcome = self.begin(place, headers, client, to, true);
-                let mut alternative = self.remembered(place, frame, headers, client, port, to, outcome, who);
+                let mut alternative = self.remembered(frame, headers, client, port, to, outcome, who);
                 alternative.collided = true;
                 alternatives.push(alternative);
             }
@@ -73,8 +73,8 @@ impl Model {
             // P5, P9, P4: the client is a pod of this node.
             (Client::Pod, _) => false,
             // P6, P9: its source is an address of the node already. But a server in the node's own network must not see
-            // its own address as its client's.
-            (Client::Node, _) => self.node.has(to.ip()),
+            // its own address as its client's, and what leaves by another interface has the source that belongs there.
+            (Client::Node, _) => self.node.has(to.ip()) || self.leaves_elsewhere(headers, to),
             // P10.
             (Client::Outside, Kind::ClusterIp) => true,
             // P7.
@@ -83,6 +83,12 @@ impl Model {
             (Client::Outside, _) if self.node.has(to.ip()) => false,
             (Client::Outside, _) => self.node.masquerade_all || !on_this_node,
         }
+    }
+
+    /// Whether the node's own packet leaves by another interface than the uplink, where its source is not at home.
+    fn leaves_elsewhere(&self, headers: &Headers, to: SocketAddr) -> bool {
+        matches!(self.node.way(to.ip()), Way::Out { to_pod: true, .. })
+            && self.node.source(headers.is_v6()) != Some(headers.src.ip())
     }
 
     /// The first packet of a flow to this endpoint.
@@ -116,7 +122,6 @@ impl Model {
     #[expect(clippy::too_many_arguments, reason = "the walk of a packet, as the contract tells it")]
     fn remembered(
         &self,
-        place: Place,
         frame: &[u8],
         headers: &Headers,
         client: Client,
@@ -130,9 +135,7 @@ impl Model {
         if let Outcome::Begun { exit: exit @ Exit::HandUp(_), .. } = &mut outcome {
             *exit = Exit::HandUp(link);
         }
-        // The node's own flow is entered before its way is known: a packet that is too long for it does not end it.
-        let entered = matches!(outcome, Outcome::Begun { .. })
-            || client == Client::Node && place == Place::ToNetwork && !self.node.has(to.ip());
+        let entered = matches!(outcome, Outcome::Begun { .. });
         let source_translated = matches!(outcome, Outcome::Begun { source: NewSource::Port(_), .. });
         let flow = Flow {
             client: Tuple::of(headers),

@@ -36,7 +36,7 @@ impl Fragments {
         match outcome {
             Outcome::Drop(Why::Loopback) => {}
             Outcome::Pass | Outcome::Drop(Why::UnknownService) => {
-                self.0.entry(datagram(headers)).or_insert(vec![None]).push(known);
+                drop(self.0.insert(datagram(headers), vec![None, known]));
             }
             Outcome::Drop(_)
             | Outcome::LeftToTc
@@ -80,6 +80,9 @@ impl Model {
         if self.client(place, headers).is_none() || self.node.has(to) {
             return vec![passed];
         }
+        if flaw == Flaw::Fragment && !headers.may_have_ports() && !self.state.is_closed(to, &self.node) {
+            return vec![passed];
+        }
         let lives = self.flows.iter().any(|flow| flow.client.dst.ip() == to);
         if lives || self.state.is_services(to) {
             return vec![dropped];
@@ -100,6 +103,9 @@ impl Model {
             // Routers on the way speak in their own name, where that can reach the sender.
             if headers.src.ip() != back.src.ip() && *exit != Exit::Forward {
                 rewrite.src = headers.src;
+                if place.is_way_in() {
+                    *exit = Exit::Stack;
+                }
             }
         }
         Some(alternative)

@@ -63,7 +63,7 @@ impl Model {
     }
 
     /// XDP answers nobody, cannot hand a packet up, and sends nothing to a pod, nor what has a VLAN tag: that it leaves to tc,
-    /// unwritten.
+    /// unwritten, and with it the other fragments.
     fn leaves_to_tc(&self, headers: &Headers, outcome: &Outcome) -> bool {
         match outcome {
             Outcome::Reject(..) | Outcome::Translated(_, Exit::HandUp(_)) => true,
@@ -75,7 +75,8 @@ impl Model {
                 headers.is_tagged() || self.is_pod_here(to.ip())
             }
             Outcome::Translated(_, Exit::Stack) | Outcome::Begun { exit: Exit::Stack, .. } => false,
-            Outcome::Pass | Outcome::LeftToTc | Outcome::Drop(_) => false,
+            Outcome::Drop(why) => *why == Why::OrphanFragment,
+            Outcome::Pass | Outcome::LeftToTc => false,
         }
     }
 
@@ -152,6 +153,7 @@ impl Model {
     }
 
     /// How a packet leaves that does not go through the stack; what becomes of it if it does not.
+    #[expect(clippy::result_large_err, reason = "an outcome is no error, and speed no matter")]
     pub(super) fn way_past_the_stack(
         &self,
         place: Place,
@@ -306,10 +308,9 @@ pub(super) fn is_translated_at(flow: &Flow, sender: Sender, place: Place) -> boo
     match (sender, flow.node_client.is_some(), flow.source_translated) {
         (Sender::Client, true, _) => leaving,
         (Sender::Client, false, _) => place.is_way_in(),
-        // A server in the node's own network: its answer leaves as the question did.
-        (Sender::Endpoint, true, true) => leaving,
         (Sender::Endpoint, true, false) => place.is_way_in(),
-        (Sender::Endpoint, false, true) => place.is_way_in() || leaving,
+        // A server in the node's own network: its answer leaves as the question did.
+        (Sender::Endpoint, _, true) => place.is_way_in() || leaving,
         (Sender::Endpoint, false, false) => !place.is_way_in(),
     }
 }

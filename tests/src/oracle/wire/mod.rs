@@ -337,6 +337,11 @@ impl Headers {
         self.src.is_ipv6()
     }
 
+    /// Whether a fragment may be of a protocol that Services have.
+    pub fn may_have_ports(&self) -> bool {
+        [TCP, UDP, SCTP].contains(&self.proto) || self.is_v6() && EXTENSIONS.contains(&self.proto)
+    }
+
     /// Whether VLAN tags are in front of it.
     pub const fn is_tagged(&self) -> bool {
         self.l3 != ETHERNET
