@@ -2,11 +2,13 @@
 
 use crate::world::{
     BOTH, PORT, Tcp, Udp, ask, ask_many, assert_refused, assert_transport_refused, eventually, everywhere,
-    on_both_paths, pods,
+    on_all_paths, on_both_paths, pods,
 };
 use dataplane_tests::lab::{Failure, ask_datagram};
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::net::UdpSocket;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_millis(700);
 
@@ -32,6 +34,87 @@ everywhere! {
             let refused = || ask_datagram(&socket, None, PATIENCE) == Err(Failure::Refused);
             eventually("the socket is refused", refused);
         }
+    }
+}
+
+/// Sends datagrams without a pause until it is told to end: what came of each, and when.
+fn talk(
+    socket: &UdpSocket,
+    end: &AtomicBool,
+    count: &AtomicUsize,
+) -> Vec<(Instant, Result<String, Failure>)> {
+    let mut outcomes = Vec::new();
+    while !end.load(Ordering::Relaxed) {
+        let outcome = ask_datagram(socket, None, Duration::from_millis(60)).map(|answer| answer.pod);
+        outcomes.push((Instant::now(), outcome));
+        count.fetch_add(1, Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    outcomes
+}
+
+/// Within what time a UDP flow has left an endpoint after the kernel was told.
+const MOVED: Duration = Duration::from_millis(100);
+
+on_all_paths! {
+    /// C1: a flow that never pauses follows the endpoints at once: one that left, one that does not serve any more, none at all, one
+    /// that comes back; and if it began before there was any.
+    fn a_udp_flow_that_never_pauses_follows_at_once(world) {
+        let mut service = world.node_port_service(0);
+        world.apply(&service);
+        let sockets = [
+            (world.pod("shell-1").place().clone(), world.frontend(0)),
+            (world.lab().client().clone(), world.node_frontend(3, 0)),
+        ]
+        .map(|(place, to)| {
+            let socket = place.udp_socket(Some(world.any_port())).unwrap();
+            socket.connect(to).unwrap();
+            socket
+        });
+        let endpoint = |name: &str| world.pod(name).endpoint();
+        let mut draining = endpoint("web-3");
+        draining.set_terminating(false);
+        let mut unready = endpoint("web-3");
+        unready.set_not_ready();
+        let steps = [
+            (vec![], Err(Failure::Refused)),
+            (vec![endpoint("web-1")], Ok("web-1")),
+            (vec![endpoint("web-3")], Ok("web-3")),
+            (vec![draining, endpoint("web-1")], Ok("web-1")),
+            (vec![], Err(Failure::Refused)),
+            (vec![endpoint("web-3")], Ok("web-3")),
+            (vec![unready], Err(Failure::Refused)),
+            (vec![endpoint("web-3")], Ok("web-3")),
+        ];
+        let (end, counts) = (AtomicBool::new(false), [AtomicUsize::new(0), AtomicUsize::new(0)]);
+        std::thread::scope(|scope| {
+            let talks = [0, 1].map(|at| {
+                let (socket, end, count) = (&sockets[at], &end, &counts[at]);
+                scope.spawn(move || talk(socket, end, count))
+            });
+            let mut expected = Vec::new();
+            for (endpoints, outcome) in steps {
+                service.set_endpoints(endpoints);
+                world.apply(&service);
+                let from = Instant::now() + MOVED;
+                std::thread::sleep(MOVED);
+                let before = counts.each_ref().map(|count| count.load(Ordering::Relaxed));
+                eventually("both have sent some datagrams since", || {
+                    counts.iter().zip(before).all(|(count, before)| count.load(Ordering::Relaxed) >= before + 10)
+                });
+                expected.push((from, Instant::now(), outcome.map(str::to_owned)));
+            }
+            end.store(true, Ordering::Relaxed);
+            for talk in talks {
+                let outcomes = talk.join().unwrap();
+                for (number, (from, to, expected)) in expected.iter().enumerate() {
+                    let within = outcomes.iter().filter(|(time, _)| from <= time && time <= to);
+                    let found: Vec<_> = within.map(|(_, outcome)| outcome.clone()).collect();
+                    assert!(!found.is_empty(), "step {number}: no datagram");
+                    assert!(found.iter().all(|outcome| outcome == expected), "step {number}: {found:?}");
+                }
+            }
+        });
     }
 }
 

@@ -116,7 +116,7 @@ on_one_network! {
 }
 
 /// Sends a packet with its network header. The port of a raw socket's destination is to be 0 (IPv6).
-fn send_raw(socket: &OwnedFd, packet: &[u8], to: SocketAddr) {
+pub(crate) fn send_raw(socket: &OwnedFd, packet: &[u8], to: SocketAddr) {
     let to = at(to.ip(), 0).into();
     assert_eq!(socket2::SockRef::from(socket).send_to(packet, &to).unwrap(), packet.len());
 }

@@ -2,6 +2,7 @@
 //!
 //! One file per behaviour. Tests share laboratories of one kind but no Service; see [`world`].
 
+mod affinity;
 mod api_server;
 mod death;
 mod errors;
@@ -9,9 +10,11 @@ mod flows;
 mod fragments;
 mod health;
 mod load;
+mod load_balancers;
 mod manifests;
 mod own;
 mod policies;
+mod pressure;
 mod refusals;
 mod room;
 mod sockets;

@@ -71,9 +71,7 @@ on_both_paths! {
 everywhere! {
     /// P10: a client outside that has a route to the node reaches a ClusterIP; the endpoint sees the node.
     fn a_cluster_ip_routed_to_a_node_serves_clients_outside(world) {
-        let number = world.cluster_ip(0);
-        let bits = if number.is_ipv4() { 32 } else { 128 };
-        world.lab().route_from_outside(&format!("{number}/{bits}"), 1).unwrap();
+        world.route_from_outside(world.cluster_ip(0), 2);
         world.apply(&world.cluster_service(0).endpoints(world.webs()));
         for transport in BOTH {
             for answer in ask_many(&world.outside(), transport, world.frontend(0)) {

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 /// Asserts what a pod of `node` (from 1) saw of the outside client that called that node's port.
 #[track_caller]
-fn assert_source_by_place(world: &World, called: usize, answer: &Answer) {
+pub(crate) fn assert_source_by_place(world: &World, called: usize, answer: &Answer) {
     let local = answer.node == world.node(called).name();
     let expected = if local { world.outside_ip() } else { world.node_source(called) };
     assert_eq!(answer.client_ip(), expected, "node-{called} was called: {answer}");

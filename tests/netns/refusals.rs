@@ -2,7 +2,7 @@
 
 use crate::world::{
     BOTH, PORT, TARGET, Tcp, Udp, ask, assert_refused, assert_silent, assert_transport_refused, everywhere,
-    on_both_paths,
+    on_all_paths, on_both_paths,
 };
 use dataplane_tests::lab::at;
 
@@ -23,6 +23,47 @@ everywhere! {
             assert_refused(&world.outside(), world.node_frontend(node, 0));
         }
         assert!(world.count(1, "no-endpoints") >= 8);
+    }
+}
+
+on_all_paths! {
+    /// P1: so for every kind of address and every client, over sockets, tc and XDP.
+    fn every_kind_of_address_is_refused_without_endpoints(world) {
+        world.apply(&world.balanced_service(0));
+        let [lb, external] = [world.lb_ip(0), world.external_ip(0)].map(|address| at(address, PORT));
+        for to in [lb, external] {
+            world.route_from_outside(to.ip(), 1);
+        }
+        for client in [world.in_pod("shell-1"), world.in_pod("shell-3"), world.on_node(1), world.on_node(3)] {
+            for to in [world.frontend(0), world.node_frontend(2, 0), lb, external] {
+                assert_refused(&client, to);
+            }
+        }
+        for to in [world.node_frontend(1, 0), lb, external] {
+            assert_refused(&world.outside(), to);
+        }
+        for to in [world.node_frontend(1, 0), at(world.loopback(), world.node_port(0))] {
+            assert_refused(&world.on_node(1), to);
+        }
+    }
+}
+
+on_all_paths! {
+    /// P2, P3: so for every kind of address where the policy is Local and no endpoint is, over sockets, tc and XDP.
+    fn every_kind_of_address_is_silent_without_local_endpoints(world) {
+        let service = world.balanced_service(0).internal_local().external_local();
+        world.apply(&service.endpoints(world.webs()));
+        for client in [world.in_pod("shell-3"), world.on_node(3)] {
+            assert_silent(&client, world.frontend(0));
+        }
+        let [lb, external] = [world.lb_ip(0), world.external_ip(0)].map(|address| at(address, PORT));
+        for to in [world.node_frontend(3, 0), lb, external] {
+            if to != world.node_frontend(3, 0) {
+                world.route_from_outside(to.ip(), 3);
+            }
+            assert_silent(&world.outside(), to);
+        }
+        assert!(world.count(3, "no-local-endpoints") >= 10);
     }
 }
 

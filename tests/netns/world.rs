@@ -12,6 +12,7 @@ use dataplane_tests::lab::{
 };
 use dataplane_user::kernel::maps::Map;
 use dataplane_user::kernel::pins::Pins;
+use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -152,6 +153,19 @@ macro_rules! on_one_network {
 }
 pub(crate) use on_one_network;
 
+/// The same on each path by itself: sockets, tc, XDP.
+macro_rules! on_all_paths {
+    ($($body:tt)*) => {
+        crate::world::in_kinds! {
+            plain Plain
+            bridge_packet_path_strict BridgePacketPath
+            native_xdp_strict Xdp;
+            $($body)*
+        }
+    };
+}
+pub(crate) use on_all_paths;
+
 /// The same where nothing but the socket hooks and the packet path could make a difference.
 macro_rules! on_both_paths {
     ($($body:tt)*) => {
@@ -251,6 +265,11 @@ pub(crate) fn assert_silent(client: &Client, to: SocketAddr) {
     }
 }
 
+/// The status of a Service whose load balancer has an address.
+pub(crate) fn ingress(address: IpAddr) -> serde_json::Value {
+    json!({ "loadBalancer": { "ingress": [{ "ip": address, "ipMode": "VIP" }] } })
+}
+
 /// Waits until something is so.
 #[track_caller]
 pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
@@ -291,6 +310,12 @@ impl World {
     /// A laboratory of its own, of IPv4: default options and these flags of the agents.
     pub(crate) fn own(arguments: &[&str]) -> Self {
         Self::on(Kind::Plain, Family::V4, Arc::new(raise(Options::default(), arguments)))
+    }
+
+    /// A laboratory of its own for both families, as [`World::own`] makes it.
+    pub(crate) fn own_of_both(arguments: &[&str]) -> [Self; 2] {
+        let lab = Arc::new(raise(Options::default(), arguments));
+        Family::BOTH.map(|family| Self::on(Kind::Plain, family, lab.clone()))
     }
 
     fn on(kind: Kind, family: Family, lab: Arc<Lab>) -> Self {
@@ -387,6 +412,37 @@ impl World {
     pub(crate) fn node_port_service(&self, index: u8) -> Service {
         let node_port = self.node_port(index.into());
         self.bare_service(index).tcp_node_port(PORT, TARGET, node_port).udp_node_port(PORT, TARGET, node_port)
+    }
+
+    /// The same, with an LB IP and an external IP too.
+    pub(crate) fn balanced_service(&self, index: u8) -> Service {
+        let service = self.node_port_service(index).spec("type", json!("LoadBalancer"));
+        service.spec("externalIPs", json!([self.external_ip(index)])).status(ingress(self.lb_ip(index)))
+    }
+
+    /// A load balancer IP of this test.
+    pub(crate) fn lb_ip(&self, index: u8) -> IpAddr {
+        self.beyond(20, index)
+    }
+
+    /// An external IP of this test.
+    pub(crate) fn external_ip(&self, index: u8) -> IpAddr {
+        self.beyond(21, index)
+    }
+
+    /// An address that is nowhere in the laboratory: the nodes send what is for it to their gateway.
+    fn beyond(&self, network: u8, index: u8) -> IpAddr {
+        let [_, low] = self.number.to_be_bytes();
+        self.of(Addresses {
+            v4: Ipv4Addr::new(172, network, low, index + 1),
+            v6: Ipv6Addr::new(0xfd00, 0x172, network.into(), 0, 0, 0, low.into(), u16::from(index) + 1),
+        })
+    }
+
+    /// Has the client outside reach an address by way of a node.
+    pub(crate) fn route_from_outside(&self, address: IpAddr, node: usize) {
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        self.lab.route_from_outside(&format!("{address}/{bits}"), node - 1).unwrap();
     }
 
     /// The ClusterIP and port of the Service of that index.
@@ -563,7 +619,11 @@ fn raise(options: Options, arguments: &[&str]) -> Lab {
         let ports = PodOptions::default().tcp(&[HOST_TARGET]).udp(&[HOST_TARGET]);
         node.serve(&format!("host-{number}"), &ports).unwrap();
     }
-    lab.nodes().iter().try_for_each(|node| node.wait_for_agent()).unwrap();
+    for node in lab.nodes() {
+        node.wait_for_agent().unwrap();
+        let log = node.agent().unwrap().process().log();
+        assert!(!log.contains("cannot attach"), "{log}");
+    }
     lab
 }
 
