@@ -40,14 +40,31 @@ pub enum Command {
     /// Run the node agent in the foreground.
     Agent(Box<AgentArgs>),
     /// Remove every program, map and pin, and say what was removed.
+    ///
+    /// Services are then served no more on this node, and connections through them break. An agent that runs must be stopped
+    /// first. On kernels before 6.6, run it in the agent's network namespace: the tc filters are found there.
     Cleanup(CleanupArgs),
-    /// The Services that the kernel holds.
+    /// The Services that the kernel holds, a row for each port and IP family.
+    ///
+    /// Reads the pinned maps: needs root, but no agent. CLUSTER and LOCAL are the numbers of endpoints in the set of the whole
+    /// cluster and in that of this node. A connection whose endpoint was chosen at its socket counts as a flow; its packets
+    /// are not counted.
     Services(ShowArgs),
     /// The endpoints that the kernel holds, and their traffic.
+    ///
+    /// Reads the pinned maps: needs root, but no agent. NODE tells whether the endpoint is on this node or another. One that is
+    /// draining gets no new flow and keeps those it has.
     Backends(ShowArgs),
     /// The flows that the kernel holds.
+    ///
+    /// Reads the pinned maps: needs root, but no agent. SOURCE-AS is the source that the endpoint sees, where it is not the
+    /// client itself. Connections whose endpoint was chosen at their socket are not translated by packet, and are not here:
+    /// `portolan backends` counts them.
     Flows(ShowArgs),
     /// Why packets were dropped or refused, and how often.
+    ///
+    /// Reads the pinned maps: needs root, but no agent. The table has the reasons that occurred since the maps were made; JSON
+    /// has all of them.
     Drops(ShowArgs),
 }
 
