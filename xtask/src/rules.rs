@@ -60,11 +60,11 @@ fn wrongs(rules: &BTreeSet<Rule>, tests: &BTreeMap<Rule, BTreeSet<String>>) -> V
 
 /// The macros of these files that define tests.
 fn macros_in(files: &[PathBuf]) -> Result<BTreeSet<String>> {
-    let mut macros = BTreeSet::new();
+    let mut sources = Vec::new();
     for path in files.iter().filter(|path| path.extension().is_some_and(|extension| extension == "rs")) {
-        macros.extend(test_macros(&read(path)?));
+        sources.push(read(path)?);
     }
-    Ok(macros)
+    Ok(test_macros(&sources))
 }
 
 /// The rules that the contract defines: what stands in bold, alone or before a title.
@@ -90,15 +90,31 @@ fn citations_in(path: &Path, macros: &BTreeSet<String>) -> Result<Vec<(String, B
     Ok(vec![(case, cited(&read(path)?))])
 }
 
-/// The macros of a Rust file whose expansion is a test.
-fn test_macros(source: &str) -> Vec<String> {
-    let lines: Vec<&str> = source.lines().collect();
-    let begins = lines.iter().enumerate().filter_map(|(at, line)| {
-        let name = line.trim_start().strip_prefix("macro_rules! ")?.strip_suffix(" {")?;
-        Some((at, name.to_owned()))
-    });
-    let defines = |at: usize| lines[at..=block_end(&lines, at)].iter().any(|line| is_test_attribute(line));
-    begins.filter(|(at, _)| defines(*at)).map(|(_, name)| name).collect()
+/// The macros of Rust files whose expansion is a test, by themselves or by another of them.
+fn test_macros(sources: &[String]) -> BTreeSet<String> {
+    let mut all = Vec::new();
+    for source in sources {
+        let lines: Vec<&str> = source.lines().collect();
+        for (at, line) in lines.iter().enumerate() {
+            let name =
+                line.trim_start().strip_prefix("macro_rules! ").and_then(|name| name.strip_suffix(" {"));
+            all.extend(name.map(|name| (name.to_owned(), lines[at..=block_end(&lines, at)].to_vec())));
+        }
+    }
+    let mut found = BTreeSet::new();
+    loop {
+        let calls_one = |line: &str| {
+            let name = line.trim().strip_suffix("! {").and_then(|path| path.rsplit("::").next());
+            name.is_some_and(|name| found.contains(name))
+        };
+        let defines = |lines: &[&str]| lines.iter().any(|line| is_test_attribute(line) || calls_one(line));
+        let more: BTreeSet<_> =
+            all.iter().filter(|(_, lines)| defines(lines)).map(|(name, _)| name.clone()).collect();
+        if more == found {
+            return found;
+        }
+        found = more;
+    }
 }
 
 /// The tests of a Rust file: name, and text from the comment above to the closing brace. Functions with the attribute, and
@@ -217,7 +233,7 @@ mod tests {
     #[test]
     fn a_test_that_a_macro_defines_is_one() {
         let definition = "macro_rules! both {\n    () => {\n        #[test]\n        fn f() {}\n    };\n}\nmacro_rules! other {\n    () => {};\n}\n";
-        let macros = BTreeSet::from_iter(test_macros(definition));
+        let macros = test_macros(&[definition.to_owned()]);
         assert_eq!(macros, BTreeSet::from(["both".to_owned()]));
         let source = "both! {\n    /// P4, P12: why\n    fn a_name(world) {\n        fn inner() {}\n        // T1\n    }\n}\n\nother! {\n    /// Z4\n    fn no_test(x) {\n    }\n}\n";
         let tests = tests_of(source, &macros);
