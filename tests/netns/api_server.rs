@@ -240,5 +240,6 @@ fn a_history_that_is_forgotten_is_listed_again_and_flushes_nothing() {
         eventually("what went meanwhile is gone", || !scene.serves(Ipv4Addr::new(10, 96, 8, 9)));
     });
     assert!(made > 20, "{made} connections say nothing");
-    assert!(scene.server.asked("list services") > lists);
+    // Slices are listed by themselves, and may have been first.
+    eventually("Services are listed again", || scene.server.asked("list services") > lists);
 }

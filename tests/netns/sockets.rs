@@ -1,6 +1,6 @@
 //! What programs see whose sockets the hooks serve: the address they called, also as an IPv4-mapped one on a socket of IPv6.
 
-use crate::world::{BOTH, PORT, TARGET, Tcp, Transport, Udp, World, eventually, everywhere};
+use crate::world::{BOTH, PORT, TARGET, Tcp, Transport, Udp, World, eventually, everywhere, on_one_network};
 use dataplane_tests::lab::{Family, Place, Stream, ask_datagram, at};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
@@ -46,7 +46,7 @@ fn called(world: &World, from_node: bool) -> Vec<SocketAddr> {
     called
 }
 
-everywhere! {
+on_one_network! {
     /// P4, P9, P18: a socket of IPv6 that calls an IPv4 address calls the same Service, and hears of no other address.
     fn a_socket_of_ipv6_reaches_both_families(world) {
         world.apply(&world.node_port_service(0).endpoints(world.webs()));
