@@ -141,7 +141,7 @@ enum Hop {
 /// A datagram with this time to live on a connected socket, which hears of errors only if they quote what it sent.
 fn probe(place: &Place, to: SocketAddr, ttl: u32) -> Hop {
     let family = Family::of(to.ip());
-    let socket = UdpSocket::from(place.socket(family.domain(), libc::SOCK_DGRAM, 0).unwrap());
+    let socket = place.unbound_udp_socket(family).unwrap();
     socket.connect(to).unwrap();
     set_ttl(&socket, family, ttl);
     keep_errors(&socket, family);

@@ -43,7 +43,7 @@ fn bind(world: &World, place: &Place) -> UdpSocket {
 /// Sends a big datagram and expects it back, three times on one socket.
 #[track_caller]
 fn assert_echoed(place: &Place, to: SocketAddr) {
-    let socket = UdpSocket::from(place.socket(Family::of(to.ip()).domain(), libc::SOCK_DGRAM, 0).unwrap());
+    let socket = place.unbound_udp_socket(Family::of(to.ip())).unwrap();
     socket.connect(to).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     for round in 0..3_u8 {

@@ -34,7 +34,7 @@ fn ask_connected(place: &Place, transport: Transport, to: SocketAddr) -> String 
 }
 
 fn udp_socket(place: &Place) -> UdpSocket {
-    UdpSocket::from(place.socket(Family::V6.domain(), libc::SOCK_DGRAM, 0).unwrap())
+    place.unbound_udp_socket(Family::V6).unwrap()
 }
 
 /// The addresses of a Service that a place has a way to.

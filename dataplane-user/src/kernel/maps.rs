@@ -396,10 +396,10 @@ impl KernelMaps {
                 Err(source) => return Err(MapError::Open { path, source }),
             }
         }
-        match maps.is_empty() {
-            true => Err(MapError::Nothing { folder: folder.to_owned() }),
-            false => Ok(Self { maps }),
+        if maps.is_empty() {
+            return Err(MapError::Nothing { folder: folder.to_owned() });
         }
+        Ok(Self { maps })
     }
 
     /// Makes all tables anew, without BTF and pins, in their default sizes except those that are named. For tests and

@@ -167,12 +167,17 @@ impl Place {
         self.socket(family.domain(), libc::SOCK_STREAM, 0)
     }
 
+    /// A UDP socket, neither bound nor connected.
+    pub fn unbound_udp_socket(&self, family: Family) -> Result<UdpSocket> {
+        Ok(UdpSocket::from(self.socket(family.domain(), libc::SOCK_DGRAM, 0)?))
+    }
+
     /// A UDP socket, bound to `source` (by default: any IPv4 address, any port), not connected.
     pub fn udp_socket(&self, source: Option<SocketAddr>) -> Result<UdpSocket> {
         let source = source.unwrap_or_else(|| any_source(Family::V4));
-        let socket = self.socket(Family::of(source.ip()).domain(), libc::SOCK_DGRAM, 0)?;
+        let socket = self.unbound_udp_socket(Family::of(source.ip()))?;
         super::client::bind(&socket, source)?;
-        Ok(UdpSocket::from(socket))
+        Ok(socket)
     }
 }
 
