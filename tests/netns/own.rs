@@ -1,9 +1,11 @@
 //! The node's own node ports, and clients that are their own endpoints: P11, P18.
 
 use crate::world::{
-    BOTH, HOST_TARGET, PORT, SILENCE, Tcp, Udp, ask, ask_many, assert_silent, everywhere, on_both_paths,
+    AT_ONCE, BOTH, HOST_TARGET, PORT, SILENCE, Tcp, Udp, ask, ask_many, assert_silent, everywhere,
+    on_both_paths,
 };
 use dataplane_tests::lab::at;
+use std::time::Instant;
 
 everywhere! {
     /// P11: a pod reaches itself through its ClusterIP, and sees an address of its node.
@@ -34,6 +36,23 @@ everywhere! {
             }
         }
         assert_eq!(ask(&world.in_pod("shell-1"), Tcp, world.frontend(0)).unwrap().pod, "host-1");
+    }
+}
+
+everywhere! {
+    /// P9: the first packet to a node whose link-layer address is not known waits for that one, not for its route's.
+    fn the_first_packet_to_a_neighbour_arrives(world) {
+        world.apply(&world.cluster_service(0).endpoints([world.pod("web-3").endpoint()]));
+        for transport in BOTH {
+            for client in [world.on_node(1), world.in_pod("shell-1")] {
+                for _ in 0..3 {
+                    world.node(1).place().ip(&["neigh flush all".into()]).unwrap();
+                    let begun = Instant::now();
+                    assert_eq!(ask(&client, transport, world.frontend(0)).unwrap().pod, "web-3");
+                    assert!(begun.elapsed() < AT_ONCE, "{transport:?}: after {:?}", begun.elapsed());
+                }
+            }
+        }
     }
 }
 

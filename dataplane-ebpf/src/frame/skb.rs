@@ -80,9 +80,15 @@ impl<const LINK: u32> SkbFrame<LINK> {
         Ok(unsafe { bpf_redirect(way.ifindex, BPF_F_INGRESS as u64) as i32 })
     }
 
-    fn redirect_to(&mut self, way: &Way) -> i32 {
+    fn redirect_to(&mut self, way: &Way, ingress: bool) -> i32 {
         if self.remove_tag().is_err() || self.add_link().is_err() {
             return TC_ACT_SHOT;
+        }
+        if !ingress && !way.resolved {
+            // What waits for its neighbour's address is sent to the neighbour of its route when that comes (`neigh_update`), and
+            // what the node sends has a route: the one to the Service's address. Without a next hop the helper gives it a new one.
+            // SAFETY: a helper to which no pointer is given.
+            return unsafe { bpf_redirect_neigh(way.ifindex, core::ptr::null_mut(), 0, 0) as i32 };
         }
         let mut neighbour = if way.neighbour.is_v4() {
             let ipv4_nh = u32::from_ne_bytes(way.neighbour.v4_octets());
@@ -235,7 +241,7 @@ impl<const LINK: u32> Frame for SkbFrame<LINK> {
             // Not TC_ACT_OK, which would end the chain for the programs of others.
             Verdict::Pass | Verdict::Begin | Verdict::Refuse(_) | Verdict::LeaveToTc => TC_ACT_UNSPEC,
             Verdict::Drop(_) => TC_ACT_SHOT,
-            Verdict::Forward => self.redirect_to(way),
+            Verdict::Forward => self.redirect_to(way, ingress),
             Verdict::HandUp => self.hand_up(way).unwrap_or(TC_ACT_SHOT),
             Verdict::Answer => {
                 if LINK == ETHERNET && self.swap_macs().is_err() {
