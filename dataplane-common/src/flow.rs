@@ -67,7 +67,7 @@ impl FlowKey {
     }
 }
 
-/// One direction of a flow: what its packets become. 72 bytes.
+/// One direction of a flow: what its packets become. 56 bytes.
 ///
 /// Both directions are entries of the same table, made and removed together (C4). The partner's key is
 /// [`Flow::partner`].
@@ -77,29 +77,23 @@ pub struct Flow {
     /// [`FlowKey::check`] of the entry's key. The first field to be written when an element is used again, and the last
     /// to be read: if it still fits, all that was read before belongs to this flow.
     pub check: u16,
-    /// For flows of the node itself: the link-layer address of `uplink`; else 0.
-    pub uplink_mac: [u8; 6],
-    /// Source address after translation.
-    pub src: Addr,
-    /// Destination address after translation.
-    pub dst: Addr,
+    flags: u16,
     /// Source port after translation.
     pub src_port: Port,
     /// Destination port after translation.
     pub dst_port: Port,
-    /// Id of the service port.
-    pub service: u32,
-    /// Id of the backend.
+    /// Source address after translation.
+    pub src: Addr,
+    /// Destination address after translation.
+    pub dst: Addr,
+    /// Id of the backend, whose entry names the service port.
     pub backend: u32,
     /// The generation that the backend's id had.
     pub generation: u32,
     /// Tick of the last packet in this direction; see [`TICK_SHIFT`].
     pub last_seen: u32,
-    /// While half-open: the acknowledgement number by which the client proves that it saw the SYN-ACK (host order).
-    pub expected_ack: u32,
-    /// For flows of the node itself: the uplink whose egress the client's packets pass; else 0.
-    pub uplink: u32,
-    flags: u32,
+    /// See [`Flow::expected_ack`] and [`Flow::uplink`].
+    pub ack_or_uplink: u32,
 }
 
 /// A tick is 2^`TICK_SHIFT` jiffies: about a second at 250 Hz. "Last seen" is written when the tick changed.
@@ -122,23 +116,23 @@ pub const fn ticks_between(earlier: u32, now: u32) -> u32 {
 
 impl Flow {
     /// This entry translates the endpoint's packets, not the client's.
-    pub const REPLY: u32 = 1 << 0;
+    pub const REPLY: u16 = 1 << 0;
     /// The source is translated as well: both directions are rewritten at ingress and leave at once.
-    pub const SOURCE_TRANSLATED: u32 = 1 << 1;
-    /// The client is the node itself: replies are handed up as if they had come in on `uplink`.
-    pub const NODE_CLIENT: u32 = 1 << 2;
+    pub const SOURCE_TRANSLATED: u16 = 1 << 1;
+    /// The client is the node itself: replies are handed up as if they had come in on [`Flow::uplink`].
+    pub const NODE_CLIENT: u16 = 1 << 2;
     /// The client sent a FIN.
-    pub const CLIENT_FIN: u32 = 1 << 3;
+    pub const CLIENT_FIN: u16 = 1 << 3;
     /// The endpoint sent a FIN.
-    pub const ENDPOINT_FIN: u32 = 1 << 4;
+    pub const ENDPOINT_FIN: u16 = 1 << 4;
     /// The endpoint answered: a TCP SYN-ACK, or any UDP datagram.
-    pub const ANSWERED: u32 = 1 << 5;
-    /// `expected_ack` is set.
-    pub const ACK_KNOWN: u32 = 1 << 6;
+    pub const ANSWERED: u16 = 1 << 5;
+    /// [`Flow::expected_ack`] is set.
+    pub const ACK_KNOWN: u16 = 1 << 6;
 
     /// An entry with these flags that says nothing else yet.
     #[inline(always)]
-    pub fn with_flags(flags: u32) -> Self {
+    pub fn with_flags(flags: u16) -> Self {
         Self { flags, ..Self::zeroed() }
     }
 
@@ -161,20 +155,33 @@ impl Flow {
 
     /// Whether all bits of `flag` are set.
     #[inline(always)]
-    pub const fn has(&self, flag: u32) -> bool {
+    pub const fn has(&self, flag: u16) -> bool {
         self.flags & flag == flag
     }
 
     /// The flags.
     #[inline(always)]
-    pub const fn flags(&self) -> u32 {
+    pub const fn flags(&self) -> u16 {
         self.flags
     }
 
     /// Sets the bits of `flag`.
     #[inline(always)]
-    pub const fn set(&mut self, flag: u32) {
+    pub const fn set(&mut self, flag: u16) {
         self.flags |= flag;
+    }
+
+    /// In the client's half, while half-open and [`Flow::ACK_KNOWN`]: the acknowledgement number by which the client proves
+    /// that it saw the SYN-ACK, host order.
+    #[inline(always)]
+    pub const fn expected_ack(&self) -> u32 {
+        self.ack_or_uplink
+    }
+
+    /// In the endpoint's half, where the client is the node itself: index of the uplink whose egress the client's packets pass.
+    #[inline(always)]
+    pub const fn uplink(&self) -> u32 {
+        self.ack_or_uplink
     }
 
     /// Key of the opposite direction: what the far end sends back, as it arrives.

@@ -24,5 +24,6 @@ pub mod range;
 pub mod service;
 pub mod socket;
 pub mod tables;
+pub mod uplink;
 
 pub use addr::{Addr, Port, Protocol};

@@ -16,12 +16,13 @@ use crate::node::{Node, NodeAddress};
 use crate::range::SourceRangeKey;
 use crate::service::Service;
 use crate::socket::{SocketChoice, SocketChoiceKey, SocketPeer, SocketPeerKey};
+use crate::uplink::Uplink;
 use bytemuck::Pod;
 
 /// Version of the layout of all maps: the folder of their pins below the agent's pin folder.
 ///
 /// A change of a key, a value or the meaning of a field takes the next number.
-pub const LAYOUT: &str = "v1";
+pub const LAYOUT: &str = "v2";
 
 /// The kinds of map that are used, after the kernel's `BPF_MAP_TYPE_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,8 +31,10 @@ pub enum TableKind {
     Array,
     /// `BPF_MAP_TYPE_PERCPU_ARRAY`.
     PerCpuArray,
-    /// `BPF_MAP_TYPE_HASH`.
+    /// `BPF_MAP_TYPE_HASH`, all of whose memory is taken when it is made.
     Hash,
+    /// The same, whose memory is taken by entry (`BPF_F_NO_PREALLOC`).
+    HashByEntry,
     /// `BPF_MAP_TYPE_LRU_HASH`.
     LruHash,
     /// `BPF_MAP_TYPE_LPM_TRIE`: the key begins with the number of its bits that count.
@@ -84,8 +87,8 @@ tables! {
     NodeAddrs = "node_addrs", Hash<Addr, NodeAddress>, 1_024;
     /// The filter in front of the hash tables.
     Filter = "filter", Array<u32, u64>, FILTER_WORDS;
-    /// Address, port and protocol to service port.
-    Frontends = "frontends", Hash<FrontendKey, Frontend>, 65_536;
+    /// Address, port and protocol to service port. Memory is taken by entry.
+    Frontends = "frontends", HashByEntry<FrontendKey, Frontend>, 65_536;
     /// Service ports by id. Id 0 is never given out.
     Services = "services", Array<u32, Service>, 32_768;
     /// Who may call the restricted addresses of a service port. Memory is taken by entry.
@@ -97,9 +100,11 @@ tables! {
     /// Flows whose handshake is not complete, both directions.
     HalfOpen = "half_open", LruHash<FlowKey, Flow>, 16_384;
     /// Flows that both ends confirmed, both directions.
-    Established = "established", Hash<FlowKey, Flow>, 204_800;
+    Established = "established", Hash<FlowKey, Flow>, 200_000;
     /// Flows that ended or were reset, both directions.
     Closing = "closing", LruHash<FlowKey, Flow>, 16_384;
+    /// The link-layer addresses of the uplinks by which the node itself calls Services, by index.
+    Uplinks = "uplinks", LruHash<u32, Uplink>, 128;
     /// The endpoint that each client of a service port with affinity had last.
     Affinities = "affinity", LruHash<AffinityKey, Affinity>, 16_384;
     /// The ports of datagrams that come in fragments, from the first of them.
@@ -139,6 +144,7 @@ mod tests {
         assert_eq!(size_of::<SocketChoice>(), 8);
         assert_eq!(size_of::<crate::affinity::Choice>(), 8);
         assert_eq!(size_of::<NodeAddress>(), 8);
+        assert_eq!(size_of::<Uplink>(), 8);
         assert_eq!(size_of::<FragmentPorts>(), 8);
     }
 
@@ -146,7 +152,7 @@ mod tests {
     fn the_sizes_of_keys_and_values_are_the_documented_ones() {
         assert_eq!(size_of::<FrontendKey>(), 24);
         assert_eq!(size_of::<FlowKey>(), 40);
-        assert_eq!(size_of::<Flow>(), 72);
+        assert_eq!(size_of::<Flow>(), 56);
         assert_eq!(size_of::<FragmentKey>(), 40);
         assert_eq!(size_of::<Service>(), 24);
         assert_eq!(size_of::<Backend>(), 32);

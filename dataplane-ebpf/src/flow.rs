@@ -144,7 +144,7 @@ pub fn answered(reply: &Flow, proto: u8, expected_ack: Option<u32>) {
     unsafe {
         let mut flags = Flow::ANSWERED;
         if let Some(ack) = expected_ack {
-            (&raw mut (*forward).expected_ack).write_volatile(ack);
+            (&raw mut (*forward).ack_or_uplink).write_volatile(ack);
             flags |= Flow::ACK_KNOWN;
         }
         if !(*forward).has(flags) {
@@ -156,7 +156,7 @@ pub fn answered(reply: &Flow, proto: u8, expected_ack: Option<u32>) {
 /// Whether a client's acknowledgement proves that it saw the SYN-ACK.
 #[inline(always)]
 pub fn proves(forward: &Flow, ack: u32) -> bool {
-    forward.has(Flow::ACK_KNOWN) && ack.wrapping_sub(forward.expected_ack) < ACK_WINDOW
+    forward.has(Flow::ACK_KNOWN) && ack.wrapping_sub(forward.expected_ack()) < ACK_WINDOW
 }
 
 /// Moves a flow from `half_open` to `established`, both directions.
@@ -186,13 +186,13 @@ pub fn promote(key: &FlowKey) -> Result<(), Reason> {
 
 /// Notes a FIN (`flag` says whose) in both halves of an established flow.
 #[inline(never)]
-pub fn note_fin(key: &FlowKey, flow: &Flow, flag: u32) {
+pub fn note_fin(key: &FlowKey, flow: &Flow, flag: u16) {
     set_flag(key, flag);
     set_flag(&flow.partner(key.proto()), flag);
 }
 
 #[inline(always)]
-fn set_flag(key: &FlowKey, flag: u32) {
+fn set_flag(key: &FlowKey, flag: u16) {
     if let Some(half) = ESTABLISHED.get_ptr_mut(key) {
         // SAFETY: an element of a map, valid until the program ends.
         unsafe { (*half).set(flag) };

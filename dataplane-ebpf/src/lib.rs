@@ -29,4 +29,5 @@ pub mod repeat;
 pub mod scratch;
 pub mod select;
 pub mod service;
+pub mod uplink;
 pub mod verdict;

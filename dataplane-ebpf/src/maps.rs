@@ -1,5 +1,6 @@
 //! The maps, as `dataplane_common::tables` says them. Their element counts are defaults: the agent may load others.
 
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use dataplane_common::tables::{self, Table};
@@ -20,6 +21,14 @@ macro_rules! maps {
     (@type HashMap, $table:ty) => {
         HashMap<<$table as Table>::Key, <$table as Table>::Value, { <$table as Table>::CAPACITY }>
     };
+    (@type HashMapByEntry, $table:ty) => {
+        HashMap<
+            <$table as Table>::Key,
+            <$table as Table>::Value,
+            { <$table as Table>::CAPACITY },
+            { BPF_F_NO_PREALLOC as usize },
+        >
+    };
     (@type LruHashMap, $table:ty) => {
         LruHashMap<<$table as Table>::Key, <$table as Table>::Value, { <$table as Table>::CAPACITY }>
     };
@@ -37,7 +46,7 @@ maps! {
     NODE: Array = "node", Nodes;
     NODE_ADDRS: HashMap = "node_addrs", NodeAddrs;
     FILTER: Array = "filter", Filter;
-    FRONTENDS: HashMap = "frontends", Frontends;
+    FRONTENDS: HashMapByEntry = "frontends", Frontends;
     SERVICES: Array = "services", Services;
     SOURCE_RANGES: LpmTrie = "source_ranges", SourceRanges;
     SLOTS: Array = "slots", Slots;
@@ -45,6 +54,7 @@ maps! {
     HALF_OPEN: LruHashMap = "half_open", HalfOpen;
     ESTABLISHED: HashMap = "established", Established;
     CLOSING: LruHashMap = "closing", Closing;
+    UPLINKS: LruHashMap = "uplinks", Uplinks;
     AFFINITIES: LruHashMap = "affinity", Affinities;
     FRAGMENTS: LruHashMap = "fragments", Fragments;
     SERVICE_TRAFFIC: PerCpuArray = "service_traffic", ServiceTraffic;

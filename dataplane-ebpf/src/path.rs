@@ -14,7 +14,7 @@ use crate::scratch::{Opening, Scratch, SourceRule};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use crate::verdict::{Code, Verdict, Way};
-use crate::{interest, nat};
+use crate::{interest, nat, uplink};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
@@ -211,7 +211,7 @@ impl<F: Frame> Walk<'_, F> {
             return Verdict::Drop(reason);
         }
         let reply = self.s.flow.has(Flow::REPLY);
-        let status = select::status(self.s.flow.backend);
+        let (status, service) = select::owner(self.s.flow.backend);
         let known = status.generation() == self.s.flow.generation;
         if !reply && self.begins_anew(found.place, known && status.has(BackendStatus::SERVING)) {
             flow::remove(&self.s.key, &self.s.flow);
@@ -224,7 +224,7 @@ impl<F: Frame> Walk<'_, F> {
         found.touch(&self.s.flow);
         if known {
             let direction = if reply { Direction::Out } else { Direction::In };
-            count::packet(self.s.flow.service, self.s.flow.backend, direction, self.s.packet.length);
+            count::packet(service, self.s.flow.backend, direction, self.s.packet.length);
         }
         progress(&self.s.key, found.place, &self.s.packet, &self.s.flow);
         self.send(exit)
@@ -273,13 +273,13 @@ impl<F: Frame> Walk<'_, F> {
         let flow = &self.s.flow;
         let node_client = flow.has(Flow::NODE_CLIENT);
         if flow.has(Flow::REPLY) && node_client {
-            if self.hook == Hook::UplinkIngress && self.frame.ifindex() == flow.uplink {
+            if self.hook == Hook::UplinkIngress && self.frame.ifindex() == flow.uplink() {
                 return Ok(Exit::Stack);
             }
             if F::LEAVES_TO_TC {
                 return Err(Verdict::LeaveToTc);
             }
-            (self.s.way.ifindex, self.s.way.destination_mac) = (flow.uplink, flow.uplink_mac);
+            (self.s.way.ifindex, self.s.way.destination_mac) = (flow.uplink(), uplink::mac(flow.uplink()));
             return Ok(Exit::HandUp);
         }
         if node_client || flow.has(Flow::SOURCE_TRANSLATED) {
@@ -304,7 +304,8 @@ impl<F: Frame> Walk<'_, F> {
                 // The endpoint is in the node's own network. The node as its own client would meet a martian: its
                 // packet must come from the frontend's address.
                 way.source = packet.dst;
-                (way.ifindex, way.destination_mac) = (flow.uplink, flow.uplink_mac);
+                // As if it had come in where it is about to leave.
+                (way.ifindex, way.destination_mac) = (self.frame.ifindex(), self.frame.link_source());
                 Ok(if sent { Exit::HandUp } else { Exit::Stack })
             }
             Route::TooBig => Err(Verdict::Refuse(Reason::TooBig)),
@@ -498,7 +499,7 @@ impl<F: Frame> Walk<'_, F> {
         match chosen {
             Ok(chosen) => {
                 let translated = self.translates_source(rule, &chosen);
-                self.write_flow(service, source, &chosen, translated);
+                self.write_flow(source, &chosen, translated);
                 Code::BEGIN
             }
             Err(reason) => Verdict::Drop(reason).into(),
@@ -524,22 +525,21 @@ impl<F: Frame> Walk<'_, F> {
 
     /// Both halves of a new flow to the chosen endpoint, in the walk's working memory; the source is the client's still.
     #[inline(always)]
-    fn write_flow(&mut self, service: u32, source: Source, chosen: &Chosen, translated: bool) {
+    fn write_flow(&mut self, source: Source, chosen: &Chosen, translated: bool) {
         let Scratch { packet, flow, reply, .. } = &mut *self.s;
         let from_node = source == Source::Node;
         let flags = if from_node { Flow::NODE_CLIENT } else { 0 };
         *flow = Flow::with_flags(flags | if translated { Flow::SOURCE_TRANSLATED } else { 0 });
         (flow.src, flow.src_port) = (packet.src, packet.src_port);
         (flow.dst, flow.dst_port) = (chosen.addr, chosen.port);
-        (flow.service, flow.backend) = (service, chosen.id);
-        flow.generation = chosen.status.generation();
+        (flow.backend, flow.generation) = (chosen.id, chosen.status.generation());
         flow.last_seen = flow::now();
-        if from_node {
-            flow.uplink = self.frame.ifindex();
-            // The node's own packets carry the uplink's address as they leave.
-            flow.uplink_mac = self.frame.link_source();
-        }
         *reply = *flow;
+        if from_node {
+            reply.ack_or_uplink = self.frame.ifindex();
+            // The node's own packets carry the uplink's address as they leave.
+            uplink::note(self.frame.ifindex(), self.frame.link_source());
+        }
         reply.set(Flow::REPLY);
         (reply.src, reply.src_port) = (packet.dst, packet.dst_port);
         (reply.dst, reply.dst_port) = (packet.src, packet.src_port);
@@ -560,9 +560,9 @@ impl<F: Frame> Walk<'_, F> {
     /// Sends the first packet of a flow that was entered.
     #[inline(never)]
     fn launch(&mut self, exit: Exit) -> Code {
-        let flow = &self.s.flow;
-        count::new_flow(flow.service, flow.backend);
-        count::packet(flow.service, flow.backend, Direction::In, self.s.packet.length);
+        let (service, backend) = (self.s.opening.service, self.s.flow.backend);
+        count::new_flow(service, backend);
+        count::packet(service, backend, Direction::In, self.s.packet.length);
         self.send(exit).into()
     }
 }
@@ -676,7 +676,7 @@ fn confirm(key: &FlowKey, packet: &Packet, flow: &Flow) -> bool {
         flow.has(Flow::ANSWERED)
     } else {
         // The tag that the INIT ACK asked for.
-        flow.has(Flow::ACK_KNOWN) && packet.seq == flow.expected_ack && !packet.resets()
+        flow.has(Flow::ACK_KNOWN) && packet.seq == flow.expected_ack() && !packet.resets()
     };
     if !confirmed {
         return false;

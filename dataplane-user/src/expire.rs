@@ -110,7 +110,7 @@ pub fn sweep<M: Maps>(
     bits: &mut LingeringBits,
 ) -> Result<Sweep, MapError> {
     let clock = || Clock { now: now(), ticks_per_second };
-    let closing = |_: u8, _: u32| times.closing;
+    let closing = |_: u8, _: u16| times.closing;
     Ok(Sweep {
         half_open: sweep_table::<HalfOpen, M>(maps, clock(), |p, f| times.half_open(p, f), bits)?,
         established: sweep_table::<Established, M>(maps, clock(), |p, f| times.established(p, f), bits)?,
@@ -120,7 +120,7 @@ pub fn sweep<M: Maps>(
 
 impl IdleTimes {
     /// For a flow in `half_open`, by its protocol and the flags of both directions.
-    fn half_open(&self, proto: u8, flags: u32) -> Duration {
+    fn half_open(&self, proto: u8, flags: u16) -> Duration {
         match Protocol::try_from(proto) {
             Ok(Protocol::Udp) if flags & Flow::ANSWERED == 0 => self.udp_unanswered,
             Ok(Protocol::Tcp | Protocol::Udp | Protocol::Sctp) | Err(_) => self.half_open,
@@ -128,7 +128,7 @@ impl IdleTimes {
     }
 
     /// For a flow in `established`.
-    fn established(&self, proto: u8, flags: u32) -> Duration {
+    fn established(&self, proto: u8, flags: u16) -> Duration {
         match Protocol::try_from(proto) {
             Ok(Protocol::Udp) => self.udp,
             Ok(Protocol::Tcp | Protocol::Sctp) if flags & (Flow::CLIENT_FIN | Flow::ENDPOINT_FIN) != 0 => {
@@ -142,7 +142,7 @@ impl IdleTimes {
 /// What is kept of an entry that may have to go.
 struct Candidate {
     partner: FlowKey,
-    flags: u32,
+    flags: u16,
     age: Duration,
 }
 
@@ -179,7 +179,7 @@ impl Census {
 fn sweep_table<T, M>(
     maps: &M,
     clock: Clock,
-    limit: impl Fn(u8, u32) -> Duration,
+    limit: impl Fn(u8, u16) -> Duration,
     bits: &mut LingeringBits,
 ) -> Result<Swept, MapError>
 where
@@ -219,7 +219,7 @@ mod tests {
     const NOW: u32 = 100_000;
 
     /// Both directions of the flow from this client port, last seen so many seconds ago.
-    fn flow(port: u16, proto: u8, ages: [u32; 2], flags: u32) -> [(FlowKey, Flow); 2] {
+    fn flow(port: u16, proto: u8, ages: [u32; 2], flags: u16) -> [(FlowKey, Flow); 2] {
         let port = Port::new(port);
         let key = FlowKey::new(CLIENT, port, CLUSTER_IP, Port::new(80), proto);
         let mut forward = Flow::with_flags(flags);

@@ -206,7 +206,7 @@ fn traffic_is_told_by_service_endpoint_and_program() {
     {
         assert!(text().lines().any(|other| other.starts_with(line)), "{line} in {}", text());
     }
-    assert_eq!(metric(&lab, 0, "portolan_table_capacity{table=\"established\"} "), Some(204_800.0));
+    assert_eq!(metric(&lab, 0, "portolan_table_capacity{table=\"established\"} "), Some(200_000.0));
     until("flows are counted", || {
         metric(&lab, 0, "portolan_table_entries{table=\"established\"} ").is_some()
     });

@@ -132,9 +132,10 @@ impl<F: Frame> Walk<'_, F> {
             Err(verdict) => return verdict.into(),
         };
         let flow = &self.s.flow;
-        if select::status(flow.backend).generation() == flow.generation {
+        let (status, service) = select::owner(flow.backend);
+        if status.generation() == flow.generation {
             let direction = if flow.has(Flow::REPLY) { Direction::Out } else { Direction::In };
-            count::packet(flow.service, flow.backend, direction, self.s.packet.length);
+            count::packet(service, flow.backend, direction, self.s.packet.length);
         }
         if self.s.packet.obstacle != Obstacle::IcmpError {
             found.touch(flow);

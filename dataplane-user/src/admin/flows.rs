@@ -6,10 +6,11 @@ use super::services::protocol_name;
 use crate::expire::Clock;
 use crate::kernel::maps::{KernelMaps, MapError};
 use dataplane_common::flow::{Flow, FlowKey};
-use dataplane_common::tables::{Closing, Established, HalfOpen, Table};
+use dataplane_common::tables::{Backends, Closing, Established, HalfOpen, Table};
 use dataplane_common::{Addr, Port};
 use serde::Serialize;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 /// A flow, both directions in one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -24,7 +25,7 @@ pub struct FlowRow {
     pub endpoint: String,
     /// The source that the endpoint sees, if it is not the client.
     pub translated_source: Option<String>,
-    /// The service port: `namespace/name:port`, or `#id` if the name is not known.
+    /// The service port: `namespace/name:port`, `#id` if the name is not known, or `-` if the endpoint is gone.
     pub service: String,
     /// `half-open`, `established` or `closing`.
     pub state: &'static str,
@@ -81,13 +82,25 @@ where
     T: Table<Key = FlowKey, Value = Flow>,
 {
     let entries: HashMap<FlowKey, Flow> = maps.map::<T>()?.entries()?.into_iter().collect();
-    Ok(fold(&entries, names, clock, state))
+    let (table, mut backends) = (maps.map::<Backends>()?, HashMap::new());
+    for flow in entries.values() {
+        if let Entry::Vacant(entry) = backends.entry(flow.backend)
+            && let Some(backend) = table.get(&flow.backend)?
+        {
+            entry.insert(backend);
+        }
+    }
+    let service = |flow: &Flow| {
+        let backend = backends.get(&flow.backend)?;
+        (backend.status().generation() == flow.generation).then(|| names.name(backend.service()))
+    };
+    Ok(fold(&entries, service, clock, state))
 }
 
 /// Rows of the clients' directions, and of replies that are alone.
 fn fold(
     entries: &HashMap<FlowKey, Flow>,
-    names: &Names,
+    service: impl Fn(&Flow) -> Option<String>,
     clock: Option<Clock>,
     state: &'static str,
 ) -> Vec<FlowRow> {
@@ -96,12 +109,20 @@ fn fold(
         let partner = entries.get(&flow.partner(key.proto()));
         if flow.has(Flow::REPLY) {
             if partner.is_none() {
-                rows.push(row(&flow.partner(key.proto()), &key.reversed(), flow, None, names, clock, state));
+                rows.push(row(
+                    &flow.partner(key.proto()),
+                    &key.reversed(),
+                    flow,
+                    None,
+                    service(flow),
+                    clock,
+                    state,
+                ));
             }
             continue;
         }
         let forward = FlowKey::new(flow.src, flow.src_port, flow.dst, flow.dst_port, key.proto());
-        rows.push(row(key, &forward, flow, partner, names, clock, state));
+        rows.push(row(key, &forward, flow, partner, service(flow), clock, state));
     }
     rows
 }
@@ -112,7 +133,7 @@ fn row(
     leaves: &FlowKey,
     flow: &Flow,
     partner: Option<&Flow>,
-    names: &Names,
+    service: Option<String>,
     clock: Option<Clock>,
     state: &'static str,
 ) -> FlowRow {
@@ -127,7 +148,7 @@ fn row(
         frontend: end(&arrives.dst, arrives.dst_port),
         endpoint: end(&leaves.dst, leaves.dst_port),
         translated_source: translated.then(|| end(&leaves.src, leaves.src_port)),
-        service: names.name(flow.service),
+        service: service.unwrap_or_else(|| "-".to_owned()),
         state,
         idle_seconds: clock.map(idle),
         whole: partner.is_some(),
@@ -143,7 +164,7 @@ mod tests {
     const SOURCE: (Addr, Port) = (Addr::from_v4([192, 168, 0, 1]), Port::new(61_234));
     const ENDPOINT: (Addr, Port) = (Addr::from_v4([10, 244, 0, 5]), Port::new(8080));
 
-    fn flow(flags: u32, src: (Addr, Port), dst: (Addr, Port), last_seen: u32) -> Flow {
+    fn flow(flags: u16, src: (Addr, Port), dst: (Addr, Port), last_seen: u32) -> Flow {
         let mut flow = Flow::with_flags(flags);
         (flow.src, flow.src_port, flow.dst, flow.dst_port) = (src.0, src.1, dst.0, dst.1);
         flow.last_seen = last_seen;
@@ -160,7 +181,12 @@ mod tests {
         let reply = (key(ENDPOINT, SOURCE), flow(Flow::REPLY, FRONTEND, CLIENT, 95));
         let clock = Some(Clock { now: 100, ticks_per_second: 1.0 });
         let rows = |entries: &[(FlowKey, Flow)]| {
-            fold(&entries.iter().copied().collect(), &Names::default(), clock, "established")
+            fold(
+                &entries.iter().copied().collect(),
+                |_| Some("default/web:http".into()),
+                clock,
+                "established",
+            )
         };
         let whole = FlowRow {
             protocol: "TCP".into(),
@@ -168,7 +194,7 @@ mod tests {
             frontend: "192.168.0.1:30002".into(),
             endpoint: "10.244.0.5:8080".into(),
             translated_source: Some("192.168.0.1:61234".into()),
-            service: "#0".into(),
+            service: "default/web:http".into(),
             state: "established",
             idle_seconds: Some(5),
             whole: true,

@@ -42,7 +42,7 @@ pub const TYPE_LRU_PERCPU_HASH: u32 = 10;
 /// `BPF_MAP_TYPE_LPM_TRIE`.
 pub const TYPE_LPM_TRIE: u32 = 11;
 /// `BPF_F_NO_PREALLOC`: memory is taken when an entry is made. A trie knows no other way.
-const NO_PREALLOC: u32 = 1;
+pub const NO_PREALLOC: u32 = 1;
 
 /// `BPF_ANY`: insert or replace.
 pub const ANY: u64 = 0;
@@ -291,8 +291,8 @@ impl MapFd {
     pub fn create(
         name: &str,
         map_type: u32,
-        key_size: usize,
-        value_size: usize,
+        map_flags: u32,
+        [key_size, value_size]: [usize; 2],
         max_entries: usize,
     ) -> io::Result<Self> {
         let mut map_name = [0; 16];
@@ -304,7 +304,7 @@ impl MapFd {
             key_size: key_size as u32,
             value_size: value_size as u32,
             max_entries: max_entries as u32,
-            map_flags: if map_type == TYPE_LPM_TRIE { NO_PREALLOC } else { 0 },
+            map_flags,
             map_name,
             ..Default::default()
         };

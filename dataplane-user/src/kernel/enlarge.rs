@@ -18,10 +18,11 @@ pub(super) struct Enlarged {
 }
 
 /// The tables that programs write on their own.
-const WRITTEN_BY_PROGRAMS: [&str; 7] = [
+const WRITTEN_BY_PROGRAMS: [&str; 8] = [
     tables::HalfOpen::NAME,
     tables::Established::NAME,
     tables::Closing::NAME,
+    tables::Uplinks::NAME,
     tables::Affinities::NAME,
     tables::Fragments::NAME,
     tables::SocketPeers::NAME,

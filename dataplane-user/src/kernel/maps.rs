@@ -84,9 +84,17 @@ pub const fn map_type(kind: TableKind) -> u32 {
     match kind {
         TableKind::Array => bpf::TYPE_ARRAY,
         TableKind::PerCpuArray => bpf::TYPE_PERCPU_ARRAY,
-        TableKind::Hash => bpf::TYPE_HASH,
+        TableKind::Hash | TableKind::HashByEntry => bpf::TYPE_HASH,
         TableKind::LruHash => bpf::TYPE_LRU_HASH,
         TableKind::LpmTrie => bpf::TYPE_LPM_TRIE,
+    }
+}
+
+/// The kernel's flags of a kind of table.
+const fn map_flags(kind: TableKind) -> u32 {
+    match kind {
+        TableKind::HashByEntry | TableKind::LpmTrie => bpf::NO_PREALLOC,
+        TableKind::Array | TableKind::PerCpuArray | TableKind::Hash | TableKind::LruHash => 0,
     }
 }
 
@@ -96,7 +104,8 @@ pub const fn map_type(kind: TableKind) -> u32 {
 /// # Errors
 /// The kernel's.
 pub fn create<T: Table>(capacity: usize) -> Result<Map<T>, MapError> {
-    let fd = MapFd::create(T::NAME, map_type(T::KIND), size_of::<T::Key>(), size_of::<T::Value>(), capacity);
+    let sizes = [size_of::<T::Key>(), size_of::<T::Value>()];
+    let fd = MapFd::create(T::NAME, map_type(T::KIND), map_flags(T::KIND), sizes, capacity);
     Map::from_map_fd(fd.map_err(|source| MapError::Call { verb: "create", name: T::NAME, source })?)
 }
 
@@ -421,7 +430,7 @@ impl KernelMaps {
         }
         create_each!(Nodes NodeAddrs Filter Frontends Services Slots Backends HalfOpen Established Closing);
         create_each!(SourceRanges Affinities Fragments);
-        create_each!(ServiceTraffic BackendTraffic Reasons SocketPeers SocketChoices);
+        create_each!(ServiceTraffic BackendTraffic Reasons SocketPeers SocketChoices Uplinks);
         Ok(Self { maps })
     }
 

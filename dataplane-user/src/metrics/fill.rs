@@ -1,7 +1,7 @@
 //! How full the tables are, and a warning before one is full.
 
 use super::family::{TABLE_CAPACITY, TABLE_ENTRIES, TABLE_NEARLY_FULL, Text};
-use dataplane_common::tables::{SocketChoices, SocketPeers, Table as _};
+use dataplane_common::tables::{SocketChoices, SocketPeers, Table as _, Uplinks};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,7 +12,7 @@ const LOW: usize = 80;
 
 /// Tables from which nothing is removed but by what is newer: sooner or later they are full of what is of no use any more,
 /// and that says nothing.
-const ALWAYS_FULL: [&str; 2] = [SocketPeers::NAME, SocketChoices::NAME];
+const ALWAYS_FULL: [&str; 3] = [SocketPeers::NAME, SocketChoices::NAME, Uplinks::NAME];
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Table {

@@ -67,7 +67,7 @@ impl MemoryMaps {
     fn is_array<T: Table>() -> bool {
         match T::KIND {
             TableKind::Array | TableKind::PerCpuArray => true,
-            TableKind::Hash | TableKind::LruHash | TableKind::LpmTrie => false,
+            TableKind::Hash | TableKind::HashByEntry | TableKind::LruHash | TableKind::LpmTrie => false,
         }
     }
 
@@ -108,7 +108,9 @@ impl Maps for MemoryMaps {
             let (bytes, room) = (bytemuck::bytes_of(key), self.room::<T>());
             let fits = match T::KIND {
                 TableKind::Array | TableKind::PerCpuArray => self.has_index::<T>(key),
-                TableKind::Hash | TableKind::LpmTrie => table.len() < room || table.contains_key(bytes),
+                TableKind::Hash | TableKind::HashByEntry | TableKind::LpmTrie => {
+                    table.len() < room || table.contains_key(bytes)
+                }
                 TableKind::LruHash => {
                     if table.len() >= room && !table.contains_key(bytes) {
                         table.pop_first();

@@ -111,13 +111,13 @@ const CASES: [Case; 13] = [
     Case {
         hook: Hook::Xdp,
         what: "new flow to a node port, endpoint elsewhere",
-        verdict: Verdict::Redirect,
+        verdict: Verdict::Tx,
         packet: |n| tcp_packet((CLIENT, port(n)), (NODE, REMOTE_PORT), tcp::SYN),
     },
     Case {
         hook: Hook::Xdp,
         what: "known flow to a node port, endpoint elsewhere",
-        verdict: Verdict::Redirect,
+        verdict: Verdict::Tx,
         packet: |_| tcp_packet((CLIENT, SAME), (NODE, REMOTE_PORT), tcp::SYN),
     },
     Case {

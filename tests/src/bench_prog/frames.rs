@@ -114,7 +114,7 @@ fn fill(maps: &KernelMaps) -> Result<()> {
     let half = |key: &FlowKey, flags| {
         let mut flow = Flow::with_flags(flags | Flow::SOURCE_TRANSLATED);
         (flow.src, flow.src_port, flow.dst, flow.dst_port) = (key.src, key.src_port, key.dst, key.dst_port);
-        (flow.service, flow.backend, flow.generation, flow.check) = (1, 1, 1, key.check());
+        (flow.backend, flow.generation, flow.check) = (1, 1, key.check());
         (*key, flow)
     };
     Ok(maps.map::<Established>()?.insert_batch(&[half(&key, 0), half(&key.reversed(), Flow::REPLY)])?)

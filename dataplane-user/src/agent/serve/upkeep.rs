@@ -116,7 +116,7 @@ fn count(maps: &KernelMaps, swept: &Sweep) -> Result<Vec<(&'static str, usize)>,
     ];
     for (name, kind, _) in tables::ALL {
         let uncounted = match kind {
-            TableKind::Hash | TableKind::LruHash => *name != Frontends::NAME,
+            TableKind::Hash | TableKind::HashByEntry | TableKind::LruHash => *name != Frontends::NAME,
             // Arrays have all their elements; a trie is written by the agent alone.
             TableKind::Array | TableKind::PerCpuArray | TableKind::LpmTrie => false,
         };
