@@ -4,6 +4,8 @@
 //! ready-made `core` for the BPF target.
 
 use anyhow::{Context as _, Result, bail};
+use object::build::elf::{Builder, SectionData};
+use object::elf;
 use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -41,9 +43,30 @@ fn main() -> Result<()> {
         bail!("compiling the eBPF programs failed:\n{}", String::from_utf8_lossy(&output.stderr));
     }
     let object = target_dir.join("bpfel-unknown-none/release/portolan-ebpf");
-    std::fs::copy(&object, out_dir.join("portolan-ebpf.o"))
-        .with_context(|| format!("cannot copy {}", object.display()))?;
+    let bytes = std::fs::read(&object).with_context(|| format!("cannot read {}", object.display()))?;
+    let stripped = without_dwarf(&bytes).with_context(|| format!("cannot strip {}", object.display()))?;
+    std::fs::write(out_dir.join("portolan-ebpf.o"), stripped)?;
     Ok(())
+}
+
+/// An object without its DWARF sections, which the linker needed to make BTF of: they are most of it, and would be in every
+/// agent's memory.
+fn without_dwarf(object: &[u8]) -> Result<Vec<u8>> {
+    let mut builder = Builder::read(object)?;
+    for section in &mut builder.sections {
+        let name = section.name.to_vec();
+        let name = name.strip_prefix(b".rel").unwrap_or(&name);
+        section.delete = name.starts_with(b".debug_");
+    }
+    // The linker keeps the names of sections among those of symbols; here they need a place of their own.
+    let names = builder.sections.add();
+    (names.name, names.sh_type) = (b".shstrtab".as_slice().into(), elf::SHT_STRTAB);
+    (names.sh_addralign, names.data) = (1, SectionData::SectionString);
+    builder.delete_orphan_symbols();
+    builder.delete_orphan_relocations();
+    let mut bytes = Vec::new();
+    builder.write(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Flags of the BPF target; the separator is the one cargo asks for.

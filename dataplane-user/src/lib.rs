@@ -13,6 +13,7 @@ pub mod health;
 pub mod health_checks;
 pub mod http;
 pub mod kernel;
+pub mod memory;
 pub mod metrics;
 pub mod model;
 pub mod pattern;

@@ -230,6 +230,9 @@ impl<M: Maps> Dataplane<M> {
 
     /// Adds to what is dirty what it touches elsewhere: after a failure all of it is to be written again.
     fn write(&mut self, dirty: &mut Dirty, now: Instant) -> Result<Flushed, MapError> {
+        if !self.complete {
+            return self.write_all(now);
+        }
         let Compilation { services, health_checks, node } = self.compile(dirty);
         dirty.services.extend(services.keys().cloned());
         dirty.node |= node.is_some();
@@ -247,36 +250,70 @@ impl<M: Maps> Dataplane<M> {
         }
         let wanted =
             names.iter().map(|name| (name, tables.get(name).filter(|it| **it != ServiceTables::default())));
-        let outcome = if self.complete {
-            self.mirror.change(&self.maps, wanted, now)?
-        } else {
-            let all = wanted.filter_map(|(name, tables)| Some((name, tables?)));
-            self.mirror.replace(&self.maps, all, now)?
-        };
+        let outcome = self.mirror.change(&self.maps, wanted, now)?;
         flushed.outcome = add(flushed.outcome, outcome);
         Ok(flushed)
     }
 
-    /// What is dirty, compiled: all there is, if nothing was written yet.
+    /// Writes all there is, for the first time. The tables of all Services at once would take several times the memory of all
+    /// that stays: each is compiled as it is asked for.
+    fn write_all(&mut self, now: Instant) -> Result<Flushed, MapError> {
+        let context = self.context();
+        self.primary = context.primary;
+        self.compiler.claim_all(&self.store, &context);
+        let (node, complaints) = self.compile_node(&context);
+        self.complain(None, complaints);
+        let node_port_addresses = Some(self.node_port_addresses(&node));
+        let first = self.mirror.set_node(&self.maps, &node, now)?;
+        let names = self.store.service_names();
+        let mut complaints = BTreeMap::new();
+        let all = names.iter().filter_map(|name| {
+            let compiled = self.compiler.compile(&self.store, name, &context);
+            if !compiled.complaints.is_empty() {
+                complaints.insert(Some(name.clone()), compiled.complaints);
+            }
+            (compiled.tables != ServiceTables::default()).then_some((name, compiled.tables))
+        });
+        let outcome = self.mirror.replace(&self.maps, all, now)?;
+        self.complaints.retain(|about, _| about.is_none() || complaints.contains_key(about));
+        for (about, complaints) in complaints {
+            self.complain(about, complaints);
+        }
+        let health_checks = self.health_checks(&names, &context);
+        let outcome = add(first, outcome);
+        Ok(Flushed { outcome, health_checks, node_port_addresses, ..Flushed::default() })
+    }
+
+    fn compile_node(&mut self, context: &Context) -> (NodeTables, Vec<Complaint>) {
+        if self.settings.service_cidrs.is_empty() {
+            self.settings.node.service_ranges = self.store.service_ranges();
+        }
+        let ips = self.compiler.load_balancer_ips(&context.node_addresses);
+        compile::node(&self.settings.node, self.store.own_node(), &self.addresses, &ips)
+    }
+
+    fn health_checks(
+        &self,
+        names: &BTreeSet<ObjectName>,
+        context: &Context,
+    ) -> Vec<(ObjectName, Option<HealthCheck>)> {
+        let check = |name: &ObjectName| {
+            let service = self.store.service(name)?;
+            compile::health_check(service, self.store.slices(name), context)
+        };
+        names.iter().map(|name| (name.clone(), check(name))).collect()
+    }
+
+    /// What is dirty, compiled.
     fn compile(&mut self, dirty: &Dirty) -> Compilation {
         let context = self.context();
-        let mut services = if self.complete { dirty.services.clone() } else { self.store.service_names() };
+        let mut services = dirty.services.clone();
         if std::mem::replace(&mut self.primary, context.primary) != context.primary {
             services.append(&mut self.store.services_with_source_ranges());
         }
         let update = self.compiler.update(&self.store, &services, &context);
-        let node = (dirty.node || update.node || !self.complete).then(|| {
-            if self.settings.service_cidrs.is_empty() {
-                self.settings.node.service_ranges = self.store.service_ranges();
-            }
-            let ips = self.compiler.load_balancer_ips(&context.node_addresses);
-            compile::node(&self.settings.node, self.store.own_node(), &self.addresses, &ips)
-        });
-        let check = |name: &ObjectName| {
-            let service = self.store.service(name)?;
-            compile::health_check(service, self.store.slices(name), &context)
-        };
-        let health_checks = services.iter().map(|name| (name.clone(), check(name))).collect();
+        let node = (dirty.node || update.node).then(|| self.compile_node(&context));
+        let health_checks = self.health_checks(&services, &context);
         Compilation { services: update.services, health_checks, node }
     }
 

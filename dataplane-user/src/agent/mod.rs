@@ -26,6 +26,7 @@ use crate::kernel::maps::KernelMaps;
 use crate::kernel::object::{Object, Options, ProgramLog};
 use crate::kernel::pins::{self, Pins};
 use crate::kernel::{capability, probe};
+use crate::memory;
 use crate::metrics::Metrics;
 use crate::model::Change;
 use crate::watch::{self, Watch};
@@ -51,6 +52,7 @@ const THREADS: usize = 2;
 /// # Errors
 /// What keeps it from starting, and what to do about it.
 pub fn run(args: AgentArgs) -> Result<()> {
+    memory::share_arena();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build()?;
     // The loop must not share a thread with tasks that wait for it.
     runtime.block_on(async move {

@@ -14,6 +14,7 @@ use crate::health_checks::HealthChecks;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::{Choice, Interfaces};
 use crate::kernel::maps::{KernelMaps, MapError};
+use crate::memory;
 use crate::metrics::{Metrics, Ports, SERIES};
 use crate::model::Change;
 use crate::sync::LingeringBits;
@@ -69,8 +70,8 @@ pub(super) struct Service {
     max_series: usize,
     /// The Services that found no room, as far as that was told.
     refused: usize,
-    /// Endpoints changed since sockets were last looked through.
-    sockets_due: bool,
+    /// Something was written since Services were last counted and sockets looked through.
+    endpoints_changed: bool,
 }
 
 /// Who is told what becomes of the dataplane.
@@ -120,7 +121,7 @@ impl Service {
             names_changed: false,
             max_series: args.metrics_max_series,
             refused: 0,
-            sockets_due: true,
+            endpoints_changed: true,
         }
     }
 
@@ -200,8 +201,14 @@ impl Service {
             let ports = Ports::new(names, self.max_series / SERIES);
             self.metrics.set_ports(ports);
             self.fill(&[]);
+            memory::give_back();
         }
-        if std::mem::take(&mut self.sockets_due) {
+        // All Services are walked for this: once for however many changes.
+        if std::mem::take(&mut self.endpoints_changed) {
+            let (ports, backends, frontends) = self.dataplane.mirror().0.sizes();
+            for (number, size) in self.metrics.sizes.iter().zip([ports, backends, frontends]) {
+                number.set(size as u64);
+            }
             let lacking = self.dataplane.mirror().0.without_local_endpoints();
             for (number, lacking) in self.metrics.without_local_endpoints.iter().zip(lacking) {
                 number.set(lacking as u64);

@@ -10,6 +10,7 @@ use super::text::Shown;
 use crate::model::ObjectName;
 use dataplane_common::Addr;
 use dataplane_common::frontend::{FrontendKey, FrontendKind};
+use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -38,6 +39,9 @@ impl Claim {
     }
 }
 
+/// The claims on one frontend, by rank: most have one.
+type Ranking = SmallVec<[Claim; 1]>;
+
 /// The claims of all Services.
 ///
 /// A Service with a ClusterIP also claims the address as such ([`FrontendKey::any_port`]), which keeps LB IPs and
@@ -45,7 +49,7 @@ impl Claim {
 #[derive(Debug, Default)]
 pub struct Claims {
     /// Sorted by rank; never empty.
-    claims: BTreeMap<FrontendKey, Vec<Claim>>,
+    claims: BTreeMap<FrontendKey, Ranking>,
     /// What each Service claims.
     claimed: HashMap<ObjectName, Box<[FrontendKey]>>,
 }
@@ -104,7 +108,7 @@ impl Claims {
         self.at(addr).any(|(_, claims)| claims[0].kind == FrontendKind::LoadBalancerIp)
     }
 
-    fn at(&self, addr: Addr) -> impl Iterator<Item = (&FrontendKey, &Vec<Claim>)> {
+    fn at(&self, addr: Addr) -> impl Iterator<Item = (&FrontendKey, &Ranking)> {
         self.claims.range(FrontendKey::any_port(addr)..).take_while(move |(key, _)| *key.addr() == addr)
     }
 
@@ -123,7 +127,7 @@ impl Claims {
     }
 
     fn claim(&mut self, key: FrontendKey, claim: Claim, disturbed: &mut BTreeSet<ObjectName>) {
-        let claims = self.claims.entry(key).or_insert_with(|| Vec::with_capacity(1));
+        let claims = self.claims.entry(key).or_default();
         if claims.contains(&claim) {
             return;
         }

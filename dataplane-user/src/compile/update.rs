@@ -62,6 +62,23 @@ impl Compiler {
         update
     }
 
+    /// Forgets all claims and takes in those of all Services in the store, for [`Self::compile`].
+    pub fn claim_all(&mut self, store: &Store, context: &Context) {
+        self.claims = Claims::default();
+        for object in store.services() {
+            // Endpoints claim nothing.
+            let (tables, _) = service(object, &[], context);
+            let _disturbed = self.claims.enter(&object.name, object.created, &tables);
+        }
+    }
+
+    /// Compiles one Service whose claims, and those of all others, were taken in.
+    pub fn compile(&self, store: &Store, name: &ObjectName, context: &Context) -> Compiled {
+        let mut compiled = compile(store, name, context);
+        compiled.complaints.append(&mut self.claims.decide(name, &mut compiled.tables));
+        compiled
+    }
+
     /// Those of the node's addresses that are LB IPs of Services: node ports do not answer there (P16).
     pub fn load_balancer_ips(&self, node_addresses: &BTreeSet<Addr>) -> BTreeSet<Addr> {
         node_addresses.iter().copied().filter(|addr| self.claims.is_load_balancer_ip(*addr)).collect()

@@ -11,6 +11,7 @@ use super::enlarge::{self, Enlarged};
 use super::maps::map_type;
 use super::pins::{PinError, Pins};
 use crate::config::MapSize;
+use crate::memory;
 use aya::maps::{Map, MapData};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfError, EbpfLoader};
@@ -213,7 +214,9 @@ impl Object {
             object.enlarged.iter().try_for_each(|map| map.take_over(pins))?;
             object.verify(pins)?;
         }
-        give_back_memory();
+        // Loading takes several times the memory of everything after it.
+        memory::give_back();
+        memory::let_go(BYTES);
         Ok(object)
     }
 
@@ -382,13 +385,4 @@ fn refused_maps(error: EbpfError) -> ObjectError {
         cause = this.source();
     }
     ObjectError::Maps(Box::new(error))
-}
-
-/// Loading takes several times the memory of everything after it: the allocator gives it back at once.
-fn give_back_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: the function has no preconditions.
-    unsafe {
-        libc::malloc_trim(0);
-    }
 }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
+use thin_vec::ThinVec;
 
 #[cfg(test)]
 pub(crate) mod samples;
@@ -98,9 +99,9 @@ pub struct Service {
     /// `spec.clusterIPs`, else `spec.clusterIP`; empty for a headless Service (F1).
     pub cluster_ips: Vec<IpAddr>,
     /// `spec.externalIPs`.
-    pub external_ips: Vec<IpAddr>,
+    pub external_ips: ThinVec<IpAddr>,
     /// `status.loadBalancer.ingress`.
-    pub ingress: Vec<LoadBalancerIngress>,
+    pub ingress: ThinVec<LoadBalancerIngress>,
     /// `spec.ports`.
     pub ports: Vec<ServicePort>,
     /// `internalTrafficPolicy: Local`.
@@ -110,7 +111,7 @@ pub struct Service {
     /// Timeout of `sessionAffinity: ClientIP` in seconds; `None` without affinity (S1).
     pub affinity_seconds: Option<u32>,
     /// `spec.loadBalancerSourceRanges`, trimmed (S2).
-    pub source_ranges: Vec<IpNet>,
+    pub source_ranges: ThinVec<IpNet>,
     /// `spec.healthCheckNodePort` (S4).
     pub health_check_node_port: Option<u16>,
 }
@@ -154,9 +155,9 @@ pub struct Endpoint {
     /// `conditions.terminating`, false if missing.
     pub terminating: bool,
     /// `hints.forNodes`; empty without.
-    pub for_nodes: Vec<Arc<str>>,
+    pub for_nodes: ThinVec<Arc<str>>,
     /// `hints.forZones`; empty without.
-    pub for_zones: Vec<Arc<str>>,
+    pub for_zones: ThinVec<Arc<str>>,
 }
 
 /// An EndpointSlice, as far as the contract reads it.
@@ -173,7 +174,8 @@ pub struct EndpointSlice {
     pub ports: Vec<SlicePort>,
     /// `endpoints`.
     pub endpoints: Vec<Endpoint>,
-    /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, for the latency metric; as written.
+    /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, for the latency metric; as written. Of the change, not of the
+    /// object: the store does not keep it.
     pub trigger_time: Option<Arc<str>>,
 }
 

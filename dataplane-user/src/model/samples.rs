@@ -21,13 +21,13 @@ pub(crate) fn service(text: &str) -> Service {
         proxy_name: None,
         service_type: ServiceType::ClusterIp,
         cluster_ips: vec![ip("10.96.0.10")],
-        external_ips: Vec::new(),
-        ingress: Vec::new(),
+        external_ips: [].into(),
+        ingress: [].into(),
         ports: vec![service_port()],
         internal_local: false,
         external_local: false,
         affinity_seconds: None,
-        source_ranges: Vec::new(),
+        source_ranges: [].into(),
         health_check_node_port: None,
     }
 }
@@ -56,8 +56,8 @@ pub(crate) fn endpoint(address: &str, node: &str) -> Endpoint {
         ready: true,
         serving: true,
         terminating: false,
-        for_nodes: Vec::new(),
-        for_zones: Vec::new(),
+        for_nodes: [].into(),
+        for_zones: [].into(),
     }
 }
 

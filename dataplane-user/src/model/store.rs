@@ -39,8 +39,8 @@ pub struct Store {
     services: HashMap<ObjectName, Arc<Service>>,
     /// By Service, sorted by name; also of Services that do not exist (yet).
     slices: HashMap<ObjectName, Arc<Vec<EndpointSlice>>>,
-    /// The Service of each slice, to find it when the label changes or the slice is deleted.
-    slice_owners: HashMap<ObjectName, ObjectName>,
+    /// The name of each slice's Service, to find it when the label changes or the slice is deleted.
+    slice_owners: HashMap<ObjectName, Arc<str>>,
     nodes: BTreeMap<Arc<str>, Node>,
     service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
     /// Goes up whenever an object changes, comes or goes.
@@ -234,6 +234,7 @@ impl Store {
     }
 
     fn insert_slice(&mut self, mut slice: EndpointSlice) -> Dirty {
+        slice.trigger_time = None;
         let known = self.slices(&slice.service);
         if known.binary_search_by(|other| other.name.cmp(&slice.name)).is_ok_and(|at| known[at] == slice) {
             return Dirty::default();
@@ -242,7 +243,7 @@ impl Store {
         slice.ports.shrink_to_fit();
         slice.endpoints.shrink_to_fit();
         dirty.merge(self.dirty_if_known(&slice.service));
-        self.slice_owners.insert(slice.name.clone(), slice.service.clone());
+        self.slice_owners.insert(slice.name.clone(), slice.service.name.clone());
         self.revision += 1;
         let slices = Arc::make_mut(self.slices.entry(slice.service.clone()).or_default());
         let at = slices.partition_point(|other| other.name < slice.name);
@@ -253,6 +254,7 @@ impl Store {
 
     fn remove_slice(&mut self, name: &ObjectName) -> Dirty {
         let Some(service) = self.slice_owners.remove(name) else { return Dirty::default() };
+        let service = ObjectName { namespace: name.namespace.clone(), name: service };
         self.revision += 1;
         if let Some(slices) = self.slices.get_mut(&service) {
             let slices = Arc::make_mut(slices);
@@ -446,7 +448,10 @@ mod tests {
     fn pod_ranges_of_any_node_make_services_with_external_ips_stale() {
         let mut store = store();
         add(&mut store, Object::Service(service("web")));
-        add(&mut store, Object::Service(Service { external_ips: vec![ip("203.0.113.1")], ..service("ext") }));
+        add(
+            &mut store,
+            Object::Service(Service { external_ips: [ip("203.0.113.1")].into(), ..service("ext") }),
+        );
         let pods = |text: &str| vec![text.parse().unwrap()];
         let there = Node { pod_cidrs: pods("10.1.0.0/24"), ..node("there") };
         assert_eq!(add(&mut store, Object::Node(there)), Dirty { node: true, ..dirty(&["ext"]) });

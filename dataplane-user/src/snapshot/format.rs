@@ -257,25 +257,25 @@ mod tests {
             proxy_name: Some("other".into()),
             service_type: ServiceType::LoadBalancer,
             cluster_ips: vec![ip("10.96.0.10"), ip("fd00::10")],
-            external_ips: vec![ip("192.0.2.1")],
-            ingress: vec![LoadBalancerIngress { ip: ip("192.0.2.2"), proxy: true }],
+            external_ips: [ip("192.0.2.1")].into(),
+            ingress: [LoadBalancerIngress { ip: ip("192.0.2.2"), proxy: true }].into(),
             ports: vec![port],
             internal_local: true,
             external_local: true,
             affinity_seconds: Some(10),
-            source_ranges: range("10.0.0.0/8"),
+            source_ranges: range("10.0.0.0/8").into(),
             health_check_node_port: Some(32_000),
             ..service("web")
         };
         let hinted = Endpoint {
-            for_nodes: vec!["n1".into()],
-            for_zones: vec!["z1".into()],
+            for_nodes: ["n1".into()].into(),
+            for_zones: ["z1".into()].into(),
             ready: false,
             ..endpoint("fd01::1", "n1")
         };
         let full_slice = EndpointSlice {
             address_type: AddressType::Ipv6,
-            trigger_time: Some("2026-01-01T00:00:00Z".into()),
+            trigger_time: None,
             ..slice("web-1", "web", vec![hinted, endpoint("fd01::2", "")])
         };
         let node = Node {
@@ -355,7 +355,7 @@ mod tests {
                 r#""endpoints":[{"address":"fd01::1","node":"n1","ready":false,"serving":true,"#,
                 r#""terminating":false,"for_nodes":["n1"],"for_zones":["z1"]},"#,
                 r#"{"address":"fd01::2","node":null,"ready":true,"serving":true,"terminating":false,"#,
-                r#""for_nodes":[],"for_zones":[]}],"trigger_time":"2026-01-01T00:00:00Z"}}"#
+                r#""for_nodes":[],"for_zones":[]}],"trigger_time":null}}"#
             )
         );
         assert_eq!(

@@ -3,7 +3,7 @@
 use super::filter::{Filter, LingeringBits};
 use super::ids::Ids;
 use super::plan::Plan;
-use super::recover::{BackendMirror, DAMAGED, PortMirror, Reading, Recovered};
+use super::recover::{self, BackendMirror, DAMAGED, PortMirror, Reading, Recovered};
 use super::slots::Slots;
 use super::{Maps, Op, apply};
 use crate::compile::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables};
@@ -18,8 +18,12 @@ use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::{EndpointSet, Policy, Service};
 use dataplane_common::tables::{self, Table as _};
 use ipnet::IpNet;
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
+
+/// How many Services a snapshot writes at a time.
+const AT_A_TIME: usize = 1_000;
 
 /// A Service that found no room: what the kernel held of it stays as it was.
 #[derive(Debug)]
@@ -137,22 +141,26 @@ impl Mirror {
     }
 
     /// Makes these Services, and no others, the kernel's: the first complete snapshot, or one after a relist. What nothing
-    /// names any more is removed after the rest is in (make before break).
+    /// names any more is removed after the rest is in (make before break). Some are asked for at a time, and then written: not
+    /// all of their tables need be in memory at once.
     ///
     /// # Errors
     /// If the kernel refuses a write; the next call repairs first. A full table is no error, see [`Outcome::refused`].
-    pub fn replace<'a, M: Maps>(
+    pub fn replace<'a, M: Maps, T: Borrow<ServiceTables>>(
         &mut self,
         maps: &M,
-        services: impl IntoIterator<Item = (&'a ObjectName, &'a ServiceTables)>,
+        services: impl IntoIterator<Item = (&'a ObjectName, T)>,
         now: Instant,
     ) -> Result<Outcome, MapError> {
         let (mut plan, mut outcome) = self.begin(maps, now)?;
         let mut gone: BTreeSet<ObjectName> =
             self.services.keys().chain(self.waiting.keys()).cloned().collect();
-        for (name, desired) in services {
+        for (planned, (name, desired)) in (1..).zip(services) {
             gone.remove(name);
-            self.plan_or_wait(&mut plan, &mut outcome, name, Some(desired), now);
+            self.plan_or_wait(&mut plan, &mut outcome, name, Some(desired.borrow()), now);
+            if planned % AT_A_TIME == 0 {
+                outcome.ops += self.write(maps, std::mem::take(&mut plan))?;
+            }
         }
         for name in &gone {
             self.plan_or_wait(&mut plan, &mut outcome, name, None, now);
@@ -283,11 +291,16 @@ impl Mirror {
     }
 
     fn finish<M: Maps>(&mut self, maps: &M, plan: Plan, mut outcome: Outcome) -> Result<Outcome, MapError> {
-        let ops = plan.into_ops(&mut self.filter);
-        self.perform(maps, &ops)?;
-        outcome.ops = ops.len();
+        outcome.ops += self.write(maps, plan)?;
         outcome.calls = maps.calls() - outcome.calls;
         Ok(outcome)
+    }
+
+    /// How many entries were written or removed.
+    fn write<M: Maps>(&mut self, maps: &M, plan: Plan) -> Result<usize, MapError> {
+        let ops = plan.into_ops(&mut self.filter);
+        self.perform(maps, &ops)?;
+        Ok(ops.len())
     }
 
     /// Applies; after a failure nothing is taken for certain until the next audit.
@@ -426,7 +439,7 @@ impl Mirror {
                 Some(backend) => backend.id,
                 None => {
                     let id = self.backend_ids.take();
-                    let id = id.ok_or_else(|| full::<tables::Backends>(self.generations.len()))?;
+                    let id = id.ok_or_else(|| full::<tables::Backends>(self.backend_ids.capacity()))?;
                     draft.fresh_backends.insert(id);
                     id
                 }
@@ -528,7 +541,7 @@ impl Mirror {
     ) {
         if draft.fresh_backends.contains(&new.id) {
             self.filter.add(backend_bit(&new.endpoint, draft.name.proto));
-            let generation = &mut self.generations[new.id as usize];
+            let generation = recover::at(&mut self.generations, new.id);
             if *generation > 0 {
                 plan.zero_backends.push(new.id);
             }

@@ -55,7 +55,7 @@ pub(super) struct Recovered {
 pub(super) struct Reading {
     pub(super) recovered: Recovered,
     pub(super) frontends: HashMap<FrontendKey, Frontend>,
-    /// Generation of each backend id.
+    /// Generation of each backend id up to the last that was ever given out.
     pub(super) generations: Vec<u32>,
     pub(super) slots: Slots,
     /// How many ranges of sources there are.
@@ -109,11 +109,11 @@ impl Reading {
 
 /// Generations of all ids, and the live backends by their service port, ordered by endpoint.
 fn read_backends<M: Maps>(maps: &M) -> Result<(Vec<u32>, BackendsByService), MapError> {
-    let mut generations = vec![0; maps.capacity::<tables::Backends>()?];
+    let mut generations = Vec::new();
     let mut backends = BackendsByService::new();
     maps.visit::<tables::Backends>(|id, value: Backend| {
-        if let Some(generation) = generations.get_mut(id as usize) {
-            *generation = value.status().generation();
+        if value.status().generation() != 0 {
+            *at(&mut generations, id) = value.status().generation();
         }
         // An id whose backend no longer serves is free; only its generation is remembered.
         if value.status().has(BackendStatus::SERVING) {
@@ -126,6 +126,15 @@ fn read_backends<M: Maps>(maps: &M) -> Result<(Vec<u32>, BackendsByService), Map
         list.sort_by_key(|backend| (backend.endpoint, backend.id));
     }
     Ok((generations, backends))
+}
+
+/// The generation of an id, 0 if it was never given out.
+pub(super) fn at(generations: &mut Vec<u32>, id: u32) -> &mut u32 {
+    let index = id as usize;
+    if generations.len() <= index {
+        generations.resize(index + 1, 0);
+    }
+    &mut generations[index]
 }
 
 /// The slots, if any service has a set.

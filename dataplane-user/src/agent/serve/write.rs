@@ -4,6 +4,7 @@ use super::{RETRY, Service};
 use crate::agent::dataplane::Flushed;
 use crate::agent::notify::{State, notify};
 use crate::kernel::maps::MapError;
+use crate::memory;
 use crate::sync::Outcome;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -49,7 +50,7 @@ impl Service {
         if let Some(addresses) = flushed.node_port_addresses {
             self.health_checks.set_addresses(addresses);
         }
-        self.sockets_due |= flushed.outcome.ops > 0;
+        self.endpoints_changed |= flushed.outcome.ops > 0;
         self.account(flushed.outcome);
         self.count_complaints();
         if !self.ready {
@@ -61,6 +62,8 @@ impl Service {
                 took.as_millis()
             );
             self.health.serving();
+            // Lists and their tables were whole in memory.
+            memory::give_back();
             println!("ready");
             notify(State::Ready);
         }
@@ -73,10 +76,6 @@ impl Service {
         self.metrics.repairs.add(outcome.repaired as u64);
         self.metrics.synced.set_now();
         self.names_changed |= outcome.names_changed;
-        let (ports, backends, frontends) = self.dataplane.mirror().0.sizes();
-        for (number, size) in self.metrics.sizes.iter().zip([ports, backends, frontends]) {
-            number.set(size as u64);
-        }
         let waiting = self.dataplane.mirror().0.waiting().count();
         self.metrics.waiting.set(waiting as u64);
         if waiting > self.refused {

@@ -59,8 +59,8 @@ fn external_and_lb_ips_that_no_host_may_have_are_not_programmed() {
     for address in ["127.0.0.1", "169.254.1.1", "224.0.0.1", "255.255.255.255", "0.0.0.0", "10.1.0.1"] {
         let in_pod_range = Context { pod_ranges: vec!["10.1.0.0/16".parse().unwrap()], ..context() };
         let bad = Service {
-            external_ips: vec![ip(address), ip("203.0.113.1")],
-            ingress: vec![LoadBalancerIngress { ip: ip(address), proxy: false }],
+            external_ips: [ip(address), ip("203.0.113.1")].into(),
+            ingress: [LoadBalancerIngress { ip: ip(address), proxy: false }].into(),
             ..service("web")
         };
         let (tables, complaints) = crate::compile::service(&bad, &[], &in_pod_range);
@@ -73,7 +73,7 @@ fn external_and_lb_ips_that_no_host_may_have_are_not_programmed() {
 /// Z1
 #[test]
 fn a_nodes_own_address_is_programmed() {
-    let own = Service { external_ips: vec![ip("192.0.2.1")], ..service("web") };
+    let own = Service { external_ips: [ip("192.0.2.1")].into(), ..service("web") };
     let tables = tables(&own, &[]);
     assert!(frontends(only_port(&tables)).contains(&("192.0.2.1".into(), 80, 6, FrontendKind::ExternalIp)));
 }

@@ -9,12 +9,13 @@ use crate::model::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use thin_vec::ThinVec;
 
 const NODES: [&str; 3] = ["here", "there", ""];
 const ZONES: [&str; 2] = ["a", "b"];
 
 fn random_endpoint(seed: &mut Seed) -> Endpoint {
-    let names = |seed: &mut Seed, from: &[&str]| -> Vec<Arc<str>> {
+    let names = |seed: &mut Seed, from: &[&str]| -> ThinVec<Arc<str>> {
         from.iter().filter(|_| seed.flip()).map(|name| Arc::from(*name)).collect()
     };
     // Few addresses, so that duplicates are many.
@@ -44,15 +45,19 @@ fn random_service(seed: &mut Seed) -> Service {
     Service {
         created: i64::try_from(seed.below(3)).unwrap(),
         cluster_ips: if seed.below(4) == 0 {
-            vec![]
+            [].into()
         } else {
             vec![ip(&format!("10.96.0.{}", seed.below(5)))]
         },
-        external_ips: if seed.flip() { vec![ip(&format!("10.96.0.{}", seed.below(7)))] } else { vec![] },
-        ingress: if seed.flip() {
-            vec![LoadBalancerIngress { ip: ip("203.0.113.1"), proxy: false }]
+        external_ips: if seed.flip() {
+            [ip(&format!("10.96.0.{}", seed.below(7)))].into()
         } else {
-            vec![]
+            [].into()
+        },
+        ingress: if seed.flip() {
+            [LoadBalancerIngress { ip: ip("203.0.113.1"), proxy: false }].into()
+        } else {
+            [].into()
         },
         ports,
         internal_local: seed.flip(),

@@ -14,11 +14,11 @@ fn compiled(service: &Service, endpoints: Vec<Endpoint>) -> PortTables {
 }
 
 fn for_zone(zone: &str, endpoint: Endpoint) -> Endpoint {
-    Endpoint { for_zones: vec![zone.into()], ..endpoint }
+    Endpoint { for_zones: [zone.into()].into(), ..endpoint }
 }
 
 fn for_node(node: &str, endpoint: Endpoint) -> Endpoint {
-    Endpoint { for_nodes: vec![node.into()], ..endpoint }
+    Endpoint { for_nodes: [node.into()].into(), ..endpoint }
 }
 
 /// Reachable by a node port.
@@ -108,7 +108,7 @@ fn zone_hints_keep_traffic_in_this_nodes_zone() {
     let endpoints = vec![
         for_zone("a", endpoint("10.1.0.1", "there")),
         for_zone("b", endpoint("10.2.0.1", "here")),
-        Endpoint { for_zones: vec!["b".into(), "a".into()], ..endpoint("10.3.0.1", "there") },
+        Endpoint { for_zones: ["b".into(), "a".into()].into(), ..endpoint("10.3.0.1", "there") },
     ];
     assert_eq!(compiled(&service("web"), endpoints).cluster, set(&["10.1.0.1:8080", "10.3.0.1:8080"]));
 }

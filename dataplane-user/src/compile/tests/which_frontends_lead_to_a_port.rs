@@ -14,7 +14,7 @@ const TCP: u8 = 6;
 fn balanced() -> Service {
     Service {
         service_type: ServiceType::LoadBalancer,
-        ingress: vec![LoadBalancerIngress { ip: ip("203.0.113.1"), proxy: false }],
+        ingress: [LoadBalancerIngress { ip: ip("203.0.113.1"), proxy: false }].into(),
         ports: vec![ServicePort { node_port: Some(30_001), ..service_port() }],
         ..service("web")
     }
@@ -22,7 +22,7 @@ fn balanced() -> Service {
 
 #[test]
 fn every_kind_of_address_leads_to_the_port() {
-    let all = Service { external_ips: vec![ip("203.0.113.2")], ..balanced() };
+    let all = Service { external_ips: [ip("203.0.113.2")].into(), ..balanced() };
     assert_eq!(
         frontends(only_port(&tables(&all, &[]))),
         [
@@ -47,8 +47,10 @@ fn a_node_port_of_ipv6_has_the_unspecified_address_of_its_family() {
 /// P14
 #[test]
 fn an_lb_ip_in_proxy_mode_is_not_programmed() {
-    let proxied =
-        Service { ingress: vec![LoadBalancerIngress { ip: ip("203.0.113.1"), proxy: true }], ..balanced() };
+    let proxied = Service {
+        ingress: [LoadBalancerIngress { ip: ip("203.0.113.1"), proxy: true }].into(),
+        ..balanced()
+    };
     let tables = tables(&proxied, &[]);
     assert!(frontends(only_port(&tables)).iter().all(|(.., kind)| *kind != LoadBalancerIp));
 }

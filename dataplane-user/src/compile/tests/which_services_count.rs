@@ -23,7 +23,7 @@ fn a_headless_service_has_no_tables_even_with_external_ips_and_node_ports() {
     let port = ServicePort { node_port: Some(30_001), ..service_port() };
     let headless = Service {
         cluster_ips: Vec::new(),
-        external_ips: vec![ip("203.0.113.1")],
+        external_ips: [ip("203.0.113.1")].into(),
         ports: vec![port],
         ..service("web")
     };
@@ -85,7 +85,7 @@ fn the_families_are_compiled_from_their_own_addresses_and_slices() {
 /// F4
 #[test]
 fn an_external_ip_of_a_family_the_service_does_not_have_is_ignored_without_complaint() {
-    let mixed = Service { external_ips: vec![ip("2001:db8::1"), ip("203.0.113.1")], ..service("web") };
+    let mixed = Service { external_ips: [ip("2001:db8::1"), ip("203.0.113.1")].into(), ..service("web") };
     let tables = tables(&mixed, &[]);
     let port = only_port(&tables);
     assert_eq!(port.frontends.len(), 2);

@@ -69,7 +69,7 @@ fn the_lb_ips_may_call_where_the_nodes_primary_address_may() {
 #[test]
 fn a_port_without_outside_addresses_has_no_ranges() {
     let inside =
-        Service { ingress: vec![], cluster_ips: vec![ip("10.96.0.10")], ..restricted(&["10.0.0.0/8"]) };
+        Service { ingress: [].into(), cluster_ips: vec![ip("10.96.0.10")], ..restricted(&["10.0.0.0/8"]) };
     assert!(only_port(&tables(&inside, &[])).ranges.is_empty());
     let node_port =
         Service { ports: vec![ServicePort { node_port: Some(30_000), ..service_port() }], ..inside };

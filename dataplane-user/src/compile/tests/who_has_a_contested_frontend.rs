@@ -51,7 +51,7 @@ fn external(text: &str, created: i64, host: u8) -> Service {
     Service {
         created,
         cluster_ips: vec![ip(&format!("10.96.0.{host}"))],
-        external_ips: vec![ip("203.0.113.1")],
+        external_ips: [ip("203.0.113.1")].into(),
         ..service(text)
     }
 }
@@ -101,14 +101,14 @@ fn of_two_services_of_one_age_the_smaller_name_has_it() {
 fn the_heir_gets_it_when_the_holder_goes_or_gives_it_up() {
     for deleted in [false, true] {
         let mut world = World::new();
-        world.add(Service { external_ips: vec![ip("203.0.113.2")], ..external("bystander", 0, 9) });
+        world.add(Service { external_ips: [ip("203.0.113.2")].into(), ..external("bystander", 0, 9) });
         for service in [external("old", 1, 1), external("mid", 2, 2), external("young", 3, 3)] {
             world.add(service);
         }
         let update = if deleted {
             world.delete("old")
         } else {
-            world.add(Service { external_ips: Vec::new(), ..external("old", 1, 1) })
+            world.add(Service { external_ips: [].into(), ..external("old", 1, 1) })
         };
         assert!(world.has("mid", "203.0.113.1:80") && !world.has("young", "203.0.113.1:80"));
         let touched: Vec<_> = update.services.keys().map(|name| &*name.name).collect();
@@ -134,7 +134,7 @@ fn different_ports_and_protocols_of_an_external_ip_may_belong_to_different_servi
 fn a_node_port_goes_to_the_older_service_too() {
     let node_port = |text, created, host| Service {
         ports: vec![ServicePort { node_port: Some(30_001), ..service_port() }],
-        external_ips: Vec::new(),
+        external_ips: [].into(),
         ..external(text, created, host)
     };
     let mut world = World::new();
@@ -148,8 +148,8 @@ fn a_node_port_goes_to_the_older_service_too() {
 fn a_cluster_ip_goes_before_external_ips_at_its_address() {
     let thief = |port| Service {
         ports: vec![ServicePort { port, ..service_port() }],
-        external_ips: Vec::new(),
-        ingress: vec![LoadBalancerIngress { ip: ip("10.96.0.9"), proxy: false }],
+        external_ips: [].into(),
+        ingress: [LoadBalancerIngress { ip: ip("10.96.0.9"), proxy: false }].into(),
         ..external("thief", 1, 1)
     };
     for port in [80, 81] {
@@ -157,7 +157,7 @@ fn a_cluster_ip_goes_before_external_ips_at_its_address() {
         world.add(thief(port));
         let stolen = format!("10.96.0.9:{port}");
         assert!(world.has("thief", &stolen));
-        let victim = Service { external_ips: Vec::new(), ..external("victim", 2, 9) };
+        let victim = Service { external_ips: [].into(), ..external("victim", 2, 9) };
         world.add(victim);
         assert!(!world.has("thief", &stolen) && world.has("victim", "10.96.0.9:80"));
         assert!(world.has("victim", "closed 10.96.0.9"));
@@ -188,7 +188,7 @@ fn a_shared_cluster_ip_is_closed_by_one_service_and_inherited_by_the_other() {
 #[test]
 fn an_lb_ip_on_an_interface_of_the_node_makes_the_nodes_tables_stale() {
     let balanced = Service {
-        ingress: vec![LoadBalancerIngress { ip: ip("192.0.2.1"), proxy: false }],
+        ingress: [LoadBalancerIngress { ip: ip("192.0.2.1"), proxy: false }].into(),
         ..service("web")
     };
     let mut world = World::new();

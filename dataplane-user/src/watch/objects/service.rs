@@ -104,13 +104,14 @@ impl Written for WrittenService {
             cluster_ips: cluster_ips(spec.cluster_ip, spec.cluster_ips)?,
             external_ips: all("spec.externalIPs", spec.external_ips, |field, ip: String| {
                 address(field, &ip).map(Some)
-            })?,
-            ingress: all("status.loadBalancer.ingress", ingress, load_balancer_ingress)?,
+            })?
+            .into(),
+            ingress: all("status.loadBalancer.ingress", ingress, load_balancer_ingress)?.into(),
             ports: all("spec.ports", spec.ports, |field, port| service_port(field, &port, names).map(Some))?,
             internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
             external_local: spec.external_traffic_policy.as_deref() == Some("Local"),
             affinity_seconds: affinity(spec.session_affinity.as_deref(), spec.session_affinity_config)?,
-            source_ranges: ranges("spec.loadBalancerSourceRanges", spec.load_balancer_source_ranges)?,
+            source_ranges: ranges("spec.loadBalancerSourceRanges", spec.load_balancer_source_ranges)?.into(),
             health_check_node_port: optional_port("spec.healthCheckNodePort", spec.health_check_node_port)?,
         }))
     }

@@ -5,6 +5,7 @@ use crate::model::{AddressType, Endpoint, EndpointSlice, Kind, Object, ObjectNam
 use crate::watch::names::Names;
 use serde::Deserialize;
 use std::sync::Arc;
+use thin_vec::ThinVec;
 
 /// `discovery.k8s.io/v1/EndpointSlice`.
 #[derive(Clone, Debug, Deserialize)]
@@ -153,6 +154,6 @@ fn endpoint(
     }))
 }
 
-fn hint_names(hints: Option<Vec<Hint>>, names: &mut Names) -> Vec<Arc<str>> {
+fn hint_names(hints: Option<Vec<Hint>>, names: &mut Names) -> ThinVec<Arc<str>> {
     hints.unwrap_or_default().iter().map(|hint| names.get(&hint.name)).collect()
 }

@@ -70,8 +70,8 @@ fn a_service_keeps_every_field_the_contract_reads() {
         proxy_name: Some("other".into()),
         service_type: ServiceType::LoadBalancer,
         cluster_ips: ips(&["10.96.0.1", "fd00::1"]),
-        external_ips: ips(&["192.0.2.1"]),
-        ingress: vec![LoadBalancerIngress { ip: ips(&["192.0.2.2"])[0], proxy: false }],
+        external_ips: ips(&["192.0.2.1"]).into(),
+        ingress: [LoadBalancerIngress { ip: ips(&["192.0.2.2"])[0], proxy: false }].into(),
         ports: vec![ServicePort {
             name: "dns".into(),
             protocol: Protocol::Udp,
@@ -81,7 +81,7 @@ fn a_service_keeps_every_field_the_contract_reads() {
         internal_local: true,
         external_local: true,
         affinity_seconds: Some(5),
-        source_ranges: nets(&["10.0.0.0/8"]),
+        source_ranges: nets(&["10.0.0.0/8"]).into(),
         health_check_node_port: Some(32000),
     };
     assert_eq!(converted::<WrittenService>(object).unwrap(), Object::Service(expected));
