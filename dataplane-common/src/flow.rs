@@ -130,6 +130,11 @@ impl Flow {
     /// [`Flow::expected_ack`] is set.
     pub const ACK_KNOWN: u16 = 1 << 6;
 
+    /// The last end to send a FIN sent it in this direction: only its acknowledgement is still to come.
+    pub const LAST_FIN: u16 = 1 << 7;
+    /// The flow is over: the last FIN was acknowledged, or it was reset.
+    pub const OVER: u16 = 1 << 8;
+
     /// An entry with these flags that says nothing else yet.
     #[inline(always)]
     pub fn with_flags(flags: u16) -> Self {

@@ -5,7 +5,7 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_jiffies64;
 use core::sync::atomic::{Ordering, compiler_fence};
 use dataplane_common::drop::Reason;
-use dataplane_common::flow::{Flow, FlowKey, tick};
+use dataplane_common::flow::{Flow, FlowKey, tick, ticks_between};
 
 /// How far beyond the number remembered from the SYN-ACK a client's first acknowledgement may lie: what a server may
 /// send before it hears from the client.
@@ -89,19 +89,34 @@ pub enum Claim {
     Failed,
 }
 
-/// Enters a new flow into `half_open`, if no other flow has its reply's key.
+/// Which flows a claim may end, if they have the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// None.
+    Nothing,
+    /// Those of which nothing more is to come. What comes late would be taken for the new flow's: at the client, an
+    /// acknowledgement of what it never sent, which it answers by a RST.
+    Over,
+    /// All that are closing.
+    Closing,
+}
+
+/// Ticks after which nothing more is to come of a flow whose last acknowledgement was not seen.
+const LINGER: u32 = 2;
+
+/// Enters a new flow into `half_open`, if no other flow has its reply's key, or one that `ending` names.
 ///
-/// The reply's key is claimed first, by an exclusive insert; then the confirmed tables are asked. `over_closing`: a flow
-/// that is closing and has the key ends here and now.
+/// The reply's key is claimed first, by an exclusive insert; then the confirmed tables are asked.
 #[inline(never)]
-pub fn claim(key: &FlowKey, forward: &mut Flow, reply: &mut Flow, over_closing: bool) -> Claim {
+pub fn claim(key: &FlowKey, forward: &mut Flow, reply: &mut Flow, ending: Ending) -> Claim {
     let reply_key = forward.partner(key.proto());
     (forward.check, reply.check) = (key.check(), reply_key.check());
     if ESTABLISHED.get_ptr(&reply_key).is_some() {
         return Claim::Taken;
     }
-    if is_taken(CLOSING.get_ptr(&reply_key), key) {
-        if !over_closing {
+    let closing = CLOSING.get_ptr(&reply_key);
+    if is_taken(closing, key) {
+        if ending == Ending::Nothing || (ending == Ending::Over && !is_over(closing)) {
             return Claim::Taken;
         }
         let _ = CLOSING.remove(&reply_key);
@@ -134,6 +149,26 @@ fn is_taken(reply: Option<*const Flow>, key: &FlowKey) -> bool {
     // SAFETY: an element of a map, valid until the program ends.
     let owner = unsafe { (*reply).partner(key.proto()) };
     owner != *key && (HALF_OPEN.get_ptr(&owner).is_some() || CLOSING.get_ptr(&owner).is_some())
+}
+
+/// Whether nothing more is to come of a closing flow, by one of its halves.
+#[inline(always)]
+fn is_over(half: Option<*const Flow>) -> bool {
+    let Some(half) = half else { return true };
+    // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
+    let half: &Flow = unsafe { &*half };
+    half.has(Flow::OVER) || ticks_between(half.last_seen, now()) >= LINGER
+}
+
+/// Notes in both halves of a closing flow that nothing more is to come.
+#[inline(always)]
+pub fn end(key: &FlowKey, flow: &Flow) {
+    for key in [*key, flow.partner(key.proto())] {
+        if let Some(half) = CLOSING.get_ptr_mut(&key) {
+            // SAFETY: an element of a map, valid until the program ends.
+            unsafe { (*half).set(Flow::OVER) };
+        }
+    }
 }
 
 /// Notes in the client's half what an endpoint's answer shows: the number that the client will acknowledge.
@@ -199,11 +234,14 @@ fn set_flag(key: &FlowKey, flag: u16) {
     }
 }
 
-/// Moves an established flow that ended to `closing`, both directions: a packet finds it in one of the two throughout.
+/// Moves an established flow that ended to `closing`, both directions: a packet finds it in one of the two throughout. `flag`,
+/// [`Flow::LAST_FIN`] or [`Flow::OVER`], is set in this half.
 #[inline(never)]
-pub fn close(key: &FlowKey) {
-    let Some(flow) = ESTABLISHED.get_ptr(key) else { return };
+pub fn close(key: &FlowKey, flag: u16) {
+    let Some(flow) = ESTABLISHED.get_ptr_mut(key) else { return };
     // SAFETY: an element of a map, valid until the program ends.
+    unsafe { (*flow).set(flag) };
+    // SAFETY: as above.
     let flow: &Flow = unsafe { &*flow };
     let partner_key = flow.partner(key.proto());
     let Some(partner) = ESTABLISHED.get_ptr(&partner_key) else { return };

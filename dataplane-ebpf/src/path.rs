@@ -4,7 +4,7 @@ mod follow;
 
 use crate::affinity;
 use crate::count::{self, Direction};
-use crate::flow::{self, Claim, Place};
+use crate::flow::{self, Claim, Ending, Place};
 use crate::forward::{self, Origin, Route};
 use crate::frame::Frame;
 use crate::parse::{ICMP, ICMPV6, Obstacle, Packet, parse, sctp, tcp};
@@ -451,7 +451,7 @@ impl<F: Frame> Walk<'_, F> {
                 return self.enter_translated(exit);
             }
             // A client's own port that serves it again ends the flow that is closing.
-            match flow::claim(&self.s.key, &mut self.s.flow, &mut self.s.reply, true) {
+            match flow::claim(&self.s.key, &mut self.s.flow, &mut self.s.reply, Ending::Closing) {
                 Claim::Made => return self.launch(exit).verdict(),
                 // Another flow has the same reply. What port the node itself sends from is no matter.
                 Claim::Taken if self.hook == Hook::UplinkEgress => break,
@@ -609,8 +609,8 @@ const ENDPOINT_TRIES: u32 = 3;
 /// ten taken, all of these are once in 10^11 searches. A search that is in vain costs some tens of microseconds.
 const PORT_STEPS: u32 = 512;
 
-/// How many of them must be of no flow at all. The later ones may be of a flow that is closing: clients that connect again
-/// and again leave more of those than there are ports.
+/// How many of them must be of no flow at all. The later ones may be of a flow that is over: clients that connect again and
+/// again leave more of those than there are ports.
 const UNUSED_PORT_TRIES: u32 = 8;
 
 /// Moves a flow through its life: half-open, established, closing.
@@ -625,20 +625,33 @@ fn progress(key: &FlowKey, place: Place, packet: &Packet, flow: &Flow) {
         }
         Place::Established if packet.proto == Protocol::Tcp as u8 => {
             if packet.flags & tcp::RST != 0 {
-                flow::close(key);
+                close_and_end(key, flow);
             } else if packet.flags & tcp::FIN != 0 {
                 finish(key, flow);
             }
         }
         Place::Established if packet.proto == Protocol::Sctp as u8 => {
             if packet.flags == sctp::ABORT || packet.flags == sctp::SHUTDOWN_COMPLETE {
-                flow::close(key);
+                close_and_end(key, flow);
             } else if packet.flags == sctp::SHUTDOWN || packet.flags == sctp::SHUTDOWN_ACK {
                 finish(key, flow);
             }
         }
+        Place::Closing if !flow.has(Flow::OVER) => {
+            let answers = !flow.has(Flow::LAST_FIN) && packet.tcp(tcp::SYN | tcp::FIN, 0);
+            if answers || packet.resets() || packet.sctp(sctp::SHUTDOWN_COMPLETE) {
+                flow::end(key, flow);
+            }
+        }
         Place::Established | Place::Closing => {}
     }
+}
+
+/// A flow that was broken off.
+#[inline(always)]
+fn close_and_end(key: &FlowKey, flow: &Flow) {
+    flow::close(key, Flow::OVER);
+    flow::end(key, flow);
 }
 
 /// A FIN, or what SCTP has for it, on an established flow: when both ends have sent one, the flow is closing.
@@ -651,7 +664,7 @@ fn finish(key: &FlowKey, flow: &Flow) {
     };
     flow::note_fin(key, flow, own);
     if flow.has(others) {
-        flow::close(key);
+        flow::close(key, Flow::LAST_FIN);
     }
 }
 
@@ -751,7 +764,8 @@ impl Steps for PortSearch<'_> {
             return Step::Next;
         }
         self.flow.src_port = Port::new((self.first + offset) as u16);
-        self.claim = flow::claim(self.key, self.flow, self.reply, self.tried >= UNUSED_PORT_TRIES);
+        let ending = if self.tried < UNUSED_PORT_TRIES { Ending::Nothing } else { Ending::Over };
+        self.claim = flow::claim(self.key, self.flow, self.reply, ending);
         self.tried += 1;
         if self.claim == Claim::Taken { Step::Next } else { Step::Done }
     }

@@ -254,3 +254,25 @@ fn a_closing_flow_does_not_cost_the_next_one_its_source() {
         expect(&world, Hook::PodIn, &sent, Verdict::Pass, &out, &f.counted_in(20, true));
     });
 }
+
+/// P12, C4: a translated source port is not used again while something of its connection is still to come: the new client would
+/// get it.
+#[test]
+fn a_source_port_is_not_used_again_before_its_connection_is_over() {
+    for_both(|f| {
+        let world = World::with_ports(&f.web("", &[f.remote_endpoint()]), 0, &[], 61_000..=61_000).unwrap();
+        let from_client = |port, flags| tcp_packet((f.client, port), (f.node, 30_080), flags);
+        let from_endpoint = |flags| tcp_packet((f.remote, 8080), (f.node, 61_000), flags);
+        let send = |packet: Packet| world.send(Hook::UplinkIn, &packet).unwrap();
+        send(from_client(40_000, tcp::SYN));
+        send(from_endpoint(tcp::SYN | tcp::ACK).numbers(5_000, 1_001));
+        send(from_client(40_000, tcp::ACK).numbers(1_001, 5_001));
+        send(from_endpoint(tcp::FIN | tcp::ACK).numbers(5_001, 1_001));
+        send(from_client(40_000, tcp::FIN | tcp::ACK).numbers(1_001, 5_002));
+        assert_eq!(world.flow_counts().unwrap(), [0, 0, 2]);
+        let outcome = send(from_client(40_001, tcp::SYN));
+        assert_eq!((outcome.verdict, outcome.moved), (Verdict::Drop, reason(Reason::PortsExhausted)));
+        send(from_endpoint(tcp::ACK).numbers(5_002, 1_002));
+        assert_eq!(send(from_client(40_001, tcp::SYN)).verdict, Verdict::Redirect);
+    });
+}
