@@ -131,6 +131,12 @@ impl IdleTimes {
     fn established(&self, proto: u8, flags: u16) -> Duration {
         match Protocol::try_from(proto) {
             Ok(Protocol::Udp) => self.udp,
+            // Two FINs at the same moment may each have missed the other.
+            Ok(Protocol::Tcp | Protocol::Sctp)
+                if flags & Flow::CLIENT_FIN != 0 && flags & Flow::ENDPOINT_FIN != 0 =>
+            {
+                self.closing
+            }
             Ok(Protocol::Tcp | Protocol::Sctp) if flags & (Flow::CLIENT_FIN | Flow::ENDPOINT_FIN) != 0 => {
                 self.half_closed
             }
@@ -256,6 +262,8 @@ mod tests {
             idle
         };
         assert!(!idle_after(3_599, TCP, Flow::CLIENT_FIN) && idle_after(3_600, TCP, Flow::CLIENT_FIN));
+        let both = Flow::CLIENT_FIN | Flow::ENDPOINT_FIN;
+        assert!(!idle_after(59, TCP, both) && idle_after(60, TCP, both));
         assert!(!idle_after(3_600, TCP, 0));
         assert!(!idle_after(179, UDP, Flow::ANSWERED) && idle_after(180, UDP, Flow::ANSWERED));
         maps.write::<HalfOpen>(&flow(1, UDP, [30, 30], 0)).unwrap();
