@@ -5,6 +5,7 @@ use crate::admin::names::Names;
 use crate::expire::{self, Sweep};
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::sockets::{self, SocketError};
+use crate::memory;
 use dataplane_common::tables::{
     self, Backends, Closing, Established, Frontends, HalfOpen, SocketPeers, Table as _, TableKind,
 };
@@ -91,6 +92,7 @@ impl Service {
             let swept = expire::sweep(&maps, &idle, || clock.tick(), clock.ticks_per_second(), &mut bits)?;
             tracing::debug!("{swept:?}");
             let counts = count(&maps, &swept)?;
+            memory::give_back();
             Ok((bits, counts))
         }));
     }
