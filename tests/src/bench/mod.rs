@@ -91,7 +91,10 @@ fn with<A: clap::Args>(args: &BenchAllArgs, more: &[&str]) -> A {
 /// Whether there is a complete record of this commit and of this much.
 fn is_measured(args: &BenchAllArgs, kind: &str) -> Result<bool> {
     let newest: Option<Record<Value>> = record::newest(&args.records, kind)?;
-    Ok(newest.is_some_and(|record| record.quick <= args.quick && record.machine.commit == record::commit()))
+    let is_enough = |record: Record<Value>| {
+        record.complete && record.quick <= args.quick && record.machine.commit == record::commit()
+    };
+    Ok(newest.is_some_and(is_enough))
 }
 
 /// What the newest records say of the targets; nothing is met by a run that is void.

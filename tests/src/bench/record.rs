@@ -167,12 +167,15 @@ pub fn read<T: DeserializeOwned>(folder: &Path, kind: &str) -> Result<Vec<Record
     Ok(records)
 }
 
-/// The newest record of one kind that is complete and of an optimized build.
+/// The newest record of one kind that is complete and of an optimized build; without one, the newest of a run that was cut short.
 ///
 /// # Errors
 /// As [`read`].
 pub fn newest<T: DeserializeOwned>(folder: &Path, kind: &str) -> Result<Option<Record<T>>> {
-    Ok(read(folder, kind)?.into_iter().find(|record| record.complete && record.optimized))
+    let mut records = read(folder, kind)?;
+    records.retain(|record| record.optimized);
+    let complete = records.iter().position(|record: &Record<T>| record.complete);
+    Ok(records.into_iter().nth(complete.unwrap_or_default()))
 }
 
 #[cfg(test)]
@@ -190,11 +193,16 @@ mod tests {
         fs::write(folder.join("netx-200.json"), "{}").unwrap();
         fs::write(folder.join("net-200.json.bak"), "{}").unwrap();
         let found = newest::<u64>(&folder, "net").unwrap();
+        let mut record = Record::new("other", Machine::here([]), true, 50);
+        record.optimized = true;
+        record.write(&folder).unwrap();
+        let cut_short = newest::<u64>(&folder, "other").unwrap();
         let all = read::<u64>(&folder, "net").unwrap();
         fs::write(folder.join("net-300.json"), "{}").unwrap();
         let broken = newest::<u64>(&folder, "net");
         fs::remove_dir_all(&folder).unwrap();
         assert_eq!(found.unwrap().measured, 300);
+        assert_eq!(cut_short.unwrap().measured, 50);
         assert_eq!(all.iter().map(|record| record.time).collect::<Vec<_>>(), [100, 30, 7]);
         assert!(broken.is_err());
     }

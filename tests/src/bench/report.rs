@@ -200,6 +200,9 @@ fn runs(page: &mut Page, records: &Path) -> Result<()> {
         if record.quick {
             remarks.push("less than the method asks for".to_owned());
         }
+        if !record.complete {
+            remarks.push("cut short: what was measured until then".to_owned());
+        }
         if !record.void.is_empty() {
             remarks.push(format!("**VOID**: {}", record.void.join("; ")));
         }
