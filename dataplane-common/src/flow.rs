@@ -129,7 +129,6 @@ impl Flow {
     pub const ANSWERED: u16 = 1 << 5;
     /// [`Flow::expected_ack`] is set.
     pub const ACK_KNOWN: u16 = 1 << 6;
-
     /// The last end to send a FIN sent it in this direction: only its acknowledgement is still to come.
     pub const LAST_FIN: u16 = 1 << 7;
     /// The flow is over: the last FIN was acknowledged, or it was reset.

@@ -5,6 +5,7 @@ use super::names::Names;
 use super::services::protocol_name;
 use crate::expire::Clock;
 use crate::kernel::maps::{KernelMaps, MapError};
+use dataplane_common::backend::Backend;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables::{Backends, Closing, Established, HalfOpen, Table};
 use dataplane_common::{Addr, Port};
@@ -90,17 +91,21 @@ where
             entry.insert(backend);
         }
     }
-    let service = |flow: &Flow| {
-        let backend = backends.get(&flow.backend)?;
-        (backend.status().generation() == flow.generation).then(|| names.name(backend.service()))
-    };
-    Ok(fold(&entries, service, clock, state))
+    Ok(fold(&entries, |flow| service_name(flow, backends.get(&flow.backend), names), clock, state))
+}
+
+/// The name of a flow's service port, by what the backend's id is now.
+fn service_name(flow: &Flow, backend: Option<&Backend>, names: &Names) -> String {
+    match backend {
+        Some(backend) if backend.status().generation() == flow.generation => names.name(backend.service()),
+        Some(_) | None => "-".to_owned(),
+    }
 }
 
 /// Rows of the clients' directions, and of replies that are alone.
 fn fold(
     entries: &HashMap<FlowKey, Flow>,
-    service: impl Fn(&Flow) -> Option<String>,
+    service: impl Fn(&Flow) -> String,
     clock: Option<Clock>,
     state: &'static str,
 ) -> Vec<FlowRow> {
@@ -133,7 +138,7 @@ fn row(
     leaves: &FlowKey,
     flow: &Flow,
     partner: Option<&Flow>,
-    service: Option<String>,
+    service: String,
     clock: Option<Clock>,
     state: &'static str,
 ) -> FlowRow {
@@ -148,7 +153,7 @@ fn row(
         frontend: end(&arrives.dst, arrives.dst_port),
         endpoint: end(&leaves.dst, leaves.dst_port),
         translated_source: translated.then(|| end(&leaves.src, leaves.src_port)),
-        service: service.unwrap_or_else(|| "-".to_owned()),
+        service,
         state,
         idle_seconds: clock.map(idle),
         whole: partner.is_some(),
@@ -158,6 +163,7 @@ fn row(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dataplane_common::backend::BackendStatus;
 
     const CLIENT: (Addr, Port) = (Addr::from_v4([10, 0, 0, 9]), Port::new(40_000));
     const FRONTEND: (Addr, Port) = (Addr::from_v4([192, 168, 0, 1]), Port::new(30_002));
@@ -175,6 +181,19 @@ mod tests {
         FlowKey::new(src.0, src.1, dst.0, dst.1, 6)
     }
 
+    fn backend(generation: u32) -> Backend {
+        Backend::new(BackendStatus::new(generation, BackendStatus::SERVING), ENDPOINT.0, ENDPOINT.1, 7)
+    }
+
+    #[test]
+    fn the_flows_of_an_endpoint_that_is_gone_name_no_service() {
+        let (names, mut flow) = (Names::default(), flow(0, SOURCE, ENDPOINT, 0));
+        flow.generation = 3;
+        assert_eq!(service_name(&flow, Some(&backend(3)), &names), "#7");
+        assert_eq!(service_name(&flow, Some(&backend(4)), &names), "-", "the id was given to another");
+        assert_eq!(service_name(&flow, None, &names), "-");
+    }
+
     #[test]
     fn both_directions_are_one_row_and_one_alone_is_shown_as_such() {
         let forward = (key(CLIENT, FRONTEND), flow(0, SOURCE, ENDPOINT, 90));
@@ -183,7 +202,7 @@ mod tests {
         let rows = |entries: &[(FlowKey, Flow)]| {
             fold(
                 &entries.iter().copied().collect(),
-                |_| Some("default/web:http".into()),
+                |flow| service_name(flow, Some(&backend(0)), &Names::default()),
                 clock,
                 "established",
             )
@@ -194,7 +213,7 @@ mod tests {
             frontend: "192.168.0.1:30002".into(),
             endpoint: "10.244.0.5:8080".into(),
             translated_source: Some("192.168.0.1:61234".into()),
-            service: "default/web:http".into(),
+            service: "#7".into(),
             state: "established",
             idle_seconds: Some(5),
             whole: true,

@@ -14,7 +14,6 @@ use crate::health_checks::HealthChecks;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::{Choice, Interfaces};
 use crate::kernel::maps::{KernelMaps, MapError};
-use crate::memory;
 use crate::metrics::{Metrics, Ports, SERIES};
 use crate::model::Change;
 use crate::sync::LingeringBits;
@@ -201,7 +200,6 @@ impl Service {
             let ports = Ports::new(names, self.max_series / SERIES);
             self.metrics.set_ports(ports);
             self.fill(&[]);
-            memory::give_back();
         }
         // All Services are walked for this: once for however many changes.
         if std::mem::take(&mut self.endpoints_changed) {

@@ -58,9 +58,9 @@ const REASONS: &[(&str, &str)] = &[
     (
         "B1",
         "By the socket hooks no packet is translated, but each passes the programs of four interfaces, and an endpoint's packets \
-         are looked for in every flow table before it is certain that nothing translates them. By packet, a connection of ten \
-         packets pays for a whole life: both its directions are entered in three tables one after the other (half-open, \
-         established, closing) and removed from two. Client and server keep both CPUs busy, so all of it is missed there.",
+         are looked for in every flow table before it is certain that nothing translates them. By packet, a short \
+         connection pays for a whole life: both its directions are entered in one table after the other (half-open, \
+         established, closing) and removed again. Client and server keep both CPUs busy, so all of it is missed there.",
     ),
     (
         "B2",
@@ -69,7 +69,7 @@ const REASONS: &[(&str, &str)] = &[
     (
         "B4",
         "As B1 by packet: the life of a flow weighs more on so short a connection than the rules of kube-proxy and its connection \
-         tracking do with 1,000 Services. Native XDP on veth copies each packet, and its driver works off its packets in batches.",
+         tracking do. Native XDP on veth copies each packet, and its driver works off its packets in batches.",
     ),
     (
         "B11",
@@ -78,12 +78,12 @@ const REASONS: &[(&str, &str)] = &[
     ),
     (
         "B12",
-        "About a third is the program itself: pages of its file that are in memory. The rest is the objects, each once, and the tables' \
-         mirror, from which a change is told.",
+        "Part of it is the program itself: pages of its file that are in memory. The rest is the objects, each once, and the \
+         mirror of the tables, from which a change is told.",
     ),
     (
         "B13",
-        "`established` alone takes half: an entry of a hash map costs 48 bytes beside its key and value. Counters are per CPU, so \
+        "`established` alone takes the most: an entry of a hash map costs more than its key and value. Counters are per CPU, so \
          they grow with the number of CPUs.",
     ),
 ];

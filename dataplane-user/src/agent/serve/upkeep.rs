@@ -92,6 +92,7 @@ impl Service {
             let swept = expire::sweep(&maps, &idle, || clock.tick(), clock.ticks_per_second(), &mut bits)?;
             tracing::debug!("{swept:?}");
             let counts = count(&maps, &swept)?;
+            // Here, beside the loop: all that was freed since the last time.
             memory::give_back();
             Ok((bits, counts))
         }));
