@@ -78,16 +78,14 @@ reasons! {
     TtlExceeded = 13, "ttl-exceeded", Rejected;
     /// The packet is larger than the way to the endpoint takes; an ICMP fragmentation needed was sent.
     TooBig = 14, "too-big", Rejected;
-    /// A flow could not be entered into the half-open table.
-    FlowInsert = 15, "flow-insert", Dropped;
+    /// The table of flows is full of established ones: enlarge it with `--max-flows`.
+    FlowsFull = 15, "flows-full", Dropped;
     /// The kernel refused to change the packet.
     WriteFailed = 16, "write-failed", Dropped;
     /// A ClusterIP was called from outside the cluster, which `--cluster-ip-from-outside=refuse` forbids (P10).
     ClusterIpFromOutside = 17, "cluster-ip-from-outside", Dropped;
     /// A table held something that this program does not understand: agent and programs are of different versions.
     CorruptTable = 18, "corrupt-table", Dropped;
-    /// `established` is full: the flow stays half-open and may be pushed out. Enlarge it with `--max-flows`.
-    EstablishedFull = 19, "established-full", Noted;
     /// A UDP flow left an endpoint that no longer serves and chose another (C1).
     Rebalanced = 20, "rebalanced", Noted;
     /// XDP left a packet to tc unwritten: no neighbour entry yet, or an exit it cannot use.

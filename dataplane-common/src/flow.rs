@@ -67,10 +67,20 @@ impl FlowKey {
     }
 }
 
+/// How far a flow is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Stage {
+    /// Its handshake is not complete.
+    HalfOpen,
+    /// Both ends confirmed it.
+    Established,
+    /// It ended or was reset.
+    Closing,
+}
+
 /// One direction of a flow: what its packets become. 56 bytes.
 ///
-/// Both directions are entries of the same table, made and removed together (C4). The partner's key is
-/// [`Flow::partner`].
+/// Both directions are made and removed together (C4). The partner's key is [`Flow::partner`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C, align(8))]
 pub struct Flow {
@@ -133,6 +143,10 @@ impl Flow {
     pub const LAST_FIN: u16 = 1 << 7;
     /// The flow is over: the last FIN was acknowledged, or it was reset.
     pub const OVER: u16 = 1 << 8;
+    /// Both ends confirmed the flow.
+    pub const CONFIRMED: u16 = 1 << 9;
+    /// The flow ended or was reset.
+    pub const CLOSING: u16 = 1 << 10;
 
     /// An entry with these flags that says nothing else yet.
     #[inline(always)]
@@ -161,6 +175,18 @@ impl Flow {
     #[inline(always)]
     pub const fn has(&self, flag: u16) -> bool {
         self.flags & flag == flag
+    }
+
+    /// How far the flow is. A flag is only ever set, so a flow never goes back.
+    #[inline(always)]
+    pub const fn stage(&self) -> Stage {
+        if self.has(Self::CLOSING) {
+            Stage::Closing
+        } else if self.has(Self::CONFIRMED) {
+            Stage::Established
+        } else {
+            Stage::HalfOpen
+        }
     }
 
     /// The flags.

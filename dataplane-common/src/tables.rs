@@ -22,7 +22,7 @@ use bytemuck::Pod;
 /// Version of the layout of all maps: the folder of their pins below the agent's pin folder.
 ///
 /// A change of a key, a value or the meaning of a field takes the next number.
-pub const LAYOUT: &str = "v2";
+pub const LAYOUT: &str = "v3";
 
 /// The kinds of map that are used, after the kernel's `BPF_MAP_TYPE_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +39,8 @@ pub enum TableKind {
     LruHash,
     /// `BPF_MAP_TYPE_LPM_TRIE`: the key begins with the number of its bits that count.
     LpmTrie,
+    /// `BPF_MAP_TYPE_QUEUE`: values without a key, the first to come the first to go.
+    Queue,
 }
 
 /// One map: its name in the kernel and on bpffs, its types and its default size.
@@ -49,10 +51,18 @@ pub trait Table {
     const KIND: TableKind;
     /// Its default number of entries.
     const CAPACITY: usize;
-    /// Its key; `u32` for arrays.
+    /// Its key; `u32` for arrays, `()` for queues.
     type Key: Pod;
     /// Its value; of per-CPU arrays, that of one CPU.
     type Value: Pod;
+}
+
+/// How many established flows there is room for by default.
+pub const ESTABLISHED: usize = 100_000;
+
+/// How many entries `flows` has where there is room for so many flows of each stage.
+pub const fn flow_entries(established: usize, half_open: usize, closing: usize) -> usize {
+    2 * (established + half_open + closing)
 }
 
 macro_rules! tables {
@@ -97,12 +107,12 @@ tables! {
     Slots = "slots", Array<u32, u32>, 262_144;
     /// Backends by id. Id 0 is never given out.
     Backends = "backends", Array<u32, Backend>, 122_880;
-    /// Flows whose handshake is not complete, both directions.
-    HalfOpen = "half_open", LruHash<FlowKey, Flow>, 16_384;
-    /// Flows that both ends confirmed, both directions.
-    Established = "established", Hash<FlowKey, Flow>, 200_000;
-    /// Flows that ended or were reset, both directions.
-    Closing = "closing", LruHash<FlowKey, Flow>, 16_384;
+    /// Flows, both directions: those that both ends confirmed, and those that are named in `half_open` and `closing`.
+    Flows = "flows", Hash<FlowKey, Flow>, flow_entries(ESTABLISHED, HalfOpen::CAPACITY, Closing::CAPACITY);
+    /// One key of each flow whose handshake is not complete, the oldest first, and of some that are further.
+    HalfOpen = "half_open", Queue<(), FlowKey>, 8_192;
+    /// One key of each flow that ended or was reset, the oldest first.
+    Closing = "closing", Queue<(), FlowKey>, 8_192;
     /// The link-layer addresses of the uplinks by which the node itself calls Services, by index.
     Uplinks = "uplinks", LruHash<u32, Uplink>, 128;
     /// The endpoint that each client of a service port with affinity had last.

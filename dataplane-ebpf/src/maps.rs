@@ -1,7 +1,7 @@
 //! The maps, as `dataplane_common::tables` says them. Their element counts are defaults: the agent may load others.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue};
 use aya_ebpf::macros::btf_map;
 use dataplane_common::tables::{self, Table};
 
@@ -32,6 +32,7 @@ macro_rules! maps {
     (@type LruHashMap, $table:ty) => {
         LruHashMap<<$table as Table>::Key, <$table as Table>::Value, { <$table as Table>::CAPACITY }>
     };
+    (@type Queue, $table:ty) => { Queue<<$table as Table>::Value, { <$table as Table>::CAPACITY }> };
     // Its key has the number of bits before the data that they are of.
     (@type LpmTrie, $table:ty) => {
         LpmTrie<
@@ -51,9 +52,9 @@ maps! {
     SOURCE_RANGES: LpmTrie = "source_ranges", SourceRanges;
     SLOTS: Array = "slots", Slots;
     BACKENDS: Array = "backends", Backends;
-    HALF_OPEN: LruHashMap = "half_open", HalfOpen;
-    ESTABLISHED: HashMap = "established", Established;
-    CLOSING: LruHashMap = "closing", Closing;
+    FLOWS: HashMap = "flows", Flows;
+    HALF_OPEN: Queue = "half_open", HalfOpen;
+    CLOSING: Queue = "closing", Closing;
     UPLINKS: LruHashMap = "uplinks", Uplinks;
     AFFINITIES: LruHashMap = "affinity", Affinities;
     FRAGMENTS: LruHashMap = "fragments", Fragments;

@@ -4,7 +4,7 @@ mod follow;
 
 use crate::affinity;
 use crate::count::{self, Direction};
-use crate::flow::{self, Claim, Ending, Place};
+use crate::flow::{self, Claim, Ending, Found};
 use crate::forward::{self, Origin, Route};
 use crate::frame::Frame;
 use crate::parse::{ICMP, ICMPV6, Obstacle, Packet, parse, sctp, tcp};
@@ -19,7 +19,7 @@ use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
-use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::flow::{Flow, FlowKey, Stage};
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::Node;
 use dataplane_common::service::Policy;
@@ -213,7 +213,7 @@ impl<F: Frame> Walk<'_, F> {
         let reply = self.s.flow.has(Flow::REPLY);
         let (status, service) = select::owner(self.s.flow.backend);
         let known = status.generation() == self.s.flow.generation;
-        if !reply && self.begins_anew(found.place, known && status.has(BackendStatus::SERVING)) {
+        if !reply && self.begins_anew(self.s.flow.stage(), known && status.has(BackendStatus::SERVING)) {
             flow::remove(&self.s.key, &self.s.flow);
             return Verdict::Begin;
         }
@@ -226,7 +226,7 @@ impl<F: Frame> Walk<'_, F> {
             let direction = if reply { Direction::Out } else { Direction::In };
             count::packet(service, self.s.flow.backend, direction, self.s.packet.length);
         }
-        progress(&self.s.key, found.place, &self.s.packet, &self.s.flow);
+        progress(&self.s.key, found, &self.s.packet, &self.s.flow);
         self.send(exit)
     }
 
@@ -251,11 +251,11 @@ impl<F: Frame> Walk<'_, F> {
 
     /// Whether a client's packet must choose an endpoint again although its flow is known.
     #[inline(always)]
-    fn begins_anew(&self, place: Place, serving: bool) -> bool {
+    fn begins_anew(&self, stage: Stage, serving: bool) -> bool {
         let packet = &self.s.packet;
         if packet.proto != Protocol::Udp as u8 {
             // C2: an established connection is left alone; a new one on the same ports is not bound by the old.
-            return packet.opens() && (!serving || place == Place::Closing);
+            return packet.opens() && (!serving || stage == Stage::Closing);
         }
         // C1.
         if !serving {
@@ -457,7 +457,7 @@ impl<F: Frame> Walk<'_, F> {
                 Claim::Taken if self.hook == Hook::UplinkEgress => break,
                 // Another endpoint may do.
                 Claim::Taken => {}
-                Claim::Failed => return Verdict::Drop(Reason::FlowInsert),
+                Claim::Full => return Verdict::Drop(Reason::FlowsFull),
             }
         }
         // Better a translated source, whatever the policy says, than a client refused.
@@ -553,13 +553,14 @@ impl<F: Frame> Walk<'_, F> {
         match claim_port(key, flow, reply) {
             Claim::Made => self.launch(exit).verdict(),
             Claim::Taken => Verdict::Drop(Reason::PortsExhausted),
-            Claim::Failed => Verdict::Drop(Reason::FlowInsert),
+            Claim::Full => Verdict::Drop(Reason::FlowsFull),
         }
     }
 
     /// Sends the first packet of a flow that was entered.
     #[inline(never)]
     fn launch(&mut self, exit: Exit) -> Code {
+        flow::wait(&self.s.key);
         let (service, backend) = (self.s.opening.service, self.s.flow.backend);
         count::new_flow(service, backend);
         count::packet(service, backend, Direction::In, self.s.packet.length);
@@ -615,63 +616,57 @@ const UNUSED_PORT_TRIES: u32 = 8;
 
 /// Moves a flow through its life: half-open, established, closing.
 #[inline(always)]
-fn progress(key: &FlowKey, place: Place, packet: &Packet, flow: &Flow) {
-    match place {
-        Place::HalfOpen => {
+fn progress(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow) {
+    match flow.stage() {
+        Stage::HalfOpen => {
             // A connection that was refused leaves nothing behind.
-            if !confirm(key, packet, flow) && packet.resets() {
+            if !confirm(key, found, packet, flow) && packet.resets() {
                 flow::remove(key, flow);
             }
         }
-        Place::Established if packet.proto == Protocol::Tcp as u8 => {
+        Stage::Established if packet.proto == Protocol::Tcp as u8 => {
             if packet.flags & tcp::RST != 0 {
-                close_and_end(key, flow);
+                found.close(key, flow, Flow::OVER, Flow::OVER);
             } else if packet.flags & tcp::FIN != 0 {
-                finish(key, flow);
+                finish(key, found, flow);
             }
         }
-        Place::Established if packet.proto == Protocol::Sctp as u8 => {
+        Stage::Established if packet.proto == Protocol::Sctp as u8 => {
             if packet.flags == sctp::ABORT || packet.flags == sctp::SHUTDOWN_COMPLETE {
-                close_and_end(key, flow);
+                found.close(key, flow, Flow::OVER, Flow::OVER);
             } else if packet.flags == sctp::SHUTDOWN || packet.flags == sctp::SHUTDOWN_ACK {
-                finish(key, flow);
+                finish(key, found, flow);
             }
         }
-        Place::Closing if !flow.has(Flow::OVER) => {
+        Stage::Closing if !flow.has(Flow::OVER) => {
             let answers = !flow.has(Flow::LAST_FIN) && packet.tcp(tcp::SYN | tcp::FIN, 0);
             if answers || packet.resets() || packet.sctp(sctp::SHUTDOWN_COMPLETE) {
-                flow::end(key, flow);
+                found.mark(key, flow, Flow::OVER);
             }
         }
-        Place::Established | Place::Closing => {}
+        Stage::Established | Stage::Closing => {}
     }
-}
-
-/// A flow that was broken off.
-#[inline(always)]
-fn close_and_end(key: &FlowKey, flow: &Flow) {
-    flow::close(key, Flow::OVER);
-    flow::end(key, flow);
 }
 
 /// A FIN, or what SCTP has for it, on an established flow: when both ends have sent one, the flow is closing.
 #[inline(always)]
-fn finish(key: &FlowKey, flow: &Flow) {
+fn finish(key: &FlowKey, found: Found, flow: &Flow) {
     let (own, others) = if flow.has(Flow::REPLY) {
         (Flow::ENDPOINT_FIN, Flow::CLIENT_FIN)
     } else {
         (Flow::CLIENT_FIN, Flow::ENDPOINT_FIN)
     };
-    flow::note_fin(key, flow, own);
     if flow.has(others) {
-        flow::close(key, Flow::LAST_FIN);
+        found.close(key, flow, own | Flow::LAST_FIN, own);
+    } else {
+        found.mark(key, flow, own);
     }
 }
 
 /// Takes a half-open flow forward: notes the endpoint's answer, or promotes on the client's proof that it saw one.
 /// Whether the flow is established now.
 #[inline(always)]
-fn confirm(key: &FlowKey, packet: &Packet, flow: &Flow) -> bool {
+fn confirm(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow) -> bool {
     let (is_tcp, is_udp) = (packet.proto == Protocol::Tcp as u8, packet.proto == Protocol::Udp as u8);
     if flow.has(Flow::REPLY) {
         if is_udp {
@@ -691,17 +686,11 @@ fn confirm(key: &FlowKey, packet: &Packet, flow: &Flow) -> bool {
         // The tag that the INIT ACK asked for.
         flow.has(Flow::ACK_KNOWN) && packet.seq == flow.expected_ack() && !packet.resets()
     };
-    if !confirmed {
-        return false;
+    if confirmed {
+        let fin = if packet.tcp(tcp::FIN, tcp::FIN) { Flow::CLIENT_FIN } else { 0 };
+        found.mark(key, flow, Flow::CONFIRMED | fin);
     }
-    if let Err(reason) = flow::promote(key) {
-        count::reason(reason);
-        return false;
-    }
-    if packet.tcp(tcp::FIN, tcp::FIN) {
-        flow::note_fin(key, flow, Flow::CLIENT_FIN);
-    }
-    true
+    confirmed
 }
 
 /// The search for a translated source port, as its steps see it.
@@ -722,7 +711,7 @@ struct PortSearch<'a> {
 /// Claims a translated source port: a random one, then others in a random order, a bounded number of them (P12).
 #[inline(always)]
 fn claim_port(key: &FlowKey, flow: &mut Flow, reply: &mut Flow) -> Claim {
-    let Some(node) = service::node() else { return Claim::Failed };
+    let Some(node) = service::node() else { return Claim::Taken };
     let (first, last) = (node.first_port as u32, node.last_port as u32);
     if last < first {
         return Claim::Taken;

@@ -4,7 +4,7 @@
 
 use crate::pattern::Pattern;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dataplane_common::tables;
+use dataplane_common::tables::{self, Closing, Flows, HalfOpen, Table as _};
 use ipnet::IpNet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -331,11 +331,18 @@ const FIXED: &[&str] = &["node", "filter", "reasons"];
 impl AgentArgs {
     /// Each map whose size differs from its default, and the size.
     ///
-    /// A flow has two entries, and the traffic of services and backends has as many as these.
+    /// `flows` has room for what is established and for all that the queues of the other stages name, two entries each; the
+    /// traffic of services and backends has as many as these.
     pub fn map_sizes(&self) -> Vec<MapSize> {
         let mut sizes: Vec<MapSize> = Vec::new();
-        if let Some(flows) = self.max_flows {
-            sizes.push(MapSize { map: "established", entries: flows.saturating_mul(2) });
+        let set = |map: &str| self.map_size.iter().rfind(|size| size.map == map);
+        let queues = [(HalfOpen::NAME, HalfOpen::CAPACITY), (Closing::NAME, Closing::CAPACITY)];
+        if self.max_flows.is_some() || queues.iter().any(|(queue, _)| set(queue).is_some()) {
+            let [half_open, closing] =
+                queues.map(|(queue, default)| set(queue).map_or(default, |size| size.entries as usize));
+            let established = self.max_flows.map_or(tables::ESTABLISHED, |flows| flows as usize);
+            let entries = tables::flow_entries(established, half_open, closing);
+            sizes.push(MapSize { map: Flows::NAME, entries: u32::try_from(entries).unwrap_or(u32::MAX) });
         }
         for size in &self.map_size {
             sizes.push(size.clone());
@@ -446,7 +453,10 @@ mod tests {
     fn the_room_for_flows_counts_both_directions() {
         let sizes = agent(&["--max-flows", "50000", "--map-size", "backends=1000"]).unwrap().map_sizes();
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
-        assert_eq!(sizes, [("established", 100_000), ("backends", 1_000), ("backend_traffic", 1_000)]);
+        assert_eq!(sizes, [("flows", 132_768), ("backends", 1_000), ("backend_traffic", 1_000)]);
+        let sizes = agent(&["--map-size", "half_open=100,closing=200"]).unwrap().map_sizes();
+        let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
+        assert_eq!(sizes, [("flows", 200_600), ("half_open", 100), ("closing", 200)]);
     }
 
     #[test]

@@ -1,14 +1,14 @@
 //! Removes idle flows, always both directions together (C4), and tells which filter bits flows still need.
 //!
-//! The kernel moves flows from table to table by itself and needs no agent for it; a long absence of the agent costs room,
+//! The kernel takes flows from stage to stage by itself and needs no agent for it; a long absence of the agent costs room,
 //! not correctness. A sweep never removes a flow one of whose directions is not idle, and reads no clock: the caller
 //! gives the kernel's tick.
 
 use crate::kernel::maps::MapError;
 use crate::sync::{LingeringBits, Maps};
 use dataplane_common::Protocol;
-use dataplane_common::flow::{Flow, FlowKey, ticks_between};
-use dataplane_common::tables::{Closing, Established, HalfOpen, Table};
+use dataplane_common::flow::{Flow, FlowKey, Stage, ticks_between};
+use dataplane_common::tables::Flows;
 use std::collections::hash_map::RandomState;
 use std::collections::{HashMap, HashSet};
 use std::hash::BuildHasher as _;
@@ -68,79 +68,77 @@ impl Clock {
 /// What a sweep came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
-    /// Entries that remain, two for each flow.
-    pub entries: usize,
+    /// Entries that remain of flows whose handshake is not complete, two for each flow.
+    pub half_open: usize,
+    /// The same of flows that both ends confirmed.
+    pub established: usize,
+    /// The same of flows that ended.
+    pub closing: usize,
     /// Entries that were removed because both directions were idle.
     pub idle: usize,
     /// Entries that were removed because their partner is gone.
     pub alone: usize,
 }
 
-impl std::ops::AddAssign for Swept {
-    fn add_assign(&mut self, other: Self) {
-        self.entries += other.entries;
-        self.idle += other.idle;
-        self.alone += other.alone;
+impl Swept {
+    /// All entries that remain.
+    pub const fn entries(&self) -> usize {
+        self.half_open + self.established + self.closing
+    }
+
+    const fn of_stage(&mut self, stage: Stage) -> &mut usize {
+        match stage {
+            Stage::HalfOpen => &mut self.half_open,
+            Stage::Established => &mut self.established,
+            Stage::Closing => &mut self.closing,
+        }
     }
 }
 
-/// What became of each table in a sweep.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sweep {
-    /// Flows whose handshake is not complete.
-    pub half_open: Swept,
-    /// Flows that both ends confirmed.
-    pub established: Swept,
-    /// Flows that ended.
-    pub closing: Swept,
-}
-
-/// Sweeps all flow tables once. Of `bits`, those remain that no flow needs: they can be cleared.
-///
-/// `now` is asked for the kernel's tick before each table. The tables are read in the order in which flows move through
-/// them, so that none is missed.
+/// Sweeps the table of flows once. Of `bits`, those remain that no flow needs: they can be cleared.
 ///
 /// # Errors
-/// If a table cannot be read or written.
+/// If the table cannot be read or written.
 pub fn sweep<M: Maps>(
     maps: &M,
     times: &IdleTimes,
-    now: impl Fn() -> u32,
-    ticks_per_second: f64,
+    clock: Clock,
     bits: &mut LingeringBits,
-) -> Result<Sweep, MapError> {
-    let clock = || Clock { now: now(), ticks_per_second };
-    let closing = |_: u8, _: u16| times.closing;
-    Ok(Sweep {
-        half_open: sweep_table::<HalfOpen, M>(maps, clock(), |p, f| times.half_open(p, f), bits)?,
-        established: sweep_table::<Established, M>(maps, clock(), |p, f| times.established(p, f), bits)?,
-        closing: sweep_table::<Closing, M>(maps, clock(), closing, bits)?,
-    })
+) -> Result<Swept, MapError> {
+    let mut census = Census::of(maps, clock, bits)?;
+    let (mut idle, mut alone) = (Vec::new(), Vec::new());
+    for (key, candidate) in &census.candidates {
+        if let Some(partner) = census.candidates.get(&candidate.partner) {
+            // Both directions say the same of themselves, so both are found here.
+            if candidate.age.min(partner.age) >= times.limit(key.proto(), candidate.flags | partner.flags) {
+                idle.push(*key);
+            }
+        } else if !census.present.contains(&census.hasher.hash_one(candidate.partner))
+            && maps.get::<Flows>(&candidate.partner)?.is_none()
+        {
+            alone.push(*key);
+        }
+    }
+    for key in idle.iter().chain(&alone) {
+        *census.remain.of_stage(Flow::with_flags(census.candidates[key].flags).stage()) -= 1;
+    }
+    Ok(Swept { idle: maps.remove::<Flows>(&idle)?, alone: maps.remove::<Flows>(&alone)?, ..census.remain })
 }
 
 impl IdleTimes {
-    /// For a flow in `half_open`, by its protocol and the flags of both directions.
-    fn half_open(&self, proto: u8, flags: u16) -> Duration {
-        match Protocol::try_from(proto) {
-            Ok(Protocol::Udp) if flags & Flow::ANSWERED == 0 => self.udp_unanswered,
-            Ok(Protocol::Tcp | Protocol::Udp | Protocol::Sctp) | Err(_) => self.half_open,
-        }
-    }
-
-    /// For a flow in `established`.
-    fn established(&self, proto: u8, flags: u16) -> Duration {
-        match Protocol::try_from(proto) {
-            Ok(Protocol::Udp) => self.udp,
+    /// For a flow, by its protocol and the flags of both directions.
+    fn limit(&self, proto: u8, flags: u16) -> Duration {
+        let flow = Flow::with_flags(flags);
+        let is_udp = proto == Protocol::Udp as u8;
+        match flow.stage() {
+            Stage::HalfOpen if is_udp && !flow.has(Flow::ANSWERED) => self.udp_unanswered,
+            Stage::HalfOpen => self.half_open,
+            Stage::Established if is_udp => self.udp,
             // Two FINs at the same moment may each have missed the other.
-            Ok(Protocol::Tcp | Protocol::Sctp)
-                if flags & Flow::CLIENT_FIN != 0 && flags & Flow::ENDPOINT_FIN != 0 =>
-            {
-                self.closing
-            }
-            Ok(Protocol::Tcp | Protocol::Sctp) if flags & (Flow::CLIENT_FIN | Flow::ENDPOINT_FIN) != 0 => {
-                self.half_closed
-            }
-            Ok(Protocol::Tcp | Protocol::Sctp) | Err(_) => self.established,
+            Stage::Established if flow.has(Flow::CLIENT_FIN | Flow::ENDPOINT_FIN) => self.closing,
+            Stage::Established if flags & (Flow::CLIENT_FIN | Flow::ENDPOINT_FIN) != 0 => self.half_closed,
+            Stage::Established => self.established,
+            Stage::Closing => self.closing,
         }
     }
 }
@@ -152,8 +150,10 @@ struct Candidate {
     age: Duration,
 }
 
-/// The entries of one table as far as a sweep needs them.
+/// The table as far as a sweep needs it.
 struct Census {
+    /// How many entries there are of each stage.
+    remain: Swept,
     /// Hashes of all keys: enough to see whether a partner may be there.
     present: HashSet<u64>,
     candidates: HashMap<FlowKey, Candidate>,
@@ -161,54 +161,23 @@ struct Census {
 }
 
 impl Census {
-    /// Reads a table. A candidate is old enough to be alone; what is younger stays in any case.
-    fn of<T, M>(maps: &M, clock: Clock, bits: &mut LingeringBits) -> Result<Self, MapError>
-    where
-        T: Table<Key = FlowKey, Value = Flow>,
-        M: Maps,
-    {
-        let (mut present, mut candidates) = (HashSet::new(), HashMap::new());
+    /// Reads the table. A candidate is old enough to be alone; what is younger stays in any case.
+    fn of<M: Maps>(maps: &M, clock: Clock, bits: &mut LingeringBits) -> Result<Self, MapError> {
+        let (mut present, mut candidates, mut remain) = (HashSet::new(), HashMap::new(), Swept::default());
         let hasher = RandomState::new();
-        maps.visit::<T>(|key, flow| {
+        maps.visit::<Flows>(|key, flow| {
             bits.keep_for(&key);
-            present.insert(hasher.hash_one(key));
             let age = clock.since(flow.last_seen);
+            if present.insert(hasher.hash_one(key)) {
+                *remain.of_stage(flow.stage()) += 1;
+            }
             if age >= ALONE {
                 let candidate = Candidate { partner: flow.partner(key.proto()), flags: flow.flags(), age };
                 candidates.insert(key, candidate);
             }
         })?;
-        Ok(Self { present, candidates, hasher })
+        Ok(Self { remain, present, candidates, hasher })
     }
-}
-
-fn sweep_table<T, M>(
-    maps: &M,
-    clock: Clock,
-    limit: impl Fn(u8, u16) -> Duration,
-    bits: &mut LingeringBits,
-) -> Result<Swept, MapError>
-where
-    T: Table<Key = FlowKey, Value = Flow>,
-    M: Maps,
-{
-    let census = Census::of::<T, M>(maps, clock, bits)?;
-    let (mut idle, mut alone) = (Vec::new(), Vec::new());
-    for (key, candidate) in &census.candidates {
-        if let Some(partner) = census.candidates.get(&candidate.partner) {
-            // Both directions say the same of themselves, so both are found here.
-            let limit = limit(key.proto(), candidate.flags | partner.flags);
-            if candidate.age.min(partner.age) >= limit {
-                idle.push(*key);
-            }
-        } else if !census.present.contains(&census.hasher.hash_one(candidate.partner))
-            && maps.get::<T>(&candidate.partner)?.is_none()
-        {
-            alone.push(*key);
-        }
-    }
-    let swept = Swept { idle: maps.remove::<T>(&idle)?, alone: maps.remove::<T>(&alone)?, entries: 0 };
-    Ok(Swept { entries: census.present.len().saturating_sub(swept.idle + swept.alone), ..swept })
 }
 
 #[cfg(test)]
@@ -237,52 +206,64 @@ mod tests {
         [(key, forward), (forward.partner(proto), reply)]
     }
 
-    fn swept(maps: &MemoryMaps) -> Sweep {
-        sweep(maps, &IdleTimes::default(), || NOW, 1.0, &mut LingeringBits::default()).unwrap()
+    fn swept(maps: &MemoryMaps) -> Swept {
+        let clock = Clock { now: NOW, ticks_per_second: 1.0 };
+        sweep(maps, &IdleTimes::default(), clock, &mut LingeringBits::default()).unwrap()
     }
 
     /// C4
     #[test]
     fn a_flow_is_idle_when_both_directions_are() {
         let maps = MemoryMaps::default();
-        maps.write::<Established>(&flow(1, TCP, [86_399, 90_000], 0)).unwrap();
-        maps.write::<Established>(&flow(2, TCP, [90_000, 86_400], 0)).unwrap();
-        assert_eq!(swept(&maps).established, Swept { entries: 2, idle: 2, alone: 0 });
-        assert!(maps.get::<Established>(&flow(1, TCP, [0, 0], 0)[0].0).unwrap().is_some());
+        maps.write::<Flows>(&flow(1, TCP, [86_399, 90_000], Flow::CONFIRMED)).unwrap();
+        maps.write::<Flows>(&flow(2, TCP, [90_000, 86_400], Flow::CONFIRMED)).unwrap();
+        assert_eq!(swept(&maps), Swept { established: 2, idle: 2, ..Swept::default() });
+        assert!(maps.get::<Flows>(&flow(1, TCP, [0, 0], 0)[0].0).unwrap().is_some());
     }
 
     #[test]
-    fn each_state_has_its_own_idle_time() {
+    fn each_stage_has_its_own_idle_time() {
         let maps = MemoryMaps::default();
-        let idle_after = |age: u32, proto, flags| {
-            let entries = flow(1, proto, [age, age], flags);
-            maps.write::<Established>(&entries).unwrap();
-            let idle = swept(&maps).established.idle > 0;
-            maps.remove::<Established>(&entries.map(|(key, _)| key)).unwrap();
-            idle
+        let assert_limit = |limit: u32, proto, flags| {
+            for (age, idle) in [(limit - 1, 0), (limit, 2)] {
+                let entries = flow(1, proto, [age, age], flags);
+                maps.write::<Flows>(&entries).unwrap();
+                assert_eq!(swept(&maps).idle, idle, "{proto}, flags {flags:#b}, {age} s");
+                maps.remove::<Flows>(&entries.map(|(key, _)| key)).unwrap();
+            }
         };
-        assert!(!idle_after(3_599, TCP, Flow::CLIENT_FIN) && idle_after(3_600, TCP, Flow::CLIENT_FIN));
+        let confirmed = Flow::CONFIRMED;
         let both = Flow::CLIENT_FIN | Flow::ENDPOINT_FIN;
-        assert!(!idle_after(59, TCP, both) && idle_after(60, TCP, both));
-        assert!(!idle_after(3_600, TCP, 0));
-        assert!(!idle_after(179, UDP, Flow::ANSWERED) && idle_after(180, UDP, Flow::ANSWERED));
-        maps.write::<HalfOpen>(&flow(1, UDP, [30, 30], 0)).unwrap();
-        maps.write::<HalfOpen>(&flow(2, UDP, [30, 30], Flow::ANSWERED)).unwrap();
-        maps.write::<HalfOpen>(&flow(3, TCP, [59, 59], 0)).unwrap();
-        maps.write::<Closing>(&flow(4, TCP, [60, 61], 0)).unwrap();
-        let sweep = swept(&maps);
-        assert_eq!(sweep.half_open, Swept { entries: 4, idle: 2, alone: 0 });
-        assert_eq!(sweep.closing, Swept { entries: 0, idle: 2, alone: 0 });
+        assert_limit(60, TCP, 0);
+        assert_limit(86_400, TCP, confirmed);
+        assert_limit(3_600, TCP, confirmed | Flow::CLIENT_FIN);
+        assert_limit(3_600, TCP, confirmed | Flow::ENDPOINT_FIN);
+        assert_limit(60, TCP, confirmed | both);
+        assert_limit(60, TCP, confirmed | both | Flow::CLOSING);
+        assert_limit(60, TCP, confirmed | Flow::CLOSING);
+        assert_limit(30, UDP, 0);
+        assert_limit(60, UDP, Flow::ANSWERED);
+        assert_limit(180, UDP, confirmed | Flow::ANSWERED);
+    }
+
+    /// A flag that only one direction has yet is of both.
+    #[test]
+    fn the_stage_of_a_flow_is_what_either_direction_says() {
+        let maps = MemoryMaps::default();
+        let [mut forward, reply] = flow(1, TCP, [60, 60], 0);
+        forward.1.set(Flow::CONFIRMED);
+        maps.write::<Flows>(&[forward, reply]).unwrap();
+        assert_eq!(swept(&maps), Swept { half_open: 1, established: 1, ..Swept::default() });
     }
 
     /// C4
     #[test]
     fn a_direction_whose_partner_is_gone_is_removed() {
         let maps = MemoryMaps::default();
-        maps.write::<HalfOpen>(&flow(1, TCP, [5, 5], 0)[..1]).unwrap();
-        maps.write::<HalfOpen>(&flow(2, TCP, [4, 4], 0)[1..]).unwrap();
-        maps.write::<HalfOpen>(&flow(3, TCP, [5, 0], 0)).unwrap();
-        assert_eq!(swept(&maps).half_open, Swept { entries: 3, idle: 0, alone: 1 });
+        maps.write::<Flows>(&flow(1, TCP, [5, 5], 0)[..1]).unwrap();
+        maps.write::<Flows>(&flow(2, TCP, [4, 4], 0)[1..]).unwrap();
+        maps.write::<Flows>(&flow(3, TCP, [5, 0], 0)).unwrap();
+        assert_eq!(swept(&maps), Swept { half_open: 3, alone: 1, ..Swept::default() });
     }
 
     #[test]

@@ -12,7 +12,7 @@ use dataplane_tests::bench_sync::{cluster, node, service};
 use dataplane_user::admin::names::Names;
 use dataplane_user::admin::{View, render};
 use dataplane_user::config::Output;
-use dataplane_user::expire::{IdleTimes, sweep};
+use dataplane_user::expire::{Clock, IdleTimes, Swept, sweep};
 use dataplane_user::kernel::bpf;
 use dataplane_user::kernel::maps::{KernelMaps, MapError, create};
 use dataplane_user::kernel::object::{self, Object};
@@ -103,7 +103,7 @@ fn pinned_maps_are_found_by_name() {
     let folder = private_bpffs();
     let error = KernelMaps::open(&folder).unwrap_err();
     assert!(error.to_string().contains("--bpffs"), "{error}");
-    let maps = KernelMaps::create(&[("established", 64)]).unwrap();
+    let maps = KernelMaps::create(&[("flows", 64)]).unwrap();
     for (name, map) in maps.iter() {
         // A trie has memory for the entries it holds, and it holds none.
         assert_eq!(map.memlock().unwrap() > 0, name != tables::SourceRanges::NAME, "{name}");
@@ -113,7 +113,7 @@ fn pinned_maps_are_found_by_name() {
     // All but the programs' own working memory.
     let shared = tables::ALL.iter().filter(|(name, ..)| *name != tables::Scratch::NAME);
     assert_eq!(again.iter().count(), shared.count());
-    assert_eq!(again.capacity::<tables::Established>().unwrap(), 64);
+    assert_eq!(again.capacity::<tables::Flows>().unwrap(), 64);
     let ids = |maps: &KernelMaps| maps.iter().map(|(_, map)| map.shape().id).collect::<Vec<_>>();
     assert_eq!(ids(&again), ids(&maps));
 }
@@ -205,30 +205,28 @@ fn a_restart_writes_nothing() {
 
 /// C4
 #[test]
-fn idle_flows_leave_hash_and_lru_tables() {
+fn idle_flows_leave_the_table() {
     let maps = KernelMaps::create(&[]).unwrap();
     let mut entries = Vec::new();
     for n in 0..20_000u32 {
         let client = (Addr::from_v4((0x0a01_0000 + n).to_be_bytes()), Port::new(40_000));
         let frontend = (Addr::from_v4([10, 96, 0, 1]), Port::new(80));
         let endpoint = (Addr::from_v4([10, 244, 0, 1]), Port::new(8080));
-        let mut forward = Flow::with_flags(0);
+        let mut forward = Flow::with_flags(Flow::CONFIRMED);
         (forward.src, forward.src_port, forward.dst, forward.dst_port) =
             (client.0, client.1, endpoint.0, endpoint.1);
-        let mut reply = Flow::with_flags(Flow::REPLY);
+        let mut reply = Flow::with_flags(Flow::REPLY | Flow::CONFIRMED);
         (reply.src, reply.src_port, reply.dst, reply.dst_port) = (frontend.0, frontend.1, client.0, client.1);
         let last_seen = if n % 4 == 0 { 100_000 } else { 1 };
         (forward.last_seen, reply.last_seen) = (last_seen, last_seen);
         entries.push((FlowKey::new(client.0, client.1, frontend.0, frontend.1, 6), forward));
         entries.push((forward.partner(6), reply));
     }
-    maps.write::<tables::Established>(&entries).unwrap();
-    maps.write::<tables::Closing>(&entries[..4_000]).unwrap();
-    let mut bits = LingeringBits::default();
-    let swept = sweep(&maps, &IdleTimes::default(), || 100_000, 1.0, &mut bits).unwrap();
-    assert_eq!((swept.established.idle, swept.established.entries), (30_000, 10_000));
-    assert_eq!((swept.closing.idle, swept.closing.entries), (3_000, 1_000));
-    assert_eq!(swept.established.alone + swept.closing.alone, 0);
+    maps.write::<tables::Flows>(&entries).unwrap();
+    let (mut bits, clock) = (LingeringBits::default(), Clock { now: 100_000, ticks_per_second: 1.0 });
+    let swept = sweep(&maps, &IdleTimes::default(), clock, &mut bits).unwrap();
+    assert_eq!(swept, Swept { idle: 30_000, established: 10_000, ..Swept::default() });
+    assert_eq!(maps.count(tables::Flows::NAME).unwrap(), 10_000);
 }
 
 /// H3: those for devices without a link-layer header are loaded where such a device first appears.

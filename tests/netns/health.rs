@@ -206,10 +206,8 @@ fn traffic_is_told_by_service_endpoint_and_program() {
     {
         assert!(text().lines().any(|other| other.starts_with(line)), "{line} in {}", text());
     }
-    assert_eq!(metric(&lab, 0, "portolan_table_capacity{table=\"established\"} "), Some(200_000.0));
-    until("flows are counted", || {
-        metric(&lab, 0, "portolan_table_entries{table=\"established\"} ").is_some()
-    });
+    assert_eq!(metric(&lab, 0, "portolan_table_capacity{table=\"flows\"} "), Some(232_768.0));
+    until("flows are counted", || metric(&lab, 0, "portolan_table_entries{table=\"flows\"} ").is_some());
     let answer = get(lab.node(0).place(), at(Ipv4Addr::LOCALHOST, METRICS), "/proxyMode").unwrap();
     assert!(answer.text.ends_with("\r\n\r\nebpf"), "{answer:?}");
     let bounded = AgentOptions::default().arguments(&["--metrics-max-series=0"]);

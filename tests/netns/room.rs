@@ -89,32 +89,36 @@ fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
     }
 }
 
-/// C4: flows for which there is no room are served all the same, and break none of the others.
+/// C4: flows for which there is no room are dropped and counted, and break none of the others.
 #[test]
 fn a_full_table_of_flows_breaks_no_flow() {
+    // Two entries for each flow: 2,304.
+    const FLOWS: usize = 1_024 + 64 + 64;
+
     let lab = lab();
     let node = lab.node(0);
     lab.manifests().apply(&service(&lab, 1)).unwrap();
-    node.start_agent(&AgentOptions::default().arguments(&["--socket-lb=off", "--max-flows=1024"])).unwrap();
+    let arguments = ["--socket-lb=off", "--max-flows=1024", "--map-size=half_open=64,closing=64"];
+    node.start_agent(&AgentOptions::default().arguments(&arguments)).unwrap();
     let connect = |count| {
         let mut streams = shell(&lab).connect_many(at(cluster_ip(1), PORT), count).unwrap();
         streams.iter_mut().for_each(|stream| drop(stream.ask().unwrap()));
         streams
     };
-    let mut streams = connect(960);
-    let nearly_full = "portolan_table_nearly_full{table=\"established\"} ";
+    let mut streams = connect(FLOWS * 91 / 100);
+    let nearly_full = "portolan_table_nearly_full{table=\"flows\"} ";
     eventually("a metric tells that it is nearly full", || metric(node, nearly_full) == Some(1.0));
-    assert!(
-        log(node).contains("the table established is 9") && log(node).contains("--max-flows"),
-        "{}",
-        log(node)
-    );
-    streams.extend(connect(200));
+    assert!(log(node).contains("the table flows is 9") && log(node).contains("--max-flows"), "{}", log(node));
+    streams.extend(connect(FLOWS - streams.len()));
+    let late = shell(&lab).timeout(Duration::from_millis(500));
+    assert!(late.connect(at(cluster_ip(1), PORT)).is_err(), "there is no room");
+    let full = "portolan_reasons_total{reason=\"flows-full\"} ";
+    assert!(metric(node, full).is_some_and(|count| count > 0.0));
     for stream in &mut streams {
         stream.ask().unwrap();
     }
-    let full = "portolan_reasons_total{reason=\"established-full\"} ";
-    assert!(metric(node, full).is_some_and(|count| count > 0.0));
+    streams.truncate(FLOWS / 2);
+    shell(&lab).tcp(at(cluster_ip(1), PORT)).unwrap();
 }
 
 /// Endpoints of one Service, all of which are addresses of one pod.

@@ -4,7 +4,7 @@ use crate::expect;
 use dataplane_common::drop::Reason;
 use dataplane_tests::packet::build::{Packet, tcp, tcp_packet, udp_packet};
 use dataplane_tests::packet::family::{Family, for_both};
-use dataplane_tests::packet::{Hook, Verdict, World, reason};
+use dataplane_tests::packet::{Hook, Outcome, Verdict, World, reason};
 
 fn syn(f: &Family) -> Packet {
     tcp_packet((f.pod, 40_000), (f.cluster_ip, 80), tcp::SYN)
@@ -134,21 +134,113 @@ fn a_refused_connection_leaves_no_flow() {
     });
 }
 
-/// C4: a full table costs nobody a connection: the flow stays half-open, and it is counted.
+/// The client's packets and the endpoint's of one connection, by the client's port.
+struct Connection<'a> {
+    f: &'a Family,
+    world: &'a World,
+    port: u16,
+}
+
+impl Connection<'_> {
+    fn to_service(&self, flags: u8) -> Packet {
+        tcp_packet((self.f.pod, self.port), (self.f.cluster_ip, 80), flags)
+    }
+
+    /// Its first packet.
+    fn begin(&self) -> Outcome {
+        self.world.send(Hook::PodIn, &self.to_service(tcp::SYN)).unwrap()
+    }
+
+    fn establish(&self) {
+        self.begin();
+        let answer = tcp_packet((self.f.remote, 8080), (self.f.pod, self.port), tcp::SYN | tcp::ACK);
+        self.world.send(Hook::PodOut, &answer.numbers(5_000, 1_001)).unwrap();
+        self.world.send(Hook::PodIn, &self.to_service(tcp::ACK).numbers(1_001, 5_001)).unwrap();
+    }
+
+    fn reset(&self) {
+        self.world.send(Hook::PodIn, &self.to_service(tcp::RST)).unwrap();
+    }
+
+    /// Whether the endpoint's packets are restored.
+    fn lives(&self) -> bool {
+        let sent = tcp_packet((self.f.remote, 8080), (self.f.pod, self.port), tcp::ACK);
+        self.world.send(Hook::PodOut, &sent).unwrap().packet == sent.from(self.f.cluster_ip, 80).bytes()
+    }
+}
+
+/// C4: under pressure closing flows go first, then half-open ones; an established flow is never broken by new ones, which are
+/// dropped and counted if there is no other.
 #[test]
-fn a_full_established_table_leaves_the_flow_half_open() {
+fn a_full_table_breaks_no_established_flow() {
     for_both(|f| {
-        let world = World::with(&f.web("", &[f.remote_endpoint()]), 0, &[("established", 2)]).unwrap();
-        establish(f, &world);
-        let other = |packet: Packet| packet.from(f.pod, 40_001);
-        world.send(Hook::PodIn, &other(syn(f))).unwrap();
-        let reply = tcp_packet((f.remote, 8080), (f.pod, 40_001), tcp::SYN | tcp::ACK).numbers(5_000, 1_001);
-        world.send(Hook::PodOut, &reply).unwrap();
-        let sent = other(ack(f, 5_001));
-        let mut moved = f.counted_in(20, false);
-        moved.extend(reason(Reason::EstablishedFull));
-        expect(&world, Hook::PodIn, &sent, Verdict::Pass, &sent.clone().to(f.remote, 8080), &moved);
-        assert_eq!(world.flow_counts().unwrap(), [2, 2, 0]);
+        let world = World::with(&f.web("", &[f.remote_endpoint()]), 0, &[("flows", 4)]).unwrap();
+        let [first, second, third, fourth, fifth] =
+            [1, 2, 3, 4, 5].map(|port| Connection { f, world: &world, port });
+        first.establish();
+        second.establish();
+        second.reset();
+        assert_eq!(world.flow_counts().unwrap(), [0, 2, 2]);
+        assert_eq!(third.begin().verdict, Verdict::Pass);
+        assert_eq!(world.flow_counts().unwrap(), [2, 2, 0], "the closing flow made room");
+        fourth.establish();
+        assert_eq!(world.flow_counts().unwrap(), [0, 4, 0], "the half-open flow made room");
+        let refused = fifth.begin();
+        assert_eq!((refused.verdict, refused.moved), (Verdict::Drop, reason(Reason::FlowsFull)));
+        assert!(first.lives() && fourth.lives());
+        assert_eq!(world.flow_counts().unwrap(), [0, 4, 0]);
+    });
+}
+
+/// C4: half-open flows push out only their own kind, whole flows, and none that was confirmed since.
+#[test]
+fn half_open_flows_have_their_own_room() {
+    for_both(|f| {
+        let world = World::with(&f.web("", &[f.remote_endpoint()]), 0, &[("half_open", 4)]).unwrap();
+        let connections: Vec<_> = (1..=20).map(|port| Connection { f, world: &world, port }).collect();
+        connections[0].establish();
+        connections[1].establish();
+        connections[2..].iter().for_each(|connection| assert_eq!(connection.begin().verdict, Verdict::Pass));
+        assert_eq!(world.flow_counts().unwrap(), [8, 4, 0]);
+        let [half_open, ..] = world.flows().unwrap();
+        let has = |key| half_open.iter().any(|(other, _)| *other == key);
+        assert!(half_open.iter().all(|(key, flow)| has(flow.partner(key.proto()))), "both directions went");
+        assert!(connections[0].lives() && connections[1].lives());
+    });
+}
+
+/// The names of flows that were confirmed make way for those that are half-open, however many come and go.
+#[test]
+fn a_half_open_flow_is_not_pushed_out_by_connections_that_are_confirmed() {
+    for_both(|f| {
+        let world = World::with(&f.web("", &[f.remote_endpoint()]), 0, &[("half_open", 4)]).unwrap();
+        let waits = Connection { f, world: &world, port: 1 };
+        waits.begin();
+        for port in 2..=40 {
+            Connection { f, world: &world, port }.establish();
+        }
+        assert_eq!(world.flow_counts().unwrap(), [2, 78, 0]);
+        assert!(waits.lives());
+    });
+}
+
+/// C4: closing flows push out their oldest, and none that began anew on the same ports.
+#[test]
+fn closing_flows_have_their_own_room() {
+    for_both(|f| {
+        let world = World::with(&f.web("", &[f.remote_endpoint()]), 0, &[("closing", 2)]).unwrap();
+        let [first, second, third, fourth] = [1, 2, 3, 4].map(|port| Connection { f, world: &world, port });
+        for connection in [&first, &second, &third] {
+            connection.establish();
+            connection.reset();
+        }
+        assert_eq!(world.flow_counts().unwrap(), [0, 0, 4]);
+        assert!(!first.lives() && second.lives() && third.lives());
+        second.establish();
+        fourth.establish();
+        fourth.reset();
+        assert_eq!(world.flow_counts().unwrap(), [0, 2, 4], "second has begun anew");
+        assert!(second.lives() && third.lives() && fourth.lives());
     });
 }
 

@@ -6,8 +6,8 @@ use super::services::protocol_name;
 use crate::expire::Clock;
 use crate::kernel::maps::{KernelMaps, MapError};
 use dataplane_common::backend::Backend;
-use dataplane_common::flow::{Flow, FlowKey};
-use dataplane_common::tables::{Backends, Closing, Established, HalfOpen, Table};
+use dataplane_common::flow::{Flow, FlowKey, Stage};
+use dataplane_common::tables::{Backends, Flows};
 use dataplane_common::{Addr, Port};
 use serde::Serialize;
 use std::collections::HashMap;
@@ -66,23 +66,7 @@ fn end(addr: &Addr, port: Port) -> String {
 
 /// All flows, ordered by client.
 pub(super) fn rows(maps: &KernelMaps, names: &Names, clock: Option<Clock>) -> Result<Vec<FlowRow>, MapError> {
-    let mut rows = table_rows::<HalfOpen>(maps, names, clock, "half-open")?;
-    rows.extend(table_rows::<Established>(maps, names, clock, "established")?);
-    rows.extend(table_rows::<Closing>(maps, names, clock, "closing")?);
-    rows.sort_by(|a, b| (&a.client, &a.frontend, &a.protocol).cmp(&(&b.client, &b.frontend, &b.protocol)));
-    Ok(rows)
-}
-
-fn table_rows<T>(
-    maps: &KernelMaps,
-    names: &Names,
-    clock: Option<Clock>,
-    state: &'static str,
-) -> Result<Vec<FlowRow>, MapError>
-where
-    T: Table<Key = FlowKey, Value = Flow>,
-{
-    let entries: HashMap<FlowKey, Flow> = maps.map::<T>()?.entries()?.into_iter().collect();
+    let entries: HashMap<FlowKey, Flow> = maps.map::<Flows>()?.entries()?.into_iter().collect();
     let (table, mut backends) = (maps.map::<Backends>()?, HashMap::new());
     for flow in entries.values() {
         if let Entry::Vacant(entry) = backends.entry(flow.backend)
@@ -91,7 +75,9 @@ where
             entry.insert(backend);
         }
     }
-    Ok(fold(&entries, |flow| service_name(flow, backends.get(&flow.backend), names), clock, state))
+    let mut rows = fold(&entries, |flow| service_name(flow, backends.get(&flow.backend), names), clock);
+    rows.sort_by(|a, b| (&a.client, &a.frontend, &a.protocol).cmp(&(&b.client, &b.frontend, &b.protocol)));
+    Ok(rows)
 }
 
 /// The name of a flow's service port, by what the backend's id is now.
@@ -107,27 +93,18 @@ fn fold(
     entries: &HashMap<FlowKey, Flow>,
     service: impl Fn(&Flow) -> String,
     clock: Option<Clock>,
-    state: &'static str,
 ) -> Vec<FlowRow> {
     let mut rows = Vec::new();
     for (key, flow) in entries {
         let partner = entries.get(&flow.partner(key.proto()));
         if flow.has(Flow::REPLY) {
             if partner.is_none() {
-                rows.push(row(
-                    &flow.partner(key.proto()),
-                    &key.reversed(),
-                    flow,
-                    None,
-                    service(flow),
-                    clock,
-                    state,
-                ));
+                rows.push(row(&flow.partner(key.proto()), &key.reversed(), flow, None, service(flow), clock));
             }
             continue;
         }
         let forward = FlowKey::new(flow.src, flow.src_port, flow.dst, flow.dst_port, key.proto());
-        rows.push(row(key, &forward, flow, partner, service(flow), clock, state));
+        rows.push(row(key, &forward, flow, partner, service(flow), clock));
     }
     rows
 }
@@ -140,7 +117,6 @@ fn row(
     partner: Option<&Flow>,
     service: String,
     clock: Option<Clock>,
-    state: &'static str,
 ) -> FlowRow {
     let idle = |clock: Clock| {
         let seen = [Some(flow), partner].into_iter().flatten().map(|flow| clock.since(flow.last_seen));
@@ -154,7 +130,11 @@ fn row(
         endpoint: end(&leaves.dst, leaves.dst_port),
         translated_source: translated.then(|| end(&leaves.src, leaves.src_port)),
         service,
-        state,
+        state: match Flow::with_flags(flow.flags() | partner.map_or(0, Flow::flags)).stage() {
+            Stage::HalfOpen => "half-open",
+            Stage::Established => "established",
+            Stage::Closing => "closing",
+        },
         idle_seconds: clock.map(idle),
         whole: partner.is_some(),
     }
@@ -196,15 +176,14 @@ mod tests {
 
     #[test]
     fn both_directions_are_one_row_and_one_alone_is_shown_as_such() {
-        let forward = (key(CLIENT, FRONTEND), flow(0, SOURCE, ENDPOINT, 90));
-        let reply = (key(ENDPOINT, SOURCE), flow(Flow::REPLY, FRONTEND, CLIENT, 95));
+        let forward = (key(CLIENT, FRONTEND), flow(Flow::CONFIRMED, SOURCE, ENDPOINT, 90));
+        let reply = (key(ENDPOINT, SOURCE), flow(Flow::REPLY | Flow::CONFIRMED, FRONTEND, CLIENT, 95));
         let clock = Some(Clock { now: 100, ticks_per_second: 1.0 });
         let rows = |entries: &[(FlowKey, Flow)]| {
             fold(
                 &entries.iter().copied().collect(),
                 |flow| service_name(flow, Some(&backend(0)), &Names::default()),
                 clock,
-                "established",
             )
         };
         let whole = FlowRow {

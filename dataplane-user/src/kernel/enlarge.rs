@@ -19,8 +19,8 @@ pub(super) struct Enlarged {
 
 /// The tables that programs write on their own.
 const WRITTEN_BY_PROGRAMS: [&str; 8] = [
+    tables::Flows::NAME,
     tables::HalfOpen::NAME,
-    tables::Established::NAME,
     tables::Closing::NAME,
     tables::Uplinks::NAME,
     tables::Affinities::NAME,
@@ -69,9 +69,12 @@ impl Enlarged {
     }
 }
 
-/// Copies entry by entry. A hash table that changes meanwhile may begin again at its first key, but not for ever.
+/// Copies entry by entry; what a queue names is moved. A hash table that changes meanwhile may begin again at its first key, but not for ever.
 fn copy(from: &MapFd, to: &MapFd, flags: u64) -> io::Result<usize> {
     let shape = from.shape();
+    if shape.map_type == super::maps::map_type(TableKind::Queue) {
+        return requeue(from, to);
+    }
     let is_array =
         [TableKind::Array, TableKind::PerCpuArray].map(super::maps::map_type).contains(&shape.map_type);
     let mut value = vec![0; from.copied_size()];
@@ -92,4 +95,19 @@ fn copy(from: &MapFd, to: &MapFd, flags: u64) -> io::Result<usize> {
         key = Some(next.clone());
     }
     Ok(copied)
+}
+
+/// Moves the values of a queue, the oldest first.
+fn requeue(from: &MapFd, to: &MapFd) -> io::Result<usize> {
+    let mut value = vec![0; from.copied_size()];
+    let mut moved = 0;
+    while moved < from.shape().max_entries && from.pop(&mut value)? {
+        match to.update(&[], &value, bpf::ANY) {
+            Ok(()) => moved += 1,
+            // Programs have filled it meanwhile: what has no name goes when it is idle.
+            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(moved)
 }

@@ -87,6 +87,7 @@ pub const fn map_type(kind: TableKind) -> u32 {
         TableKind::Hash | TableKind::HashByEntry => bpf::TYPE_HASH,
         TableKind::LruHash => bpf::TYPE_LRU_HASH,
         TableKind::LpmTrie => bpf::TYPE_LPM_TRIE,
+        TableKind::Queue => bpf::TYPE_QUEUE,
     }
 }
 
@@ -94,7 +95,8 @@ pub const fn map_type(kind: TableKind) -> u32 {
 const fn map_flags(kind: TableKind) -> u32 {
     match kind {
         TableKind::HashByEntry | TableKind::LpmTrie => bpf::NO_PREALLOC,
-        TableKind::Array | TableKind::PerCpuArray | TableKind::Hash | TableKind::LruHash => 0,
+        TableKind::Array | TableKind::PerCpuArray | TableKind::Hash => 0,
+        TableKind::LruHash | TableKind::Queue => 0,
     }
 }
 
@@ -428,7 +430,7 @@ impl KernelMaps {
                 maps.insert(T::NAME, map.fd);
             })+};
         }
-        create_each!(Nodes NodeAddrs Filter Frontends Services Slots Backends HalfOpen Established Closing);
+        create_each!(Nodes NodeAddrs Filter Frontends Services Slots Backends Flows HalfOpen Closing);
         create_each!(SourceRanges Affinities Fragments);
         create_each!(ServiceTraffic BackendTraffic Reasons SocketPeers SocketChoices Uplinks);
         Ok(Self { maps })

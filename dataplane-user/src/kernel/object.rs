@@ -363,6 +363,7 @@ fn data(map: &Map) -> Option<&MapData> {
         | Map::PerCpuHashMap(data)
         | Map::PerCpuLruHashMap(data)
         | Map::LpmTrie(data)
+        | Map::Queue(data)
         | Map::RingBuf(data) => Some(data),
         _ => None,
     }

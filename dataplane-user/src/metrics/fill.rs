@@ -1,7 +1,7 @@
 //! How full the tables are, and a warning before one is full.
 
 use super::family::{TABLE_CAPACITY, TABLE_ENTRIES, TABLE_NEARLY_FULL, Text};
-use dataplane_common::tables::{SocketChoices, SocketPeers, Table as _, Uplinks};
+use dataplane_common::tables::{Closing, SocketChoices, SocketPeers, Table as _, Uplinks};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,7 +12,7 @@ const LOW: usize = 80;
 
 /// Tables from which nothing is removed but by what is newer: sooner or later they are full of what is of no use any more,
 /// and that says nothing.
-const ALWAYS_FULL: [&str; 3] = [SocketPeers::NAME, SocketChoices::NAME, Uplinks::NAME];
+const ALWAYS_FULL: [&str; 4] = [SocketPeers::NAME, SocketChoices::NAME, Uplinks::NAME, Closing::NAME];
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Table {
@@ -70,7 +70,7 @@ impl Fill {
 
 fn flag(table: &str) -> String {
     match table {
-        "established" => "--max-flows".to_owned(),
+        "flows" => "--max-flows".to_owned(),
         _ => format!("--map-size {table}=N"),
     }
 }
@@ -83,14 +83,14 @@ mod tests {
     #[test]
     fn a_table_is_warned_of_once_before_it_is_full() {
         let fill = Fill::default();
-        assert_eq!(fill.set("established", 899, 1000), None);
-        let warning = fill.set("established", 900, 1000).unwrap();
+        assert_eq!(fill.set("flows", 899, 1000), None);
+        let warning = fill.set("flows", 900, 1000).unwrap();
         assert!(warning.contains("90 % full, 900 of 1000") && warning.contains("--max-flows"), "{warning}");
-        assert_eq!(fill.set("established", 950, 1000), None);
-        assert_eq!(fill.set("established", 820, 1000), None, "still told");
-        assert_eq!(fill.set("established", 920, 1000), None);
-        assert_eq!(fill.set("established", 700, 1000), None);
-        assert!(fill.set("established", 1000, 1000).is_some());
+        assert_eq!(fill.set("flows", 950, 1000), None);
+        assert_eq!(fill.set("flows", 820, 1000), None, "still told");
+        assert_eq!(fill.set("flows", 920, 1000), None);
+        assert_eq!(fill.set("flows", 700, 1000), None);
+        assert!(fill.set("flows", 1000, 1000).is_some());
         assert!(fill.set("frontends", 10, 10).unwrap().contains("--map-size frontends=N"));
     }
 

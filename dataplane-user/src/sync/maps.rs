@@ -67,7 +67,8 @@ impl MemoryMaps {
     fn is_array<T: Table>() -> bool {
         match T::KIND {
             TableKind::Array | TableKind::PerCpuArray => true,
-            TableKind::Hash | TableKind::HashByEntry | TableKind::LruHash | TableKind::LpmTrie => false,
+            TableKind::Hash | TableKind::HashByEntry | TableKind::LruHash => false,
+            TableKind::LpmTrie | TableKind::Queue => false,
         }
     }
 
@@ -108,7 +109,7 @@ impl Maps for MemoryMaps {
             let (bytes, room) = (bytemuck::bytes_of(key), self.room::<T>());
             let fits = match T::KIND {
                 TableKind::Array | TableKind::PerCpuArray => self.has_index::<T>(key),
-                TableKind::Hash | TableKind::HashByEntry | TableKind::LpmTrie => {
+                TableKind::Hash | TableKind::HashByEntry | TableKind::LpmTrie | TableKind::Queue => {
                     table.len() < room || table.contains_key(bytes)
                 }
                 TableKind::LruHash => {

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result};
 use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::filter::FilterBit;
 use dataplane_common::flow::{Flow, FlowKey};
-use dataplane_common::tables::{self, Backends, Established, Filter};
+use dataplane_common::tables::{self, Backends, Filter, Flows};
 use dataplane_common::{Addr, Port};
 use dataplane_user::kernel::bpf::{self, TEST_XDP_LIVE_FRAMES, TestRun};
 use dataplane_user::kernel::maps::KernelMaps;
@@ -112,10 +112,10 @@ fn fill(maps: &KernelMaps) -> Result<()> {
     maps.map::<Backends>()?.insert(&1, &Backend::new(status, endpoint, port, 1), bpf::ANY)?;
     let key = FlowKey::new(client, Port::new(40_000), endpoint, port, 6);
     let half = |key: &FlowKey, flags| {
-        let mut flow = Flow::with_flags(flags | Flow::SOURCE_TRANSLATED);
+        let mut flow = Flow::with_flags(flags | Flow::SOURCE_TRANSLATED | Flow::CONFIRMED);
         (flow.src, flow.src_port, flow.dst, flow.dst_port) = (key.src, key.src_port, key.dst, key.dst_port);
         (flow.backend, flow.generation, flow.check) = (1, 1, key.check());
         (*key, flow)
     };
-    Ok(maps.map::<Established>()?.insert_batch(&[half(&key, 0), half(&key.reversed(), Flow::REPLY)])?)
+    Ok(maps.map::<Flows>()?.insert_batch(&[half(&key, 0), half(&key.reversed(), Flow::REPLY)])?)
 }

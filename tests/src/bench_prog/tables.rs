@@ -12,7 +12,7 @@ use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::filter::FilterBit;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
-use dataplane_common::tables::{self, Backends, Established, Filter, Frontends, Table as _};
+use dataplane_common::tables::{self, Backends, Filter, Flows, Frontends, Table as _};
 use dataplane_common::{Addr, Port};
 use dataplane_user::kernel::bpf::{self, MapFd, TestRun};
 use dataplane_user::kernel::maps::{KernelMaps, Map};
@@ -197,7 +197,7 @@ fn fill(maps: &KernelMaps) -> Result<()> {
 
     let key = FlowKey::new(client, Port::new(40_000), service, Port::new(80), 6);
     let half = |key: &FlowKey, flags| {
-        let mut flow = Flow::with_flags(flags);
+        let mut flow = Flow::with_flags(flags | Flow::CONFIRMED);
         (flow.src, flow.src_port, flow.dst, flow.dst_port) = (key.src, key.src_port, key.dst, key.dst_port);
         (flow.backend, flow.generation, flow.check) = (1, 1, key.check());
         (*key, flow)
@@ -210,5 +210,5 @@ fn fill(maps: &KernelMaps) -> Result<()> {
             0,
         ));
     }
-    Ok(maps.map::<Established>()?.insert_batch(&flows)?)
+    Ok(maps.map::<Flows>()?.insert_batch(&flows)?)
 }

@@ -8,7 +8,7 @@ use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::tables;
 use dataplane_user::compile::{self, Context, NodeSettings};
-use dataplane_user::expire::{self, IdleTimes};
+use dataplane_user::expire::{self, Clock, IdleTimes};
 use dataplane_user::model::{Change, Dirty, Kind};
 use dataplane_user::watch::manifests;
 use ipnet::IpNet;
@@ -58,7 +58,7 @@ impl World {
         }
         let later = now + dataplane_user::sync::REST;
         let mut bits = self.mirror.lingering_bits(later);
-        expire::sweep(&self.maps, &NEVER, || 0, 1.0, &mut bits)?;
+        expire::sweep(&self.maps, &NEVER, Clock { now: 0, ticks_per_second: 1.0 }, &mut bits)?;
         self.mirror.clear_bits(&self.maps, &bits, later)?;
         Ok(errors.iter().map(ToString::to_string).collect())
     }
@@ -68,11 +68,9 @@ impl World {
     /// # Errors
     /// If the kernel refuses.
     pub fn forget_flows(&self) -> Result<()> {
-        let [half_open, established, closing] =
-            self.flows()?.map(|flows| flows.into_iter().map(|(key, _)| key).collect::<Vec<_>>());
-        self.maps.map::<tables::HalfOpen>()?.remove_batch(&half_open)?;
-        self.maps.map::<tables::Established>()?.remove_batch(&established)?;
-        self.maps.map::<tables::Closing>()?.remove_batch(&closing)?;
+        let flows = self.maps.map::<tables::Flows>()?;
+        let keys: Vec<_> = flows.entries()?.into_iter().map(|(key, _)| key).collect();
+        flows.remove_batch(&keys)?;
         let (affinities, fragments) =
             (self.maps.map::<tables::Affinities>()?, self.maps.map::<tables::Fragments>()?);
         let clients: Vec<_> = affinities.entries()?.into_iter().map(|(key, _)| key).collect();

@@ -11,7 +11,7 @@ pub use batch::NodeFacts;
 use crate::lab::xdp;
 use anyhow::{Context as _, Result, bail, ensure};
 use dataplane_common::drop::Reason;
-use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::flow::{Flow, FlowKey, Stage};
 use dataplane_common::tables;
 use dataplane_user::compile::{self, Compiler, Context, NodeSettings, NodeTables, Update};
 use dataplane_user::config::MapSize;
@@ -416,19 +416,17 @@ impl World {
         Ok(counters)
     }
 
-    /// The keys in the three flow tables (half-open, established, closing), in that order.
+    /// The flows of each stage (half-open, established, closing).
     ///
     /// # Errors
-    /// If a table cannot be read.
+    /// If the table cannot be read.
     pub fn flows(&self) -> Result<[Vec<(FlowKey, Flow)>; 3]> {
-        Ok([
-            self.maps.map::<tables::HalfOpen>()?.entries()?,
-            self.maps.map::<tables::Established>()?.entries()?,
-            self.maps.map::<tables::Closing>()?.entries()?,
-        ])
+        let entries = self.maps.map::<tables::Flows>()?.entries()?;
+        Ok([Stage::HalfOpen, Stage::Established, Stage::Closing]
+            .map(|stage| entries.iter().filter(|(_, flow)| flow.stage() == stage).copied().collect()))
     }
 
-    /// How many entries the three flow tables have.
+    /// How many entries each stage has.
     ///
     /// # Errors
     /// As [`World::flows`].

@@ -2,12 +2,12 @@
 
 use super::{SWEEP, Service};
 use crate::admin::names::Names;
-use crate::expire::{self, Sweep};
+use crate::expire::{self, Clock, Swept};
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::sockets::{self, SocketError};
 use crate::memory;
 use dataplane_common::tables::{
-    self, Backends, Closing, Established, Frontends, HalfOpen, SocketPeers, Table as _, TableKind,
+    self, Backends, Closing, Flows, Frontends, HalfOpen, SocketPeers, Table as _, TableKind,
 };
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -89,7 +89,8 @@ impl Service {
         let (mut bits, maps) = (mirror.lingering_bits(Instant::now()), maps.clone());
         let (idle, clock) = (self.idle, self.clock.clone());
         self.sweeping = Some(tokio::task::spawn_blocking(move || {
-            let swept = expire::sweep(&maps, &idle, || clock.tick(), clock.ticks_per_second(), &mut bits)?;
+            let now = Clock { now: clock.tick(), ticks_per_second: clock.ticks_per_second() };
+            let swept = expire::sweep(&maps, &idle, now, &mut bits)?;
             tracing::debug!("{swept:?}");
             let counts = count(&maps, &swept)?;
             // Here, beside the loop: all that was freed since the last time.
@@ -109,19 +110,19 @@ impl Service {
     }
 }
 
-/// How many entries the hash tables have: the flow tables as they were swept, all others counted, but for what `sync`
-/// keeps count of.
-fn count(maps: &KernelMaps, swept: &Sweep) -> Result<Vec<(&'static str, usize)>, MapError> {
+/// How many entries the hash tables have: that of flows as it was swept, all others counted, but for what `sync` keeps count of.
+/// A queue has one name for each flow of its stage; it may have more, of flows that are further or gone.
+fn count(maps: &KernelMaps, swept: &Swept) -> Result<Vec<(&'static str, usize)>, MapError> {
     let mut counts = vec![
-        (HalfOpen::NAME, swept.half_open.entries),
-        (Established::NAME, swept.established.entries),
-        (Closing::NAME, swept.closing.entries),
+        (Flows::NAME, swept.entries()),
+        (HalfOpen::NAME, swept.half_open / 2),
+        (Closing::NAME, swept.closing / 2),
     ];
     for (name, kind, _) in tables::ALL {
         let uncounted = match kind {
             TableKind::Hash | TableKind::HashByEntry | TableKind::LruHash => *name != Frontends::NAME,
             // Arrays have all their elements; a trie is written by the agent alone.
-            TableKind::Array | TableKind::PerCpuArray | TableKind::LpmTrie => false,
+            TableKind::Array | TableKind::PerCpuArray | TableKind::LpmTrie | TableKind::Queue => false,
         };
         if uncounted && !counts.iter().any(|(counted, _)| counted == name) {
             counts.push((name, maps.count(name)?));
