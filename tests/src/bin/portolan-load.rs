@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use dataplane_tests::load::{Connect, Load, Server, pin};
+use dataplane_tests::load::{Connect, Load, PacedServer, Server, pin};
 use std::net::Ipv4Addr;
 
 /// Measures a path with many flows.
@@ -15,10 +15,21 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Be the server: echo on a port (TCP and UDP), answer and close on the next, discard on the one after.
+    /// Be the server: echo on a port (TCP and UDP); on those after it answer and close, discard, answer as HTTP does, and the
+    /// same after some work.
     Serve {
-        /// The first of the three ports.
+        /// The first of the five ports.
         #[arg(long, default_value_t = 7000)]
+        port: u16,
+        /// The CPU of the server.
+        #[arg(long)]
+        cpu: Option<usize>,
+    },
+    /// Be a server that answers each request when a known time has passed: connections stay on a port, and end with their
+    /// answer on the next.
+    ServePaced {
+        /// The first of the two ports.
+        #[arg(long, default_value_t = 7010)]
         port: u16,
         /// The CPU of the server.
         #[arg(long)]
@@ -37,6 +48,12 @@ fn main() -> Result<()> {
             let mut server = Server::bind(Ipv4Addr::UNSPECIFIED.into(), Some(port))?;
             println!("serving");
             server.serve(|| false)
+        }
+        Verb::ServePaced { port, cpu } => {
+            cpu.map_or(Ok(()), pin)?;
+            let server = PacedServer::bind(Ipv4Addr::UNSPECIFIED.into(), port)?;
+            println!("serving");
+            server.serve()
         }
         Verb::Connect(connect) => {
             println!("{}", serde_json::to_string(&connect.run()?)?);

@@ -6,10 +6,12 @@
 mod bulk;
 mod client;
 mod connect;
+mod pace;
 mod server;
 
 pub use connect::{Connect, ConnectOutcome};
-pub use server::{ANSWER, Ports, Server};
+pub use pace::{PacedServer, wait_at};
+pub use server::{ANSWER, CLOSING_ANSWER, Ports, Server, WORK};
 
 use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
@@ -267,12 +269,14 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_is_what_an_http_client_waits_for() {
-        let text = std::str::from_utf8(ANSWER).unwrap();
-        let (head, body) = text.split_once("\r\n\r\n").unwrap();
-        assert!(
-            head.starts_with("HTTP/1.1 200 ") && head.ends_with(&format!("Content-Length: {}", body.len()))
-        );
+    fn the_answers_are_what_an_http_client_waits_for() {
+        for (answer, closes) in [(ANSWER, false), (CLOSING_ANSWER, true)] {
+            let text = std::str::from_utf8(answer).unwrap();
+            let (head, body) = text.split_once("\r\n\r\n").unwrap();
+            assert!(head.starts_with("HTTP/1.1 200 "));
+            assert!(head.ends_with(&format!("Content-Length: {}", body.len())));
+            assert_eq!(head.contains("Connection: close"), closes);
+        }
     }
 
     #[test]

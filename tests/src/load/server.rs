@@ -7,7 +7,7 @@ use mio::net::{TcpListener, TcpStream, UdpSocket};
 use mio::{Events, Interest, Poll, Token};
 use std::io::{ErrorKind, Read, Write};
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The ports of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,17 +22,29 @@ pub struct Ports {
     pub discard: u16,
     /// TCP: each request is answered by [`ANSWER`], whatever it says.
     pub answer: u16,
+    /// TCP: the same, after [`WORK`].
+    pub work: u16,
 }
+
+/// How long the server's CPU works for a request, where it does.
+pub const WORK: Duration = Duration::from_micros(50);
 
 /// An answer as long as a request, and one that an HTTP client understands.
 pub const ANSWER: &[u8; REQUEST] =
     b"HTTP/1.1 200 OK\r\nContent-Length: 25\r\n\r\n.....................\r\n\r\n";
+/// The same from a server that closes the connection then.
+pub const CLOSING_ANSWER: &[u8; REQUEST] =
+    b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 7\r\n\r\n.......";
 
 impl Ports {
-    /// Four ports from `first` on.
+    /// Five ports from `first` on.
     pub fn from(first: u16) -> Self {
-        Self { echo: first, datagrams: first, close: first + 1, discard: first + 2, answer: first + 3 }
+        let [close, discard, answer, work] = [1, 2, 3, 4].map(|next| first + next);
+        Self { echo: first, datagrams: first, close, discard, answer, work }
     }
+
+    /// Whichever are free.
+    const ANY: Self = Self { echo: 0, datagrams: 0, close: 0, discard: 0, answer: 0, work: 0 };
 
     /// The port for a mode.
     pub fn of(&self, mode: Mode) -> u16 {
@@ -52,6 +64,7 @@ enum Kind {
     Close,
     Discard,
     Answer,
+    Work,
 }
 
 struct Connection {
@@ -64,7 +77,7 @@ struct Connection {
 /// A server that listens.
 pub struct Server {
     poll: Poll,
-    listeners: [(TcpListener, Kind); 4],
+    listeners: [(TcpListener, Kind); 5],
     datagrams: UdpSocket,
     connections: Vec<Option<Connection>>,
     free: Vec<usize>,
@@ -72,9 +85,9 @@ pub struct Server {
 }
 
 /// The token of the UDP socket; below it are the listeners.
-const DATAGRAMS: usize = 4;
+const DATAGRAMS: usize = 5;
 /// The token of the first connection.
-const CONNECTIONS: usize = 5;
+const CONNECTIONS: usize = 6;
 /// Bytes that are read at once.
 const BUFFER: usize = 256 * 1024;
 
@@ -84,8 +97,7 @@ impl Server {
     /// # Errors
     /// If a port is taken.
     pub fn bind(address: IpAddr, first: Option<u16>) -> Result<Self> {
-        let ports =
-            first.map_or(Ports { echo: 0, datagrams: 0, close: 0, discard: 0, answer: 0 }, Ports::from);
+        let ports = first.map_or(Ports::ANY, Ports::from);
         let poll = Poll::new()?;
         let listen = |port: u16, kind| {
             let listener = TcpListener::bind((address, port).into());
@@ -96,6 +108,7 @@ impl Server {
             listen(ports.close, Kind::Close)?,
             listen(ports.discard, Kind::Discard)?,
             listen(ports.answer, Kind::Answer)?,
+            listen(ports.work, Kind::Work)?,
         ];
         let mut datagrams = UdpSocket::bind((address, ports.datagrams).into())
             .with_context(|| format!("UDP port {}", ports.datagrams))?;
@@ -114,7 +127,7 @@ impl Server {
     pub fn ports(&self) -> Ports {
         let tcp = |index: usize| self.listeners[index].0.local_addr().map_or(0, |address| address.port());
         let datagrams = self.datagrams.local_addr().map_or(0, |address| address.port());
-        Ports { echo: tcp(0), close: tcp(1), discard: tcp(2), answer: tcp(3), datagrams }
+        Ports { echo: tcp(0), close: tcp(1), discard: tcp(2), answer: tcp(3), work: tcp(4), datagrams }
     }
 
     /// Serves until told to stop, which is asked several times a second.
@@ -193,10 +206,13 @@ impl Connection {
                 // Requests are far smaller than what a socket takes at once, so an answer is never cut.
                 Kind::Echo if self.stream.write_all(&buffer[..length]).is_err() => return false,
                 Kind::Echo => {}
-                Kind::Answer => {
+                Kind::Answer | Kind::Work => {
                     self.read += length;
                     while self.read >= REQUEST {
                         self.read -= REQUEST;
+                        if matches!(self.kind, Kind::Work) {
+                            work();
+                        }
                         if self.stream.write_all(ANSWER).is_err() {
                             return false;
                         }
@@ -215,5 +231,13 @@ impl Connection {
                 return true;
             }
         }
+    }
+}
+
+/// Keeps the CPU busy for [`WORK`].
+fn work() {
+    let begun = Instant::now();
+    while begun.elapsed() < WORK {
+        std::hint::spin_loop();
     }
 }
