@@ -1,4 +1,4 @@
-//! `connect(2)` with and without the socket hooks, in a laboratory of one node.
+//! `connect(2)` with and without the socket hooks, in a laboratory of one node: the middle call of short turns.
 
 use super::Effort;
 use crate::bench::target::Ratio;
@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-/// How long each leg connects in each round.
-const SECONDS: &str = "0.3";
+/// How long each leg connects in each of its turns.
+const SECONDS: &str = "0.05";
+/// Turns of each leg in a round. The middle one counts: what comes between disturbs one or two.
+const TURNS: usize = 5;
 /// The port that the server listens on.
 const PORT: u16 = 7000;
 /// The Service's address.
@@ -23,7 +25,7 @@ const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 77);
 pub struct Connects {
     /// What is connected to what, with hooks or without.
     pub what: String,
-    /// Calls per second.
+    /// Calls per second, by the time of the middle one.
     pub per_second: Ratio,
     /// The same over what has no hooks, round by round; nothing for that itself.
     pub ratio: Option<Ratio>,
@@ -44,6 +46,16 @@ struct Leg {
     beside: Option<usize>,
 }
 
+impl Leg {
+    /// Calls per second of one turn, by the time of the middle one.
+    fn rate(&self, load: &str) -> Result<f64> {
+        let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
+        let text = self.place.run(load, &arguments)?;
+        let outcome: ConnectOutcome = serde_json::from_str(text.trim()).context("portolan-load connect")?;
+        Ok(1e9 / outcome.nanoseconds.max(1) as f64)
+    }
+}
+
 /// Measures all ways in turn.
 pub(super) fn measure(effort: Effort) -> Result<Vec<Connects>> {
     let lab = Options::default().nodes(1).create()?;
@@ -53,12 +65,14 @@ pub(super) fn measure(effort: Effort) -> Result<Vec<Connects>> {
     let load = load.to_str().context("path")?;
     let mut rates: Vec<Vec<Option<f64>>> = vec![Vec::new(); legs.len()];
     for _ in 0..effort.samples {
-        for (leg, rates) in legs.iter().zip(&mut rates) {
-            let arguments: Vec<&str> = leg.arguments.iter().map(String::as_str).collect();
-            let text = leg.place.run(load, &arguments)?;
-            let outcome: ConnectOutcome =
-                serde_json::from_str(text.trim()).context("portolan-load connect")?;
-            rates.push(Some(outcome.per_second));
+        let mut turns: Vec<Vec<f64>> = vec![Vec::new(); legs.len()];
+        for _ in 0..TURNS {
+            for (leg, turns) in legs.iter().zip(&mut turns) {
+                turns.push(leg.rate(load)?);
+            }
+        }
+        for (turns, rates) in turns.into_iter().zip(&mut rates) {
+            rates.push(Ratio::among(turns).map(|turns| turns.median));
         }
     }
     legs.iter()
@@ -76,7 +90,7 @@ fn prepare(lab: &Lab) -> Result<(Process, Vec<Leg>)> {
     let client = lab.add_pod("shell", 0, &PodOptions::client())?;
     let server = lab.add_pod("server", 0, &PodOptions::client())?;
     let mut command = server.place().command(program("portolan-load", "PORTOLAN_LOAD_PROGRAM")?)?;
-    command.args(["serve", "--port", &PORT.to_string(), "--cpu", "1"]);
+    command.args(["serve-connect", "--port", &PORT.to_string(), "--cpu", "1"]);
     let process = Process::start(&lab.logs(), "load-server", command)?;
     process.wait_for_line(Duration::from_secs(10), |line| line == "serving")?;
     let endpoint = Endpoint::new("server", server.address(), server.node());

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use dataplane_tests::load::{Connect, Load, PacedServer, Server, pin};
+use dataplane_tests::load::{Connect, ConnectServer, Load, PacedServer, Server, pin};
 use std::net::Ipv4Addr;
 
 /// Measures a path with many flows.
@@ -37,7 +37,9 @@ enum Verb {
     },
     /// Be the client, and print what was measured as one line of JSON.
     Run(Load),
-    /// Call connect(2) again and again, and print how often as one line of JSON.
+    /// Be the server for `connect`.
+    ServeConnect(ConnectServer),
+    /// Call connect(2) again and again, and print how long a call takes as one line of JSON.
     Connect(Connect),
 }
 
@@ -55,6 +57,7 @@ fn main() -> Result<()> {
             println!("serving");
             server.serve()
         }
+        Verb::ServeConnect(server) => server.serve(Ipv4Addr::UNSPECIFIED.into(), || println!("serving")),
         Verb::Connect(connect) => {
             println!("{}", serde_json::to_string(&connect.run()?)?);
             Ok(())

@@ -9,7 +9,7 @@ mod connect;
 mod pace;
 mod server;
 
-pub use connect::{Connect, ConnectOutcome};
+pub use connect::{Connect, ConnectOutcome, ConnectServer};
 pub use pace::{PacedServer, wait_at};
 pub use server::{ANSWER, CLOSING_ANSWER, Ports, Server, WORK};
 

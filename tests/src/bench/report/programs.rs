@@ -49,7 +49,7 @@ pub(super) fn write(page: &mut Page, record: &Record<Measured>) {
     }
     page.table(&rows);
     sizes(page, measured);
-    page.paragraph("`connect(2)` with and without the socket hooks:");
+    page.paragraph("`connect(2)` with and without the socket hooks, by the time of the middle call:");
     let mut rows = vec![row(["what", "per second", "ratio to that without hooks"])];
     for connects in &measured.connects {
         rows.push(row([&connects.what, &digits(connects.per_second.median), &ratio(connects.ratio)]));
