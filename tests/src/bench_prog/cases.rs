@@ -4,7 +4,8 @@
 use super::Effort;
 use crate::bench::target::Ratio;
 use crate::packet::build::{Packet, tcp, tcp_packet};
-use crate::packet::{CLIENT, Hook, NODE, POD, Verdict, World, in_namespace};
+use crate::packet::family::{Family, V4, V6};
+use crate::packet::{Hook, Verdict, World, in_namespace};
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 use std::sync::mpsc;
@@ -17,7 +18,7 @@ const RUNS_PER_SAMPLE: usize = 200;
 pub struct CaseCost {
     /// The program.
     pub program: String,
-    /// What kind of packet.
+    /// What kind of packet, and of which family if that is not IPv4.
     pub case: String,
     /// Nanoseconds of one run, median.
     pub nanoseconds: f64,
@@ -31,14 +32,36 @@ struct Case {
     what: &'static str,
     verdict: Verdict,
     /// The packet of run number `n`.
-    packet: fn(u16) -> Packet,
+    packet: fn(&Net, u16) -> Packet,
 }
 
-const LOCAL_IP: &str = "10.96.0.1";
-const REMOTE_IP: &str = "10.96.0.2";
-const EMPTY_IP: &str = "10.96.0.3";
+/// The addresses of one family: those of the world, and ClusterIPs.
+struct Net {
+    world: &'static Family,
+    /// What its cases are told by.
+    prefix: &'static str,
+    /// Of a Service whose endpoint is a pod of this node.
+    local_ip: &'static str,
+    /// Of one whose endpoint is on another node.
+    remote_ip: &'static str,
+    /// Of one without endpoints.
+    empty_ip: &'static str,
+}
+
+const NETS: [Net; 2] = [
+    Net { world: &V4, prefix: "", local_ip: V4.cluster_ip, remote_ip: "10.96.0.2", empty_ip: "10.96.0.3" },
+    Net {
+        world: &V6,
+        prefix: "IPv6, ",
+        local_ip: V6.cluster_ip,
+        remote_ip: "fd00:10:96::2",
+        empty_ip: "fd00:10:96::3",
+    },
+];
+
 const LOCAL_PORT: u16 = 30_080;
 const REMOTE_PORT: u16 = 30_081;
+const EMPTY_PORT: u16 = 30_082;
 /// A client's port that is used again and again: its flow is known after the first run.
 const SAME: u16 = 9_999;
 
@@ -52,91 +75,97 @@ const CASES: [Case; 13] = [
         hook: Hook::PodIn,
         what: "new flow to a ClusterIP, endpoint here",
         verdict: Verdict::Pass,
-        packet: |n| tcp_packet((POD2, port(n)), (LOCAL_IP, 80), tcp::SYN),
+        packet: |net, n| tcp_packet((net.world.other_pod, port(n)), (net.local_ip, 80), tcp::SYN),
     },
     Case {
         hook: Hook::PodIn,
         what: "known half-open flow, translated",
         verdict: Verdict::Pass,
-        packet: |_| tcp_packet((POD2, SAME), (LOCAL_IP, 80), tcp::ACK),
+        packet: |net, _| tcp_packet((net.world.other_pod, SAME), (net.local_ip, 80), tcp::ACK),
     },
     Case {
         hook: Hook::PodIn,
         what: "refused: a Service without endpoints",
         verdict: Verdict::Redirect,
-        packet: |n| tcp_packet((POD2, port(n)), (EMPTY_IP, 80), tcp::SYN),
+        packet: |net, n| tcp_packet((net.world.other_pod, port(n)), (net.empty_ip, 80), tcp::SYN),
     },
     Case {
         hook: Hook::PodIn,
         what: "not ours",
         verdict: Verdict::Pass,
-        packet: |n| tcp_packet((POD2, port(n)), ("198.51.100.1", 80), tcp::SYN),
+        packet: |net, n| tcp_packet((net.world.other_pod, port(n)), (net.world.elsewhere, 80), tcp::SYN),
     },
     Case {
         hook: Hook::UplinkIn,
         what: "new flow to a node port, endpoint here",
         verdict: Verdict::Pass,
-        packet: |n| tcp_packet((CLIENT, port(n)), (NODE, LOCAL_PORT), tcp::SYN),
+        packet: |net, n| tcp_packet((net.world.client, port(n)), (net.world.node, LOCAL_PORT), tcp::SYN),
     },
     Case {
         hook: Hook::UplinkIn,
         what: "new flow to a node port, endpoint elsewhere",
         verdict: Verdict::Redirect,
-        packet: |n| tcp_packet((CLIENT, port(n)), (NODE, REMOTE_PORT), tcp::SYN),
+        packet: |net, n| tcp_packet((net.world.client, port(n)), (net.world.node, REMOTE_PORT), tcp::SYN),
     },
     Case {
         hook: Hook::UplinkIn,
         what: "known flow to a node port, endpoint elsewhere",
         verdict: Verdict::Redirect,
-        packet: |_| tcp_packet((CLIENT, SAME), (NODE, REMOTE_PORT), tcp::SYN),
+        packet: |net, _| tcp_packet((net.world.client, SAME), (net.world.node, REMOTE_PORT), tcp::SYN),
     },
     Case {
         hook: Hook::UplinkIn,
         what: "not ours",
         verdict: Verdict::Pass,
-        packet: |n| tcp_packet((CLIENT, port(n)), ("198.51.100.1", 80), tcp::SYN),
+        packet: |net, n| tcp_packet((net.world.client, port(n)), (net.world.elsewhere, 80), tcp::SYN),
     },
     Case {
         hook: Hook::UplinkOut,
         what: "not ours",
         verdict: Verdict::Pass,
-        packet: |n| tcp_packet((NODE, port(n)), ("198.51.100.1", 80), tcp::SYN),
+        packet: |net, n| tcp_packet((net.world.node, port(n)), (net.world.elsewhere, 80), tcp::SYN),
     },
     Case {
         hook: Hook::PodOut,
         what: "not ours",
         verdict: Verdict::Pass,
-        packet: |n| tcp_packet((CLIENT, port(n)), (POD2, 80), tcp::SYN),
+        packet: |net, n| tcp_packet((net.world.client, port(n)), (net.world.other_pod, 80), tcp::SYN),
     },
     Case {
         hook: Hook::Xdp,
         what: "new flow to a node port, endpoint elsewhere",
         verdict: Verdict::Tx,
-        packet: |n| tcp_packet((CLIENT, port(n)), (NODE, REMOTE_PORT), tcp::SYN),
+        packet: |net, n| tcp_packet((net.world.client, port(n)), (net.world.node, REMOTE_PORT), tcp::SYN),
     },
     Case {
         hook: Hook::Xdp,
         what: "known flow to a node port, endpoint elsewhere",
         verdict: Verdict::Tx,
-        packet: |_| tcp_packet((CLIENT, SAME), (NODE, REMOTE_PORT), tcp::SYN),
+        packet: |net, _| tcp_packet((net.world.client, SAME), (net.world.node, REMOTE_PORT), tcp::SYN),
     },
     Case {
         hook: Hook::Xdp,
         what: "not ours",
         verdict: Verdict::Pass,
-        packet: |n| tcp_packet((CLIENT, port(n)), ("198.51.100.1", 80), tcp::SYN),
+        packet: |net, n| tcp_packet((net.world.client, port(n)), (net.world.elsewhere, 80), tcp::SYN),
     },
 ];
 
-/// Another pod of this node than the endpoint: a client.
-const POD2: &str = "10.244.1.8";
-
-/// A Service with one endpoint, or none.
-fn service(name: &str, cluster_ip: &str, node_port: u16, endpoint: Option<(&str, &str)>) -> String {
+/// A Service with one endpoint (its address and node), or none.
+fn service(
+    family: &Family,
+    name: &str,
+    cluster_ip: &str,
+    node_port: u16,
+    endpoint: Option<(&str, &str)>,
+) -> String {
+    let address_type = family.address_type;
     let endpoints = endpoint.map_or_else(
         || "endpoints: []".to_owned(),
         |(address, node)| {
-            format!("endpoints:\n- {{addresses: [{address}], nodeName: {node}, conditions: {{ready: true}}}}")
+            format!(
+                "endpoints:\n- {{addresses: [\"{address}\"], nodeName: {node}, conditions: {{ready: true}}}}"
+            )
         },
     );
     format!(
@@ -145,15 +174,16 @@ kind: Service
 metadata: {{name: {name}, namespace: default}}
 spec:
   type: NodePort
-  clusterIP: {cluster_ip}
-  clusterIPs: [{cluster_ip}]
+  clusterIP: \"{cluster_ip}\"
+  clusterIPs: [\"{cluster_ip}\"]
+  ipFamilies: [{address_type}]
   ports:
   - {{name: tcp, protocol: TCP, port: 80, targetPort: 8080, nodePort: {node_port}}}
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
 metadata: {{name: {name}-1, namespace: default, labels: {{kubernetes.io/service-name: {name}}}}}
-addressType: IPv4
+addressType: {address_type}
 ports:
 - {{name: tcp, protocol: TCP, port: 8080}}
 {endpoints}
@@ -162,34 +192,42 @@ ports:
     )
 }
 
-/// The Services of the cases.
-fn world() -> Result<World> {
-    let here = service("here", LOCAL_IP, LOCAL_PORT, Some((POD, "here")));
-    let elsewhere = service("elsewhere", REMOTE_IP, REMOTE_PORT, Some(("10.244.2.9", "there")));
-    let nowhere = service("nowhere", EMPTY_IP, 30_082, None);
+/// The Services of the cases, in one family.
+fn world(net: &Net) -> Result<World> {
+    let Net { world: family, local_ip, remote_ip, empty_ip, .. } = net;
+    let here = service(family, "here", local_ip, LOCAL_PORT, Some((family.pod, "here")));
+    let elsewhere = service(family, "elsewhere", remote_ip, REMOTE_PORT, Some((family.remote, "there")));
+    let nowhere = service(family, "nowhere", empty_ip, EMPTY_PORT, None);
     World::with_ports(&(here + &elsewhere + &nowhere), 0, &[], 30_000..=60_000)
 }
 
-/// Measures every case.
+/// Measures every case, in both families.
 pub(super) fn measure(effort: Effort) -> Result<Vec<CaseCost>> {
     let (sender, receiver) = mpsc::channel();
     in_namespace(move || {
-        let measured = world().and_then(|world| {
-            CASES
-                .iter()
-                .map(|case| measure_case(&world, case, effort.samples * RUNS_PER_SAMPLE))
-                .collect::<Result<_>>()
-        });
-        let _ = sender.send(measured);
+        let _ = sender.send(measure_all(effort.samples * RUNS_PER_SAMPLE));
     });
     receiver.recv().context("the programs' namespace is gone")?
 }
 
-fn measure_case(world: &World, case: &Case, runs: usize) -> Result<CaseCost> {
+fn measure_all(runs: usize) -> Result<Vec<CaseCost>> {
+    let [v4, v6] = NETS.each_ref().map(world);
+    let worlds = [v4?, v6?];
+    let mut costs = Vec::new();
+    for case in &CASES {
+        for (net, world) in NETS.iter().zip(&worlds) {
+            costs.push(measure_case(world, net, case, runs)?);
+        }
+    }
+    Ok(costs)
+}
+
+fn measure_case(world: &World, net: &Net, case: &Case, runs: usize) -> Result<CaseCost> {
     let Case { hook, what, verdict, packet } = case;
+    let what = format!("{}{what}", net.prefix);
     let (mut samples, mut empty) = (Vec::with_capacity(runs), Vec::with_capacity(runs));
     for n in 0..runs {
-        let data = packet(n as u16).bytes();
+        let data = packet(net, n as u16).bytes();
         empty.push(f64::from(world.time_of_nothing(*hook, &data)?));
         let (is, nanoseconds) = world.time(*hook, &data)?;
         ensure!(is == *verdict, "{hook:?}, {what}: {is:?} instead of {verdict:?}");
@@ -199,7 +237,7 @@ fn measure_case(world: &World, case: &Case, runs: usize) -> Result<CaseCost> {
         |samples: Vec<f64>| Ratio::among(samples).map(|ratio| ratio.median).context("nothing was measured");
     Ok(CaseCost {
         program: hook.program().into(),
-        case: (*what).into(),
+        case: what,
         nanoseconds: median(samples)?,
         empty: median(empty)?,
     })

@@ -6,8 +6,9 @@
 use super::Effort;
 use crate::bench::target::Ratio;
 use crate::lab::xdp;
-use crate::packet::build::{tcp, tcp_packet};
-use crate::packet::{CLIENT, Hook, in_namespace, index, xdp_md};
+use crate::packet::build::{ip, tcp, tcp_packet};
+use crate::packet::family::{Family, V4, V6};
+use crate::packet::{Hook, in_namespace, index, xdp_md};
 use anyhow::{Context as _, Result};
 use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::filter::FilterBit;
@@ -18,13 +19,12 @@ use dataplane_user::kernel::bpf::{self, TEST_XDP_LIVE_FRAMES, TestRun};
 use dataplane_user::kernel::maps::KernelMaps;
 use dataplane_user::kernel::object::{Object, Options};
 use serde::{Deserialize, Serialize};
-use std::net::IpAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// An endpoint on another node, and its port.
-const ENDPOINT: (&str, u16) = ("10.244.2.9", 8080);
+/// The client's port, and that of an endpoint on another node.
+const PORTS: [u16; 2] = [40_000, 8080];
 /// Frames that are under way at once.
 const BATCH: u32 = 64;
 /// How often a frame is used in one run: its time to live begins at 255.
@@ -57,34 +57,42 @@ fn in_turn(effort: Effort) -> Result<Vec<LiveFrames>> {
     let program = Hook::Xdp.program();
     object.load(program)?;
     let fds = tables::ALL.iter().map(|(name, ..)| Ok((*name, object.map(name)?)));
-    fill(&KernelMaps::from_fds(fds.collect::<Result<Vec<_>>>()?)?)?;
+    let maps = KernelMaps::from_fds(fds.collect::<Result<Vec<_>>>()?)?;
+    fill(&maps, &V4, 1)?;
+    fill(&maps, &V6, 2)?;
     let bare = xdp::program(xdp::TX)?;
     // Frames end at the peer, as early as they can.
     let _peer = xdp::attach(&xdp::program(xdp::DROP)?, &["up1".to_owned()])?;
     let uplink = index("up0")?;
+    let uplink_program = object.program(program)?;
+    // The last of each is the leg that it is held against.
     let legs = [
-        ("a program that only sends back", bare.as_fd()),
-        ("xdp_uplink, known flow to a node port, endpoint elsewhere", object.program(program)?),
+        ("a program that only sends back", bare.as_fd(), &V4, 0),
+        ("xdp_uplink, known flow to a node port, endpoint elsewhere", uplink_program, &V4, 0),
+        ("IPv6, a program that only sends back", bare.as_fd(), &V6, 2),
+        ("IPv6, xdp_uplink, known flow to a node port, endpoint elsewhere", uplink_program, &V6, 2),
     ];
-    let mut rates: [Vec<Option<f64>>; 2] = Default::default();
+    let mut rates: [Vec<Option<f64>>; 4] = Default::default();
     for _ in 0..effort.samples {
-        for ((_, program), rates) in legs.iter().zip(&mut rates) {
-            rates.push(Some(rate(*program, uplink)?));
+        for ((_, program, family, _), rates) in legs.iter().zip(&mut rates) {
+            rates.push(Some(rate(*program, family, uplink)?));
         }
     }
-    let [base, _] = rates.clone();
     legs.iter()
         .zip(&rates)
-        .map(|((what, _), rates)| {
-            let per_second = Ratio::among(rates.iter().flatten().copied()).context("nothing was measured")?;
-            Ok(LiveFrames { what: (*what).into(), per_second, ratio: Ratio::of(rates, &base) })
+        .map(|((what, .., base), of_leg)| {
+            let per_second =
+                Ratio::among(of_leg.iter().flatten().copied()).context("nothing was measured")?;
+            Ok(LiveFrames { what: (*what).into(), per_second, ratio: Ratio::of(of_leg, &rates[*base]) })
         })
         .collect()
 }
 
 /// Frames per second through one program.
-fn rate(program: BorrowedFd<'_>, uplink: u32) -> Result<f64> {
-    let data = tcp_packet((CLIENT, 40_000), ENDPOINT, tcp::ACK).ttl(255).bytes();
+fn rate(program: BorrowedFd<'_>, family: &Family, uplink: u32) -> Result<f64> {
+    let [client, endpoint] = PORTS;
+    let packet = tcp_packet((family.client, client), (family.remote, endpoint), tcp::ACK);
+    let data = packet.ttl(255).bytes();
     let context = xdp_md(data.len(), uplink);
     let run = TestRun {
         data: &data,
@@ -102,19 +110,20 @@ fn rate(program: BorrowedFd<'_>, uplink: u32) -> Result<f64> {
 }
 
 /// A flow whose source is translated, to an endpoint elsewhere, and whose translation writes what is there already.
-fn fill(maps: &KernelMaps) -> Result<()> {
-    let addr = |text: &str| -> Result<Addr> { Ok(Addr::from(text.parse::<IpAddr>()?)) };
-    let (client, endpoint) = (addr(CLIENT)?, addr(ENDPOINT.0)?);
+fn fill(maps: &KernelMaps, family: &Family, backend: u32) -> Result<()> {
+    let [client, endpoint] = [family.client, family.remote].map(|text| Addr::from(ip(text)));
+    let [client_port, port] = PORTS.map(Port::new);
     let bit = FilterBit::service_address(&endpoint);
-    maps.map::<Filter>()?.insert(&bit.word(), &bit.mask(), bpf::ANY)?;
+    let filter = maps.map::<Filter>()?;
+    let word = filter.get(&bit.word())?.unwrap_or_default() | bit.mask();
+    filter.insert(&bit.word(), &word, bpf::ANY)?;
     let status = BackendStatus::new(1, BackendStatus::SERVING);
-    let port = Port::new(ENDPOINT.1);
-    maps.map::<Backends>()?.insert(&1, &Backend::new(status, endpoint, port, 1), bpf::ANY)?;
-    let key = FlowKey::new(client, Port::new(40_000), endpoint, port, 6);
+    maps.map::<Backends>()?.insert(&backend, &Backend::new(status, endpoint, port, 1), bpf::ANY)?;
+    let key = FlowKey::new(client, client_port, endpoint, port, 6);
     let half = |key: &FlowKey, flags| {
         let mut flow = Flow::with_flags(flags | Flow::SOURCE_TRANSLATED | Flow::CONFIRMED);
         (flow.src, flow.src_port, flow.dst, flow.dst_port) = (key.src, key.src_port, key.dst, key.dst_port);
-        (flow.backend, flow.generation, flow.check) = (1, 1, key.check());
+        (flow.backend, flow.generation, flow.check) = (backend, 1, key.check());
         (*key, flow)
     };
     Ok(maps.map::<Flows>()?.insert_batch(&[half(&key, 0), half(&key.reversed(), Flow::REPLY)])?)

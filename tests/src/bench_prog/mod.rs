@@ -75,6 +75,9 @@ pub struct Measured {
     pub effort: Effort,
     /// Each packet program on the packets of B6 and B7.
     pub programs: Vec<ProgramCost>,
+    /// The same packets in IPv6; nothing in records of old.
+    #[serde(default)]
+    pub programs_ipv6: Vec<ProgramCost>,
     /// Each packet program on other packets, one run at a time.
     pub cases: Vec<CaseCost>,
     /// Instructions that the verifier walks, of every program.
@@ -99,7 +102,8 @@ pub fn run(args: &BenchProgArgs) -> Result<Record<Measured>> {
     let (verified, jited) = verified_instructions()?;
     let measured = Measured {
         effort,
-        programs: tables::measure(effort)?,
+        programs: tables::measure(effort, tables::IPV4)?,
+        programs_ipv6: tables::measure(effort, tables::IPV6)?,
         cases: cases::measure(effort)?,
         verified,
         jited,
@@ -161,23 +165,11 @@ fn judge(measured: &Measured) -> Vec<Judgement> {
 fn print(measured: &Measured) {
     let Effort { repeats, samples } = measured.effort;
     println!("nanoseconds per packet, median of {samples} x {repeats} runs");
-    println!("program        empty   established          not ours");
-    for cost in &measured.programs {
-        let ratio =
-            |ratio: Option<Ratio>| ratio.map_or_else(String::new, |ratio| format!("{:.2} x", ratio.median));
-        println!(
-            "{:<14} {:>5.0}   {:>5.0} {:>8}      {:>5.0} {:>8}",
-            cost.program,
-            cost.empty,
-            cost.established,
-            ratio(cost.established_ratio),
-            cost.not_ours,
-            ratio(cost.not_ours_ratio)
-        );
-    }
+    print_programs("program", &measured.programs);
+    print_programs("IPv6", &measured.programs_ipv6);
     println!("\nother cases, one run at a time: nanoseconds, and those of the empty program");
     for case in &measured.cases {
-        println!("{:<14} {:<44} {:>5.0} {:>5.0}", case.program, case.case, case.nanoseconds, case.empty);
+        println!("{:<14} {:<51} {:>5.0} {:>5.0}", case.program, case.case, case.nanoseconds, case.empty);
     }
     println!("\nverified instructions and bytes of machine code");
     for (program, count) in &measured.verified {
@@ -189,6 +181,23 @@ fn print(measured: &Measured) {
     }
     println!("\nXDP on veth, live frames per second");
     for frames in &measured.live_frames {
-        println!("{:<56} {:>9.0}/s", frames.what, frames.per_second.median);
+        println!("{:<64} {:>9.0}/s", frames.what, frames.per_second.median);
+    }
+}
+
+fn print_programs(title: &str, costs: &[ProgramCost]) {
+    println!("{title:<14} empty   established          not ours");
+    for cost in costs {
+        let ratio =
+            |ratio: Option<Ratio>| ratio.map_or_else(String::new, |ratio| format!("{:.2} x", ratio.median));
+        println!(
+            "{:<14} {:>5.0}   {:>5.0} {:>8}      {:>5.0} {:>8}",
+            cost.program,
+            cost.empty,
+            cost.established,
+            ratio(cost.established_ratio),
+            cost.not_ours,
+            ratio(cost.not_ours_ratio)
+        );
     }
 }

@@ -21,9 +21,27 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-const CLIENT: &str = "192.0.2.7";
-const SERVICE: &str = "10.96.0.1";
-const ENDPOINT: &str = "10.244.1.9";
+/// The addresses of the flow and of nobody.
+#[derive(Clone, Copy)]
+pub(super) struct Addresses {
+    client: &'static str,
+    service: &'static str,
+    endpoint: &'static str,
+    stranger: &'static str,
+}
+
+/// Those of B6 and B7.
+pub(super) const IPV4: Addresses =
+    Addresses { client: "192.0.2.7", service: "10.96.0.1", endpoint: "10.244.1.9", stranger: "198.51.100.1" };
+
+/// The same in IPv6.
+pub(super) const IPV6: Addresses = Addresses {
+    client: "2001:db8::7",
+    service: "fd00:10:96::1",
+    endpoint: "fd00:10:244:1::9",
+    stranger: "2001:db8:e::1",
+};
+
 const OTHER_FLOWS: u32 = 60_000;
 /// Two addresses for each of 30,000 Services.
 const FRONTENDS: u32 = 60_000;
@@ -126,16 +144,17 @@ pub fn memory_of_frontends() -> Result<u64> {
 }
 
 /// Measures every packet program, sample by sample in turn with the empty one.
-pub(super) fn measure(effort: Effort) -> Result<Vec<ProgramCost>> {
+pub(super) fn measure(effort: Effort, addresses: Addresses) -> Result<Vec<ProgramCost>> {
+    let Addresses { client, service, stranger, .. } = addresses;
     let mut object = Object::open(&Options::default())?;
     for name in PROGRAMS.iter().flat_map(|(name, empty, _)| [*name, *empty]) {
         object.load(name)?;
     }
     let fds = tables::ALL.iter().map(|(name, ..)| Ok((*name, object.map(name)?)));
-    fill(&KernelMaps::from_fds(fds.collect::<Result<Vec<_>>>()?)?)?;
-    let forward = tcp_packet((CLIENT, 40_000), (SERVICE, 80), tcp::ACK);
-    let reply = tcp_packet((SERVICE, 80), (CLIENT, 40_000), tcp::ACK);
-    let stranger = tcp_packet((CLIENT, 40_000), ("198.51.100.1", 80), tcp::ACK);
+    fill(&KernelMaps::from_fds(fds.collect::<Result<Vec<_>>>()?)?, addresses)?;
+    let forward = tcp_packet((client, 40_000), (service, 80), tcp::ACK);
+    let reply = tcp_packet((service, 80), (client, 40_000), tcp::ACK);
+    let stranger = tcp_packet((client, 40_000), (stranger, 80), tcp::ACK);
     PROGRAMS
         .iter()
         .map(|(program, empty, meets_reply)| {
@@ -181,9 +200,10 @@ fn run(object: &Object, program: &str, data: &[u8], repeat: u32) -> Result<f64> 
 }
 
 /// One established flow whose translation changes nothing, among others.
-fn fill(maps: &KernelMaps) -> Result<()> {
+fn fill(maps: &KernelMaps, addresses: Addresses) -> Result<()> {
     let addr = |text: &str| -> Result<Addr> { Ok(Addr::from(text.parse::<IpAddr>()?)) };
-    let (client, service, endpoint) = (addr(CLIENT)?, addr(SERVICE)?, addr(ENDPOINT)?);
+    let Addresses { client, service, endpoint, .. } = addresses;
+    let (client, service, endpoint) = (addr(client)?, addr(service)?, addr(endpoint)?);
     let bits = [
         FilterBit::service_address(&service),
         FilterBit::backend(&service, Port::new(80), 6),

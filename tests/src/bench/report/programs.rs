@@ -17,9 +17,14 @@ pub(super) fn write(page: &mut Page, record: &Record<Measured>) {
     let mut rows = vec![row(["program", "empty", "established flow", "ratio", "not ours", "ratio"])];
     let mut all = Vec::new();
     let ratio = |ratio: Option<Ratio>| ratio.map_or_else(|| "-".into(), |ratio| ratio.to_string());
-    for cost in &measured.programs {
+    let families = measured
+        .programs
+        .iter()
+        .map(|cost| ("", cost))
+        .chain(measured.programs_ipv6.iter().map(|cost| (", IPv6", cost)));
+    for (family, cost) in families {
         rows.push(row([
-            &format!("`{}`", cost.program),
+            &format!("`{}`{family}", cost.program),
             &digits(cost.empty),
             &digits(cost.established),
             &ratio(cost.established_ratio),
@@ -28,7 +33,7 @@ pub(super) fn write(page: &mut Page, record: &Record<Measured>) {
         ]));
         for (what, value) in [("established flow", cost.established_ratio), ("not ours", cost.not_ours_ratio)]
         {
-            all.extend(value.map(|value| bar(format!("{}, {what}", cost.program), value, true)));
+            all.extend(value.map(|value| bar(format!("{}{family}, {what}", cost.program), value, true)));
         }
     }
     page.table(&rows);
