@@ -102,8 +102,18 @@ pub struct Flow {
     pub generation: u32,
     /// Tick of the last packet in this direction; see [`TICK_SHIFT`].
     pub last_seen: u32,
-    /// See [`Flow::expected_ack`] and [`Flow::uplink`].
-    pub ack_or_uplink: u32,
+    /// See [`Flow::expected_ack`], [`Flow::ended`] and [`Flow::uplink`].
+    pub detail: u32,
+}
+
+/// The name of a flow that ended. Another with the same key may end while this name waits for its turn. 48 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Ended {
+    /// Key of the client's half.
+    pub key: FlowKey,
+    /// [`Flow::ended`] of that half.
+    pub at: u64,
 }
 
 /// A tick is 2^`TICK_SHIFT` jiffies: about a second at 250 Hz. "Last seen" is written when the tick changed.
@@ -205,13 +215,19 @@ impl Flow {
     /// that it saw the SYN-ACK, host order.
     #[inline(always)]
     pub const fn expected_ack(&self) -> u32 {
-        self.ack_or_uplink
+        self.detail
+    }
+
+    /// In the client's half, while closing: the low 32 bits of jiffies when the flow ended.
+    #[inline(always)]
+    pub const fn ended(&self) -> u32 {
+        self.detail
     }
 
     /// In the endpoint's half, where the client is the node itself: index of the uplink whose egress the client's packets pass.
     #[inline(always)]
     pub const fn uplink(&self) -> u32 {
-        self.ack_or_uplink
+        self.detail
     }
 
     /// Key of the opposite direction: what the far end sends back, as it arrives.

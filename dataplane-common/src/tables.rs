@@ -9,7 +9,7 @@ use crate::backend::Backend;
 use crate::counter::Traffic;
 use crate::drop::REASON_SLOTS;
 use crate::filter::FILTER_WORDS;
-use crate::flow::{Flow, FlowKey};
+use crate::flow::{Ended, Flow, FlowKey};
 use crate::fragment::{FragmentKey, FragmentPorts};
 use crate::frontend::{Frontend, FrontendKey};
 use crate::node::{Node, NodeAddress};
@@ -109,10 +109,10 @@ tables! {
     Backends = "backends", Array<u32, Backend>, 122_880;
     /// Flows, both directions: those that both ends confirmed, and those that are named in `half_open` and `closing`.
     Flows = "flows", Hash<FlowKey, Flow>, flow_entries(ESTABLISHED, HalfOpen::CAPACITY, Closing::CAPACITY);
-    /// One key of each flow whose handshake is not complete, the oldest first, and of some that are further.
+    /// The client's key of each flow whose handshake is not complete, the oldest first, and of some that are further.
     HalfOpen = "half_open", Queue<(), FlowKey>, 8_192;
-    /// One key of each flow that ended or was reset, the oldest first.
-    Closing = "closing", Queue<(), FlowKey>, 8_192;
+    /// The names of flows that ended or were reset, the oldest first.
+    Closing = "closing", Queue<(), Ended>, 8_192;
     /// The link-layer addresses of the uplinks by which the node itself calls Services, by index.
     Uplinks = "uplinks", LruHash<u32, Uplink>, 128;
     /// The endpoint that each client of a service port with affinity had last.
@@ -163,6 +163,7 @@ mod tests {
         assert_eq!(size_of::<FrontendKey>(), 24);
         assert_eq!(size_of::<FlowKey>(), 40);
         assert_eq!(size_of::<Flow>(), 56);
+        assert_eq!(size_of::<Ended>(), 48);
         assert_eq!(size_of::<FragmentKey>(), 40);
         assert_eq!(size_of::<Service>(), 24);
         assert_eq!(size_of::<Backend>(), 32);

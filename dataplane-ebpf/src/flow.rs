@@ -9,7 +9,7 @@ use crate::repeat::{Step, Steps, repeat};
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_jiffies64;
 use core::sync::atomic::{Ordering, compiler_fence};
-use dataplane_common::flow::{Flow, FlowKey, Stage, tick, ticks_between};
+use dataplane_common::flow::{Ended, Flow, FlowKey, Stage, tick, ticks_between};
 
 /// How far beyond the number remembered from the SYN-ACK a client's first acknowledgement may lie: what a server may
 /// send before it hears from the client.
@@ -33,30 +33,47 @@ impl Found {
     /// Sets flags in both directions.
     #[inline(never)]
     pub fn mark(self, key: &FlowKey, flow: &Flow, flags: u16) {
-        self.mark_each(key, flow, flags, flags);
+        let Some(partner) = FLOWS.get_ptr_mut(&flow.partner(key.proto())) else { return };
+        // SAFETY: elements of a map, valid until the program ends.
+        unsafe {
+            if self.is_of(key) {
+                (*self.0).set(flags);
+                (*partner).set(flags);
+            }
+        }
+    }
+
+    /// Whether the entry is that of the flow still: an element of a flow that went can be another's by now.
+    #[inline(always)]
+    fn is_of(self, key: &FlowKey) -> bool {
+        // SAFETY: an element of a map, valid until the program ends.
+        unsafe { (&raw const (*self.0).check).read_volatile() == key.check() }
     }
 
     /// The flow has ended: sets flags in this direction and in the other. It stays, as one of those that go first.
     #[inline(never)]
     pub fn close(self, key: &FlowKey, flow: &Flow, own: u16, others: u16) {
-        self.mark_each(key, flow, own | Flow::CLOSING, others | Flow::CLOSING);
-        if CLOSING.push(key, BPF_ANY as u64).is_err() {
-            evict_oldest(Stage::Closing);
-            // Another CPU may have taken the place: without one, the flow goes when it is idle.
-            let _ = CLOSING.push(key, BPF_ANY as u64);
+        let at = jiffies();
+        let mut name = Ended { key: flow.partner(key.proto()), at: at as u64 };
+        let Some(partner) = FLOWS.get_ptr_mut(&name.key) else { return };
+        if !self.is_of(key) {
+            return;
         }
-    }
-
-    #[inline(always)]
-    fn mark_each(self, key: &FlowKey, flow: &Flow, own: u16, others: u16) {
-        // SAFETY: an element of a map, valid until the program ends; it is another flow's if that took its place.
+        let mut client = partner;
+        if !flow.has(Flow::REPLY) {
+            (name.key, client) = (*key, self.0);
+        }
+        // SAFETY: elements of a map, valid until the program ends; one aligned store, then the flag that gives it its meaning.
         unsafe {
-            if (*self.0).check == key.check() {
-                (*self.0).set(own);
-            }
-            if let Some(partner) = FLOWS.get_ptr_mut(&flow.partner(key.proto())) {
-                (*partner).set(others);
-            }
+            (&raw mut (*client).detail).write_volatile(at);
+            compiler_fence(Ordering::SeqCst);
+            (*self.0).set(own | Flow::CLOSING);
+            (*partner).set(others | Flow::CLOSING);
+        }
+        if CLOSING.push(&name, BPF_ANY as u64).is_err() {
+            evict_closing();
+            // Another CPU may have taken the place: without one, the flow goes when it is idle.
+            let _ = CLOSING.push(&name, BPF_ANY as u64);
         }
     }
 }
@@ -64,8 +81,13 @@ impl Found {
 /// The tick of this moment.
 #[inline(always)]
 pub fn now() -> u32 {
+    tick(jiffies())
+}
+
+#[inline(always)]
+fn jiffies() -> u32 {
     // SAFETY: a helper without arguments.
-    tick(unsafe { bpf_jiffies64() } as u32)
+    unsafe { bpf_jiffies64() as u32 }
 }
 
 /// Finds the flow with this key and copies it to `flow`, if it still belonged to `key` when the copy was complete.
@@ -75,9 +97,8 @@ pub fn lookup(key: &FlowKey, flow: &mut Flow) -> Option<Found> {
     // SAFETY: an element of a map, valid until the program ends; a torn copy is found out below.
     unsafe { flow.copy_from(entry) };
     compiler_fence(Ordering::SeqCst);
-    // SAFETY: as above.
-    let check = unsafe { (&raw const (*entry).check).read_volatile() };
-    (check == key.check()).then_some(Found(entry))
+    let found = Found(entry);
+    found.is_of(key).then_some(found)
 }
 
 /// What came of an attempt to enter a new flow.
@@ -87,7 +108,7 @@ pub enum Claim {
     Made,
     /// Another flow has the same reply.
     Taken,
-    /// There is no room, and no flow that may go.
+    /// There is no room.
     Full,
 }
 
@@ -113,29 +134,20 @@ pub fn claim(key: &FlowKey, forward: &mut Flow, reply: &mut Flow, ending: Ending
     let reply_key = forward.partner(key.proto());
     (forward.check, reply.check) = (key.check(), reply_key.check());
     if FLOWS.insert(&reply_key, &*reply, BPF_NOEXIST as u64).is_err() {
-        if let Some(other) = FLOWS.get_ptr(&reply_key) {
-            // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
-            let other: &Flow = unsafe { &*other };
-            if is_taken(other, key, ending) {
-                return Claim::Taken;
-            }
-            remove(&reply_key, other);
-            if FLOWS.insert(&reply_key, &*reply, BPF_NOEXIST as u64).is_err() {
-                return Claim::Taken;
-            }
-        } else {
-            make_room();
-            if FLOWS.insert(&reply_key, &*reply, BPF_NOEXIST as u64).is_err() {
-                return Claim::Full;
-            }
+        let Some(other) = FLOWS.get_ptr(&reply_key) else { return Claim::Full };
+        // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
+        let other: &Flow = unsafe { &*other };
+        if is_taken(other, key, ending) {
+            return Claim::Taken;
+        }
+        remove(&reply_key, other);
+        if FLOWS.insert(&reply_key, &*reply, BPF_NOEXIST as u64).is_err() {
+            return Claim::Taken;
         }
     }
     if FLOWS.insert(key, &*forward, BPF_ANY as u64).is_err() {
-        make_room();
-        if FLOWS.insert(key, &*forward, BPF_ANY as u64).is_err() {
-            let _ = FLOWS.remove(&reply_key);
-            return Claim::Full;
-        }
+        let _ = FLOWS.remove(&reply_key);
+        return Claim::Full;
     }
     Claim::Made
 }
@@ -187,53 +199,65 @@ impl Steps for Displacement {
         if idle < LINGER && self.left != 0 && HALF_OPEN.push(&oldest, BPF_ANY as u64).is_ok() {
             return Step::Next;
         }
-        evict(&oldest, Stage::HalfOpen);
+        evict(&oldest);
         Step::Done
     }
 }
 
-/// Makes room in the full table: a closing flow goes, or else one that is half-open.
+/// Makes room in the full table, for some flows to come: the oldest that are closing go, or else one that is half-open.
 #[inline(never)]
-fn make_room() {
-    repeat(2 * ROOM_TRIES, &mut Clearance { tries: 0 });
+pub fn make_room() {
+    repeat(CLEARED, &mut Clearance { made: false });
 }
 
-/// How many names are taken from each queue in search of a flow that can go.
-const ROOM_TRIES: u32 = 8;
+/// How many names are taken from the queues at once to make room.
+const CLEARED: u32 = 64;
 
-/// The search for a flow that can go.
+/// The search for flows that can go from the full table.
 struct Clearance {
-    tries: u32,
+    made: bool,
 }
 
 impl Steps for Clearance {
     fn step(&mut self) -> Step {
-        let stage = if self.tries < ROOM_TRIES { Stage::Closing } else { Stage::HalfOpen };
-        self.tries += 1;
-        if evict_oldest(stage) { Step::Done } else { Step::Next }
+        match evict_closing() {
+            Some(gone) => self.made |= gone,
+            None if self.made => return Step::Done,
+            None => self.made = evict_half_open(),
+        }
+        Step::Next
     }
 }
 
-/// Takes the oldest name from a queue, and the flow from the table if it still is in that stage; whether it was.
+/// Takes the oldest name from `closing`, and its flow from the table; whether there was one. `None` if there is no name.
+#[inline(never)]
+fn evict_closing() -> Option<bool> {
+    let name = CLOSING.pop().ok().flatten()?;
+    let Some(flow) = FLOWS.get_ptr(&name.key) else { return Some(false) };
+    // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
+    let flow: &Flow = unsafe { &*flow };
+    let is_named = flow.stage() == Stage::Closing && flow.ended() as u64 == name.at;
+    if is_named {
+        remove(&name.key, flow);
+    }
+    Some(is_named)
+}
+
+/// Takes the oldest name from `half_open`, and its flow from the table; whether there was one.
 #[inline(always)]
-fn evict_oldest(stage: Stage) -> bool {
-    let oldest = if stage == Stage::HalfOpen { HALF_OPEN.pop() } else { CLOSING.pop() };
-    match oldest {
-        Ok(Some(oldest)) => evict(&oldest, stage),
+fn evict_half_open() -> bool {
+    match HALF_OPEN.pop() {
+        Ok(Some(oldest)) => half_open_for(&oldest).is_some() && evict(&oldest),
         Ok(None) | Err(_) => false,
     }
 }
 
-/// Removes the flow with this key if it is in this stage; whether it was.
+/// Removes the flow with this key; whether there was one.
 #[inline(never)]
-fn evict(key: &FlowKey, stage: Stage) -> bool {
+fn evict(key: &FlowKey) -> bool {
     let Some(flow) = FLOWS.get_ptr(key) else { return false };
-    // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
-    let flow: &Flow = unsafe { &*flow };
-    if flow.stage() != stage {
-        return false;
-    }
-    remove(key, flow);
+    // SAFETY: an element of a map, valid until the program ends.
+    remove(key, unsafe { &*flow });
     true
 }
 
@@ -253,7 +277,7 @@ pub fn answered(reply: &Flow, proto: u8, expected_ack: Option<u32>) {
     unsafe {
         let mut flags = Flow::ANSWERED;
         if let Some(ack) = expected_ack {
-            (&raw mut (*forward).ack_or_uplink).write_volatile(ack);
+            (&raw mut (*forward).detail).write_volatile(ack);
             flags |= Flow::ACK_KNOWN;
         }
         if !(*forward).has(flags) {

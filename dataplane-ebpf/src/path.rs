@@ -427,7 +427,12 @@ impl<F: Frame> Walk<'_, F> {
     /// Chooses an endpoint, enters the flow and sends its first packet.
     #[inline(never)]
     fn begin(&mut self) -> Code {
-        self.new_flow().into()
+        let begun = self.new_flow();
+        if begun == Verdict::Drop(Reason::FlowsFull) {
+            // For the next one: the stack of this chain of calls has no room for more.
+            flow::make_room();
+        }
+        begun.into()
     }
 
     #[inline(always)]
@@ -536,7 +541,7 @@ impl<F: Frame> Walk<'_, F> {
         flow.last_seen = flow::now();
         *reply = *flow;
         if from_node {
-            reply.ack_or_uplink = self.frame.ifindex();
+            reply.detail = self.frame.ifindex();
             // The node's own packets carry the uplink's address as they leave.
             uplink::note(self.frame.ifindex(), self.frame.link_source());
         }

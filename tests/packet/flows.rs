@@ -5,6 +5,7 @@ use dataplane_common::drop::Reason;
 use dataplane_tests::packet::build::{Packet, tcp, tcp_packet, udp_packet};
 use dataplane_tests::packet::family::{Family, for_both};
 use dataplane_tests::packet::{Hook, Outcome, Verdict, World, reason};
+use std::time::Duration;
 
 fn syn(f: &Family) -> Packet {
     tcp_packet((f.pod, 40_000), (f.cluster_ip, 80), tcp::SYN)
@@ -134,6 +135,9 @@ fn a_refused_connection_leaves_no_flow() {
     });
 }
 
+/// Longer than the step of the clock by which flows that ended are told apart.
+const JIFFY: Duration = Duration::from_millis(20);
+
 /// The client's packets and the endpoint's of one connection, by the client's port.
 struct Connection<'a> {
     f: &'a Family,
@@ -169,8 +173,8 @@ impl Connection<'_> {
     }
 }
 
-/// C4: under pressure closing flows go first, then half-open ones; an established flow is never broken by new ones, which are
-/// dropped and counted if there is no other.
+/// C4: under pressure closing flows go first, then half-open ones, after the first packet that found no room; an established flow
+/// is never broken by new ones, which are dropped and counted if there is no other.
 #[test]
 fn a_full_table_breaks_no_established_flow() {
     for_both(|f| {
@@ -181,8 +185,10 @@ fn a_full_table_breaks_no_established_flow() {
         second.establish();
         second.reset();
         assert_eq!(world.flow_counts().unwrap(), [0, 2, 2]);
-        assert_eq!(third.begin().verdict, Verdict::Pass);
-        assert_eq!(world.flow_counts().unwrap(), [2, 2, 0], "the closing flow made room");
+        assert_eq!(third.begin().moved, reason(Reason::FlowsFull));
+        assert_eq!(third.begin().verdict, Verdict::Pass, "the closing flow has made room");
+        assert_eq!(world.flow_counts().unwrap(), [2, 2, 0]);
+        assert_eq!(fourth.begin().moved, reason(Reason::FlowsFull));
         fourth.establish();
         assert_eq!(world.flow_counts().unwrap(), [0, 4, 0], "the half-open flow made room");
         let refused = fifth.begin();
@@ -224,7 +230,7 @@ fn a_half_open_flow_is_not_pushed_out_by_connections_that_are_confirmed() {
     });
 }
 
-/// C4: closing flows push out their oldest, and none that began anew on the same ports.
+/// C4: closing flows push out their oldest, and none that began, or ended, anew on the same ports.
 #[test]
 fn closing_flows_have_their_own_room() {
     for_both(|f| {
@@ -241,6 +247,14 @@ fn closing_flows_have_their_own_room() {
         fourth.reset();
         assert_eq!(world.flow_counts().unwrap(), [0, 2, 4], "second has begun anew");
         assert!(second.lives() && third.lives() && fourth.lives());
+        let world = World::with(&f.web("", &[f.remote_endpoint()]), 0, &[("closing", 2)]).unwrap();
+        let [first, second] = [1, 2].map(|port| Connection { f, world: &world, port });
+        for connection in [&first, &first, &second] {
+            connection.establish();
+            connection.reset();
+            std::thread::sleep(JIFFY);
+        }
+        assert!(first.lives() && second.lives(), "what first was before is what went");
     });
 }
 
