@@ -2,39 +2,90 @@
 
 use super::record::Loaded;
 use super::station::Station;
-use crate::controlplane::ControlPlane;
+use crate::controlplane::{ControlPlane, Stored};
 use anyhow::{Context, Result};
-use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::PostParams;
+use kube::api::{ListParams, PostParams};
 use kube::{Api, Client};
 use serde_json::{Value, json};
+use std::collections::HashSet;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 /// A leg that does not serve a size after this time is left out from then on.
 pub(super) const LOAD_TIME: Duration = Duration::from_secs(300);
-/// Requests to the API server at once.
-const AT_ONCE: usize = 32;
+/// ClusterIPs of Services that nobody calls, from here on or, where one is taken, from there on.
+const FILLERS: Ipv4Addr = Ipv4Addr::new(10, 96, 4, 0);
+const OTHER_FILLERS: Ipv4Addr = Ipv4Addr::new(10, 96, 128, 0);
 
 /// From this number on, Services have five endpoints instead of two: 30,000 then have four on the average.
 const MORE_ENDPOINTS_FROM: usize = 10_000;
 
 /// Makes Services that nobody calls, with some endpoints each.
-pub(super) async fn fill(client: &Client, numbers: std::ops::Range<usize>) -> Result<()> {
-    futures::stream::iter(numbers)
-        .map(|number| async move {
-            let [_, _, a, b] = (number as u32).to_be_bytes();
-            let count = if number < MORE_ENDPOINTS_FROM { 2 } else { 5 };
-            let endpoints: Vec<_> =
-                (128..128 + count).map(|range| (Ipv4Addr::new(10, range, a, b), "elsewhere")).collect();
-            let ports = [("http", "TCP", 80, 8080)];
-            create(client, &format!("filler-{number}"), &ports, None, &endpoints).await.map(drop)
+pub(super) async fn fill(plane: &ControlPlane, numbers: std::ops::Range<usize>) -> Result<()> {
+    let services =
+        Api::<Service>::default_namespaced(plane.client().clone()).list(&ListParams::default()).await?;
+    let taken: HashSet<_> = services.into_iter().filter_map(|made| made.spec?.cluster_ip).collect();
+    let mut objects = Vec::with_capacity(3 * numbers.len());
+    for number in numbers {
+        objects.extend(filler(number, &taken)?);
+    }
+    plane.store(&objects).await
+}
+
+/// A Service, the API server's note that its address is taken, and its slice.
+fn filler(number: usize, taken: &HashSet<String>) -> Result<[Stored; 3]> {
+    let name = format!("filler-{number}");
+    // The API server draws addresses for its own Services from the whole range.
+    let address = [FILLERS, OTHER_FILLERS]
+        .map(|first| Ipv4Addr::from_bits(first.to_bits() + number as u32).to_string())
+        .into_iter()
+        .find(|address| !taken.contains(address))
+        .context("both addresses of a Service are taken")?;
+    let metadata = |kind: u8, name: &str| {
+        json!({
+            "name": name,
+            "uid": format!("00000000-0000-4000-80{kind:02x}-{number:012x}"),
+            "creationTimestamp": "2026-01-01T00:00:00Z",
         })
-        .buffer_unordered(AT_ONCE)
-        .try_collect::<()>()
-        .await
+    };
+    let mut service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": metadata(0, &name), "status": { "loadBalancer": {} },
+        "spec": {
+            "type": "ClusterIP", "clusterIP": address, "clusterIPs": [address],
+            "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack",
+            "sessionAffinity": "None", "internalTrafficPolicy": "Cluster",
+            "ports": [{ "name": "http", "protocol": "TCP", "port": 80, "targetPort": 8080 }],
+        },
+    });
+    service["metadata"]["namespace"] = json!("default");
+    let mut note = json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "IPAddress", "metadata": metadata(1, &address),
+        "spec": { "parentRef": { "group": "", "resource": "services", "namespace": "default", "name": name } },
+    });
+    note["metadata"]["labels"] = json!({
+        "ipaddress.kubernetes.io/ip-family": "IPv4", "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io",
+    });
+    let [.., a, b] = (number as u32).to_be_bytes();
+    let count = if number < MORE_ENDPOINTS_FROM { 2 } else { 5 };
+    let ready = json!({ "ready": true, "serving": true, "terminating": false });
+    let endpoints: Vec<_> = (128..128 + count)
+        .map(|range| Ipv4Addr::new(10, range, a, b))
+        .map(|address| json!({ "addresses": [address], "nodeName": "elsewhere", "conditions": ready }))
+        .collect();
+    let mut slice = json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "metadata": metadata(2, &format!("{name}-1")),
+        "addressType": "IPv4", "endpoints": endpoints,
+        "ports": [{ "name": "http", "protocol": "TCP", "port": 8080 }],
+    });
+    slice["metadata"]["namespace"] = json!("default");
+    slice["metadata"]["labels"] = json!({ "kubernetes.io/service-name": name });
+    Ok([
+        Stored { key: format!("services/specs/default/{name}"), object: service },
+        Stored { key: format!("ipaddresses/{address}"), object: note },
+        Stored { key: format!("endpointslices/default/{name}-1"), object: slice },
+    ])
 }
 
 /// Makes a Service with these ports (name, protocol, port, target) and endpoints (address, node); returns its ClusterIP.

@@ -327,7 +327,7 @@ impl Bench<'_> {
         }
         let begun = Instant::now();
         let wanted = size - Leg::ALL.len();
-        self.plane.block_on(load::fill(self.plane.client(), self.fillers..wanted))?;
+        self.plane.block_on(load::fill(self.plane, self.fillers..wanted))?;
         self.fillers = self.fillers.max(wanted);
         println!("{size} Services are in the API server after {:.1} s", begun.elapsed().as_secs_f64());
         let loads = load::wait_for_all(self.plane, &mut self.stations, size)?;

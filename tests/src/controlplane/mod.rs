@@ -6,12 +6,14 @@
 
 mod binaries;
 pub mod dns;
+mod etcd;
 mod forward;
 mod kubelet;
 mod objects;
 mod scheduler;
 
 pub use binaries::{Binaries, FOLDER_VARIABLE};
+pub(crate) use etcd::Stored;
 
 use crate::lab::{Lab, Place, Process, at};
 use anyhow::{Context, Result, ensure};
