@@ -89,7 +89,7 @@ fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
     }
 }
 
-/// C4: flows for which there is no room are dropped and counted, and break none of the others.
+/// C3, C4: flows for which there is no room are dropped and counted, and break none of the others; nor does making room.
 #[test]
 fn a_full_table_of_flows_breaks_no_flow() {
     // Two entries for each flow: 2,304.
@@ -119,6 +119,18 @@ fn a_full_table_of_flows_breaks_no_flow() {
     }
     streams.truncate(FLOWS / 2);
     shell(&lab).tcp(at(cluster_ip(1), PORT)).unwrap();
+
+    node.agent().unwrap().stop().unwrap();
+    let arguments = ["--socket-lb=off", "--max-flows=2048", "--map-size=half_open=128,closing=128"];
+    node.start_agent(&AgentOptions::default().arguments(&arguments)).unwrap();
+    for map in
+        ["half_open has room for 128 entries instead of 64; 64 were", "flows has room for 4608 entries"]
+    {
+        assert!(log(node).contains(map), "{}", log(node));
+    }
+    for stream in &mut streams {
+        stream.ask().unwrap();
+    }
 }
 
 /// Endpoints of one Service, all of which are addresses of one pod.

@@ -168,9 +168,9 @@ pub(super) unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<li
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as libc::c_int) }
 }
 
-/// The address of a buffer as the kernel wants it.
+/// The address of a buffer as the kernel wants it: none for the key of a map without keys.
 fn address(bytes: &[u8]) -> u64 {
-    bytes.as_ptr() as u64
+    if bytes.is_empty() { 0 } else { bytes.as_ptr() as u64 }
 }
 
 /// The address of a buffer that the kernel writes.
@@ -401,9 +401,7 @@ impl MapFd {
     /// The kernel's; `EINVAL` if the buffer has the wrong size.
     pub fn pop(&self, value: &mut [u8]) -> io::Result<bool> {
         check(value.len(), self.copied)?;
-        // A queue has no keys, and the kernel takes no address of one.
-        check(self.shape.key_size, 0)?;
-        let mut attr = attr::Elem { key: 0, ..self.element(&[], address_mut(value), 0)? };
+        let mut attr = self.element(&[], address_mut(value), 0)?;
         // SAFETY: the buffer has the size of the map's values and outlives the call.
         found(unsafe { bpf(MAP_LOOKUP_AND_DELETE_ELEM, &mut attr) })
     }

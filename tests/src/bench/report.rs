@@ -58,9 +58,10 @@ const REASONS: &[(&str, &str)] = &[
     (
         "B1",
         "By the socket hooks no packet is translated, but each passes the programs of four interfaces, and an endpoint's packets \
-         are looked for in every flow table before it is certain that nothing translates them. By packet, a short \
-         connection pays for a whole life: both its directions are entered in one table after the other (half-open, \
-         established, closing) and removed again. Client and server keep both CPUs busy, so all of it is missed there.",
+         are looked for among the flows before it is certain that nothing translates them; and the call that connects \
+         chooses the endpoint and notes it. By packet, a short connection pays for a whole life: both its directions are \
+         entered and removed again, and each packet is rewritten. Client and server keep both CPUs busy, so all of it is \
+         missed there.",
     ),
     (
         "B2",
@@ -83,7 +84,7 @@ const REASONS: &[(&str, &str)] = &[
     ),
     (
         "B13",
-        "`established` alone takes the most: an entry of a hash map costs more than its key and value. Counters are per CPU, so \
+        "`flows` alone takes the most: an entry of a hash map costs more than its key and value. Counters are per CPU, so \
          they grow with the number of CPUs.",
     ),
 ];

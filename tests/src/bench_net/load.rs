@@ -131,6 +131,45 @@ pub(super) async fn create(
     address.parse().with_context(|| address.clone())
 }
 
+/// For how long the machine may have work of its own after a size is loaded: the control plane's, mostly.
+const SETTLE_TIME: Duration = Duration::from_secs(60);
+/// The part of its time that a quiet machine works, at most.
+const QUIET: f64 = 0.1;
+
+/// Waits until the machine is quiet, for what it does of its own weighs on all legs; how much it did last.
+pub(super) fn settle() -> Result<f64> {
+    let end = Instant::now() + SETTLE_TIME;
+    let mut before = cpu_ticks()?;
+    loop {
+        std::thread::sleep(Duration::from_secs(2));
+        let now = cpu_ticks()?;
+        let busy = 1.0 - (now.idle - before.idle) / (now.all - before.all).max(1.0);
+        if busy < QUIET || Instant::now() > end {
+            return Ok(busy);
+        }
+        before = now;
+    }
+}
+
+struct Ticks {
+    idle: f64,
+    all: f64,
+}
+
+/// What the CPUs have done since they started: the first line of `/proc/stat`, whose fourth and fifth numbers are idle.
+fn cpu_ticks() -> Result<Ticks> {
+    let text = std::fs::read_to_string("/proc/stat")?;
+    let ticks: Vec<f64> = text
+        .lines()
+        .next()
+        .into_iter()
+        .flat_map(|line| line.split_whitespace().skip(1))
+        .map(str::parse)
+        .collect::<Result<_, _>>()
+        .context("/proc/stat")?;
+    Ok(Ticks { idle: ticks.iter().skip(3).take(2).sum(), all: ticks.iter().sum() })
+}
+
 /// Makes one more Service for each leg, and waits until it answers: then all before it are served too.
 pub(super) fn wait_for_all(
     plane: &ControlPlane,

@@ -198,7 +198,7 @@ impl Plan {
     fn new(args: &BenchNetArgs) -> Result<Self> {
         let sizes = match (args.sizes.as_slice(), args.quick) {
             ([], false) => vec![10, 1_000, 10_000, 30_000],
-            // The API server takes longer to load the last size than all else together.
+            // The rivals take longer to load the last size than all else together.
             ([], true) => vec![10, 1_000, 10_000],
             (sizes, _) => sizes.to_vec(),
         };
@@ -331,6 +331,7 @@ impl Bench<'_> {
         self.fillers = self.fillers.max(wanted);
         println!("{size} Services are in the API server after {:.1} s", begun.elapsed().as_secs_f64());
         let loads = load::wait_for_all(self.plane, &mut self.stations, size)?;
+        println!("  the machine works {:.0} % of its time before the first round", 100.0 * load::settle()?);
         let known = &mut self.record.measured.loads;
         known.retain(|load| load.services != size);
         known.extend(loads);

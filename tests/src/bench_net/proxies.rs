@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 /// The port of a probe's Service and of its endpoint: the load tool's echo.
 const PORT: u16 = 7000;
 /// How long the changes of one leg may take together, for each that is wanted: a slow proxy is timed less often.
-const PATIENCE: Duration = Duration::from_millis(300);
+const PATIENCE: Duration = Duration::from_millis(150);
 /// How long one change may take.
 const ONE_CHANGE: Duration = Duration::from_secs(10);
 /// TCP.
