@@ -1,21 +1,21 @@
 //! The walk of a packet, the same at every hook: parse, filter, flow, service, select, route, claim, translate.
 
 mod follow;
+mod life;
+mod port;
 
 use crate::affinity;
 use crate::count::{self, Direction};
-use crate::flow::{self, Claim, Ending, Found};
+use crate::flow::{self, Claim, Ending};
 use crate::forward::{self, Origin, Route};
 use crate::frame::Frame;
-use crate::parse::{ICMP, ICMPV6, Obstacle, Packet, parse, sctp, tcp};
+use crate::parse::{ICMP, ICMPV6, Obstacle, Packet, parse};
 use crate::reject::{self, IcmpError};
-use crate::repeat::{Step, Steps, repeat};
 use crate::scratch::{Opening, Scratch, SourceRule};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use crate::verdict::{Code, Verdict, Way};
 use crate::{interest, nat, uplink};
-use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
@@ -23,7 +23,7 @@ use dataplane_common::flow::{Flow, FlowKey, Stage};
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::Node;
 use dataplane_common::service::Policy;
-use dataplane_common::{Addr, Port, Protocol};
+use dataplane_common::{Addr, Protocol};
 
 /// Where the packet is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -226,7 +226,7 @@ impl<F: Frame> Walk<'_, F> {
             let direction = if reply { Direction::Out } else { Direction::In };
             count::packet(service, self.s.flow.backend, direction, self.s.packet.length);
         }
-        progress(&self.s.key, found, &self.s.packet, &self.s.flow);
+        life::progress(&self.s.key, found, &self.s.packet, &self.s.flow);
         self.send(exit)
     }
 
@@ -555,7 +555,7 @@ impl<F: Frame> Walk<'_, F> {
     fn enter_translated(&mut self, exit: Exit) -> Verdict {
         let Scratch { key, flow, reply, way, .. } = &mut *self.s;
         flow.src = way.source;
-        match claim_port(key, flow, reply) {
+        match port::claim(key, flow, reply) {
             Claim::Made => self.launch(exit).verdict(),
             Claim::Taken => Verdict::Drop(Reason::PortsExhausted),
             Claim::Full => Verdict::Drop(Reason::FlowsFull),
@@ -610,157 +610,3 @@ fn affinity_client(src: &Addr, source: Source) -> &Addr {
 
 /// How many endpoints are tried before the source is translated to avoid a collision.
 const ENDPOINT_TRIES: u32 = 3;
-
-/// How many steps a search for a translated source port takes (P12). At least every other one tries a port: with nine of
-/// ten taken, all of these are once in 10^11 searches. A search that is in vain costs some tens of microseconds.
-const PORT_STEPS: u32 = 512;
-
-/// How many of them must be of no flow at all. The later ones may be of a flow that is over: clients that connect again and
-/// again leave more of those than there are ports.
-const UNUSED_PORT_TRIES: u32 = 8;
-
-/// Moves a flow through its life: half-open, established, closing.
-#[inline(always)]
-fn progress(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow) {
-    match flow.stage() {
-        Stage::HalfOpen => {
-            // A connection that was refused leaves nothing behind.
-            if !confirm(key, found, packet, flow) && packet.resets() {
-                flow::remove(key, flow);
-            }
-        }
-        Stage::Established if packet.proto == Protocol::Tcp as u8 => {
-            if packet.flags & tcp::RST != 0 {
-                found.close(key, flow, Flow::OVER, Flow::OVER);
-            } else if packet.flags & tcp::FIN != 0 {
-                finish(key, found, flow);
-            }
-        }
-        Stage::Established if packet.proto == Protocol::Sctp as u8 => {
-            if packet.flags == sctp::ABORT || packet.flags == sctp::SHUTDOWN_COMPLETE {
-                found.close(key, flow, Flow::OVER, Flow::OVER);
-            } else if packet.flags == sctp::SHUTDOWN || packet.flags == sctp::SHUTDOWN_ACK {
-                finish(key, found, flow);
-            }
-        }
-        Stage::Closing if !flow.has(Flow::OVER) => {
-            let answers = !flow.has(Flow::LAST_FIN) && packet.tcp(tcp::SYN | tcp::FIN, 0);
-            if answers || packet.resets() || packet.sctp(sctp::SHUTDOWN_COMPLETE) {
-                found.mark(key, flow, Flow::OVER);
-            }
-        }
-        Stage::Established | Stage::Closing => {}
-    }
-}
-
-/// A FIN, or what SCTP has for it, on an established flow: when both ends have sent one, the flow is closing.
-#[inline(always)]
-fn finish(key: &FlowKey, found: Found, flow: &Flow) {
-    let (own, others) = if flow.has(Flow::REPLY) {
-        (Flow::ENDPOINT_FIN, Flow::CLIENT_FIN)
-    } else {
-        (Flow::CLIENT_FIN, Flow::ENDPOINT_FIN)
-    };
-    if flow.has(others) {
-        found.close(key, flow, own | Flow::LAST_FIN, own);
-    } else {
-        found.mark(key, flow, own);
-    }
-}
-
-/// Takes a half-open flow forward: notes the endpoint's answer, or promotes on the client's proof that it saw one.
-/// Whether the flow is established now.
-#[inline(always)]
-fn confirm(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow) -> bool {
-    let (is_tcp, is_udp) = (packet.proto == Protocol::Tcp as u8, packet.proto == Protocol::Udp as u8);
-    if flow.has(Flow::REPLY) {
-        if is_udp {
-            flow::answered(flow, packet.proto, None);
-        } else if packet.sctp(sctp::INIT_ACK) {
-            flow::answered(flow, packet.proto, Some(packet.ack));
-        } else if packet.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::SYN | tcp::ACK) {
-            flow::answered(flow, packet.proto, Some(packet.seq.wrapping_add(1)));
-        }
-        return false;
-    }
-    let confirmed = if is_tcp {
-        packet.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::ACK) && flow::proves(flow, packet.ack)
-    } else if is_udp {
-        flow.has(Flow::ANSWERED)
-    } else {
-        // The tag that the INIT ACK asked for.
-        flow.has(Flow::ACK_KNOWN) && packet.seq == flow.expected_ack() && !packet.resets()
-    };
-    if confirmed {
-        let fin = if packet.tcp(tcp::FIN, tcp::FIN) { Flow::CLIENT_FIN } else { 0 };
-        found.mark(key, flow, Flow::CONFIRMED | fin);
-    }
-    confirmed
-}
-
-/// The search for a translated source port, as its steps see it.
-struct PortSearch<'a> {
-    key: &'a FlowKey,
-    flow: &'a mut Flow,
-    reply: &'a mut Flow,
-    first: u32,
-    range: u32,
-    mask: u32,
-    offset: u32,
-    factor: u32,
-    addend: u32,
-    tried: u32,
-    claim: Claim,
-}
-
-/// Claims a translated source port: a random one, then others in a random order, a bounded number of them (P12).
-#[inline(always)]
-fn claim_port(key: &FlowKey, flow: &mut Flow, reply: &mut Flow) -> Claim {
-    let Some(node) = service::node() else { return Claim::Taken };
-    let (first, last) = (node.first_port as u32, node.last_port as u32);
-    if last < first {
-        return Claim::Taken;
-    }
-    // SAFETY: a helper without arguments.
-    let random = unsafe { bpf_get_prandom_u32() };
-    let range = last - first + 1;
-    let mut mask = range - 1;
-    mask |= mask >> 1;
-    mask |= mask >> 2;
-    mask |= mask >> 4;
-    mask |= mask >> 8;
-    // A congruential generator of full period (Hull and Dobell 1962): it comes to each number up to the mask once, those
-    // outside of the range are passed over. A walk by strides would see but a part of a range that shares a factor with its
-    // stride, and pile up in front of what is taken.
-    let (factor, addend) = ((random >> 16) & !3 | 1, (random >> 5) | 1);
-    let mut search = PortSearch {
-        key,
-        flow,
-        reply,
-        first,
-        range,
-        mask,
-        offset: random & mask,
-        factor,
-        addend,
-        tried: 0,
-        claim: Claim::Taken,
-    };
-    repeat(PORT_STEPS, &mut search);
-    search.claim
-}
-
-impl Steps for PortSearch<'_> {
-    fn step(&mut self) -> Step {
-        let offset = self.offset;
-        self.offset = offset.wrapping_mul(self.factor).wrapping_add(self.addend) & self.mask;
-        if offset >= self.range {
-            return Step::Next;
-        }
-        self.flow.src_port = Port::new((self.first + offset) as u16);
-        let ending = if self.tried < UNUSED_PORT_TRIES { Ending::Nothing } else { Ending::Over };
-        self.claim = flow::claim(self.key, self.flow, self.reply, ending);
-        self.tried += 1;
-        if self.claim == Claim::Taken { Step::Next } else { Step::Done }
-    }
-}
