@@ -195,11 +195,12 @@ impl Steps for Displacement {
     fn step(&mut self) -> Step {
         self.left -= 1;
         let Ok(Some(oldest)) = HALF_OPEN.pop() else { return Step::Done };
-        let Some(idle) = half_open_for(&oldest) else { return Step::Done };
-        if idle < LINGER && self.left != 0 && HALF_OPEN.push(&oldest, BPF_ANY as u64).is_ok() {
+        let Some(flow) = half_open(&oldest) else { return Step::Done };
+        let seen = ticks_between(flow.last_seen, now()) < LINGER;
+        if seen && self.left != 0 && HALF_OPEN.push(&oldest, BPF_ANY as u64).is_ok() {
             return Step::Next;
         }
-        evict(&oldest);
+        remove(&oldest, flow);
         Step::Done
     }
 }
@@ -246,27 +247,18 @@ fn evict_closing() -> Option<bool> {
 /// Takes the oldest name from `half_open`, and its flow from the table; whether there was one.
 #[inline(always)]
 fn evict_half_open() -> bool {
-    match HALF_OPEN.pop() {
-        Ok(Some(oldest)) => half_open_for(&oldest).is_some() && evict(&oldest),
-        Ok(None) | Err(_) => false,
-    }
-}
-
-/// Removes the flow with this key; whether there was one.
-#[inline(never)]
-fn evict(key: &FlowKey) -> bool {
-    let Some(flow) = FLOWS.get_ptr(key) else { return false };
-    // SAFETY: an element of a map, valid until the program ends.
-    remove(key, unsafe { &*flow });
+    let Ok(Some(oldest)) = HALF_OPEN.pop() else { return false };
+    let Some(flow) = half_open(&oldest) else { return false };
+    remove(&oldest, flow);
     true
 }
 
-/// For how many ticks nothing was seen in this direction of a flow that is half-open; `None` if it is not, or there is none.
-#[inline(never)]
-fn half_open_for(key: &FlowKey) -> Option<u32> {
+/// The flow with this key, if it is half-open.
+#[inline(always)]
+fn half_open(key: &FlowKey) -> Option<&'static Flow> {
     // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
     let flow: &Flow = unsafe { &*FLOWS.get_ptr(key)? };
-    (flow.stage() == Stage::HalfOpen).then(|| ticks_between(flow.last_seen, now()))
+    (flow.stage() == Stage::HalfOpen).then_some(flow)
 }
 
 /// Notes in the client's half what an endpoint's answer shows: the number that the client will acknowledge.
