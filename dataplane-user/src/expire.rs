@@ -167,10 +167,12 @@ impl Census {
         let hasher = RandomState::new();
         maps.visit::<Flows>(|key, flow| {
             bits.keep_for(&key);
-            let age = clock.since(flow.last_seen);
-            if present.insert(hasher.hash_one(key)) {
-                *remain.of_stage(flow.stage()) += 1;
+            // An entry that is seen twice may be in two stages: it is counted, and judged, by the first.
+            if !present.insert(hasher.hash_one(key)) {
+                return;
             }
+            *remain.of_stage(flow.stage()) += 1;
+            let age = clock.since(flow.last_seen);
             if age >= ALONE {
                 let candidate = Candidate { partner: flow.partner(key.proto()), flags: flow.flags(), age };
                 candidates.insert(key, candidate);
