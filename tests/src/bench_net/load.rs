@@ -43,85 +43,88 @@ fn filler(number: usize, taken: &HashSet<String>) -> Result<[Stored; 3]> {
         .into_iter()
         .find(|address| !taken.contains(address))
         .context("both addresses of a Service are taken")?;
-    let metadata = |kind: u8, name: &str| {
-        json!({
-            "name": name,
-            "uid": format!("00000000-0000-4000-80{kind:02x}-{number:012x}"),
-            "creationTimestamp": "2026-01-01T00:00:00Z",
-        })
-    };
-    let mut service = json!({
-        "apiVersion": "v1", "kind": "Service", "metadata": metadata(0, &name), "status": { "loadBalancer": {} },
-        "spec": {
-            "type": "ClusterIP", "clusterIP": address, "clusterIPs": [address],
-            "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack",
-            "sessionAffinity": "None", "internalTrafficPolicy": "Cluster",
-            "ports": [{ "name": "http", "protocol": "TCP", "port": 80, "targetPort": 8080 }],
-        },
+    let ports = [("http", "TCP", 80, 8080)];
+    let mut service = service(&name, &ports);
+    (service["apiVersion"], service["kind"]) = ("v1".into(), "Service".into());
+    service["metadata"]["namespace"] = "default".into();
+    service["status"] = json!({ "loadBalancer": {} });
+    let defaults = json!({
+        "clusterIP": address, "clusterIPs": [address], "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack",
+        "sessionAffinity": "None", "internalTrafficPolicy": "Cluster",
     });
-    service["metadata"]["namespace"] = json!("default");
-    let mut note = json!({
-        "apiVersion": "networking.k8s.io/v1", "kind": "IPAddress", "metadata": metadata(1, &address),
+    for (field, value) in defaults.as_object().into_iter().flatten() {
+        service["spec"][field] = value.clone();
+    }
+    let note = json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "IPAddress",
+        "metadata": { "name": address, "labels": {
+            "ipaddress.kubernetes.io/ip-family": "IPv4", "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io",
+        } },
         "spec": { "parentRef": { "group": "", "resource": "services", "namespace": "default", "name": name } },
-    });
-    note["metadata"]["labels"] = json!({
-        "ipaddress.kubernetes.io/ip-family": "IPv4", "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io",
     });
     let [.., a, b] = (number as u32).to_be_bytes();
     let count = if number < MORE_ENDPOINTS_FROM { 2 } else { 5 };
-    let ready = json!({ "ready": true, "serving": true, "terminating": false });
-    let endpoints: Vec<_> = (128..128 + count)
-        .map(|range| Ipv4Addr::new(10, range, a, b))
-        .map(|address| json!({ "addresses": [address], "nodeName": "elsewhere", "conditions": ready }))
-        .collect();
-    let mut slice = json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "metadata": metadata(2, &format!("{name}-1")),
-        "addressType": "IPv4", "endpoints": endpoints,
-        "ports": [{ "name": "http", "protocol": "TCP", "port": 8080 }],
-    });
-    slice["metadata"]["namespace"] = json!("default");
-    slice["metadata"]["labels"] = json!({ "kubernetes.io/service-name": name });
+    let endpoints: Vec<_> =
+        (128..128 + count).map(|range| (Ipv4Addr::new(10, range, a, b), "elsewhere")).collect();
+    let mut slice = slice(&name, &ports, &endpoints);
+    (slice["apiVersion"], slice["kind"]) = ("discovery.k8s.io/v1".into(), "EndpointSlice".into());
+    slice["metadata"]["namespace"] = "default".into();
+    let stored = |kind: u8, key: String, mut object: Value| {
+        object["metadata"]["uid"] = format!("00000000-0000-4000-80{kind:02x}-{number:012x}").into();
+        object["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z".into();
+        Stored { key, object }
+    };
     Ok([
-        Stored { key: format!("services/specs/default/{name}"), object: service },
-        Stored { key: format!("ipaddresses/{address}"), object: note },
-        Stored { key: format!("endpointslices/default/{name}-1"), object: slice },
+        stored(0, format!("services/specs/default/{name}"), service),
+        stored(1, format!("ipaddresses/{address}"), note),
+        stored(2, format!("endpointslices/default/{name}-1"), slice),
     ])
 }
 
-/// Makes a Service with these ports (name, protocol, port, target) and endpoints (address, node); returns its ClusterIP.
+/// A port of a Service: its name, protocol and number, and the endpoints' port.
+type ServicePort<'a> = (&'a str, &'a str, u16, u16);
+
+/// What is asked for of a Service.
+fn service(name: &str, ports: &[ServicePort<'_>]) -> Value {
+    let ports = ports.iter().map(|(name, protocol, port, target)| {
+        json!({ "name": name, "protocol": protocol, "port": port, "targetPort": target })
+    });
+    let ports: Vec<_> = ports.collect();
+    json!({ "metadata": { "name": name }, "spec": { "type": "ClusterIP", "ports": ports } })
+}
+
+/// The slice of a Service with these endpoints (address, node).
+fn slice(service: &str, ports: &[ServicePort<'_>], endpoints: &[(Ipv4Addr, &str)]) -> Value {
+    let ready = json!({ "ready": true, "serving": true, "terminating": false });
+    let ports = ports
+        .iter()
+        .map(|(name, protocol, _, target)| json!({ "name": name, "protocol": protocol, "port": target }));
+    let endpoints = endpoints
+        .iter()
+        .map(|(address, node)| json!({ "addresses": [address], "nodeName": node, "conditions": ready }));
+    json!({
+        "metadata": { "name": format!("{service}-1"), "labels": { "kubernetes.io/service-name": service } },
+        "addressType": "IPv4",
+        "ports": ports.collect::<Vec<_>>(),
+        "endpoints": endpoints.collect::<Vec<_>>(),
+    })
+}
+
+/// Makes a Service with these ports and endpoints (address, node); returns its ClusterIP.
 pub(super) async fn create(
     client: &Client,
     name: &str,
-    ports: &[(&str, &str, u16, u16)],
+    ports: &[ServicePort<'_>],
     node_port: Option<u16>,
     endpoints: &[(Ipv4Addr, &str)],
 ) -> Result<Ipv4Addr> {
-    let service_ports: Vec<Value> = ports
-        .iter()
-        .map(|(name, protocol, port, target)| {
-            json!({ "name": name, "protocol": protocol, "port": port, "targetPort": target })
-        })
-        .collect();
-    let mut spec = json!({ "type": "ClusterIP", "ports": service_ports });
+    let mut service = service(name, ports);
     if let Some(node_port) = node_port {
-        spec["type"] = json!("NodePort");
-        spec["ports"][0]["nodePort"] = json!(node_port);
+        service["spec"]["type"] = json!("NodePort");
+        service["spec"]["ports"][0]["nodePort"] = json!(node_port);
     }
-    let service: Service = serde_json::from_value(json!({ "metadata": { "name": name }, "spec": spec }))?;
-    let slice_ports: Vec<Value> = ports
-        .iter()
-        .map(|(name, protocol, _, target)| json!({ "name": name, "protocol": protocol, "port": target }))
-        .collect();
-    let ready = json!({ "ready": true, "serving": true, "terminating": false });
-    let slice: EndpointSlice = serde_json::from_value(json!({
-        "metadata": { "name": format!("{name}-1"), "labels": { "kubernetes.io/service-name": name } },
-        "addressType": "IPv4",
-        "ports": slice_ports,
-        "endpoints": endpoints
-            .iter()
-            .map(|(address, node)| json!({ "addresses": [address], "nodeName": node, "conditions": ready }))
-            .collect::<Vec<_>>(),
-    }))?;
+    let service: Service = serde_json::from_value(service)?;
+    let slice: EndpointSlice = serde_json::from_value(slice(name, ports, endpoints))?;
     let parameters = PostParams::default();
     let made = Api::<Service>::default_namespaced(client.clone()).create(&parameters, &service).await;
     let made = made.with_context(|| format!("Service {name}"))?;

@@ -6,9 +6,9 @@
 
 use super::{ANSWER, CLOSING_ANSWER, REQUEST};
 use anyhow::{Context, Result};
+use socket2::SockRef;
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -73,11 +73,7 @@ fn stay(mut stream: TcpStream, connection: u64) -> std::io::Result<()> {
 /// Answer and end are one segment, so the client never closes first, and its port waits for nothing.
 fn answer_and_close(mut stream: TcpStream, connection: u64) -> std::io::Result<()> {
     wait_for_request(&mut stream, connection)?;
-    // SAFETY: the kernel reads as many bytes as there are, while the call lasts, on a descriptor that is open.
-    let sent = unsafe {
-        libc::send(stream.as_raw_fd(), CLOSING_ANSWER.as_ptr().cast(), CLOSING_ANSWER.len(), libc::MSG_MORE)
-    };
-    if sent < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    SockRef::from(&stream).send_with_flags(CLOSING_ANSWER, libc::MSG_MORE).map(drop)
 }
 
 /// What keeps the waits of connections apart that begin together.
