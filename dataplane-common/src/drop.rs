@@ -78,7 +78,7 @@ reasons! {
     TtlExceeded = 13, "ttl-exceeded", Rejected;
     /// The packet is larger than the way to the endpoint takes; an ICMP fragmentation needed was sent.
     TooBig = 14, "too-big", Rejected;
-    /// The table of flows is full of established ones: enlarge it with `--max-flows`.
+    /// The table of flows was full: those that are closing or half-open make room for the next, or enlarge it with `--max-flows`.
     FlowsFull = 15, "flows-full", Dropped;
     /// The kernel refused to change the packet.
     WriteFailed = 16, "write-failed", Dropped;

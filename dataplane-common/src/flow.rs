@@ -68,7 +68,7 @@ impl FlowKey {
 }
 
 /// How far a flow is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     /// Its handshake is not complete.
     HalfOpen,

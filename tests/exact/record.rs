@@ -90,7 +90,7 @@ fn compare(recorded: &Numbers, numbers: &Numbers) -> (String, String) {
         }
     }
     for (name, was) in recorded.iter().filter(|(name, _)| !numbers.contains_key(*name)) {
-        drop(writeln!(shrunk, "  {name}: {was} -> gone"));
+        let _ = writeln!(shrunk, "  {name}: {was} -> gone");
     }
     (grown, shrunk)
 }

@@ -69,7 +69,8 @@ impl Enlarged {
     }
 }
 
-/// Copies entry by entry; what a queue names is moved. A hash table that changes meanwhile may begin again at its first key, but not for ever.
+/// Copies entry by entry; the values of a queue are moved. A hash table that changes meanwhile may begin again at its first
+/// key, but not for ever.
 fn copy(from: &MapFd, to: &MapFd, flags: u64) -> io::Result<usize> {
     let shape = from.shape();
     if shape.map_type == super::maps::map_type(TableKind::Queue) {
