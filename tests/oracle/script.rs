@@ -112,6 +112,12 @@ fn destinations(states: &[Cluster]) -> Vec<(IpAddr, u16, u8)> {
     all
 }
 
+/// Bytes of data in a packet too long for a narrow way.
+const LONG: usize = 1_400;
+
+/// Bytes of data in the others, and in some of those: narrow ways are few.
+const LENGTHS: [usize; 9] = [0, 1, 2, 3, 4, 5, 6, 7, LONG];
+
 /// Writes steps.
 struct Author {
     steps: Vec<Step>,
@@ -162,7 +168,7 @@ impl Author {
     }
 
     fn send(&mut self, random: &mut Random, client: &Client, flags: u8, ack: u32) -> usize {
-        let data = if random.chance(5) { 1_400 } else { random.below(9) };
+        let data = if random.chance(5) { LONG } else { random.of(&LENGTHS) };
         let sctp = client.proto == SCTP;
         let flags = if sctp { chunk_of(flags) } else { flags };
         // SCTP asks for the tag with which the other end was told to come.
