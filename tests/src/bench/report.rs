@@ -58,10 +58,11 @@ const REASONS: &[(&str, &str)] = &[
     (
         "B1",
         "By the socket hooks no packet is translated, but each passes the programs of four interfaces, and an endpoint's packets \
-         are looked for among the flows before it is certain that nothing translates them; and the call that connects \
-         chooses the endpoint and notes it. By packet, a short connection pays for a whole life: both its directions are \
+         are looked for among the flows before it is certain that nothing translates them; the call that connects \
+         chooses the endpoint and notes it, and the server's call that accepts asks for the client's name, which a hook looks \
+         up. By packet, a short connection pays for a whole life: both its directions are \
          entered and removed again, and each packet is rewritten. Client and server keep both CPUs busy, so all of it is \
-         missed there.",
+         missed there; the tables below say how much the programs themselves take.",
     ),
     (
         "B2",

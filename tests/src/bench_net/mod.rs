@@ -4,11 +4,13 @@
 //! see another's flows. Legs are measured in turn, round by round, and each figure is a ratio within a round.
 
 mod load;
+mod programs;
 mod proxies;
 mod record;
 mod station;
 mod targets;
 
+pub use programs::ProgramShare;
 pub(crate) use proxies::resident_kib;
 pub use proxies::{AgentChanges, ProxyCost};
 pub use record::{Loaded, Measured, NetRecord, Series};
@@ -352,7 +354,14 @@ impl Bench<'_> {
             }
         }
         println!("{case}");
-        for (series, station) in all.iter_mut().zip(legs) {
+        for (series, station) in all.iter_mut().zip(&mut legs) {
+            // The count costs time, so it is none of the rounds.
+            if series.leg.is_portolan() && case.mode != Mode::Bulk {
+                series.programs = station.programs(case, flows, seconds).unwrap_or_else(|error| {
+                    println!("  the programs of {} were not counted: {error}", series.leg.name());
+                    Vec::new()
+                });
+            }
             if series.failed() > 0 || series.rates().contains(&Some(0.0)) {
                 series.drops = station.drops();
             }

@@ -1,5 +1,6 @@
 //! What a run leaves behind: everything that was measured, and on what.
 
+use super::programs::ProgramShare;
 use super::proxies::ProxyCost;
 use super::station::kube_proxy;
 use super::targets;
@@ -24,11 +25,15 @@ pub struct Series {
     pub failure: Option<String>,
     /// If operations failed: what Portolan says that it dropped until then.
     pub drops: String,
+    /// What Portolan's programs take of an operation, counted in a run of its own; nothing of other legs, and of bulk
+    /// streams, whose operations are bytes.
+    #[serde(default)]
+    pub programs: Vec<ProgramShare>,
 }
 
 impl Series {
     pub(super) fn new(case: Case, leg: Leg) -> Self {
-        Self { case, leg, rounds: Vec::new(), failure: None, drops: String::new() }
+        Self { case, leg, rounds: Vec::new(), failure: None, drops: String::new(), programs: Vec::new() }
     }
 
     pub(super) fn enter(&mut self, round: Result<Outcome, String>) {
@@ -57,6 +62,12 @@ impl Series {
         Ratio::among(rounds.filter_map(|round| round.latency.map(|latency| latency.p99)))
     }
 
+    /// Microseconds of an operation in Portolan's programs, if that was counted.
+    pub(crate) fn in_programs(&self) -> Option<f64> {
+        let nanoseconds: f64 = self.programs.iter().map(ProgramShare::per_operation).sum();
+        (!self.programs.is_empty()).then_some(nanoseconds / 1e3)
+    }
+
     /// For people: the median rate, and its ratio to direct.
     pub(super) fn line(&self, all: &[Self]) -> String {
         let direct = all.iter().find(|series| series.leg == Leg::Direct).map(Self::rates).unwrap_or_default();
@@ -67,7 +78,9 @@ impl Series {
                 let failed = self.failed();
                 let p99 = self.p99().map(|p99| format!("  p99 {:.0} us", p99.median));
                 let failed = if failed > 0 { format!("  {failed} failed") } else { String::new() };
-                format!("{name:<20} {:>14.0}/s  {ratio}{}{failed}", rate.median, p99.unwrap_or_default())
+                let programs = self.in_programs().map(|us| format!("  {us:.1} us in its programs"));
+                let [p99, programs] = [p99, programs].map(Option::unwrap_or_default);
+                format!("{name:<20} {:>14.0}/s  {ratio}{p99}{programs}{failed}", rate.median)
             }
             (Some(_) | None, _) => {
                 format!(

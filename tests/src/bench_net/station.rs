@@ -1,6 +1,7 @@
 //! A leg's part of the lab: a node, a client and an endpoint on it, a client outside, and what serves the Service.
 
 use super::load::{self, LOAD_TIME};
+use super::programs::{self, ProgramShare};
 use super::{Case, Leg, Way};
 use crate::controlplane::ControlPlane;
 use crate::lab::{AgentOptions, Client, Lab, Node, Place, Pod, PodOptions, Process, Source, at, program};
@@ -19,6 +20,8 @@ const NODE_PORT: u16 = 31_000;
 const FAR_NODE_PORT: u16 = 31_500;
 /// The host number of the first outside client.
 const OUTSIDE: u8 = 210;
+/// Seconds of load before a round counts.
+const WARM_UP: f64 = 0.2;
 /// Where clients run, and where servers.
 const CLIENT_CPU: &str = "0";
 const SERVER_CPU: &str = "1";
@@ -214,7 +217,25 @@ impl Station {
     pub(super) fn measure(&mut self, case: Case, flows: usize, seconds: f64) -> Result<Outcome, String> {
         match &self.failure {
             Some(failure) => Err(failure.clone()),
-            None => self.load(case, flows, seconds).map_err(|error| format!("{error:#}")),
+            None => self.load(case, flows, seconds, WARM_UP).map_err(|error| format!("{error:#}")),
+        }
+    }
+
+    /// What the leg's programs take of an operation, in a run like that of a round.
+    pub(super) fn programs(
+        &mut self,
+        case: Case,
+        flows: usize,
+        seconds: f64,
+    ) -> Result<Vec<ProgramShare>, String> {
+        let counted = || {
+            let count = programs::Count::begin()?;
+            // Without a warm-up: all that is counted belongs to an operation that is.
+            count.end(self.load(case, flows, seconds, 0.0)?.done)
+        };
+        match &self.failure {
+            Some(failure) => Err(failure.clone()),
+            None => counted().map_err(|error| format!("{error:#}")),
         }
     }
 
@@ -230,7 +251,7 @@ impl Station {
         }
     }
 
-    fn load(&self, case: Case, flows: usize, seconds: f64) -> Result<Outcome> {
+    fn load(&self, case: Case, flows: usize, seconds: f64, warm_up: f64) -> Result<Outcome> {
         ensure!(
             case.way == Way::ClusterIp || case.mode == Mode::ConnectRequestClose,
             "node ports lead to the port for connect-request-close"
@@ -252,6 +273,8 @@ impl Station {
                 &flows.to_string(),
                 "--seconds",
                 &seconds.to_string(),
+                "--warm-up",
+                &warm_up.to_string(),
                 "--cpu",
                 CLIENT_CPU,
             ],

@@ -45,8 +45,36 @@ fn write_case(page: &mut Page, of_case: &[&Series], plot: &str, title: &str) {
         all.extend(ratio.map(|ratio| bar(series.leg.name(), ratio, series.leg.is_portolan())));
     }
     page.table(&rows);
+    programs(page, of_case);
     let title = format!("{title}: ratio to plain routing");
     page.plot(plot, &title, bars(&title, &all, Some(1.0)));
+}
+
+/// What Portolan's programs take of an operation, beside all that plain routing takes.
+fn programs(page: &mut Page, of_case: &[&Series]) {
+    let direct = of_case.iter().find(|series| series.leg == Leg::Direct);
+    let direct = direct.and_then(|direct| Ratio::among(direct.rates().into_iter().flatten()));
+    let mut rows = vec![row(["leg", "program", "runs per operation", "ns per run", "us per operation"])];
+    let mut sums = Vec::new();
+    for series in of_case {
+        for share in &series.programs {
+            let us = digits(share.per_operation() / 1e3);
+            let (runs, nanoseconds) = (digits(share.runs), digits(share.nanoseconds));
+            rows.push(row([series.leg.name(), &format!("`{}`", share.program), &runs, &nanoseconds, &us]));
+        }
+        let Some((us, direct)) = series.in_programs().zip(direct) else { continue };
+        // Client and server have a CPU each, and both are busy.
+        let whole = 2e6 / direct.median;
+        sums.push(format!("{} {} us of {}", series.leg.name(), digits(us), digits(whole)));
+    }
+    if rows.len() > 1 {
+        page.paragraph(&format!(
+            "Time in Portolan's programs, with part of the clock's own, beside the time of two CPUs that one operation by plain \
+             routing takes: {}.",
+            sums.join(", ")
+        ));
+        page.table(&rows);
+    }
 }
 
 fn growth(page: &mut Page, measured: &Measured) {
