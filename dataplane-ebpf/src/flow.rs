@@ -7,7 +7,9 @@
 use crate::maps::{CLOSING, FLOWS, HALF_OPEN};
 use crate::repeat::{Step, Steps, repeat};
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use aya_ebpf::helpers::bpf_jiffies64;
+use aya_ebpf::btf_maps::Queue;
+use aya_ebpf::helpers::{bpf_jiffies64, bpf_map_pop_elem};
+use core::mem::MaybeUninit;
 use core::sync::atomic::{Ordering, compiler_fence};
 use dataplane_common::flow::{Ended, Flow, FlowKey, Stage, tick, ticks_between};
 
@@ -194,13 +196,14 @@ struct Displacement {
 impl Steps for Displacement {
     fn step(&mut self) -> Step {
         self.left -= 1;
-        let Ok(Some(oldest)) = HALF_OPEN.pop() else { return Step::Done };
-        let Some(flow) = half_open(&oldest) else { return Step::Done };
+        let mut oldest = MaybeUninit::uninit();
+        let Some(oldest) = pop(&HALF_OPEN, &mut oldest) else { return Step::Done };
+        let Some(flow) = half_open(oldest) else { return Step::Done };
         let seen = ticks_between(flow.last_seen, now()) < LINGER;
-        if seen && self.left != 0 && HALF_OPEN.push(&oldest, BPF_ANY as u64).is_ok() {
+        if seen && self.left != 0 && HALF_OPEN.push(oldest, BPF_ANY as u64).is_ok() {
             return Step::Next;
         }
-        remove(&oldest, flow);
+        remove(oldest, flow);
         Step::Done
     }
 }
@@ -233,7 +236,8 @@ impl Steps for Clearance {
 /// Takes the oldest name from `closing`, and its flow from the table; whether there was one. `None` if there is no name.
 #[inline(never)]
 fn evict_closing() -> Option<bool> {
-    let name = CLOSING.pop().ok().flatten()?;
+    let mut name = MaybeUninit::uninit();
+    let name = pop(&CLOSING, &mut name)?;
     let Some(flow) = FLOWS.get_ptr(&name.key) else { return Some(false) };
     // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
     let flow: &Flow = unsafe { &*flow };
@@ -247,10 +251,21 @@ fn evict_closing() -> Option<bool> {
 /// Takes the oldest name from `half_open`, and its flow from the table; whether there was one.
 #[inline(always)]
 fn evict_half_open() -> bool {
-    let Ok(Some(oldest)) = HALF_OPEN.pop() else { return false };
-    let Some(flow) = half_open(&oldest) else { return false };
-    remove(&oldest, flow);
+    let mut oldest = MaybeUninit::uninit();
+    let Some(oldest) = pop(&HALF_OPEN, &mut oldest) else { return false };
+    let Some(flow) = half_open(oldest) else { return false };
+    remove(oldest, flow);
     true
+}
+
+/// Takes the first name from a queue, to where it is looked at: what the queue itself gives back is on the stack twice.
+#[inline(always)]
+fn pop<'a, T, const N: usize>(queue: &Queue<T, N>, name: &'a mut MaybeUninit<T>) -> Option<&'a T> {
+    // SAFETY: the helper writes a whole name, or fails.
+    unsafe {
+        let queue = (&raw const *queue).cast_mut().cast();
+        (bpf_map_pop_elem(queue, name.as_mut_ptr().cast()) == 0).then(|| name.assume_init_ref())
+    }
 }
 
 /// The flow with this key, if it is half-open.

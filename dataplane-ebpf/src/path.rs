@@ -93,7 +93,7 @@ pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, log: imp
         }
         Verdict::Refuse(reason) => {
             log(reason);
-            let answered = answer(frame, hook, scratch, reason);
+            let answered = answer(frame, scratch, reason);
             if hook != Hook::UplinkIngress || answered != Code::ANSWER {
                 return answered.verdict();
             }
@@ -157,7 +157,7 @@ fn not_ours(packet: &Packet, hook: Hook) -> Verdict {
 
 /// Turns the frame into what tells its sender no.
 #[inline(never)]
-fn answer<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, reason: Reason) -> Code {
+fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Code {
     let packet = &scratch.packet;
     let error = if reason == Reason::TtlExceeded {
         Some(IcmpError::TIME_EXCEEDED)
@@ -170,7 +170,9 @@ fn answer<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, reason: Re
         Some(error) => {
             // In the node's own name, as a router would; but to the node itself that would be a martian.
             let source = match service::node() {
-                Some(node) if hook != Hook::UplinkEgress => forward::primary(node, &packet.dst),
+                Some(node) if service::node_address(&packet.src).is_none() => {
+                    forward::primary(node, &packet.dst)
+                }
                 Some(_) | None => &packet.dst,
             };
             reject::icmp(frame, packet, source, error)
@@ -424,13 +426,18 @@ impl<F: Frame> Walk<'_, F> {
         }
     }
 
-    /// Chooses an endpoint, enters the flow and sends its first packet.
+    /// Chooses an endpoint, enters the flow and sends its first packet. A flow whose packet could not be written is named in no
+    /// queue: it goes when it is idle.
     #[inline(never)]
     fn begin(&mut self) -> Code {
         let begun = self.new_flow();
-        if begun == Verdict::Drop(Reason::FlowsFull) {
-            // For the next one: the stack of this chain of calls has no room for more.
-            flow::make_room();
+        // Both from here: further down the chain of calls the stack has no room for them.
+        match begun {
+            Verdict::Pass | Verdict::Forward | Verdict::HandUp => flow::wait(&self.s.key),
+            // For the next one.
+            Verdict::Drop(Reason::FlowsFull) => flow::make_room(),
+            Verdict::Drop(_) | Verdict::Refuse(_) | Verdict::Answer | Verdict::Begin | Verdict::LeaveToTc => {
+            }
         }
         begun.into()
     }
@@ -565,7 +572,6 @@ impl<F: Frame> Walk<'_, F> {
     /// Sends the first packet of a flow that was entered.
     #[inline(never)]
     fn launch(&mut self, exit: Exit) -> Code {
-        flow::wait(&self.s.key);
         let (service, backend) = (self.s.opening.service, self.s.flow.backend);
         count::new_flow(service, backend);
         count::packet(service, backend, Direction::In, self.s.packet.length);

@@ -1,15 +1,16 @@
-//! What is the same at every run, and must not grow unnoticed: instructions that the verifier walks, `bpf()` calls of a
-//! change, bytes of the maps, allocations of an event. Needs root.
+//! What is the same at every run, and must not grow unnoticed: instructions that the verifier walks, bytes of stack, `bpf()`
+//! calls of a change, bytes of the maps, allocations of an event. Needs root.
 
 mod allocations;
 mod record;
+mod stack;
 
 use dataplane_tests::bench::record::kernel;
-use dataplane_tests::bench_prog::{MAP_MEMORY_LIMIT, VERIFIED_LIMIT, map_memory, verified_instructions};
+use dataplane_tests::bench_prog::{ALL, MAP_MEMORY_LIMIT, VERIFIED_LIMIT, map_memory, verified_instructions};
 use dataplane_tests::bench_sync::{change, cluster, node, service};
 use dataplane_user::kernel::bpf;
 use dataplane_user::kernel::maps::KernelMaps;
-use dataplane_user::kernel::object::TOOLCHAIN;
+use dataplane_user::kernel::object::{Object, Options, TOOLCHAIN};
 use dataplane_user::sync::Mirror;
 use record::{Numbers, hold, tell};
 use std::time::Instant;
@@ -27,6 +28,18 @@ fn the_verifier_walks_no_more_instructions_than_recorded() {
     let numbers: Numbers = verified.into_iter().map(|(name, count)| (name, u64::from(count))).collect();
     let on = format!("{}, {TOOLCHAIN}", linux());
     hold("verified instructions", &on, &numbers, Some(u64::from(VERIFIED_LIMIT)));
+}
+
+#[test]
+fn the_stack_of_no_program_is_deeper_than_recorded() {
+    let mut object = Object::open(&Options::default()).unwrap();
+    let mut depths = Numbers::new();
+    for program in ALL {
+        object.load(program).unwrap();
+        let (id, _) = object.program_id(program).unwrap();
+        depths.insert(program.to_owned(), stack::deepest(id).unwrap());
+    }
+    hold("bytes of stack", &format!("{}, {TOOLCHAIN}", linux()), &depths, Some(stack::STACK));
 }
 
 #[test]

@@ -9,7 +9,7 @@ mod tables;
 pub use cases::CaseCost;
 pub use frames::LiveFrames;
 pub use sockets::Connects;
-pub use tables::{ProgramCost, map_memory, memory_of_frontends, verified_instructions};
+pub use tables::{ALL, ProgramCost, map_memory, memory_of_frontends, verified_instructions};
 
 use crate::bench::record::{Machine, RECORDS, Record};
 use crate::bench::target::{Judgement, Limit, Ratio};

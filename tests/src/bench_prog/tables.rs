@@ -73,7 +73,7 @@ pub struct ProgramCost {
 }
 
 /// Every program that the agent loads.
-const ALL: [&str; 15] = [
+pub const ALL: [&str; 15] = [
     "xdp_uplink",
     "tc_bare_in",
     "tc_bare_out",
