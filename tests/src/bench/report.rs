@@ -70,8 +70,15 @@ const REASONS: &[(&str, &str)] = &[
     ),
     (
         "B4",
-        "As B1 by packet: the life of a flow weighs more on so short a connection than the rules of kube-proxy and its connection \
-         tracking do. Native XDP on veth copies each packet, and its driver works off its packets in batches.",
+        "A proxy that costs nothing would be as much faster than kube-proxy as plain routing is, which is said with each case \
+         below; where that is less than what is asked, nothing can reach it on this machine. Of that, Portolan loses what its programs take: the life of \
+         a flow, as B1 by packet, and a route lookup of each packet where the endpoint is elsewhere. Native XDP on veth \
+         copies each packet, and its driver works off its packets in batches.",
+    ),
+    (
+        "B5",
+        "Portolan does not touch what a bulk stream is slowed by: its segments pass each program as one packet of up to 64 KiB. \
+         What is missed is less than the two legs of plain routing differ from round to round.",
     ),
     (
         "B11",

@@ -45,9 +45,25 @@ fn write_case(page: &mut Page, of_case: &[&Series], plot: &str, title: &str) {
         all.extend(ratio.map(|ratio| bar(series.leg.name(), ratio, series.leg.is_portolan())));
     }
     page.table(&rows);
+    bound(page, of_case);
     programs(page, of_case);
     let title = format!("{title}: ratio to plain routing");
     page.plot(plot, &title, bars(&title, &all, Some(1.0)));
+}
+
+/// What a proxy that costs nothing would be beside the rivals.
+fn bound(page: &mut Page, of_case: &[&Series]) {
+    let rates = |leg| of_case.iter().find(|series| series.leg == leg).map(|series| series.rates());
+    let rivals = of_case.iter().filter(|series| series.leg.is_rival());
+    let beside: Vec<_> = rivals
+        .filter_map(|rival| {
+            let ratio = Ratio::of(&rates(Leg::Direct)?, &rival.rates())?;
+            Some(format!("{ratio} x {}", rival.leg.name()))
+        })
+        .collect();
+    if !beside.is_empty() {
+        page.paragraph(&format!("Plain routing itself is {}.", beside.join(" and ")));
+    }
 }
 
 /// What Portolan's programs take of an operation, beside all that plain routing takes.
