@@ -71,9 +71,9 @@ const REASONS: &[(&str, &str)] = &[
     (
         "B4",
         "A proxy that costs nothing would be as much faster than kube-proxy as plain routing is, which is said with each case \
-         below; where that is less than what is asked, nothing can reach it on this machine. Of that, Portolan loses what its programs take: the life of \
-         a flow, as B1 by packet, and a route lookup of each packet where the endpoint is elsewhere. Native XDP on veth \
-         copies each packet, and its driver works off its packets in batches.",
+         below; where that is less than what is asked, nothing can reach it on this machine. Of that, Portolan loses what \
+         its programs take: the life of a flow, as B1 by packet, and a route lookup of each packet where the endpoint is \
+         elsewhere. Native XDP on veth copies each packet, and its driver works off its packets in batches.",
     ),
     (
         "B5",
