@@ -1,6 +1,6 @@
-//! The deepest stack of a program, as kernels before 6.8 count it: along a chain of calls, callbacks among them, each function's
-//! frame rounded up to 32 bytes (`check_max_stack_depth`; kernel commit 76e42ae83199 rounds to 16). The kernel that runs here
-//! may count less, so it does not say that an older one would refuse the program.
+//! The deepest stack of a program, as kernels before 6.8 count it (`check_max_stack_depth`): along a chain of calls, callbacks
+//! among them, each function's frame rounded up to 32 bytes. Later ones round less where there is a JIT, so the kernel that
+//! runs here does not say that an older one would refuse the program.
 
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
@@ -26,7 +26,7 @@ pub(crate) fn deepest(id: u32) -> Result<u64> {
 }
 
 fn deepest_of(listing: &str) -> Result<u64> {
-    let functions = functions(listing)?;
+    let functions = functions(listing);
     ensure!(!functions.is_empty(), "bpftool shows no functions");
     let mut known = BTreeMap::new();
     depth(0, &functions, &mut known)
@@ -48,7 +48,7 @@ fn depth(start: i64, functions: &BTreeMap<i64, Function>, known: &mut BTreeMap<i
 }
 
 /// The functions in a listing of `bpftool prog dump xlated`, by their first instruction.
-fn functions(listing: &str) -> Result<BTreeMap<i64, Function>> {
+fn functions(listing: &str) -> BTreeMap<i64, Function> {
     let mut functions = BTreeMap::new();
     let (mut current, mut begins) = (0, false);
     // The registers that hold the frame pointer as it is.
@@ -85,7 +85,7 @@ fn functions(listing: &str) -> Result<BTreeMap<i64, Function>> {
             }
         }
     }
-    Ok(functions)
+    functions
 }
 
 /// Number and text of an instruction: `12: (bf) r6 = r1`.
@@ -122,8 +122,7 @@ i64 callback(u32 index):
   13: (79) r1 = *(u64 *)(r10 -72)
   14: (95) exit
 ";
-    let frames: Vec<_> =
-        functions(listing).unwrap().into_iter().map(|(at, f)| (at, f.frame, f.calls)).collect();
+    let frames: Vec<_> = functions(listing).into_iter().map(|(at, f)| (at, f.frame, f.calls)).collect();
     assert_eq!(frames, [(0, 8, vec![6, 10]), (6, 40, vec![]), (10, 72, vec![])]);
     assert_eq!(deepest_of(listing).unwrap(), 32 + 96);
     assert!(deepest_of("").is_err());

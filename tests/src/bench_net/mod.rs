@@ -345,16 +345,15 @@ impl Bench<'_> {
         let Plan { rounds, flows, seconds, .. } = self.plan;
         let flows = if case.mode == Mode::Bulk { BULK_FLOWS } else { flows };
         let mut all = Vec::new();
-        let mut legs: Vec<_> =
-            self.stations.iter_mut().filter(|station| case.way.concerns(station.leg())).collect();
+        let legs: Vec<_> = self.stations.iter().filter(|station| case.way.concerns(station.leg())).collect();
         all.extend(legs.iter().map(|station| Series::new(case, station.leg())));
         for _ in 0..rounds {
-            for (station, series) in legs.iter_mut().zip(&mut all) {
+            for (station, series) in legs.iter().zip(&mut all) {
                 series.enter(station.measure(case, flows, seconds));
             }
         }
         println!("{case}");
-        for (series, station) in all.iter_mut().zip(&mut legs) {
+        for (series, station) in all.iter_mut().zip(legs) {
             // The count costs time, so it is none of the rounds.
             if series.leg.is_portolan() && case.mode != Mode::Bulk {
                 series.programs = station.programs(case, flows, seconds).unwrap_or_else(|error| {

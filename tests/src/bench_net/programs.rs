@@ -1,12 +1,12 @@
 //! What Portolan's programs take of an operation, by the kernel's own clock (`BPF_ENABLE_STATS`).
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use aya::programs::loaded_programs;
 use aya::sys::{Stats, enable_stats};
+use dataplane_user::kernel::bpf::program_runs;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 
 /// What one program took. The kernel reads its clock before and after each run, and part of that is in the time.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -75,13 +75,9 @@ fn totals() -> Result<Totals> {
         let program = program?;
         // One that is gone by now has nothing to say.
         let Ok(fd) = program.fd() else { continue };
-        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd()))?;
-        let field = |name: &str| {
-            let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            line.and_then(|value| value.trim().parse().ok()).with_context(|| format!("{name} of a program"))
-        };
+        let (runs, time) = program_runs(fd.as_fd())?;
         let name = program.name_as_str().unwrap_or_default().to_owned();
-        totals.insert(program.id(), (name, [field("run_cnt")?, field("run_time_ns")?]));
+        totals.insert(program.id(), (name, [runs, time]));
     }
     Ok(totals)
 }

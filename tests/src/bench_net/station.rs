@@ -214,28 +214,28 @@ impl Station {
     }
 
     /// One leg of one round.
-    pub(super) fn measure(&mut self, case: Case, flows: usize, seconds: f64) -> Result<Outcome, String> {
-        match &self.failure {
-            Some(failure) => Err(failure.clone()),
-            None => self.load(case, flows, seconds, WARM_UP).map_err(|error| format!("{error:#}")),
-        }
+    pub(super) fn measure(&self, case: Case, flows: usize, seconds: f64) -> Result<Outcome, String> {
+        self.unless_given_up(|| self.load(case, flows, seconds, WARM_UP))
     }
 
     /// What the leg's programs take of an operation, in a run like that of a round.
     pub(super) fn programs(
-        &mut self,
+        &self,
         case: Case,
         flows: usize,
         seconds: f64,
     ) -> Result<Vec<ProgramShare>, String> {
-        let counted = || {
+        self.unless_given_up(|| {
             let count = programs::Count::begin()?;
             // Without a warm-up: all that is counted belongs to an operation that is.
             count.end(self.load(case, flows, seconds, 0.0)?.done)
-        };
+        })
+    }
+
+    fn unless_given_up<T>(&self, run: impl FnOnce() -> Result<T>) -> Result<T, String> {
         match &self.failure {
             Some(failure) => Err(failure.clone()),
-            None => counted().map_err(|error| format!("{error:#}")),
+            None => run().map_err(|error| format!("{error:#}")),
         }
     }
 

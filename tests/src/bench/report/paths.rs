@@ -23,9 +23,12 @@ pub(super) fn write(page: &mut Page, record: &NetRecord) {
     proxies(page, measured);
 }
 
+fn direct<'a>(of_case: &[&'a Series]) -> Option<&'a Series> {
+    of_case.iter().copied().find(|series| series.leg == Leg::Direct)
+}
+
 fn ratio_to_direct(of_case: &[&Series], series: &Series) -> Option<Ratio> {
-    let direct = of_case.iter().find(|series| series.leg == Leg::Direct)?;
-    Ratio::of(&series.rates(), &direct.rates())
+    Ratio::of(&series.rates(), &direct(of_case)?.rates())
 }
 
 fn write_case(page: &mut Page, of_case: &[&Series], plot: &str, title: &str) {
@@ -53,11 +56,10 @@ fn write_case(page: &mut Page, of_case: &[&Series], plot: &str, title: &str) {
 
 /// What a proxy that costs nothing would be beside the rivals.
 fn bound(page: &mut Page, of_case: &[&Series]) {
-    let rates = |leg| of_case.iter().find(|series| series.leg == leg).map(|series| series.rates());
     let rivals = of_case.iter().filter(|series| series.leg.is_rival());
     let beside: Vec<_> = rivals
         .filter_map(|rival| {
-            let ratio = Ratio::of(&rates(Leg::Direct)?, &rival.rates())?;
+            let ratio = Ratio::of(&direct(of_case)?.rates(), &rival.rates())?;
             Some(format!("{ratio} x {}", rival.leg.name()))
         })
         .collect();
@@ -68,8 +70,7 @@ fn bound(page: &mut Page, of_case: &[&Series]) {
 
 /// What Portolan's programs take of an operation, beside all that plain routing takes.
 fn programs(page: &mut Page, of_case: &[&Series]) {
-    let direct = of_case.iter().find(|series| series.leg == Leg::Direct);
-    let direct = direct.and_then(|direct| Ratio::among(direct.rates().into_iter().flatten()));
+    let direct = direct(of_case).and_then(|direct| Ratio::among(direct.rates().into_iter().flatten()));
     let mut rows = vec![row(["leg", "program", "runs per operation", "ns per run", "us per operation"])];
     let mut sums = Vec::new();
     for series in of_case {
