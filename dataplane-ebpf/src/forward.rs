@@ -7,8 +7,6 @@ use crate::verdict::Way;
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
     BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup,
-    bpf_fib_lookup__bindgen_ty_1, bpf_fib_lookup__bindgen_ty_2, bpf_fib_lookup__bindgen_ty_3,
-    bpf_fib_lookup__bindgen_ty_4, bpf_fib_lookup__bindgen_ty_5,
 };
 use aya_ebpf::helpers::bpf_fib_lookup as helper;
 use dataplane_common::Addr;
@@ -56,22 +54,16 @@ pub fn route<F: Frame>(
     way: &mut Way,
 ) -> Route {
     let node = node();
-    *fib = bpf_fib_lookup {
-        family: if dst.is_v4() { AF_INET } else { AF_INET6 },
-        l4_protocol: packet.proto,
-        sport: u16::from_ne_bytes(packet.src_port.bytes()),
-        dport: u16::from_ne_bytes(packet.dst_port.bytes()),
-        __bindgen_anon_1: bpf_fib_lookup__bindgen_ty_1 { tot_len: wire_length(frame, packet) },
-        // What the node itself sends has come in nowhere: the kernel looks it up as if from loopback. (With
-        // `BPF_FIB_LOOKUP_OUTPUT` the interface would be the only one that the packet may leave by.)
-        ifindex: if origin == Origin::Sent { LOOPBACK } else { frame.ifindex() },
-        __bindgen_anon_2: bpf_fib_lookup__bindgen_ty_2 { flowinfo: 0 },
-        __bindgen_anon_3: bpf_fib_lookup__bindgen_ty_3 { ipv6_src: words(&packet.src) },
-        __bindgen_anon_4: bpf_fib_lookup__bindgen_ty_4 { ipv6_dst: words(dst) },
-        __bindgen_anon_5: bpf_fib_lookup__bindgen_ty_5 { tbid: 0 },
-        smac: [0; 6],
-        dmac: [0; 6],
-    };
+    let family = if dst.is_v4() { AF_INET } else { AF_INET6 };
+    let ([a, b], [c, d]) = (packet.src_port.bytes(), packet.dst_port.bytes());
+    let [low, high] = wire_length(frame, packet).to_ne_bytes();
+    // What the node itself sends has come in nowhere: the kernel looks it up as if from loopback. (With `BPF_FIB_LOOKUP_OUTPUT`
+    // the interface would be the only one that the packet may leave by.)
+    let ifindex = if origin == Origin::Sent { LOOPBACK } else { frame.ifindex() };
+    let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (words(&packet.src), words(dst));
+    let head = [[family, packet.proto, a, b], [c, d, low, high]].map(u32::from_ne_bytes);
+    // Flow label, table and link-layer addresses are the kernel's to write.
+    write(fib, [head[0], head[1], ifindex, 0, s0, s1, s2, s3, d0, d1, d2, d3, 0, 0, 0, 0]);
     let mut flags = 0;
     if node.is_some_and(|node| node.has(Node::FIB_SOURCE)) {
         flags |= BPF_FIB_LOOKUP_SRC;
@@ -104,6 +96,24 @@ pub fn route<F: Frame>(
     }
 }
 
+/// Writes the parameters of a lookup, word by word: the compiler would make a call of a plain copy, which writes byte by byte.
+#[inline(always)]
+fn write(fib: &mut bpf_fib_lookup, words: [u32; FIB_WORDS]) {
+    let first: *mut u32 = (&raw mut *fib).cast();
+    let mut at = 0;
+    while at < FIB_WORDS {
+        // SAFETY: within the parameters, which are aligned as their words are (asserted below).
+        unsafe { first.add(at).write_volatile(words[at]) };
+        at += 1;
+    }
+}
+
+const FIB_WORDS: usize = 16;
+const _: () = assert!(
+    size_of::<bpf_fib_lookup>() == FIB_WORDS * size_of::<u32>()
+        && align_of::<bpf_fib_lookup>() == align_of::<u32>()
+);
+
 /// The node's primary address of the family of `dst`.
 #[inline(always)]
 pub fn primary<'a>(node: &'a Node, dst: &Addr) -> &'a Addr {
@@ -126,9 +136,9 @@ fn wire_length<F: Frame>(frame: &F, packet: &Packet) -> u16 {
     if length > u16::MAX as u32 { u16::MAX } else { length as u16 }
 }
 
-/// An address as the lookup's parameters hold it: IPv4 in the first word.
+/// An address as the parameters of helpers hold it: IPv4 in the first word.
 #[inline(always)]
-fn words(addr: &Addr) -> [u32; 4] {
+pub fn words(addr: &Addr) -> [u32; 4] {
     if addr.is_v4() {
         return [u32::from_ne_bytes(addr.v4_octets()), 0, 0, 0];
     }

@@ -2,6 +2,7 @@
 //! packet is really changed, and checksums left to the device stay right.
 
 use super::{ETHERNET, ETHERTYPE, Even, Frame, LINK_SOURCE, Refused};
+use crate::forward;
 use crate::verdict::{Verdict, Way};
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT,
@@ -90,21 +91,11 @@ impl<const LINK: u32> SkbFrame<LINK> {
             // SAFETY: a helper to which no pointer is given.
             return unsafe { bpf_redirect_neigh(way.ifindex, core::ptr::null_mut(), 0, 0) as i32 };
         }
-        let mut neighbour = if way.neighbour.is_v4() {
-            let ipv4_nh = u32::from_ne_bytes(way.neighbour.v4_octets());
-            let mut neighbour = bpf_redir_neigh {
-                nh_family: AF_INET,
-                __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh: [0; 4] },
-            };
-            neighbour.__bindgen_anon_1.ipv4_nh = ipv4_nh;
-            neighbour
-        } else {
-            bpf_redir_neigh {
-                nh_family: AF_INET6,
-                __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 {
-                    ipv6_nh: bytemuck::cast(*way.neighbour.bytes()),
-                },
-            }
+        // An IPv4 address is read from the first word.
+        let ipv6_nh = forward::words(&way.neighbour);
+        let mut neighbour = bpf_redir_neigh {
+            nh_family: if way.neighbour.is_v4() { AF_INET } else { AF_INET6 },
+            __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh },
         };
         // SAFETY: the parameters live on the stack for the whole call.
         let code = unsafe {
