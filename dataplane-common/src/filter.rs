@@ -67,6 +67,33 @@ impl FilterBit {
     }
 }
 
+/// How many cells the filter of replies has, as a power of two: 256 KiB.
+const CALLER_CELLS_LOG2: u32 = 15;
+
+/// How many 64-bit cells the `callers` array has.
+pub const CALLER_CELLS: usize = 1 << CALLER_CELLS_LOG2;
+
+/// The cell of `callers` for what is sent to `addr`: the tick at which a flow whose replies go there was last begun
+/// ([`caller_mark`]), 0 if none is in the table.
+///
+/// A cell that is 0 proves that no packet to the address is a reply of a flow; any other proves nothing.
+#[inline(always)]
+pub fn caller_cell(addr: &Addr, proto: u8) -> u32 {
+    mix(addr, proto as u64) >> (FILTER_BITS_LOG2 - CALLER_CELLS_LOG2)
+}
+
+/// What a cell of `callers` holds after a flow was begun at `tick`: never 0.
+#[inline(always)]
+pub const fn caller_mark(tick: u32) -> u64 {
+    1 << 32 | tick as u64
+}
+
+/// The tick of a mark in `callers`.
+#[inline(always)]
+pub const fn caller_tick(mark: u64) -> u32 {
+    mark as u32
+}
+
 /// Mixes an address and 32 bits into the number of a bit: two multiplications (after splitmix64, Steele, Lea and Flood
 /// 2014), a few cycles, no table.
 #[inline(always)]

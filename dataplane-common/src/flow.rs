@@ -116,6 +116,27 @@ pub struct Ended {
     pub at: u64,
 }
 
+/// Value of `port_turn`: how far the translated source ports were given out. One word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C, align(8))]
+pub struct PortTurn {
+    /// What the order was drawn to be.
+    pub order: u32,
+    /// The turn, counted over all rounds.
+    pub number: u32,
+}
+
+impl PortTurn {
+    /// Which of the numbers up to `mask`, one less than a power of two, has this turn: each has one in a round, for every step
+    /// here can be undone.
+    #[inline(always)]
+    pub const fn place(&self, mask: u32) -> u32 {
+        let spread = self.number.wrapping_mul(self.order | 1) & mask;
+        let mixed = (spread ^ spread >> 5).wrapping_mul(self.order.rotate_left(16) | 1);
+        (mixed ^ self.order >> 8) & mask
+    }
+}
+
 /// A tick is 2^`TICK_SHIFT` jiffies: about a second at 250 Hz. "Last seen" is written when the tick changed.
 pub const TICK_SHIFT: u32 = 8;
 
@@ -132,6 +153,13 @@ pub const fn tick(jiffies: u32) -> u32 {
 #[inline(always)]
 pub const fn ticks_between(earlier: u32, now: u32) -> u32 {
     now.wrapping_sub(earlier) & TICK_MASK
+}
+
+/// How many ticks passed since `earlier`; none if it is after `now`, as what is written meanwhile may be.
+#[inline(always)]
+pub const fn ticks_since(earlier: u32, now: u32) -> u32 {
+    let ticks = ticks_between(earlier, now);
+    if ticks > ticks_between(now, earlier) { 0 } else { ticks }
 }
 
 impl Flow {
@@ -245,6 +273,16 @@ mod tests {
     fn ticks_go_on_after_they_wrap() {
         assert_eq!(ticks_between(tick(u32::MAX), tick(0)), 1);
         assert_eq!(ticks_between(5, 12), 7);
+    }
+
+    #[test]
+    fn each_port_has_one_turn_in_a_round() {
+        for (order, bits) in [(0, 13), (0x9e37_79b1, 13), (u32::MAX, 16), (1 << 31, 1), (7, 0)] {
+            let mask = (1 << bits) - 1;
+            let places = (0..=mask).map(|turn| PortTurn { order, number: turn + 77 }.place(mask));
+            let places: std::collections::BTreeSet<_> = places.collect();
+            assert_eq!((places.len() as u32, places.last()), (mask + 1, Some(&mask)), "{order} {bits}");
+        }
     }
 
     #[test]

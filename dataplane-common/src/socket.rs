@@ -3,9 +3,30 @@
 use crate::{Addr, Port};
 use bytemuck::{Pod, Zeroable};
 
-/// Key of `socket_peers`: a socket and the endpoint it was sent to. 32 bytes.
+/// Value of `socket_names`: the address that a program connected its TCP socket to. 24 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct SocketName {
+    /// The frontend's address.
+    pub addr: Addr,
+    /// The frontend's port; 0: the socket's destination is what the program asked for.
+    pub port: Port,
+    _zero: [u8; 6],
+}
+
+impl SocketName {
+    /// The frontend `addr:port`.
+    #[inline(always)]
+    pub const fn new(addr: Addr, port: Port) -> Self {
+        let ([high, low], [a, b]) = (addr.words(), port.bytes());
+        // In whole words: the compiler would make calls of what is not.
+        bytemuck::must_cast([high, low, u64::from_ne_bytes([a, b, 0, 0, 0, 0, 0, 0])])
+    }
+}
+
+/// Key of `socket_peers`: a UDP socket and the endpoint it was sent to. 32 bytes.
 ///
-/// A connected socket has one entry; an unconnected UDP socket has one for each endpoint it talks to.
+/// A connected socket has one entry; an unconnected one has one for each endpoint it talks to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 #[repr(C)]
 pub struct SocketPeerKey {

@@ -8,14 +8,14 @@ use crate::affinity::{Affinity, AffinityKey};
 use crate::backend::Backend;
 use crate::counter::Traffic;
 use crate::drop::REASON_SLOTS;
-use crate::filter::FILTER_WORDS;
-use crate::flow::{Ended, Flow, FlowKey};
+use crate::filter::{CALLER_CELLS, FILTER_WORDS};
+use crate::flow::{Ended, Flow, FlowKey, PortTurn};
 use crate::fragment::{FragmentKey, FragmentPorts};
 use crate::frontend::{Frontend, FrontendKey};
 use crate::node::{Node, NodeAddress};
 use crate::range::SourceRangeKey;
 use crate::service::Service;
-use crate::socket::{SocketChoice, SocketChoiceKey, SocketPeer, SocketPeerKey};
+use crate::socket::{SocketChoice, SocketChoiceKey, SocketName, SocketPeer, SocketPeerKey};
 use crate::uplink::Uplink;
 use bytemuck::Pod;
 
@@ -29,6 +29,8 @@ pub const LAYOUT: &str = "v3";
 pub enum TableKind {
     /// `BPF_MAP_TYPE_ARRAY`.
     Array,
+    /// The same, which the agent maps into its own memory (`BPF_F_MMAPABLE`).
+    MappedArray,
     /// `BPF_MAP_TYPE_PERCPU_ARRAY`.
     PerCpuArray,
     /// `BPF_MAP_TYPE_HASH`, all of whose memory is taken when it is made.
@@ -41,6 +43,9 @@ pub enum TableKind {
     LpmTrie,
     /// `BPF_MAP_TYPE_QUEUE`: values without a key, the first to come the first to go.
     Queue,
+    /// `BPF_MAP_TYPE_SK_STORAGE`: a value that lives and ends with its socket. Bounded by no number of entries; the key is a
+    /// descriptor of the socket.
+    SkStorage,
 }
 
 /// One map: its name in the kernel and on bpffs, its types and its default size.
@@ -97,6 +102,8 @@ tables! {
     NodeAddrs = "node_addrs", Hash<Addr, NodeAddress>, 1_024;
     /// The filter in front of the hash tables.
     Filter = "filter", Array<u32, u64>, FILTER_WORDS;
+    /// When somebody last called a Service by packet: the filter of replies.
+    Callers = "callers", MappedArray<u32, u64>, CALLER_CELLS;
     /// Address, port and protocol to service port. Memory is taken by entry.
     Frontends = "frontends", HashByEntry<FrontendKey, Frontend>, 65_536;
     /// Service ports by id. Id 0 is never given out.
@@ -113,6 +120,8 @@ tables! {
     HalfOpen = "half_open", Queue<(), FlowKey>, 8_192;
     /// The names of flows that ended or were reset, the oldest first.
     Closing = "closing", Queue<(), Ended>, 8_192;
+    /// How far the translated source ports were given out, one element.
+    PortTurns = "port_turn", Array<u32, PortTurn>, 1;
     /// The link-layer addresses of the uplinks by which the node itself calls Services, by index.
     Uplinks = "uplinks", LruHash<u32, Uplink>, 128;
     /// The endpoint that each client of a service port with affinity had last.
@@ -127,8 +136,10 @@ tables! {
     Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
     /// Working memory of the walk, opaque: the stack of an eBPF program has 512 bytes only.
     Scratch = "scratch", PerCpuArray<u32, [u64; 64]>, 1;
-    /// What programs called, by socket and endpoint.
-    SocketPeers = "socket_peers", LruHash<SocketPeerKey, SocketPeer>, 16_384;
+    /// What programs called by TCP.
+    SocketNames = "socket_names", SkStorage<i32, SocketName>, 0;
+    /// What programs called by UDP, by socket and endpoint.
+    SocketPeers = "socket_peers", LruHash<SocketPeerKey, SocketPeer>, 8_192;
     /// The endpoint an unconnected UDP socket keeps.
     SocketChoices = "socket_choices", LruHash<SocketChoiceKey, SocketChoice>, 8_192;
 }
@@ -154,6 +165,7 @@ mod tests {
         assert_eq!(size_of::<SocketChoice>(), 8);
         assert_eq!(size_of::<crate::affinity::Choice>(), 8);
         assert_eq!(size_of::<NodeAddress>(), 8);
+        assert_eq!(size_of::<PortTurn>(), 8);
         assert_eq!(size_of::<Uplink>(), 8);
         assert_eq!(size_of::<FragmentPorts>(), 8);
     }

@@ -6,18 +6,19 @@
 use crate::affinity;
 use crate::count;
 use crate::forward::primary;
-use crate::maps::{SOCKET_CHOICES, SOCKET_PEERS};
+use crate::maps::{SOCKET_CHOICES, SOCKET_NAMES, SOCKET_PEERS};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use aya_ebpf::bindings::{BPF_ANY, bpf_sock_addr};
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
+use aya_ebpf::programs::SockAddrContext;
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::Node;
 use dataplane_common::service::{EndpointSet, Policy};
-use dataplane_common::socket::{SocketChoice, SocketChoiceKey, SocketPeer, SocketPeerKey};
+use dataplane_common::socket::{SocketChoice, SocketChoiceKey, SocketName, SocketPeer, SocketPeerKey};
 use dataplane_common::{Addr, Port, Protocol};
 
 const ECONNREFUSED: i32 = 111;
@@ -117,6 +118,7 @@ pub fn connect<S: SocketAddress>(mut socket: S) -> i32 {
     // SAFETY: the context the kernel handed to the program.
     let proto = unsafe { (*socket.context()).protocol } as u8;
     let (addr, port) = socket.read();
+    forget_name(&socket);
     let Some(source) = source(&socket) else { return PROCEED };
     let Ok(Some(destination)) = service::lookup(&addr, port, proto) else {
         return closed(&addr, proto);
@@ -167,13 +169,29 @@ pub fn send<S: SocketAddress>(mut socket: S) -> i32 {
     translate(&mut socket, destination, &chosen, proto, new)
 }
 
-/// What `recvmsg(2)` and `getpeername(2)` give back: the address that the program called, not the endpoint's.
+/// What `getpeername(2)` gives back, and `accept(2)`, which asks for the client's name: the address that the program
+/// called, not the endpoint's.
 #[inline(always)]
-pub fn restore<S: SocketAddress>(mut socket: S) -> i32 {
+pub fn name<S: SocketAddress>(mut socket: S) -> i32 {
     // SAFETY: the context the kernel handed to the program.
     let proto = unsafe { (*socket.context()).protocol } as u8;
+    if proto != Protocol::Tcp as u8 {
+        return receive(socket);
+    }
+    // SAFETY: the context's socket; the value is the socket's own.
+    if let Some(name) = unsafe { SOCKET_NAMES.get_ptr_mut(&storage(&socket)).as_ref() }
+        && name.port != Port::ANY
+    {
+        socket.write(&name.addr, name.port);
+    }
+    PROCEED
+}
+
+/// What `recvmsg(2)` gives back: the address that the program called, not the endpoint's.
+#[inline(always)]
+pub fn receive<S: SocketAddress>(mut socket: S) -> i32 {
     let (addr, port) = socket.read();
-    let key = SocketPeerKey::new(cookie(&socket), addr, port, proto);
+    let key = SocketPeerKey::new(cookie(&socket), addr, port, Protocol::Udp as u8);
     // SAFETY: written once per socket and endpoint; the same socket does not race itself to another frontend.
     if let Some(peer) = unsafe { SOCKET_PEERS.get(&key) } {
         let (addr, port) = (peer.addr, peer.port);
@@ -278,15 +296,41 @@ fn translate<S: SocketAddress>(
     new: bool,
 ) -> i32 {
     let (addr, port) = socket.read();
-    if new {
+    if proto == Protocol::Tcp as u8 {
+        // SAFETY: the context's socket; the value is the socket's own.
+        unsafe {
+            let mut name = SocketName::new(addr, port);
+            if let Some(kept) = SOCKET_NAMES.get_or_insert_ptr_mut(&storage(socket), Some(&mut name)).as_mut()
+            {
+                (kept.addr, kept.port) = (addr, port);
+            }
+        }
+    } else if new {
         let generation = chosen.status.generation();
         let key = SocketPeerKey::new(cookie(socket), chosen.addr, chosen.port, proto);
         let peer = SocketPeer::new(addr, port, destination.service, chosen.id, generation);
         let _ = SOCKET_PEERS.insert(&key, &peer, BPF_ANY as u64);
+    }
+    if new {
         count::new_flow(destination.service, chosen.id);
     }
     socket.write(&chosen.addr, chosen.port);
     PROCEED
+}
+
+/// The socket is about to be connected: what it was connected to is no matter any more.
+#[inline(always)]
+fn forget_name<S: SocketAddress>(socket: &S) {
+    // SAFETY: the context's socket; the value is the socket's own.
+    if let Some(name) = unsafe { SOCKET_NAMES.get_ptr_mut(&storage(socket)).as_mut() } {
+        name.port = Port::ANY;
+    }
+}
+
+/// The context, as the storage of sockets wants it.
+#[inline(always)]
+fn storage<S: SocketAddress>(socket: &S) -> SockAddrContext {
+    SockAddrContext::new(socket.context())
 }
 
 #[inline(always)]

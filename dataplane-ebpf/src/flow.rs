@@ -117,8 +117,6 @@ pub enum Claim {
 /// Which flows a claim may end, if they have the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// None.
-    Nothing,
     /// Those of which nothing more is to come. What comes late would be taken for the new flow's: at the client, an
     /// acknowledgement of what it never sent, which it answers by a RST.
     Over,
@@ -163,7 +161,6 @@ fn is_taken(reply: &Flow, key: &FlowKey, ending: Ending) -> bool {
     }
     if reply.stage() == Stage::Closing {
         return match ending {
-            Ending::Nothing => true,
             Ending::Over => !reply.has(Flow::OVER) && ticks_between(reply.last_seen, now()) < LINGER,
             Ending::Closing => false,
         };
@@ -194,7 +191,7 @@ struct Displacement {
 }
 
 impl Steps for Displacement {
-    fn step(&mut self) -> Step {
+    fn step(&mut self, _index: u32) -> Step {
         self.left -= 1;
         let mut oldest = MaybeUninit::uninit();
         let Some(oldest) = pop(&HALF_OPEN, &mut oldest) else { return Step::Done };
@@ -223,7 +220,7 @@ struct Clearance {
 }
 
 impl Steps for Clearance {
-    fn step(&mut self) -> Step {
+    fn step(&mut self, _index: u32) -> Step {
         match evict_closing() {
             Some(gone) => self.made |= gone,
             None if self.made => return Step::Done,

@@ -1,10 +1,11 @@
 //! Whether a packet can be ours at all, from the filter and a few array reads: what is not ours leaves here.
 
-use crate::maps::FILTER;
+use crate::flow;
+use crate::maps::{CALLERS, FILTER};
 use crate::parse::Packet;
 use crate::path::Hook;
 use dataplane_common::Addr;
-use dataplane_common::filter::FilterBit;
+use dataplane_common::filter::{FilterBit, caller_cell, caller_mark};
 
 /// How a packet may concern us. All false: it does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +28,9 @@ impl Interest {
 #[inline(always)]
 pub fn of(packet: &Packet, hook: Hook) -> Interest {
     let proto = packet.proto;
-    let backend = || test(FilterBit::backend(&packet.src, packet.src_port, proto));
+    // The cheaper half first: few addresses have flows by packet at all, and their cells are near.
+    let reply =
+        || has_called(&packet.dst, proto) && test(FilterBit::backend(&packet.src, packet.src_port, proto));
     match hook {
         Hook::UplinkIngress | Hook::PodIngress => {
             let (service, to_node) = destination(&packet.dst);
@@ -36,10 +39,10 @@ pub fn of(packet: &Packet, hook: Hook) -> Interest {
             }
             let node_port = || test(FilterBit::node_port(&packet.dst, packet.dst_port, proto));
             // Replies of flows whose source was translated, and of the node's own, are addressed to the node.
-            Interest { frontend: service || node_port(), reply: backend() }
+            Interest { frontend: service || node_port(), reply: reply() }
         }
-        Hook::UplinkEgress => Interest { frontend: destination(&packet.dst).0, reply: backend() },
-        Hook::PodEgress => Interest { frontend: false, reply: backend() },
+        Hook::UplinkEgress => Interest { frontend: destination(&packet.dst).0, reply: reply() },
+        Hook::PodEgress => Interest { frontend: false, reply: reply() },
     }
 }
 
@@ -57,6 +60,25 @@ fn destination(addr: &Addr) -> (bool, bool) {
 #[inline(always)]
 pub fn only_of_service(addr: &Addr) -> bool {
     destination(addr) == (true, false)
+}
+
+/// Whether a flow may have replies that go to `addr`.
+#[inline(always)]
+fn has_called(addr: &Addr, proto: u8) -> bool {
+    CALLERS.get(caller_cell(addr, proto)).is_some_and(|mark| *mark != 0)
+}
+
+/// Notes that a flow begins whose replies will go to `addr`. Must come before its entry: what looks for that asks here first.
+#[inline(never)]
+pub fn note_caller(addr: &Addr, proto: u8) {
+    let Some(cell) = CALLERS.get_ptr_mut(caller_cell(addr, proto)) else { return };
+    let mark = caller_mark(flow::now());
+    // SAFETY: array elements stay; aligned words, of which the last writer's stays.
+    unsafe {
+        if cell.read_volatile() != mark {
+            cell.write_volatile(mark);
+        }
+    }
 }
 
 #[inline(always)]

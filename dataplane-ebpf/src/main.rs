@@ -118,10 +118,10 @@ mod programs {
         connect6: connect(Inet6);
         sendmsg4: send(Inet4);
         sendmsg6: send(Inet6);
-        recvmsg4: restore(Inet4);
-        recvmsg6: restore(Inet6);
-        getpeername4: restore(Inet4);
-        getpeername6: restore(Inet6);
+        recvmsg4: receive(Inet4);
+        recvmsg6: receive(Inet6);
+        getpeername4: name(Inet4);
+        getpeername6: name(Inet6);
     }
 }
 

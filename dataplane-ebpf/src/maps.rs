@@ -1,7 +1,7 @@
 //! The maps, as `dataplane_common::tables` says them. Their element counts are defaults: the agent may load others.
 
-use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue};
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, SkStorage};
 use aya_ebpf::macros::btf_map;
 use dataplane_common::tables::{self, Table};
 
@@ -17,6 +17,10 @@ macro_rules! maps {
         const NAMES: &[(&str, &str)] = &[$(($name, <tables::$table as Table>::NAME),)+];
     };
     (@type Array, $table:ty) => { Array<<$table as Table>::Value, { <$table as Table>::CAPACITY }> };
+    (@type MappedArray, $table:ty) => {
+        Array<<$table as Table>::Value, { <$table as Table>::CAPACITY }, { BPF_F_MMAPABLE as usize }>
+    };
+    (@type SkStorage, $table:ty) => { SkStorage<<$table as Table>::Value> };
     (@type PerCpuArray, $table:ty) => { PerCpuArray<<$table as Table>::Value, { <$table as Table>::CAPACITY }> };
     (@type HashMap, $table:ty) => {
         HashMap<<$table as Table>::Key, <$table as Table>::Value, { <$table as Table>::CAPACITY }>
@@ -47,6 +51,7 @@ maps! {
     NODE: Array = "node", Nodes;
     NODE_ADDRS: HashMap = "node_addrs", NodeAddrs;
     FILTER: Array = "filter", Filter;
+    CALLERS: MappedArray = "callers", Callers;
     FRONTENDS: HashMapByEntry = "frontends", Frontends;
     SERVICES: Array = "services", Services;
     SOURCE_RANGES: LpmTrie = "source_ranges", SourceRanges;
@@ -55,6 +60,7 @@ maps! {
     FLOWS: HashMap = "flows", Flows;
     HALF_OPEN: Queue = "half_open", HalfOpen;
     CLOSING: Queue = "closing", Closing;
+    PORT_TURN: Array = "port_turn", PortTurns;
     UPLINKS: LruHashMap = "uplinks", Uplinks;
     AFFINITIES: LruHashMap = "affinity", Affinities;
     FRAGMENTS: LruHashMap = "fragments", Fragments;
@@ -62,6 +68,7 @@ maps! {
     BACKEND_TRAFFIC: PerCpuArray = "backend_traffic", BackendTraffic;
     REASONS: PerCpuArray = "reasons", Reasons;
     SCRATCH: PerCpuArray = "scratch", Scratch;
+    SOCKET_NAMES: SkStorage = "socket_names", SocketNames;
     SOCKET_PEERS: LruHashMap = "socket_peers", SocketPeers;
     SOCKET_CHOICES: LruHashMap = "socket_choices", SocketChoices;
 }

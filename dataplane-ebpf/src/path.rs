@@ -462,6 +462,7 @@ impl<F: Frame> Walk<'_, F> {
             if self.s.flow.has(Flow::SOURCE_TRANSLATED) {
                 return self.enter_translated(exit);
             }
+            interest::note_caller(&self.s.flow.src, self.s.packet.proto);
             // A client's own port that serves it again ends the flow that is closing.
             match flow::claim(&self.s.key, &mut self.s.flow, &mut self.s.reply, Ending::Closing) {
                 Claim::Made => return self.launch(exit).verdict(),
@@ -560,9 +561,9 @@ impl<F: Frame> Walk<'_, F> {
     /// Enters the proposed flow with a translated source, that of its way, and sends the packet.
     #[inline(always)]
     fn enter_translated(&mut self, exit: Exit) -> Verdict {
-        let Scratch { key, flow, reply, way, .. } = &mut *self.s;
-        flow.src = way.source;
-        match port::claim(key, flow, reply) {
+        self.s.flow.src = self.s.way.source;
+        interest::note_caller(&self.s.flow.src, self.s.packet.proto);
+        match port::claim(self.s) {
             Claim::Made => self.launch(exit).verdict(),
             Claim::Taken => Verdict::Drop(Reason::PortsExhausted),
             Claim::Full => Verdict::Drop(Reason::FlowsFull),

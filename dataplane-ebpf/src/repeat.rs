@@ -13,8 +13,8 @@ pub enum Step {
 
 /// A loop's body and what it works on.
 pub trait Steps {
-    /// One step.
-    fn step(&mut self) -> Step;
+    /// One step, the first with index 0.
+    fn step(&mut self, index: u32) -> Step;
 }
 
 /// Takes at most `limit` steps (`bpf_loop`).
@@ -35,8 +35,8 @@ pub fn repeat<S: Steps>(limit: u32, steps: &mut S) {
 }
 
 /// What the helper calls: 1 ends the loop.
-unsafe extern "C" fn call<S: Steps>(_index: u32, steps: *mut c_void) -> i64 {
+unsafe extern "C" fn call<S: Steps>(index: u32, steps: *mut c_void) -> i64 {
     // SAFETY: `repeat` passes what outlives the loop.
     let steps = unsafe { &mut *steps.cast::<S>() };
-    (steps.step() == Step::Done) as i64
+    (steps.step(index) == Step::Done) as i64
 }

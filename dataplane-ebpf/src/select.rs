@@ -64,7 +64,7 @@ pub fn contains(set: EndpointSet, id: u32) -> bool {
 const SEARCH_STEPS: u32 = u32::BITS + 1;
 
 impl Steps for IdSearch {
-    fn step(&mut self) -> Step {
+    fn step(&mut self, _index: u32) -> Step {
         if self.low >= self.high {
             return Step::Done;
         }

@@ -325,8 +325,8 @@ impl FromStr for MapSize {
     }
 }
 
-/// Maps whose size the programs know.
-const FIXED: &[&str] = &["node", "filter", "reasons"];
+/// Maps whose size the programs know, or that have none.
+const FIXED: &[&str] = &["node", "filter", "callers", "port_turn", "reasons", "scratch", "socket_names"];
 
 impl AgentArgs {
     /// Each map whose size differs from its default, and the size.

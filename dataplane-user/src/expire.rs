@@ -1,13 +1,14 @@
-//! Removes idle flows, always both directions together (C4), and tells which filter bits flows still need.
+//! Removes idle flows, always both directions together (C4), and tells what of the filters flows still need.
 //!
 //! The kernel takes flows from stage to stage by itself and needs no agent for it; a long absence of the agent costs room,
 //! not correctness. A sweep never removes a flow one of whose directions is not idle, and reads no clock: the caller
 //! gives the kernel's tick.
 
+use crate::kernel::callers::OldMarks;
 use crate::kernel::maps::MapError;
 use crate::sync::{LingeringBits, Maps};
 use dataplane_common::Protocol;
-use dataplane_common::flow::{Flow, FlowKey, Stage, ticks_between};
+use dataplane_common::flow::{Flow, FlowKey, Stage, ticks_since};
 use dataplane_common::tables::Flows;
 use std::collections::hash_map::RandomState;
 use std::collections::{HashMap, HashSet};
@@ -59,9 +60,7 @@ pub struct Clock {
 impl Clock {
     /// How long ago a tick was. A flow that was written after the clock was read has no age.
     pub fn since(&self, tick: u32) -> Duration {
-        let ticks = ticks_between(tick, self.now);
-        let ticks = if ticks > ticks_between(self.now, tick) { 0 } else { ticks };
-        Duration::from_secs_f64(f64::from(ticks) / self.ticks_per_second)
+        Duration::from_secs_f64(f64::from(ticks_since(tick, self.now)) / self.ticks_per_second)
     }
 }
 
@@ -95,7 +94,7 @@ impl Swept {
     }
 }
 
-/// Sweeps the table of flows once. Of `bits`, those remain that no flow needs: they can be cleared.
+/// Sweeps the table of flows once. Of `bits` and `marks`, those remain that no flow needs: they can be cleared.
 ///
 /// # Errors
 /// If the table cannot be read or written.
@@ -104,8 +103,9 @@ pub fn sweep<M: Maps>(
     times: &IdleTimes,
     clock: Clock,
     bits: &mut LingeringBits,
+    marks: &mut OldMarks,
 ) -> Result<Swept, MapError> {
-    let mut census = Census::of(maps, clock, bits)?;
+    let mut census = Census::of(maps, clock, bits, marks)?;
     let (mut idle, mut alone) = (Vec::new(), Vec::new());
     for (key, candidate) in &census.candidates {
         if let Some(partner) = census.candidates.get(&candidate.partner) {
@@ -162,11 +162,17 @@ struct Census {
 
 impl Census {
     /// Reads the table. A candidate is old enough to be alone; what is younger stays in any case.
-    fn of<M: Maps>(maps: &M, clock: Clock, bits: &mut LingeringBits) -> Result<Self, MapError> {
+    fn of<M: Maps>(
+        maps: &M,
+        clock: Clock,
+        bits: &mut LingeringBits,
+        marks: &mut OldMarks,
+    ) -> Result<Self, MapError> {
         let (mut present, mut candidates, mut remain) = (HashSet::new(), HashMap::new(), Swept::default());
         let hasher = RandomState::new();
         maps.visit::<Flows>(|key, flow| {
             bits.keep_for(&key);
+            marks.keep_for(&key);
             // An entry that is seen twice may be in two stages: it is counted, and judged, by the first.
             if !present.insert(hasher.hash_one(key)) {
                 return;
@@ -210,7 +216,8 @@ mod tests {
 
     fn swept(maps: &MemoryMaps) -> Swept {
         let clock = Clock { now: NOW, ticks_per_second: 1.0 };
-        sweep(maps, &IdleTimes::default(), clock, &mut LingeringBits::default()).unwrap()
+        sweep(maps, &IdleTimes::default(), clock, &mut LingeringBits::default(), &mut OldMarks::default())
+            .unwrap()
     }
 
     /// C4

@@ -4,7 +4,8 @@ mod refusals;
 
 use dataplane_common::backend::Backend;
 use dataplane_common::counter::Traffic;
-use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::filter::{CALLER_CELLS, caller_cell, caller_mark};
+use dataplane_common::flow::{Flow, FlowKey, TICK_MASK};
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::tables::{self, Table};
 use dataplane_common::{Addr, Port};
@@ -14,6 +15,7 @@ use dataplane_user::admin::{View, render};
 use dataplane_user::config::Output;
 use dataplane_user::expire::{Clock, IdleTimes, Swept, sweep};
 use dataplane_user::kernel::bpf;
+use dataplane_user::kernel::callers::{CallerCells, OldMarks};
 use dataplane_user::kernel::maps::{KernelMaps, MapError, create};
 use dataplane_user::kernel::object::{self, Object};
 use dataplane_user::model::ObjectName;
@@ -110,8 +112,9 @@ fn pinned_maps_are_found_by_name() {
         bpf::obj_pin(map.as_fd(), &folder.join(name)).unwrap();
     }
     let again = KernelMaps::open(&folder).unwrap();
-    // All but the programs' own working memory.
-    let shared = tables::ALL.iter().filter(|(name, ..)| *name != tables::Scratch::NAME);
+    // All but the programs' own working memory, and what must have BTF.
+    let left_out = [tables::Scratch::NAME, tables::SocketNames::NAME];
+    let shared = tables::ALL.iter().filter(|(name, ..)| !left_out.contains(name));
     assert_eq!(again.iter().count(), shared.count());
     assert_eq!(again.capacity::<tables::Flows>().unwrap(), 64);
     let ids = |maps: &KernelMaps| maps.iter().map(|(_, map)| map.shape().id).collect::<Vec<_>>();
@@ -224,9 +227,40 @@ fn idle_flows_leave_the_table() {
     }
     maps.write::<tables::Flows>(&entries).unwrap();
     let (mut bits, clock) = (LingeringBits::default(), Clock { now: 100_000, ticks_per_second: 1.0 });
-    let swept = sweep(&maps, &IdleTimes::default(), clock, &mut bits).unwrap();
+    let swept = sweep(&maps, &IdleTimes::default(), clock, &mut bits, &mut OldMarks::default()).unwrap();
     assert_eq!(swept, Swept { idle: 30_000, established: 10_000, ..Swept::default() });
     assert_eq!(maps.count(tables::Flows::NAME).unwrap(), 10_000);
+}
+
+/// C3: programs mark cells of the filter of replies at any moment.
+#[test]
+fn a_cell_of_callers_is_cleared_only_if_its_mark_is_old_and_the_same() {
+    let table = create::<tables::Callers>(CALLER_CELLS).unwrap();
+    let cells = CallerCells::map(&table).unwrap();
+    let mark = |cell, tick| table.insert(&cell, &caller_mark(tick), bpf::EXIST).unwrap();
+    let marked = || -> Vec<u32> {
+        let entries = table.entries().unwrap().into_iter();
+        entries.filter(|(_, mark)| *mark != 0).map(|(cell, _)| cell).collect()
+    };
+    mark(5, 100);
+    mark(CALLER_CELLS as u32 - 1, TICK_MASK);
+    assert_eq!(cells.old(107), cells.old(100), "too young still, but for the one before the clock's turn");
+    let old = cells.old(108);
+    mark(5, 108);
+    cells.clear(&old);
+    assert_eq!(marked(), [5], "a flow began meanwhile");
+    assert_eq!(cells.old(50), OldMarks::default(), "marked after the clock was read");
+    cells.clear(&cells.old(200));
+    assert!(marked().is_empty());
+
+    cells.mark_all(300);
+    let client = Addr::from_v4([10, 244, 0, 5]);
+    let key = FlowKey::new(Addr::from_v4([10, 244, 1, 2]), Port::new(8080), client, Port::new(40_000), 6);
+    let mut old = cells.old(400);
+    old.keep_for(&key);
+    cells.clear(&old);
+    assert_eq!(marked(), [caller_cell(&client, 6)]);
+    assert!(CallerCells::map(&create::<tables::Callers>(64).unwrap()).is_err());
 }
 
 /// H3: those for devices without a link-layer header are loaded where such a device first appears.

@@ -90,3 +90,19 @@ everywhere! {
         assert_eq!(ask_connected(place, Udp, mapped(to)), "web-3");
     }
 }
+
+on_one_network! {
+    /// P18: the name of a socket's peer is that of who was called last, not of a Service that refused it before.
+    fn a_socket_that_was_refused_by_a_service_is_connected_again(world) {
+        world.apply(&world.bare_service(0).tcp(PORT, 9).endpoints([world.pod("web-1").endpoint()]));
+        let client = world.pod("shell-1");
+        let (refused, pod) = (mapped(world.frontend(0)), mapped(at(world.pod_ip("web-1"), TARGET)));
+        let socket = client.place().tcp_socket(Family::V6).unwrap();
+        let connect = |to| Stream::connect(socket.try_clone().unwrap(), to, PATIENCE);
+        assert!(connect(refused).is_err());
+        // The kernel tells the next call that the connection before it was aborted.
+        let mut stream = connect(pod).or_else(|_| connect(pod)).unwrap();
+        assert_eq!(stream.get_ref().peer_addr().unwrap(), pod);
+        assert_eq!(stream.ask().unwrap().pod, "web-1");
+    }
+}

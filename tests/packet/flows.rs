@@ -382,3 +382,24 @@ fn a_source_port_is_not_used_again_before_its_connection_is_over() {
         assert_eq!(send(from_client(40_001, tcp::SYN)).verdict, Verdict::Redirect);
     });
 }
+
+/// C3: the filter of replies lets those of a flow through as long as the flow is there, and nobody else's.
+#[test]
+fn replies_are_looked_for_as_long_as_their_flow_is_there() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let answer = tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::ACK);
+        let restored = answer.clone().from(f.cluster_ip, 80);
+        for _ in 0..2 {
+            establish(f, &world);
+            assert_eq!(world.sweep_callers().unwrap(), 1, "the client's");
+            expect(&world, Hook::PodOut, &answer, Verdict::Pass, &restored, &f.counted_out(20));
+            world.forget_flows().unwrap();
+            assert_eq!(world.sweep_callers().unwrap(), 0);
+            crate::expect_untouched(&world, Hook::PodOut, &answer);
+        }
+        // Where the source is translated, replies go to the node.
+        world.send(Hook::UplinkIn, &tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::SYN)).unwrap();
+        assert_eq!(world.sweep_callers().unwrap(), 1, "the node's");
+    });
+}

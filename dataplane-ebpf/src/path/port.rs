@@ -1,83 +1,81 @@
 //! The search for a translated source port (P12).
 
 use crate::flow::{self, Claim, Ending};
+use crate::maps::PORT_TURN;
 use crate::repeat::{Step, Steps, repeat};
+use crate::scratch::Scratch;
 use crate::service;
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::Port;
-use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::flow::PortTurn;
 
 /// How many steps a search for a translated source port takes (P12). At least every other one tries a port: with nine of
 /// ten taken, all of these are once in 10^11 searches. A search that is in vain costs some tens of microseconds.
 const PORT_STEPS: u32 = 512;
 
-/// How many of them must be of no flow at all. The later ones may be of a flow that is over: clients that connect again and
-/// again leave more of those than there are ports.
-const UNUSED_PORT_TRIES: u32 = 8;
+/// How many of them go on where the last search stopped, in an order that was drawn once. So a port comes again when all others
+/// have been, and what it was of is over, if it does not last, and nothing of it on its way any more: clients that connect again
+/// and again leave more of those than there are ports. The other steps are scattered: what lasts and began together lies together
+/// in turn.
+const IN_TURN: u32 = 16;
 
 /// The search for a translated source port, as its steps see it.
 struct PortSearch<'a> {
-    key: &'a FlowKey,
-    flow: &'a mut Flow,
-    reply: &'a mut Flow,
+    scratch: &'a mut Scratch,
     first: u32,
     range: u32,
     mask: u32,
-    offset: u32,
-    factor: u32,
-    addend: u32,
-    tried: u32,
+    turn: PortTurn,
     claim: Claim,
 }
 
-/// Claims a translated source port: a random one, then others in a random order, a bounded number of them (P12).
+/// Claims a translated source port, one of few tries in turn or else of many at random (P12).
 #[inline(always)]
-pub(super) fn claim(key: &FlowKey, flow: &mut Flow, reply: &mut Flow) -> Claim {
-    let Some(node) = service::node() else { return Claim::Taken };
+pub(super) fn claim(scratch: &mut Scratch) -> Claim {
+    let (Some(node), Some(turn)) = (service::node(), PORT_TURN.get_ptr_mut(0)) else {
+        return Claim::Taken;
+    };
     let (first, last) = (node.first_port as u32, node.last_port as u32);
     if last < first {
         return Claim::Taken;
     }
-    // SAFETY: a helper without arguments.
-    let random = unsafe { bpf_get_prandom_u32() };
     let range = last - first + 1;
     let mut mask = range - 1;
     mask |= mask >> 1;
     mask |= mask >> 2;
     mask |= mask >> 4;
     mask |= mask >> 8;
-    // A congruential generator of full period (Hull and Dobell 1962): it comes to each number up to the mask once, those
-    // outside of the range are passed over. A walk by strides would see but a part of a range that shares a factor with its
-    // stride, and pile up in front of what is taken.
-    let (factor, addend) = ((random >> 16) & !3 | 1, (random >> 5) | 1);
-    let mut search = PortSearch {
-        key,
-        flow,
-        reply,
-        first,
-        range,
-        mask,
-        offset: random & mask,
-        factor,
-        addend,
-        tried: 0,
-        claim: Claim::Taken,
-    };
+    // SAFETY: array elements stay. Two CPUs may take the same turn: one of them finds the port taken.
+    let mut begun = unsafe { turn.read_volatile() };
+    if begun.number == 0 {
+        begun.order = random();
+    }
+    let mut search = PortSearch { scratch, first, range, mask, turn: begun, claim: Claim::Taken };
     repeat(PORT_STEPS, &mut search);
+    // SAFETY: as above.
+    unsafe { turn.write_volatile(PortTurn { number: search.turn.number, ..begun }) };
     search.claim
 }
 
+#[inline(always)]
+fn random() -> u32 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_get_prandom_u32() }
+}
+
 impl Steps for PortSearch<'_> {
-    fn step(&mut self) -> Step {
-        let offset = self.offset;
-        self.offset = offset.wrapping_mul(self.factor).wrapping_add(self.addend) & self.mask;
+    fn step(&mut self, index: u32) -> Step {
+        if index == IN_TURN {
+            self.turn.order = random();
+        }
+        let offset = self.turn.place(self.mask);
+        self.turn.number = self.turn.number.wrapping_add(1);
         if offset >= self.range {
             return Step::Next;
         }
-        self.flow.src_port = Port::new((self.first + offset) as u16);
-        let ending = if self.tried < UNUSED_PORT_TRIES { Ending::Nothing } else { Ending::Over };
-        self.claim = flow::claim(self.key, self.flow, self.reply, ending);
-        self.tried += 1;
+        let Scratch { key, flow, reply, .. } = &mut *self.scratch;
+        flow.src_port = Port::new((self.first + offset) as u16);
+        self.claim = flow::claim(key, flow, reply, Ending::Over);
         if self.claim == Claim::Taken { Step::Next } else { Step::Done }
     }
 }

@@ -20,6 +20,7 @@ use crate::config::{AgentArgs, SocketLb, TcMode};
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
 use crate::kernel::attach::Attachments;
+use crate::kernel::callers::CallerCells;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::{self, Interfaces};
 use crate::kernel::maps::KernelMaps;
@@ -86,6 +87,8 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let attachments = Attachments::new(object, pins.clone(), &features, args.xdp, args.socket_lb)?;
     let interfaces = links::follow().await?;
     let maps = KernelMaps::open(&pins.maps())?;
+    // Before the first program: flows of an earlier version's programs may be there.
+    CallerCells::map(&maps.map()?)?.mark_all(clock.tick());
 
     let health = Arc::new(Health::new(args.healthy_within));
     let metrics = Arc::new(Metrics::default());

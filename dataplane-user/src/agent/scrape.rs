@@ -46,7 +46,13 @@ impl Scrape {
             healthy: self.health.trouble().is_none(),
             unbound: self.health_checks.unbound(),
             reasons: self.reasons().unwrap_or_default(),
-            rooms: self.maps.iter().map(|(name, map)| (name, map.shape().max_entries)).collect(),
+            // The storage of sockets has no bound.
+            rooms: self
+                .maps
+                .iter()
+                .map(|(name, map)| (name, map.shape().max_entries))
+                .filter(|(_, room)| *room > 0)
+                .collect(),
             counts,
             runs: self.runs(),
         }

@@ -44,8 +44,12 @@ pub const TYPE_LRU_PERCPU_HASH: u32 = 10;
 pub const TYPE_LPM_TRIE: u32 = 11;
 /// `BPF_MAP_TYPE_QUEUE`.
 pub const TYPE_QUEUE: u32 = 22;
+/// `BPF_MAP_TYPE_SK_STORAGE`.
+pub const TYPE_SK_STORAGE: u32 = 24;
 /// `BPF_F_NO_PREALLOC`: memory is taken when an entry is made. A trie knows no other way.
 pub const NO_PREALLOC: u32 = 1;
+/// `BPF_F_MMAPABLE`: the elements can be mapped into a process's memory.
+pub const MMAPABLE: u32 = 1 << 10;
 
 /// `BPF_ANY`: insert or replace.
 pub const ANY: u64 = 0;

@@ -82,19 +82,21 @@ pub enum MapError {
 /// The kernel's number of a kind of table.
 pub const fn map_type(kind: TableKind) -> u32 {
     match kind {
-        TableKind::Array => bpf::TYPE_ARRAY,
+        TableKind::Array | TableKind::MappedArray => bpf::TYPE_ARRAY,
         TableKind::PerCpuArray => bpf::TYPE_PERCPU_ARRAY,
         TableKind::Hash | TableKind::HashByEntry => bpf::TYPE_HASH,
         TableKind::LruHash => bpf::TYPE_LRU_HASH,
         TableKind::LpmTrie => bpf::TYPE_LPM_TRIE,
         TableKind::Queue => bpf::TYPE_QUEUE,
+        TableKind::SkStorage => bpf::TYPE_SK_STORAGE,
     }
 }
 
 /// The kernel's flags of a kind of table.
 const fn map_flags(kind: TableKind) -> u32 {
     match kind {
-        TableKind::HashByEntry | TableKind::LpmTrie => bpf::NO_PREALLOC,
+        TableKind::HashByEntry | TableKind::LpmTrie | TableKind::SkStorage => bpf::NO_PREALLOC,
+        TableKind::MappedArray => bpf::MMAPABLE,
         TableKind::Array | TableKind::PerCpuArray | TableKind::Hash => 0,
         TableKind::LruHash | TableKind::Queue => 0,
     }
@@ -413,8 +415,8 @@ impl KernelMaps {
         Ok(Self { maps })
     }
 
-    /// Makes all tables anew, without BTF and pins, in their default sizes except those that are named. For tests and
-    /// benchmarks.
+    /// Makes all tables anew, without BTF and pins, in their default sizes except those that are named; but for the storage of
+    /// sockets, which must have BTF. For tests and benchmarks.
     ///
     /// # Errors
     /// The kernel's.
@@ -430,8 +432,8 @@ impl KernelMaps {
                 maps.insert(T::NAME, map.fd);
             })+};
         }
-        create_each!(Nodes NodeAddrs Filter Frontends Services Slots Backends Flows HalfOpen Closing);
-        create_each!(SourceRanges Affinities Fragments);
+        create_each!(Nodes NodeAddrs Filter Callers Frontends Services Slots Backends Flows HalfOpen Closing);
+        create_each!(SourceRanges Affinities Fragments PortTurns);
         create_each!(ServiceTraffic BackendTraffic Reasons SocketPeers SocketChoices Uplinks);
         Ok(Self { maps })
     }

@@ -2,6 +2,7 @@
 
 pub mod attach;
 pub mod bpf;
+pub mod callers;
 pub mod capability;
 pub mod cleanup;
 pub mod clock;

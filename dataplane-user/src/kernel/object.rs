@@ -364,6 +364,7 @@ fn data(map: &Map) -> Option<&MapData> {
         | Map::PerCpuLruHashMap(data)
         | Map::LpmTrie(data)
         | Map::Queue(data)
+        | Map::SkStorage(data)
         | Map::RingBuf(data) => Some(data),
         _ => None,
     }

@@ -66,9 +66,9 @@ impl MemoryMaps {
 
     fn is_array<T: Table>() -> bool {
         match T::KIND {
-            TableKind::Array | TableKind::PerCpuArray => true,
+            TableKind::Array | TableKind::MappedArray | TableKind::PerCpuArray => true,
             TableKind::Hash | TableKind::HashByEntry | TableKind::LruHash => false,
-            TableKind::LpmTrie | TableKind::Queue => false,
+            TableKind::LpmTrie | TableKind::Queue | TableKind::SkStorage => false,
         }
     }
 
@@ -108,10 +108,14 @@ impl Maps for MemoryMaps {
         for (key, value) in entries {
             let (bytes, room) = (bytemuck::bytes_of(key), self.room::<T>());
             let fits = match T::KIND {
-                TableKind::Array | TableKind::PerCpuArray => self.has_index::<T>(key),
+                TableKind::Array | TableKind::MappedArray | TableKind::PerCpuArray => {
+                    self.has_index::<T>(key)
+                }
                 TableKind::Hash | TableKind::HashByEntry | TableKind::LpmTrie | TableKind::Queue => {
                     table.len() < room || table.contains_key(bytes)
                 }
+                // Bounded by nothing but the sockets that there are.
+                TableKind::SkStorage => true,
                 TableKind::LruHash => {
                     if table.len() >= room && !table.contains_key(bytes) {
                         table.pop_first();

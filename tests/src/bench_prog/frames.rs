@@ -11,9 +11,9 @@ use crate::packet::family::{Family, V4, V6};
 use crate::packet::{Hook, in_namespace, index, xdp_md};
 use anyhow::{Context as _, Result};
 use dataplane_common::backend::{Backend, BackendStatus};
-use dataplane_common::filter::FilterBit;
+use dataplane_common::filter::{FilterBit, caller_cell, caller_mark};
 use dataplane_common::flow::{Flow, FlowKey};
-use dataplane_common::tables::{self, Backends, Filter, Flows};
+use dataplane_common::tables::{self, Backends, Callers, Filter, Flows};
 use dataplane_common::{Addr, Port};
 use dataplane_user::kernel::bpf::{self, TEST_XDP_LIVE_FRAMES, TestRun};
 use dataplane_user::kernel::maps::KernelMaps;
@@ -119,6 +119,7 @@ fn fill(maps: &KernelMaps, family: &Family, backend: u32) -> Result<()> {
     filter.insert(&bit.word(), &word, bpf::ANY)?;
     let status = BackendStatus::new(1, BackendStatus::SERVING);
     maps.map::<Backends>()?.insert(&backend, &Backend::new(status, endpoint, port, 1), bpf::ANY)?;
+    maps.map::<Callers>()?.insert(&caller_cell(&client, 6), &caller_mark(0), bpf::ANY)?;
     let key = FlowKey::new(client, client_port, endpoint, port, 6);
     let half = |key: &FlowKey, flags| {
         let mut flow = Flow::with_flags(flags | Flow::SOURCE_TRANSLATED | Flow::CONFIRMED);

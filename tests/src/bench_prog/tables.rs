@@ -9,10 +9,10 @@ use crate::bench::target::Ratio;
 use crate::packet::build::{Packet, tcp, tcp_packet};
 use anyhow::{Context as _, Result, ensure};
 use dataplane_common::backend::{Backend, BackendStatus};
-use dataplane_common::filter::FilterBit;
+use dataplane_common::filter::{FilterBit, caller_cell, caller_mark};
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
-use dataplane_common::tables::{self, Backends, Filter, Flows, Frontends, Table as _};
+use dataplane_common::tables::{self, Backends, Callers, Filter, Flows, Frontends, Table as _};
 use dataplane_common::{Addr, Port};
 use dataplane_user::kernel::bpf::{self, MapFd, TestRun};
 use dataplane_user::kernel::maps::{KernelMaps, Map};
@@ -215,6 +215,7 @@ fn fill(maps: &KernelMaps, addresses: Addresses) -> Result<()> {
     let status = BackendStatus::new(1, BackendStatus::SERVING | BackendStatus::LOCAL);
     maps.map::<Backends>()?.insert(&1, &Backend::new(status, endpoint, Port::new(8080), 1), bpf::ANY)?;
 
+    maps.map::<Callers>()?.insert(&caller_cell(&client, 6), &caller_mark(0), bpf::ANY)?;
     let key = FlowKey::new(client, Port::new(40_000), service, Port::new(80), 6);
     let half = |key: &FlowKey, flags| {
         let mut flow = Flow::with_flags(flags | Flow::CONFIRMED);

@@ -6,10 +6,14 @@ use anyhow::{Result, bail};
 use dataplane_common::Addr;
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
+use dataplane_common::filter::caller_tick;
+use dataplane_common::flow::TICK_MASK;
 use dataplane_common::tables;
 use dataplane_user::compile::{self, Context, NodeSettings};
 use dataplane_user::expire::{self, Clock, IdleTimes};
+use dataplane_user::kernel::callers::{CallerCells, OldMarks};
 use dataplane_user::model::{Change, Dirty, Kind};
+use dataplane_user::sync::LingeringBits;
 use dataplane_user::watch::manifests;
 use ipnet::IpNet;
 use std::collections::BTreeSet;
@@ -58,9 +62,28 @@ impl World {
         }
         let later = now + dataplane_user::sync::REST;
         let mut bits = self.mirror.lingering_bits(later);
-        expire::sweep(&self.maps, &NEVER, Clock { now: 0, ticks_per_second: 1.0 }, &mut bits)?;
+        let clock = Clock { now: 0, ticks_per_second: 1.0 };
+        expire::sweep(&self.maps, &NEVER, clock, &mut bits, &mut OldMarks::default())?;
         self.mirror.clear_bits(&self.maps, &bits, later)?;
         Ok(errors.iter().map(ToString::to_string).collect())
+    }
+
+    /// Clears what no flow needs of the filter of replies, as an agent does long after the last flow began. How many cells are
+    /// marked then.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn sweep_callers(&self) -> Result<usize> {
+        let table = self.maps.map::<tables::Callers>()?;
+        let marks: Vec<_> =
+            table.entries()?.into_iter().map(|(_, mark)| mark).filter(|mark| *mark != 0).collect();
+        let cells = CallerCells::map(&table)?;
+        let last = marks.iter().map(|mark| caller_tick(*mark)).max().unwrap_or_default();
+        let clock = Clock { now: (last + 100) & TICK_MASK, ticks_per_second: 1.0 };
+        let mut old = cells.old(clock.now);
+        expire::sweep(&self.maps, &NEVER, clock, &mut LingeringBits::default(), &mut old)?;
+        cells.clear(&old);
+        Ok(table.entries()?.into_iter().filter(|(_, mark)| *mark != 0).count())
     }
 
     /// Removes all flows, and all that is remembered of clients and datagrams.

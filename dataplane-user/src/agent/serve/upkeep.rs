@@ -3,6 +3,7 @@
 use super::{SWEEP, Service};
 use crate::admin::names::Names;
 use crate::expire::{self, Clock, Swept};
+use crate::kernel::callers::CallerCells;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::sockets::{self, SocketError};
 use crate::memory;
@@ -62,7 +63,7 @@ impl Service {
         self.metrics.audits.add(1);
     }
 
-    /// Removes idle flows from time to time, beside the loop; and clears the filter bits that nothing needs any more.
+    /// Removes idle flows from time to time, beside the loop; and clears what nothing needs any more of the filters.
     pub(super) async fn sweep(&mut self) {
         match self.sweeping.take() {
             Some(sweeping) if !sweeping.is_finished() => self.sweeping = Some(sweeping),
@@ -90,7 +91,10 @@ impl Service {
         let (idle, clock) = (self.idle, self.clock.clone());
         self.sweeping = Some(tokio::task::spawn_blocking(move || {
             let now = Clock { now: clock.tick(), ticks_per_second: clock.ticks_per_second() };
-            let swept = expire::sweep(&maps, &idle, now, &mut bits)?;
+            let cells = CallerCells::map(&maps.map()?)?;
+            let mut marks = cells.old(now.now);
+            let swept = expire::sweep(&maps, &idle, now, &mut bits, &mut marks)?;
+            cells.clear(&marks);
             tracing::debug!("{swept:?}");
             let counts = count(&maps, &swept)?;
             // Here, beside the loop: all that was freed since the last time.
@@ -122,7 +126,8 @@ fn count(maps: &KernelMaps, swept: &Swept) -> Result<Vec<(&'static str, usize)>,
         let uncounted = match kind {
             TableKind::Hash | TableKind::HashByEntry | TableKind::LruHash => *name != Frontends::NAME,
             // Arrays have all their elements; a trie is written by the agent alone.
-            TableKind::Array | TableKind::PerCpuArray | TableKind::LpmTrie | TableKind::Queue => false,
+            TableKind::Array | TableKind::MappedArray | TableKind::PerCpuArray => false,
+            TableKind::LpmTrie | TableKind::Queue | TableKind::SkStorage => false,
         };
         if uncounted && !counts.iter().any(|(counted, _)| counted == name) {
             counts.push((name, maps.count(name)?));
