@@ -116,7 +116,7 @@ pub struct Ended {
     pub at: u64,
 }
 
-/// Value of `port_turn`: how far the translated source ports were given out. One word.
+/// Value of `port_turn`: how far a CPU has given out the translated source ports. One word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C, align(8))]
 pub struct PortTurn {

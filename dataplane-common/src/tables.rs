@@ -120,8 +120,8 @@ tables! {
     HalfOpen = "half_open", Queue<(), FlowKey>, 8_192;
     /// The names of flows that ended or were reset, the oldest first.
     Closing = "closing", Queue<(), Ended>, 8_192;
-    /// How far the translated source ports were given out, one element.
-    PortTurns = "port_turn", Array<u32, PortTurn>, 1;
+    /// How far a CPU has given out the translated source ports, one element.
+    PortTurns = "port_turn", PerCpuArray<u32, PortTurn>, 1;
     /// The link-layer addresses of the uplinks by which the node itself calls Services, by index.
     Uplinks = "uplinks", LruHash<u32, Uplink>, 128;
     /// The endpoint that each client of a service port with affinity had last.

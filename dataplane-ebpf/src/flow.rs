@@ -117,6 +117,8 @@ pub enum Claim {
 /// Which flows a claim may end, if they have the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
+    /// None.
+    Nothing,
     /// Those of which nothing more is to come. What comes late would be taken for the new flow's: at the client, an
     /// acknowledgement of what it never sent, which it answers by a RST.
     Over,
@@ -161,6 +163,7 @@ fn is_taken(reply: &Flow, key: &FlowKey, ending: Ending) -> bool {
     }
     if reply.stage() == Stage::Closing {
         return match ending {
+            Ending::Nothing => true,
             Ending::Over => !reply.has(Flow::OVER) && ticks_between(reply.last_seen, now()) < LINGER,
             Ending::Closing => false,
         };

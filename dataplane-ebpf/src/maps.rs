@@ -60,7 +60,7 @@ maps! {
     FLOWS: HashMap = "flows", Flows;
     HALF_OPEN: Queue = "half_open", HalfOpen;
     CLOSING: Queue = "closing", Closing;
-    PORT_TURN: Array = "port_turn", PortTurns;
+    PORT_TURN: PerCpuArray = "port_turn", PortTurns;
     UPLINKS: LruHashMap = "uplinks", Uplinks;
     AFFINITIES: LruHashMap = "affinity", Affinities;
     FRAGMENTS: LruHashMap = "fragments", Fragments;

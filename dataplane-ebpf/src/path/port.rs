@@ -9,15 +9,17 @@ use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::Port;
 use dataplane_common::flow::PortTurn;
 
-/// How many steps a search for a translated source port takes (P12). At least every other one tries a port: with nine of
-/// ten taken, all of these are once in 10^11 searches. A search that is in vain costs some tens of microseconds.
+/// How many steps a search for a translated source port takes (P12). More than every other one tries a port: with nine of ten
+/// taken, all of these are once in 10^11 searches. A search that is in vain costs some tens of microseconds.
 const PORT_STEPS: u32 = 512;
 
-/// How many of them go on where the last search stopped, in an order that was drawn once. So a port comes again when all others
-/// have been, and what it was of is over, if it does not last, and nothing of it on its way any more: clients that connect again
-/// and again leave more of those than there are ports. The other steps are scattered: what lasts and began together lies together
-/// in turn.
+/// How many of them go on where the last search stopped, in an order that this CPU drew once: CPUs with the same order would come to
+/// the same port at the same time. The other steps are scattered: what lasts and began together lies together in turn.
 const IN_TURN: u32 = 16;
+
+/// How many of them want a port of no flow at all. The later ones take one of a flow that is over: clients that connect again and
+/// again leave more of those than there are ports. In turn it is one that this CPU gave out a round ago or earlier.
+const UNUSED: u32 = 6;
 
 /// The search for a translated source port, as its steps see it.
 struct PortSearch<'a> {
@@ -45,7 +47,7 @@ pub(super) fn claim(scratch: &mut Scratch) -> Claim {
     mask |= mask >> 2;
     mask |= mask >> 4;
     mask |= mask >> 8;
-    // SAFETY: array elements stay. Two CPUs may take the same turn: one of them finds the port taken.
+    // SAFETY: an element of this CPU alone.
     let mut begun = unsafe { turn.read_volatile() };
     if begun.number == 0 {
         begun.order = random();
@@ -75,7 +77,8 @@ impl Steps for PortSearch<'_> {
         }
         let Scratch { key, flow, reply, .. } = &mut *self.scratch;
         flow.src_port = Port::new((self.first + offset) as u16);
-        self.claim = flow::claim(key, flow, reply, Ending::Over);
+        let ending = if index < UNUSED { Ending::Nothing } else { Ending::Over };
+        self.claim = flow::claim(key, flow, reply, ending);
         if self.claim == Claim::Taken { Step::Next } else { Step::Done }
     }
 }
