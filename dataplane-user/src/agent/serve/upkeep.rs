@@ -97,8 +97,9 @@ impl Service {
             cells.clear(&marks);
             tracing::debug!("{swept:?}");
             let counts = count(&maps, &swept)?;
-            // Here, beside the loop: all that was freed since the last time.
+            // Here, beside the loop: all that was freed since the last time, and code that ran meanwhile.
             memory::give_back();
+            memory::let_go_of_code();
             Ok((bits, counts))
         }));
     }
