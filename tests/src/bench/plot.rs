@@ -31,7 +31,8 @@ const ROW: f64 = 24.0;
 const TOP: f64 = 40.0;
 const OURS: &str = "#2563a8";
 const OTHERS: &str = "#9aa3ad";
-const STROKES: [&str; 4] = ["", "6 3", "2 3", "8 3 2 3"];
+/// As many as there are lines of one colour at most: every leg that is not ours.
+const STROKES: [&str; 5] = ["", "6 3", "2 3", "8 3 2 3", "12 3"];
 
 fn head(height: f64, title: &str) -> String {
     let title = escaped(title);
@@ -128,7 +129,8 @@ pub(super) fn lines(title: &str, lines: &[Line]) -> String {
     for (index, line) in lines.iter().enumerate() {
         let path: Vec<_> =
             line.points.iter().map(|(at, value)| format!("{:.1} {:.1}", x(*at), y(value.median))).collect();
-        let (colour, dashes) = (colour(line.ours), STROKES[index % STROKES.len()]);
+        let of_colour = lines[..index].iter().filter(|other| other.ours == line.ours).count();
+        let (colour, dashes) = (colour(line.ours), STROKES[of_colour % STROKES.len()]);
         let style =
             format!("stroke=\"{colour}\" stroke-width=\"2\" stroke-dasharray=\"{dashes}\" fill=\"none\"");
         let _ = writeln!(svg, "<path d=\"M{}\" {style}/>", path.join("L"));
@@ -173,6 +175,21 @@ mod tests {
             .map(|line| line.split("width=\"").nth(1).unwrap().split('"').next().unwrap().parse().unwrap())
             .collect();
         assert!((widths[1] / widths[0] - 2.0).abs() < 0.01, "{widths:?}");
+    }
+
+    #[test]
+    fn lines_of_one_colour_differ_in_their_strokes() {
+        let value = Ratio::exactly(1.0);
+        let line = |ours| Line { label: "x".into(), points: vec![(10.0, value), (100.0, value)], ours };
+        // As the legs of calls to a ClusterIP.
+        let svg = lines("t", &[false, true, false, false, true, false, false].map(line));
+        let styles: std::collections::BTreeSet<_> = svg
+            .lines()
+            .filter(|line| line.contains("h30"))
+            .filter_map(|line| line.split_once("stroke="))
+            .map(|(_, style)| style)
+            .collect();
+        assert_eq!(styles.len(), 7, "{svg}");
     }
 
     #[test]

@@ -57,16 +57,16 @@ fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
 const REASONS: &[(&str, &str)] = &[
     (
         "B1",
-        "By the socket hooks no packet is translated, but each passes the programs of four interfaces, and an endpoint's packets \
-         are looked for among the flows before it is certain that nothing translates them; the call that connects \
-         chooses the endpoint and notes it, and the server's call that accepts asks for the client's name, which a hook looks \
-         up. By packet, a short connection pays for a whole life: both its directions are \
+        "By the socket hooks no packet is translated, but each passes the programs of four interfaces; the call that connects \
+         chooses the endpoint, and what it called is kept with the socket and goes with it. By packet, a short connection pays for a whole life: both its directions are \
          entered and removed again, and each packet is rewritten. Client and server keep both CPUs busy, so all of it is \
-         missed there; the tables below say how much the programs themselves take.",
+         missed there; the tables below say how much the programs themselves take. How much hooks that do nothing cost \
+         already is said with each case below, where it was measured.",
     ),
     (
         "B2",
-        "As B1, without the life of flows: what remains is the programs' part of each packet, beside plain routing, which has none.",
+        "As B1, without the life of flows: what remains is the programs' part of each packet, beside plain routing, which has none. \
+         How much of it hooks that do nothing cost already is said with each case below, where it was measured.",
     ),
     (
         "B4",
@@ -113,9 +113,10 @@ cargo xtask bench targets      # one line per target, from the newest records
 cargo xtask bench report       # writes this page and its plots from the newest records
 ```
 
-As root, on a machine that does nothing else. Legs are measured in turn, round by round, each divided by plain routing of \
-the same round; given are the median of the rounds and, in brackets, the smallest and the largest. A run whose two legs of \
-plain routing differ by more than 5 % is void. [CONTRIBUTING.md](../CONTRIBUTING.md) has the single parts.";
+As root, on a machine that does nothing else. Legs are measured in turn, round by round, each round beginning with another \
+leg, and each is divided by plain routing of the same round; given are the median of the rounds and, in brackets, the \
+smallest and the largest. A run whose two legs of plain routing differ by more than 5 % is void. \
+[CONTRIBUTING.md](../CONTRIBUTING.md) has the single parts.";
 
 /// Writes the page and its plots.
 ///

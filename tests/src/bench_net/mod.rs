@@ -1,8 +1,10 @@
 //! Measures the path beside plain routing and beside the real kube-proxy (B1 to B5), all from one control plane in one lab.
 //!
 //! Each leg has a node, a client, an endpoint and a Service of its own, so that no rival's tables or connection tracking
-//! see another's flows. Legs are measured in turn, round by round, and each figure is a ratio within a round.
+//! see another's flows. Legs are measured in turn, round by round, each round beginning with another leg, and each figure is a
+//! ratio within a round.
 
+mod hooks;
 mod load;
 mod programs;
 mod proxies;
@@ -72,6 +74,8 @@ pub enum Leg {
     Direct,
     /// The same once more.
     DirectAgain,
+    /// The same again, through programs that do nothing at the hooks of Portolan's tc programs.
+    EmptyHooks,
     /// Portolan as it comes: TCP at connect time.
     PortolanSocket,
     /// Portolan by packet, at tc.
@@ -85,8 +89,8 @@ pub enum Leg {
 }
 
 impl Leg {
-    /// In the order in which a round goes through them.
-    pub const ALL: [Self; 7] = [
+    /// In the order in which a round goes through them, and round again, wherever it begins.
+    pub const ALL: [Self; 8] = [
         Self::Direct,
         Self::PortolanSocket,
         Self::KubeProxyNftables,
@@ -94,7 +98,13 @@ impl Leg {
         Self::DirectAgain,
         Self::PortolanPacket,
         Self::KubeProxyIptables,
+        Self::EmptyHooks,
     ];
+
+    /// Whether it is plain routing to the endpoint's own address: no Service, and nothing that serves one.
+    pub fn is_plain(self) -> bool {
+        matches!(self, Self::Direct | Self::DirectAgain | Self::EmptyHooks)
+    }
 
     /// Whether it is Portolan.
     pub fn is_portolan(self) -> bool {
@@ -111,6 +121,7 @@ impl Leg {
         match self {
             Self::Direct => "direct",
             Self::DirectAgain => "direct-again",
+            Self::EmptyHooks => "empty-hooks",
             Self::PortolanSocket => "portolan-socket",
             Self::PortolanPacket => "portolan-packet",
             Self::PortolanXdp => "portolan-xdp",
@@ -208,7 +219,8 @@ impl Plan {
         let (rounds, seconds) = (args.rounds.unwrap_or(rounds), args.seconds.unwrap_or(seconds));
         ensure!(
             sizes.is_sorted() && sizes.iter().all(|&size| size >= Leg::ALL.len()),
-            "--sizes must ascend from 7"
+            "--sizes must ascend from {}",
+            Leg::ALL.len()
         );
         ensure!(rounds > 0, "--rounds must be above 0");
         let quick = args.quick || rounds < 11 || seconds < 2.0;
@@ -347,9 +359,9 @@ impl Bench<'_> {
         let mut all = Vec::new();
         let legs: Vec<_> = self.stations.iter().filter(|station| case.way.concerns(station.leg())).collect();
         all.extend(legs.iter().map(|station| Series::new(case, station.leg())));
-        for _ in 0..rounds {
-            for (station, series) in legs.iter().zip(&mut all) {
-                series.enter(station.measure(case, flows, seconds));
+        for round in 0..rounds {
+            for leg in turns(round, legs.len()) {
+                all[leg].enter(legs[leg].measure(case, flows, seconds));
             }
         }
         println!("{case}");
@@ -380,9 +392,28 @@ impl Bench<'_> {
     }
 }
 
+/// The legs of a round, by their numbers from 0: each round begins one leg later, so that no leg always has the same place.
+fn turns(round: usize, legs: usize) -> impl Iterator<Item = usize> {
+    (0..legs).map(move |turn| (round + turn) % legs)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_round_goes_through_all_legs_and_begins_with_another() {
+        let rounds: Vec<Vec<_>> = (0..4).map(|round| turns(round, 3).collect()).collect();
+        assert_eq!(rounds, [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]);
+        assert_eq!(turns(5, 0).count(), 0);
+    }
+
+    #[test]
+    fn each_leg_is_in_records_by_its_name() {
+        for leg in Leg::ALL {
+            assert_eq!(serde_json::to_value(leg).unwrap(), leg.name());
+        }
+    }
 
     #[test]
     fn the_plan_is_quick_unless_it_does_what_the_method_asks() {

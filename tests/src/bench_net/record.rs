@@ -136,6 +136,8 @@ pub(super) fn begin(plan: Plan, plane: &ControlPlane) -> NetRecord {
         "Endpoints keep no TIME_WAIT: thousands of connections per second from one address through a node's translated ports come back to the same port within a second.",
         "Client and server have a CPU each; the network between them is veth, so there is no NIC.",
         "XDP on veth needs checksums from senders and a program at the peer: the leg portolan-xdp has both, the others have not.",
+        "Each round begins one leg later than the one before it, so that no leg always has the same place.",
+        "The leg empty-hooks is plain routing through programs that do nothing at the hooks of Portolan's tc programs.",
     ]
     .map(str::to_owned)
     .into();

@@ -1,5 +1,6 @@
 //! A leg's part of the lab: a node, a client and an endpoint on it, a client outside, and what serves the Service.
 
+use super::hooks;
 use super::load::{self, LOAD_TIME};
 use super::programs::{self, ProgramShare};
 use super::{Case, Leg, Way};
@@ -7,6 +8,7 @@ use crate::controlplane::ControlPlane;
 use crate::lab::{AgentOptions, Client, Lab, Node, Place, Pod, PodOptions, Process, Source, at, program};
 use crate::load::{Mode, Outcome, Ports, parse};
 use anyhow::{Context, Result, ensure};
+use dataplane_user::kernel::link::Link;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,10 +16,11 @@ use std::time::Duration;
 
 /// The first port of a leg's server; also that of its Service.
 const PORT: u16 = 7000;
-/// The node port for connect-request-close; each leg has its own.
-const NODE_PORT: u16 = 31_000;
+/// The node port for connect-request-close; each leg has its own. Among the first 86 of the range, which the API server leaves to
+/// those who choose for themselves (KEP-3668): it draws one for each other port of these Services.
+const NODE_PORT: u16 = 30_010;
 /// The same for the endpoint on another node.
-const FAR_NODE_PORT: u16 = 31_500;
+const FAR_NODE_PORT: u16 = 30_050;
 /// The host number of the first outside client.
 const OUTSIDE: u8 = 210;
 /// Seconds of load before a round counts.
@@ -50,6 +53,8 @@ pub(super) struct Station {
     logs: PathBuf,
     _servers: [Process; 2],
     proxy: Option<Process>,
+    /// Of programs that do nothing.
+    _hooks: Vec<Link>,
     failure: Option<String>,
 }
 
@@ -89,6 +94,7 @@ impl Station {
             logs: lab.logs(),
             _servers: servers,
             proxy: None,
+            _hooks: Vec::new(),
             failure: None,
         };
         if let Err(error) = station.start(plane) {
@@ -100,6 +106,10 @@ impl Station {
     fn start(&mut self, plane: &ControlPlane) -> Result<()> {
         match self.leg {
             Leg::Direct | Leg::DirectAgain => Ok(()),
+            Leg::EmptyHooks => {
+                self._hooks = hooks::attach_empty(&self.node)?;
+                Ok(())
+            }
             Leg::PortolanSocket => self.start_agent(plane, &[]),
             Leg::PortolanPacket => self.start_agent(plane, &["--socket-lb=off"]),
             Leg::PortolanXdp => self.start_agent(plane, &["--socket-lb=off", "--xdp=native"]),
@@ -138,7 +148,7 @@ impl Station {
 
     /// Whether there is a Service to wait for.
     pub(super) fn has_proxy(&self) -> bool {
-        self.failure.is_none() && !matches!(self.leg, Leg::Direct | Leg::DirectAgain)
+        self.failure.is_none() && !self.leg.is_plain()
     }
 
     /// The end of a proxy that was not asked to end.
@@ -159,7 +169,7 @@ impl Station {
     /// The process id of what serves the Services.
     pub(super) fn proxy_pid(&self) -> Option<u32> {
         match self.leg {
-            Leg::Direct | Leg::DirectAgain => None,
+            Leg::Direct | Leg::DirectAgain | Leg::EmptyHooks => None,
             Leg::PortolanSocket | Leg::PortolanPacket | Leg::PortolanXdp => {
                 self.node.agent().map(|agent| agent.process().pid())
             }
@@ -190,7 +200,11 @@ impl Station {
                 let occurred = |line: &&str| line.split_whitespace().nth(1) != Some("0");
                 table.lines().filter(occurred).collect::<Vec<_>>().join("\n")
             }
-            Leg::Direct | Leg::DirectAgain | Leg::KubeProxyNftables | Leg::KubeProxyIptables => String::new(),
+            Leg::Direct
+            | Leg::DirectAgain
+            | Leg::EmptyHooks
+            | Leg::KubeProxyNftables
+            | Leg::KubeProxyIptables => String::new(),
         }
     }
 
@@ -241,10 +255,10 @@ impl Station {
 
     fn target(&self, case: Case) -> SocketAddr {
         let port = Ports::from(PORT).of(case.mode);
-        let is_direct = matches!(self.leg, Leg::Direct | Leg::DirectAgain);
+        let is_plain = self.leg.is_plain();
         match case.way {
-            Way::ClusterIp | Way::NodePort if is_direct => at(self.endpoint, port),
-            Way::NodePortElsewhere if is_direct => at(self.far, port),
+            Way::ClusterIp | Way::NodePort if is_plain => at(self.endpoint, port),
+            Way::NodePortElsewhere if is_plain => at(self.far, port),
             Way::ClusterIp => at(self.service, port),
             Way::NodePort => at(self.node.address(), NODE_PORT + self.index),
             Way::NodePortElsewhere => at(self.node.address(), FAR_NODE_PORT + self.index),

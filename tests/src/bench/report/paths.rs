@@ -54,7 +54,7 @@ fn write_case(page: &mut Page, of_case: &[&Series], plot: &str, title: &str) {
     page.plot(plot, &title, bars(&title, &all, Some(1.0)));
 }
 
-/// What a proxy that costs nothing would be beside the rivals.
+/// What a proxy that costs nothing would be beside the rivals, and what hooks leave of it.
 fn bound(page: &mut Page, of_case: &[&Series]) {
     let rivals = of_case.iter().filter(|series| series.leg.is_rival());
     let beside: Vec<_> = rivals
@@ -63,8 +63,17 @@ fn bound(page: &mut Page, of_case: &[&Series]) {
             Some(format!("{ratio} x {}", rival.leg.name()))
         })
         .collect();
+    let mut sentences = Vec::new();
     if !beside.is_empty() {
-        page.paragraph(&format!("Plain routing itself is {}.", beside.join(" and ")));
+        sentences.push(format!("Plain routing itself is {}.", beside.join(" and ")));
+    }
+    let hooks = of_case.iter().find(|series| series.leg == Leg::EmptyHooks);
+    if let Some(ratio) = hooks.and_then(|hooks| ratio_to_direct(of_case, hooks)) {
+        let it = if beside.is_empty() { "plain routing" } else { "it" };
+        sentences.push(format!("Hooks that do nothing leave {ratio} of {it}."));
+    }
+    if !sentences.is_empty() {
+        page.paragraph(&sentences.join(" "));
     }
 }
 
@@ -172,5 +181,47 @@ fn proxies(page: &mut Page, measured: &Measured) {
             digits(ms.max),
             digits(agent.calls)
         ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::load::Outcome;
+
+    const CASE: Case = Case { way: Way::ClusterIp, mode: Mode::ConnectRequestClose, services: 10 };
+
+    fn series(leg: Leg, rates: &[f64]) -> Series {
+        let round = |rate: &f64| Outcome {
+            mode: CASE.mode,
+            flows: 1,
+            seconds: 1.0,
+            done: *rate as u64,
+            per_second: *rate,
+            failed: 0,
+            latency: None,
+        };
+        let rounds = rates.iter().map(|rate| Some(round(rate))).collect();
+        Series { case: CASE, leg, rounds, failure: None, drops: String::new(), programs: Vec::new() }
+    }
+
+    fn said(legs: &[(Leg, &[f64])]) -> String {
+        let all: Vec<_> = legs.iter().map(|(leg, rates)| series(*leg, rates)).collect();
+        let mut page = Page::default();
+        bound(&mut page, &all.iter().collect::<Vec<_>>());
+        page.text
+    }
+
+    #[test]
+    fn what_hooks_leave_is_said_where_it_was_measured() {
+        let direct: (Leg, &[f64]) = (Leg::Direct, &[100.0, 200.0, 100.0]);
+        let rival: (Leg, &[f64]) = (Leg::KubeProxyNftables, &[50.0, 100.0, 50.0]);
+        let hooks: (Leg, &[f64]) = (Leg::EmptyHooks, &[97.0, 196.0, 99.0]);
+        let plain = "Plain routing itself is 2.000 [2.000..2.000] x kube-proxy-nftables.";
+        let leave = "Hooks that do nothing leave 0.980 [0.970..0.990] of";
+        assert_eq!(said(&[direct, rival, hooks]), format!("{plain} {leave} it.\n\n"));
+        assert_eq!(said(&[direct, rival]), format!("{plain}\n\n"));
+        assert_eq!(said(&[direct, hooks]), format!("{leave} plain routing.\n\n"));
+        assert_eq!(said(&[direct, rival, (Leg::EmptyHooks, &[])]), format!("{plain}\n\n"));
     }
 }
