@@ -183,6 +183,12 @@ impl Packet {
         self.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::SYN) || self.sctp(sctp::INIT)
     }
 
+    /// Whether it answers what opens a connection: a SYN-ACK, or an INIT ACK.
+    #[inline(always)]
+    pub const fn accepts(&self) -> bool {
+        self.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::SYN | tcp::ACK) || self.sctp(sctp::INIT_ACK)
+    }
+
     /// Whether it ends a connection at once: a RST, or an ABORT.
     #[inline(always)]
     pub const fn resets(&self) -> bool {

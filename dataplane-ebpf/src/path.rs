@@ -215,7 +215,13 @@ impl<F: Frame> Walk<'_, F> {
         let reply = self.s.flow.has(Flow::REPLY);
         let (status, service) = select::owner(self.s.flow.backend);
         let known = status.generation() == self.s.flow.generation;
-        if !reply && self.begins_anew(self.s.flow.stage(), known && status.has(BackendStatus::SERVING)) {
+        let stage = self.s.flow.stage();
+        let ends = if reply {
+            self.answers_another(stage)
+        } else {
+            self.begins_anew(stage, known && status.has(BackendStatus::SERVING))
+        };
+        if ends {
             flow::remove(&self.s.key, &self.s.flow);
             return Verdict::Begin;
         }
@@ -264,6 +270,13 @@ impl<F: Frame> Walk<'_, F> {
             count::reason(Reason::Rebalanced);
         }
         !serving
+    }
+
+    /// Whether an endpoint's packet accepts a connection that is not the flow's. One to the Service would have ended the flow as
+    /// it began: the client has called the endpoint itself, from the port that it had for the flow.
+    #[inline(always)]
+    fn answers_another(&self, stage: Stage) -> bool {
+        stage == Stage::Closing && self.s.packet.accepts()
     }
 
     /// How a packet of the flow leaves this hook.

@@ -1,10 +1,10 @@
 //! What becomes of flows when their endpoint goes: C1, C2, T5; and what follows Services live: F1, F2, F7.
 
 use crate::world::{
-    BOTH, PORT, Tcp, Udp, ask, ask_many, assert_refused, assert_transport_refused, eventually, everywhere,
-    on_all_paths, on_both_paths, pods,
+    BOTH, PORT, TARGET, Tcp, Udp, ask, ask_many, assert_refused, assert_transport_refused, eventually,
+    everywhere, in_kinds, on_all_paths, on_both_paths, pods,
 };
-use dataplane_tests::lab::{Failure, ask_datagram};
+use dataplane_tests::lab::{Failure, ask_datagram, at, next_source};
 use std::collections::BTreeSet;
 use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -33,6 +33,31 @@ everywhere! {
             world.apply(&service);
             let refused = || ask_datagram(&socket, None, PATIENCE) == Err(Failure::Refused);
             eventually("the socket is refused", refused);
+        }
+    }
+}
+
+in_kinds! {
+    packet_path_without_checksums_strict PacketPath
+    bridge_packet_path_strict BridgePacketPath
+    behind_a_router_generic_xdp_packet_path RoutedGenericXdp
+    vxlan_packet_path_strict Vxlan
+    tun_native_xdp_packet_path_strict TunXdp;
+    /// A client that has called a Service calls its endpoint itself, from the same port.
+    fn a_port_that_called_a_service_can_call_its_endpoint(world) {
+        world.apply(&world.cluster_service(0).endpoints([world.pod("web-3").endpoint()]));
+        let endpoint = at(world.pod_ip("web-3"), TARGET);
+        for client in [world.in_pod("shell-1"), world.in_pod("shell-3")] {
+            for _ in 0..3 {
+                let mut source = next_source(world.family());
+                let mut called = client.clone().source(source).connect(world.frontend(0)).unwrap();
+                assert_eq!(called.ask().unwrap().pod, "web-3");
+                socket2::SockRef::from(called.get_ref()).set_linger(Some(Duration::ZERO)).unwrap();
+                drop(called);
+                let answer = client.clone().source(source).tcp(endpoint).unwrap();
+                source.set_ip(answer.client_ip());
+                assert_eq!(answer.client, source);
+            }
         }
     }
 }

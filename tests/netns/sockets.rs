@@ -1,7 +1,7 @@
 //! What programs see whose sockets the hooks serve: the address they called, also as an IPv4-mapped one on a socket of IPv6.
 
 use crate::world::{BOTH, PORT, TARGET, Tcp, Transport, Udp, World, eventually, everywhere, on_one_network};
-use dataplane_tests::lab::{Family, Place, Stream, ask_datagram, at};
+use dataplane_tests::lab::{Family, Place, Stream, ask_datagram, at, next_source};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ fn ask_connected(place: &Place, transport: Transport, to: SocketAddr) -> String 
 }
 
 fn udp_socket(place: &Place) -> UdpSocket {
-    place.unbound_udp_socket(Family::V6).unwrap()
+    place.udp_socket(Some(next_source(Family::V6))).unwrap()
 }
 
 /// The addresses of a Service that a place has a way to.

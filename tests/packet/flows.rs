@@ -1,6 +1,6 @@
 //! The life of flows: half-open, established, closing; and what becomes of them when their endpoint goes.
 
-use crate::expect;
+use crate::{expect, expect_untouched};
 use dataplane_common::drop::Reason;
 use dataplane_tests::packet::build::{Packet, tcp, tcp_packet, udp_packet};
 use dataplane_tests::packet::family::{Family, for_both};
@@ -119,6 +119,22 @@ fn a_port_that_is_used_again_begins_a_new_flow() {
         let out = syn(f).to(f.remote, 8080);
         expect(&world, Hook::PodIn, &syn(f), Verdict::Pass, &out, &f.counted_in(20, true));
         assert_eq!(world.flow_counts().unwrap(), [2, 0, 0]);
+    });
+}
+
+/// A client that calls the endpoint itself, from the ports of a connection to the Service that is closing, is answered by the endpoint.
+#[test]
+fn a_port_that_is_used_again_without_the_service_is_left_alone() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        establish(f, &world);
+        let restored = syn_ack(f).from(f.cluster_ip, 80);
+        expect(&world, Hook::PodOut, &syn_ack(f), Verdict::Pass, &restored, &f.counted_out(20));
+        world.send(Hook::PodOut, &tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::RST)).unwrap();
+        let direct = tcp_packet((f.pod, 40_000), (f.remote, 8080), tcp::SYN);
+        expect_untouched(&world, Hook::PodIn, &direct);
+        expect_untouched(&world, Hook::PodOut, &syn_ack(f));
+        assert_eq!(world.flow_counts().unwrap(), [0, 0, 0]);
     });
 }
 

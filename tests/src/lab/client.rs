@@ -174,11 +174,12 @@ impl Client {
     }
 }
 
-/// Any address and the port after that of the last socket. A flow of datagrams has no end that anybody sees: a socket that got the
-/// port of an earlier one could not have the same endpoint through another Service without being translated.
-fn next_source(family: Family) -> SocketAddr {
-    const FIRST: u16 = 33_000;
-    const PORTS: u16 = 27_000;
+/// Any address and the port after that of the last socket, none that the kernel gives out by itself. A flow of datagrams has no end
+/// that anybody sees: a socket that got the port of an earlier one could not have the same endpoint through another Service
+/// without being translated, and would hear from it in the first one's name where the socket hooks serve it.
+pub fn next_source(family: Family) -> SocketAddr {
+    const FIRST: u16 = 9_500;
+    const PORTS: u16 = 10_500;
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let mut source = any_source(family);
     source.set_port(FIRST + NEXT.fetch_add(1, Ordering::Relaxed) % PORTS);

@@ -31,7 +31,7 @@ pub mod tunnel;
 pub(crate) mod xdp;
 
 pub use agent::{Agent, AgentOptions, Source, portolan};
-pub use client::{Answer, Asked, Client, Failure, Stream, ask_datagram, at};
+pub use client::{Answer, Asked, Client, Failure, Stream, ask_datagram, at, next_source};
 pub use leftovers::{LABS, labs, on_signal_exit_with, sweep};
 pub use manifests::{Endpoint, Manifests, Service, documents};
 pub use network::{Addresses, Family, PodNetwork};
