@@ -119,7 +119,7 @@ pub fn connect<S: SocketAddress>(mut socket: S) -> i32 {
     let proto = unsafe { (*socket.context()).protocol } as u8;
     let (addr, port) = socket.read();
     forget_name(&socket);
-    let Some(source) = source(&socket) else { return PROCEED };
+    let Some(source) = source(&socket, proto) else { return PROCEED };
     let Ok(Some(destination)) = service::lookup(&addr, port, proto) else {
         return closed(&addr, proto);
     };
@@ -143,8 +143,8 @@ pub fn connect<S: SocketAddress>(mut socket: S) -> i32 {
 #[inline(always)]
 pub fn send<S: SocketAddress>(mut socket: S) -> i32 {
     let proto = Protocol::Udp as u8;
+    let Some(source) = source(&socket, proto) else { return PROCEED };
     let (addr, port) = socket.read();
-    let Some(source) = source(&socket) else { return PROCEED };
     let Ok(Some(destination)) = service::lookup(&addr, port, proto) else { return PROCEED };
     if !serves(proto, &addr, destination, source) {
         return PROCEED;
@@ -190,8 +190,12 @@ pub fn name<S: SocketAddress>(mut socket: S) -> i32 {
 /// What `recvmsg(2)` gives back: the address that the program called, not the endpoint's.
 #[inline(always)]
 pub fn receive<S: SocketAddress>(mut socket: S) -> i32 {
+    let proto = Protocol::Udp as u8;
+    if source(&socket, proto).is_none() {
+        return PROCEED;
+    }
     let (addr, port) = socket.read();
-    let key = SocketPeerKey::new(cookie(&socket), addr, port, Protocol::Udp as u8);
+    let key = SocketPeerKey::new(cookie(&socket), addr, port, proto);
     // SAFETY: written once per socket and endpoint; the same socket does not race itself to another frontend.
     if let Some(peer) = unsafe { SOCKET_PEERS.get(&key) } {
         let (addr, port) = (peer.addr, peer.port);
@@ -200,14 +204,14 @@ pub fn receive<S: SocketAddress>(mut socket: S) -> i32 {
     PROCEED
 }
 
-/// Where the socket is; `None` if sockets there are left alone.
+/// Where the socket is; `None` if sockets of this protocol there are left alone: of UDP the node's alone are served.
 #[inline(always)]
-fn source<S: SocketAddress>(socket: &S) -> Option<Source> {
+fn source<S: SocketAddress>(socket: &S, proto: u8) -> Option<Source> {
     let node = service::node()?;
     if netns_cookie(socket) == node.netns_cookie {
         return Some(Source::Node);
     }
-    node.has(Node::SOCKET_LB_PODS).then_some(Source::Pod)
+    (proto == Protocol::Tcp as u8 && node.has(Node::SOCKET_LB_PODS)).then_some(Source::Pod)
 }
 
 /// Whether the hooks serve this call: TCP to any frontend; UDP to a node port on an own address, from the node itself.
