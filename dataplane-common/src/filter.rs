@@ -1,7 +1,7 @@
 //! The filter in front of the hash tables: one bit per hash of an address, port and protocol.
 //!
 //! A clear bit proves that a tuple is in no table; a set bit proves nothing. The agent sets a bit before it adds an
-//! entry and clears it only when no entry and no flow needs it any more.
+//! entry and clears it only when no entry and no flow needs it any more. The filter of replies, `callers`, is marked by programs.
 
 use crate::{Addr, Port};
 

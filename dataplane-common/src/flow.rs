@@ -116,24 +116,25 @@ pub struct Ended {
     pub at: u64,
 }
 
-/// Value of `port_turn`: how far a CPU has given out the translated source ports. One word.
+/// Value of `port_turn`: how far a CPU has given out the translated source ports. 16 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C, align(8))]
+#[repr(C)]
 pub struct PortTurn {
-    /// What the order was drawn to be.
-    pub order: u32,
-    /// The turn, counted over all rounds.
-    pub number: u32,
+    /// What the order of the round was drawn to be; 0: nothing yet.
+    pub order: u64,
+    /// The turn.
+    pub number: u64,
 }
 
 impl PortTurn {
-    /// Which of the numbers up to `mask`, one less than a power of two, has this turn: each has one in a round, for every step
-    /// here can be undone.
+    /// Which of the numbers up to `mask`, one less than a power of two up to 2^16, has this turn: each has one in a round, for
+    /// every step here can be undone. Who has seen some of them does not know the next, as long as it does not try all orders.
     #[inline(always)]
     pub const fn place(&self, mask: u32) -> u32 {
-        let spread = self.number.wrapping_mul(self.order | 1) & mask;
-        let mixed = (spread ^ spread >> 5).wrapping_mul(self.order.rotate_left(16) | 1);
-        (mixed ^ self.order >> 8) & mask
+        let (first, second) = (self.order as u32, (self.order >> 32) as u32);
+        let spread = (self.number as u32).wrapping_mul(first | 1).wrapping_add(first >> 16) & mask;
+        let mixed = (spread ^ spread >> 5).wrapping_mul(second | 1).wrapping_add(second >> 16) & mask;
+        mixed ^ mixed >> 7
     }
 }
 
@@ -277,9 +278,9 @@ mod tests {
 
     #[test]
     fn each_port_has_one_turn_in_a_round() {
-        for (order, bits) in [(0, 13), (0x9e37_79b1, 13), (u32::MAX, 16), (1 << 31, 1), (7, 0)] {
+        for (order, bits) in [(0, 13), (0x9e37_79b1_7f4a_7c15, 13), (u64::MAX, 16), (1 << 63, 1), (7, 0)] {
             let mask = (1 << bits) - 1;
-            let places = (0..=mask).map(|turn| PortTurn { order, number: turn + 77 }.place(mask));
+            let places = (0..=mask).map(|turn| PortTurn { order, number: turn.into() }.place(mask));
             let places: std::collections::BTreeSet<_> = places.collect();
             assert_eq!((places.len() as u32, places.last()), (mask + 1, Some(&mask)), "{order} {bits}");
         }

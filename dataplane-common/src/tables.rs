@@ -165,7 +165,7 @@ mod tests {
         assert_eq!(size_of::<SocketChoice>(), 8);
         assert_eq!(size_of::<crate::affinity::Choice>(), 8);
         assert_eq!(size_of::<NodeAddress>(), 8);
-        assert_eq!(size_of::<PortTurn>(), 8);
+        assert_eq!(size_of::<PortTurn>(), 16);
         assert_eq!(size_of::<Uplink>(), 8);
         assert_eq!(size_of::<FragmentPorts>(), 8);
     }

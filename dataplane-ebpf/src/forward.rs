@@ -62,7 +62,7 @@ pub fn route<F: Frame>(
     let ifindex = if origin == Origin::Sent { LOOPBACK } else { frame.ifindex() };
     let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (words(&packet.src), words(dst));
     let head = [[family, packet.proto, a, b], [c, d, low, high]].map(u32::from_ne_bytes);
-    // Flow label, table and link-layer addresses are the kernel's to write.
+    // No flow label and no table; the link-layer addresses are the kernel's to write.
     write(fib, [head[0], head[1], ifindex, 0, s0, s1, s2, s3, d0, d1, d2, d3, 0, 0, 0, 0]);
     let mut flags = 0;
     if node.is_some_and(|node| node.has(Node::FIB_SOURCE)) {

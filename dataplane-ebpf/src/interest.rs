@@ -28,7 +28,7 @@ impl Interest {
 #[inline(always)]
 pub fn of(packet: &Packet, hook: Hook) -> Interest {
     let proto = packet.proto;
-    // The cheaper half first: few addresses have flows by packet at all, and their cells are near.
+    // First what fails more often: few addresses have flows by packet at all.
     let reply =
         || has_called(&packet.dst, proto) && test(FilterBit::backend(&packet.src, packet.src_port, proto));
     match hook {

@@ -273,10 +273,11 @@ impl<F: Frame> Walk<'_, F> {
     }
 
     /// Whether an endpoint's packet accepts a connection that is not the flow's. One to the Service would have ended the flow as
-    /// it began: the client has called the endpoint itself, from the port that it had for the flow.
+    /// it began: the client has called the endpoint itself, from the port that it had for the flow. From a translated one nobody
+    /// calls (P12).
     #[inline(always)]
     fn answers_another(&self, stage: Stage) -> bool {
-        stage == Stage::Closing && self.s.packet.accepts()
+        stage == Stage::Closing && !self.s.flow.has(Flow::SOURCE_TRANSLATED) && self.s.packet.accepts()
     }
 
     /// How a packet of the flow leaves this hook.

@@ -118,6 +118,18 @@ fn an_association_is_established_by_the_endpoints_tag_alone() {
     });
 }
 
+/// S6: the endpoint accepts an association that the client asked itself for, from the ports of one to the Service that was aborted.
+#[test]
+fn a_port_that_is_used_again_without_the_service_is_left_alone() {
+    for_both(|f| {
+        let world = World::new(&sctp_web(f, "", &[f.remote_endpoint()])).unwrap();
+        establish(f, &world);
+        world.send(Hook::PodOut, &from_endpoint(f, ABORT, &[])).unwrap();
+        expect_untouched(&world, Hook::PodOut, &from_endpoint(f, INIT_ACK, &init(ENDPOINT_TAG)));
+        assert_eq!(world.flow_counts().unwrap(), [0, 0, 0]);
+    });
+}
+
 /// C4, S6
 #[test]
 fn an_association_closes_by_shutdown_or_abort() {

@@ -13,12 +13,12 @@ use dataplane_common::flow::PortTurn;
 /// taken, all of these are once in 10^11 searches. A search that is in vain costs some tens of microseconds.
 const PORT_STEPS: u32 = 512;
 
-/// How many of them go on where the last search stopped, in an order that this CPU drew once: CPUs with the same order would come to
-/// the same port at the same time. The other steps are scattered: what lasts and began together lies together in turn.
+/// How many of them go on where the last search stopped, in an order that this CPU drew for the round: CPUs with the same order
+/// would come to the same port at the same time. The other steps are scattered: what lasts and began together lies together in turn.
 const IN_TURN: u32 = 16;
 
 /// How many of them want a port of no flow at all. The later ones take one of a flow that is over: clients that connect again and
-/// again leave more of those than there are ports. In turn it is one that this CPU gave out a round ago or earlier.
+/// again leave more of those than there are ports. In turn it is one that this CPU has not given out in this round.
 const UNUSED: u32 = 6;
 
 /// The search for a translated source port, as its steps see it.
@@ -49,8 +49,8 @@ pub(super) fn claim(scratch: &mut Scratch) -> Claim {
     mask |= mask >> 8;
     // SAFETY: an element of this CPU alone.
     let mut begun = unsafe { turn.read_volatile() };
-    if begun.number == 0 {
-        begun.order = random();
+    if begun.order == 0 || begun.number > mask as u64 {
+        begun = PortTurn { order: random(), number: 0 };
     }
     let mut search = PortSearch { scratch, first, range, mask, turn: begun, claim: Claim::Taken };
     repeat(PORT_STEPS, &mut search);
@@ -60,9 +60,9 @@ pub(super) fn claim(scratch: &mut Scratch) -> Claim {
 }
 
 #[inline(always)]
-fn random() -> u32 {
+fn random() -> u64 {
     // SAFETY: a helper without arguments.
-    unsafe { bpf_get_prandom_u32() }
+    unsafe { (bpf_get_prandom_u32() as u64) << 32 | bpf_get_prandom_u32() as u64 }
 }
 
 impl Steps for PortSearch<'_> {

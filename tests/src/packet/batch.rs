@@ -86,6 +86,19 @@ impl World {
         Ok(table.entries()?.into_iter().filter(|(_, mark)| *mark != 0).count())
     }
 
+    /// Marks these cells of the filter of replies and clears all others. What was marked before.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn swap_callers(&self, marks: &[(u32, u64)]) -> Result<Vec<(u32, u64)>> {
+        let table = self.maps.map::<tables::Callers>()?;
+        let before: Vec<_> = table.entries()?.into_iter().filter(|(_, mark)| *mark != 0).collect();
+        for (cell, mark) in before.iter().map(|(cell, _)| (*cell, 0)).chain(marks.iter().copied()) {
+            table.insert(&cell, &mark, 0)?;
+        }
+        Ok(before)
+    }
+
     /// Removes all flows, and all that is remembered of clients and datagrams.
     ///
     /// # Errors
