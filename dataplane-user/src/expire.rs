@@ -172,7 +172,9 @@ impl Census {
         let hasher = RandomState::new();
         maps.visit::<Flows>(|key, flow| {
             bits.keep_for(&key);
-            marks.keep_for(&key);
+            if flow.has(Flow::REPLY) {
+                marks.keep_for(&key);
+            }
             // An entry that is seen twice may be in two stages: it is counted, and judged, by the first.
             if !present.insert(hasher.hash_one(key)) {
                 return;

@@ -91,6 +91,11 @@ impl Health {
         self.state().detached = hooks;
     }
 
+    /// Whether all programs are attached.
+    pub fn is_attached(&self) -> bool {
+        self.state().detached.is_empty()
+    }
+
     /// Whether the Node is there to stay (H1).
     pub fn eligible(&self, eligible: bool) {
         self.state().eligible = eligible;

@@ -87,7 +87,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let attachments = Attachments::new(object, pins.clone(), &features, args.xdp, args.socket_lb)?;
     let interfaces = links::follow().await?;
     let maps = KernelMaps::open(&pins.maps())?;
-    // Before the first program: flows of an earlier version's programs may be there.
+    // Before this version's programs: flows of an earlier one's may be there.
     CallerCells::map(&maps.map()?)?.mark_all(clock.tick());
 
     let health = Arc::new(Health::new(args.healthy_within));

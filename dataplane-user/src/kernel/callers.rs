@@ -87,7 +87,7 @@ impl Drop for CallerCells {
 pub struct OldMarks(HashMap<u32, u64>);
 
 impl OldMarks {
-    /// Takes the cell out that replies of this direction of a flow must find marked.
+    /// Takes the cell out that replies with this key must find marked.
     pub fn keep_for(&mut self, key: &FlowKey) {
         if !self.0.is_empty() {
             self.0.remove(&caller_cell(&key.dst, key.proto()));

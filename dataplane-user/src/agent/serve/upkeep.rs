@@ -89,12 +89,19 @@ impl Service {
         let (mirror, maps) = self.dataplane.mirror();
         let (mut bits, maps) = (mirror.lingering_bits(Instant::now()), maps.clone());
         let (idle, clock) = (self.idle, self.clock.clone());
+        // Programs of another version, if they could not be replaced, may mark no cells.
+        let are_marked = self.health.is_attached();
         self.sweeping = Some(tokio::task::spawn_blocking(move || {
             let now = Clock { now: clock.tick(), ticks_per_second: clock.ticks_per_second() };
-            let cells = CallerCells::map(&maps.map()?)?;
-            let mut marks = cells.old(now.now);
+            let cells = maps.map().and_then(|table| CallerCells::map(&table));
+            let cells =
+                cells.inspect_err(|error| tracing::warn!("the filter of replies is not cleared: {error}"));
+            let cells = cells.ok().filter(|_| are_marked);
+            let mut marks = cells.as_ref().map(|cells| cells.old(now.now)).unwrap_or_default();
             let swept = expire::sweep(&maps, &idle, now, &mut bits, &mut marks)?;
-            cells.clear(&marks);
+            if let Some(cells) = cells {
+                cells.clear(&marks);
+            }
             tracing::debug!("{swept:?}");
             let counts = count(&maps, &swept)?;
             // Here, beside the loop: all that was freed since the last time, and code that ran meanwhile.
