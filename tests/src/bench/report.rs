@@ -81,13 +81,20 @@ const REASONS: &[(&str, &str)] = &[
          What is missed is less than the two legs of plain routing differ from round to round.",
     ),
     (
+        "B10",
+        "With a real API server the change is timed while three agents, two kube-proxies and the API server share two CPUs, and the \
+         percentile is that of few changes: the slowest of them has waited for a CPU. The writes alone are measured from recorded \
+         tables, without them.",
+    ),
+    (
         "B11",
         "The agent, the sender of the updates, client and server share two CPUs that client and server alone keep busy: \
          what the agent takes for the updates, connections lose.",
     ),
     (
         "B12",
-        "Part of it is the program itself: pages of its file that are in memory. The rest is the objects, each once, and the \
+        "Part of it is the program itself: pages of its file that the agent has mapped. It lets go of them after each sweep, and \
+         what it runs comes back from the page cache, where kube-proxy's pages count as its own for as long as it runs. The rest is the objects, each once, and the \
          mirror of the tables, from which a change is told.",
     ),
     (
