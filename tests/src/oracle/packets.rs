@@ -96,7 +96,11 @@ impl Model {
         if !is_translated_at(flow, sender, place) {
             return vec![Alternative::new(Outcome::Pass)];
         }
-        if sender == Sender::Client && chooses_anew(flow, headers) {
+        let is_over = match sender {
+            Sender::Client => chooses_anew(flow, headers),
+            Sender::Endpoint => answers_another(flow, headers),
+        };
+        if is_over {
             let mut alternatives = self.first(place, frame, headers);
             for alternative in &mut alternatives {
                 alternative.ends = Some(flow.client);
@@ -321,6 +325,11 @@ fn chooses_anew(flow: &Flow, headers: &Headers) -> bool {
         return flow.endpoint_gone;
     }
     headers.opens() && (flow.endpoint_gone || flow.phase == Phase::Closing)
+}
+
+/// C4: the endpoint accepts a connection that the client has asked itself for, from a port of its own.
+fn answers_another(flow: &Flow, headers: &Headers) -> bool {
+    flow.phase == Phase::Closing && !flow.source_translated && headers.accepts()
 }
 
 /// Where several endpoints lead to the same outcome, what was seen does not tell which one it was.

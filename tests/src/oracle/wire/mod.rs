@@ -367,6 +367,11 @@ impl Headers {
         self.is_tcp_with(flag::SYN) || self.has_chunk(chunk::INIT)
     }
 
+    /// Whether it accepts one.
+    pub fn accepts(&self) -> bool {
+        self.is_tcp_with(flag::SYN | flag::ACK) || self.has_chunk(chunk::INIT_ACK)
+    }
+
     /// Whether it ends a connection at once.
     pub fn resets(&self) -> bool {
         self.flags() & flag::RST != 0 || self.has_chunk(chunk::ABORT)
