@@ -214,14 +214,14 @@ fn source<S: SocketAddress>(socket: &S, proto: u8) -> Option<Source> {
     (proto == Protocol::Tcp as u8 && node.has(Node::SOCKET_LB_PODS)).then_some(Source::Pod)
 }
 
-/// Whether the hooks serve this call: TCP to any frontend; UDP to a node port on an own address, from the node itself.
+/// Whether the hooks serve this call of a socket that has a [`source`]: TCP to any frontend; UDP to a node port on an own address.
 #[inline(always)]
 fn serves(proto: u8, addr: &Addr, destination: Destination, source: Source) -> bool {
     if proto == Protocol::Tcp as u8 {
         // A pod's loopback is its own: node ports on it are the node's only (P18).
         return source == Source::Node || !addr.is_loopback();
     }
-    proto == Protocol::Udp as u8 && source == Source::Node && destination.kind == FrontendKind::NodePort
+    proto == Protocol::Udp as u8 && destination.kind == FrontendKind::NodePort
 }
 
 /// The endpoint of a new connection (S1).

@@ -62,10 +62,9 @@ fn confirm(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow) -> bool {
     if flow.has(Flow::REPLY) {
         if is_udp {
             flow::answered(flow, packet.proto, None);
-        } else if packet.sctp(sctp::INIT_ACK) {
-            flow::answered(flow, packet.proto, Some(packet.ack));
-        } else if packet.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::SYN | tcp::ACK) {
-            flow::answered(flow, packet.proto, Some(packet.seq.wrapping_add(1)));
+        } else if packet.accepts() {
+            let proof = if is_tcp { packet.seq.wrapping_add(1) } else { packet.ack };
+            flow::answered(flow, packet.proto, Some(proof));
         }
         return false;
     }
