@@ -16,10 +16,6 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
-// `enum bpf_attach_type` of linux/bpf.h.
-const TCX_INGRESS: u32 = 46;
-const TCX_EGRESS: u32 = 47;
-
 // linux/if_link.h.
 const XDP_GENERIC: u32 = 1 << 1;
 const XDP_NATIVE: u32 = 1 << 2;
@@ -215,8 +211,7 @@ impl Attachments {
             let program = self.object.classifier(hook.program())?;
             return clsact::attach(program, name, hook.is_egress()).map_err(failed);
         }
-        let (attach_type, order) =
-            if hook.is_egress() { (TCX_EGRESS, link::LAST) } else { (TCX_INGRESS, link::FIRST) };
+        let (attach_type, order) = link::tcx(hook.is_egress());
         self.link(hook, index, name, Target::Tcx(index), attach_type, order)
     }
 

@@ -22,9 +22,19 @@ const TYPE_TCX: u32 = 11;
 pub const XDP: u32 = 37;
 
 /// `BPF_F_BEFORE` without a reference: at the head of the chain.
-pub const FIRST: u32 = 1 << 3;
+const FIRST: u32 = 1 << 3;
 /// `BPF_F_AFTER` without a reference: at the end of the chain.
-pub const LAST: u32 = 1 << 4;
+const LAST: u32 = 1 << 4;
+
+/// `BPF_TCX_INGRESS` of `enum bpf_attach_type`.
+pub const TCX_INGRESS: u32 = 46;
+/// `BPF_TCX_EGRESS` of `enum bpf_attach_type`.
+const TCX_EGRESS: u32 = 47;
+
+/// Attach type and place in the chain of a tc program: it meets a packet first as that comes in, and last as it leaves.
+pub const fn tcx(is_egress: bool) -> (u32, u32) {
+    if is_egress { (TCX_EGRESS, LAST) } else { (TCX_INGRESS, FIRST) }
+}
 
 /// The parts of `union bpf_attr` that links use.
 #[repr(C)]
@@ -116,7 +126,7 @@ impl AsFd for Link {
 }
 
 impl Link {
-    /// Attaches a program to an interface; `flags` are [`FIRST`] or [`LAST`] for TCX, the mode for XDP.
+    /// Attaches a program to an interface; `attach_type` and `flags` are those of [`tcx`], or [`XDP`] and its mode.
     ///
     /// # Errors
     /// The kernel's: `ENODEV` if the interface is gone, `EBUSY` if another XDP program is there.

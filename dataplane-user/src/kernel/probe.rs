@@ -4,6 +4,7 @@
 //! what to do.
 
 use super::bpf::{self, TestRun, bpf};
+use super::link;
 use std::ffi::CString;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -20,7 +21,6 @@ const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 const PROG_LOAD: libc::c_int = 5;
 const PROG_QUERY: libc::c_int = 16;
 const PROG_TYPE_SCHED_CLS: u32 = 3;
-const TCX_INGRESS: u32 = 46;
 /// Index of the loopback interface in every network namespace.
 const LOOPBACK: u32 = 1;
 
@@ -114,7 +114,7 @@ fn tcx() -> bool {
         link_attach_flags: u64,
         revision: u64,
     }
-    let mut attr = Query { target: LOOPBACK, attach_type: TCX_INGRESS, ..Default::default() };
+    let mut attr = Query { target: LOOPBACK, attach_type: link::TCX_INGRESS, ..Default::default() };
     // SAFETY: `Query` is what the command reads, and no address in it is set: only a count is asked for.
     match unsafe { bpf(PROG_QUERY, &mut attr) } {
         Ok(_) => true,

@@ -10,10 +10,6 @@ use dataplane_user::kernel::object::{Object, Options};
 use dataplane_user::kernel::probe;
 use std::os::fd::BorrowedFd;
 
-// `enum bpf_attach_type` of linux/bpf.h.
-const TCX_INGRESS: u32 = 46;
-const TCX_EGRESS: u32 = 47;
-
 /// The program that does nothing, of Portolan's object.
 const EMPTY: &str = "tc_empty";
 /// The uplink of every node.
@@ -36,8 +32,7 @@ pub(super) fn attach_empty(node: &Node) -> Result<Vec<Link>> {
 
 /// Attaches it to an interface of the calling thread's namespace, in the place of the program of a hook.
 fn attach(program: BorrowedFd<'_>, interface: &str, hook: Hook) -> Result<Link> {
-    let (attach_type, order) =
-        if hook.is_egress() { (TCX_EGRESS, link::LAST) } else { (TCX_INGRESS, link::FIRST) };
+    let (attach_type, order) = link::tcx(hook.is_egress());
     Link::to_interface(program, index(interface)?, attach_type, order)
         .with_context(|| format!("{EMPTY} in the place of {} on {interface}", hook.program()))
 }
