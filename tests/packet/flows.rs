@@ -375,8 +375,8 @@ fn half_a_flow_is_no_flow() {
     for_both(|f| {
         let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
         let stranger = tcp_packet((f.remote, 8080), (f.client, 40_000), tcp::ACK);
-        crate::expect_untouched(&world, Hook::UplinkOut, &stranger);
-        crate::expect_untouched(&world, Hook::PodOut, &stranger);
+        expect_untouched(&world, Hook::UplinkOut, &stranger);
+        expect_untouched(&world, Hook::PodOut, &stranger);
     });
 }
 
@@ -429,12 +429,12 @@ fn replies_are_looked_for_as_long_as_their_flow_is_there() {
             assert_eq!(world.sweep_callers().unwrap(), 1, "the client's");
             expect(&world, Hook::PodOut, &answer, Verdict::Pass, &restored, &f.counted_out(20));
             let marks = world.swap_callers(&[]).unwrap();
-            crate::expect_untouched(&world, Hook::PodOut, &answer);
+            expect_untouched(&world, Hook::PodOut, &answer);
             world.swap_callers(&marks).unwrap();
             expect(&world, Hook::PodOut, &answer, Verdict::Pass, &restored, &f.counted_out(20));
             world.forget_flows().unwrap();
             assert_eq!(world.sweep_callers().unwrap(), 0);
-            crate::expect_untouched(&world, Hook::PodOut, &answer);
+            expect_untouched(&world, Hook::PodOut, &answer);
         }
         // Where the source is translated, replies go to the node.
         world.send(Hook::UplinkIn, &tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::SYN)).unwrap();

@@ -58,9 +58,9 @@ const REASONS: &[(&str, &str)] = &[
     (
         "B1",
         "By the socket hooks no packet is translated, but each passes the programs of four interfaces; the call that connects \
-         chooses the endpoint, and what it called is kept with the socket and goes with it. By packet, a short connection pays for a whole life: both its directions are \
-         entered and removed again, and each packet is rewritten. Client and server keep both CPUs busy, so all of it is \
-         missed there; the tables below say how much the programs themselves take. How much hooks that do nothing cost \
+         chooses the endpoint, and what it called is kept with the socket and goes with it. By packet, a short connection pays for \
+         a whole life: both its directions are entered and removed again, and each packet is rewritten. Client and server \
+         keep both CPUs busy, so all of it is missed there; the tables below say how much the programs themselves take. How much hooks that do nothing cost \
          already is said with each case below, where it was measured.",
     ),
     (
@@ -94,8 +94,8 @@ const REASONS: &[(&str, &str)] = &[
     (
         "B12",
         "Part of it is the program itself: pages of its file that the agent has mapped. It lets go of them after each sweep, and \
-         what it runs comes back from the page cache, where kube-proxy's pages count as its own for as long as it runs. The rest is the objects, each once, and the \
-         mirror of the tables, from which a change is told.",
+         what it runs comes back from the page cache, where kube-proxy's pages count as its own for as long as it runs. The rest is the \
+         objects, each once, and the mirror of the tables, from which a change is told.",
     ),
     (
         "B13",

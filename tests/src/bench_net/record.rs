@@ -46,6 +46,24 @@ impl Series {
         }
     }
 
+    /// One whose rounds had these operations per second, for tests of what is made of it.
+    #[cfg(test)]
+    pub(crate) fn of_rates(case: Case, leg: Leg, rates: &[f64]) -> Self {
+        let mut series = Self::new(case, leg);
+        for rate in rates {
+            series.enter(Ok(Outcome {
+                mode: case.mode,
+                flows: 1,
+                seconds: 1.0,
+                done: *rate as u64,
+                per_second: *rate,
+                failed: 0,
+                latency: None,
+            }));
+        }
+        series
+    }
+
     /// Operations that failed, in all rounds.
     pub(crate) fn failed(&self) -> u64 {
         self.rounds.iter().flatten().map(|outcome| outcome.failed).sum()

@@ -96,28 +96,12 @@ mod tests {
 
     const CONNECT: Case = Case { way: Way::ClusterIp, mode: Mode::ConnectRequestClose, services: 10_000 };
 
-    fn series(case: Case, leg: Leg, rates: &[f64]) -> Series {
-        let mut series = Series::new(case, leg);
-        for rate in rates {
-            series.enter(Ok(crate::load::Outcome {
-                mode: case.mode,
-                flows: 1,
-                seconds: 1.0,
-                done: *rate as u64,
-                per_second: *rate,
-                failed: 0,
-                latency: None,
-            }));
-        }
-        series
-    }
-
     #[test]
     fn a_target_is_met_missed_or_not_run() {
         let measured = [
-            series(CONNECT, Leg::Direct, &[100.0, 110.0]),
-            series(CONNECT, Leg::PortolanSocket, &[99.0, 110.0]),
-            series(CONNECT, Leg::PortolanPacket, &[90.0, 90.0]),
+            Series::of_rates(CONNECT, Leg::Direct, &[100.0, 110.0]),
+            Series::of_rates(CONNECT, Leg::PortolanSocket, &[99.0, 110.0]),
+            Series::of_rates(CONNECT, Leg::PortolanPacket, &[90.0, 90.0]),
         ];
         let plan = Plan {
             quick: false,
@@ -140,9 +124,9 @@ mod tests {
 
     #[test]
     fn a_run_whose_direct_legs_differ_is_void() {
-        let direct = series(CONNECT, Leg::Direct, &[100.0]);
-        assert!(void(&[direct.clone(), series(CONNECT, Leg::DirectAgain, &[104.0])]).is_empty());
-        assert_eq!(void(&[direct.clone(), series(CONNECT, Leg::DirectAgain, &[94.0])]).len(), 1);
-        assert_eq!(void(&[direct, series(CONNECT, Leg::DirectAgain, &[])]).len(), 1);
+        let direct = Series::of_rates(CONNECT, Leg::Direct, &[100.0]);
+        assert!(void(&[direct.clone(), Series::of_rates(CONNECT, Leg::DirectAgain, &[104.0])]).is_empty());
+        assert_eq!(void(&[direct.clone(), Series::of_rates(CONNECT, Leg::DirectAgain, &[94.0])]).len(), 1);
+        assert_eq!(void(&[direct, Series::of_rates(CONNECT, Leg::DirectAgain, &[])]).len(), 1);
     }
 }

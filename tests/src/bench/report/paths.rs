@@ -187,26 +187,11 @@ fn proxies(page: &mut Page, measured: &Measured) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::load::Outcome;
 
     const CASE: Case = Case { way: Way::ClusterIp, mode: Mode::ConnectRequestClose, services: 10 };
 
-    fn series(leg: Leg, rates: &[f64]) -> Series {
-        let round = |rate: &f64| Outcome {
-            mode: CASE.mode,
-            flows: 1,
-            seconds: 1.0,
-            done: *rate as u64,
-            per_second: *rate,
-            failed: 0,
-            latency: None,
-        };
-        let rounds = rates.iter().map(|rate| Some(round(rate))).collect();
-        Series { case: CASE, leg, rounds, failure: None, drops: String::new(), programs: Vec::new() }
-    }
-
     fn said(legs: &[(Leg, &[f64])]) -> String {
-        let all: Vec<_> = legs.iter().map(|(leg, rates)| series(*leg, rates)).collect();
+        let all: Vec<_> = legs.iter().map(|(leg, rates)| Series::of_rates(CASE, *leg, rates)).collect();
         let mut page = Page::default();
         bound(&mut page, &all.iter().collect::<Vec<_>>());
         page.text
