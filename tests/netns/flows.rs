@@ -47,9 +47,10 @@ in_kinds! {
     fn a_port_that_called_a_service_can_call_its_endpoint(world) {
         world.apply(&world.cluster_service(0).endpoints([world.pod("web-3").endpoint()]));
         let endpoint = at(world.pod_ip("web-3"), TARGET);
-        for client in [world.in_pod("shell-1"), world.in_pod("shell-3")] {
+        for name in ["shell-1", "shell-3"] {
+            let (client, pod) = (world.in_pod(name), world.pod(name));
             for _ in 0..3 {
-                let mut source = next_source(world.family());
+                let mut source = next_source(pod.place(), world.family());
                 let mut called = client.clone().source(source).connect(world.frontend(0)).unwrap();
                 assert_eq!(called.ask().unwrap().pod, "web-3");
                 socket2::SockRef::from(called.get_ref()).set_linger(Some(Duration::ZERO)).unwrap();

@@ -34,7 +34,7 @@ fn ask_connected(place: &Place, transport: Transport, to: SocketAddr) -> String 
 }
 
 fn udp_socket(place: &Place) -> UdpSocket {
-    place.udp_socket(Some(next_source(Family::V6))).unwrap()
+    place.udp_socket(Some(next_source(place, Family::V6))).unwrap()
 }
 
 /// The addresses of a Service that a place has a way to.

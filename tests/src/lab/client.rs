@@ -3,11 +3,12 @@
 use super::network::Family;
 use super::place::{Place, any_source};
 use socket2::SockAddr;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a client waits unless it is told.
@@ -169,20 +170,24 @@ impl Client {
 
     /// A UDP socket that can reach an address, bound to the client's source.
     fn udp_socket(&self, to: SocketAddr) -> Result<UdpSocket, Failure> {
-        let source = self.source.unwrap_or_else(|| next_source(Family::of(to.ip())));
+        let source = self.source.unwrap_or_else(|| next_source(&self.place, Family::of(to.ip())));
         Ok(self.place.udp_socket(Some(source))?)
     }
 }
 
-/// Any address and the port after that of the last socket, none that the kernel gives out by itself. A flow of datagrams has no end
-/// that anybody sees: a socket that got the port of an earlier one could not have the same endpoint through another Service
-/// without being translated, and would hear from it in the first one's name where the socket hooks serve it.
-pub fn next_source(family: Family) -> SocketAddr {
+/// Any address and the port after that of the place's last socket, none that the kernel gives out by itself. A flow of datagrams
+/// has no end that anybody sees: a socket that got the port of an earlier one could not have the same endpoint through another
+/// Service without being translated, and would hear from it in the first one's name where the socket hooks serve it. So each
+/// network namespace has ports of its own, more than it uses while such a flow lives.
+pub fn next_source(place: &Place, family: Family) -> SocketAddr {
     const FIRST: u16 = 9_500;
     const PORTS: u16 = 10_500;
-    static NEXT: AtomicU16 = AtomicU16::new(0);
+    static USED: Mutex<BTreeMap<String, u16>> = Mutex::new(BTreeMap::new());
+    let mut used = USED.lock().unwrap_or_else(PoisonError::into_inner);
+    let number = used.entry(place.namespace().to_owned()).or_default();
     let mut source = any_source(family);
-    source.set_port(FIRST + NEXT.fetch_add(1, Ordering::Relaxed) % PORTS);
+    source.set_port(FIRST + *number);
+    *number = (*number + 1) % PORTS;
     source
 }
 
