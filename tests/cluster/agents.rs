@@ -2,43 +2,14 @@
 
 use crate::shared::{Cluster, PATIENCE, PORT};
 use crate::world::eventually;
-use dataplane_tests::lab::{Client, Failure, at};
+use dataplane_tests::lab::{Failure, at};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
-
-fn outside(cluster: &Cluster) -> Client {
-    Client::at(cluster.lab.client())
-}
 
 /// Waits until the agents have the Service: the shell's node its ClusterIP, another node its node port.
 fn wait_until_served(cluster: &Cluster, [cluster_ip, node_port]: [SocketAddr; 2]) {
     eventually("the ClusterIP answers", || cluster.shell().tcp(cluster_ip).is_ok());
-    eventually("the node port answers", || outside(cluster).tcp(node_port).is_ok());
-}
-
-/// Makes new connections to both addresses while something is done. None may fail; says how many there were.
-fn under_new_connections(cluster: &Cluster, to: [SocketAddr; 2], disturb: impl FnOnce()) -> usize {
-    let (end, made) = (AtomicBool::new(false), AtomicUsize::new(0));
-    std::thread::scope(|scope| {
-        let clients = [cluster.shell(), outside(cluster)];
-        let running: Vec<_> = (clients.into_iter().zip(to))
-            .map(|(client, to)| {
-                let (end, made) = (&end, &made);
-                scope.spawn(move || {
-                    while !end.load(Ordering::Relaxed) {
-                        client.tcp(to).map_err(|failure| (to, failure))?;
-                        made.fetch_add(1, Ordering::Relaxed);
-                    }
-                    Ok::<_, (SocketAddr, Failure)>(())
-                })
-            })
-            .collect();
-        disturb();
-        end.store(true, Ordering::Relaxed);
-        running.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
-    });
-    made.into_inner()
+    eventually("the node port answers", || cluster.outside().tcp(node_port).is_ok());
 }
 
 /// C2, T5: a rollout replaces every pod, one after the other, and no connection fails.
@@ -48,13 +19,9 @@ fn a_rollout_fails_no_connection() {
     cluster.web("rolled", 3, 30_101);
     let to = [at(cluster.cluster_ip("rolled"), PORT), at(cluster.lab.node(0).address(), 30_101)];
     wait_until_served(&cluster, to);
-    let uids = || {
-        let arguments = ["get", "pods", "-l", "app=rolled", "-o", "jsonpath={.items[*].metadata.uid}"];
-        let text = cluster.plane.kubectl(&arguments, "").unwrap();
-        text.split(' ').map(str::to_owned).collect::<std::collections::BTreeSet<_>>()
-    };
+    let uids = || cluster.pod_uids("app=rolled");
     let before = uids();
-    let made = under_new_connections(&cluster, to, || {
+    let made = cluster.under_new_connections(to, || {
         cluster.plane.kubectl(&["rollout", "restart", "statefulset", "rolled"], "").unwrap();
         let arguments = ["rollout", "status", "statefulset", "rolled", "--timeout=90s"];
         cluster.plane.kubectl(&arguments, "").unwrap();
@@ -71,7 +38,7 @@ fn an_api_server_that_goes_and_comes_is_not_noticed() {
     cluster.web("steady", 2, 30_102);
     let to = [at(cluster.cluster_ip("steady"), PORT), at(cluster.lab.node(1).address(), 30_102)];
     wait_until_served(&cluster, to);
-    let made = under_new_connections(&cluster, to, || {
+    let made = cluster.under_new_connections(to, || {
         cluster.plane.stop_api_server();
         std::thread::sleep(Duration::from_secs(3));
         cluster.plane.start_api_server().unwrap();
@@ -91,17 +58,17 @@ fn a_service_that_is_not_ours_any_more_is_left_alone() {
     cluster.web("changing", 1, 30_103);
     let node_port = at(cluster.lab.node(0).address(), 30_103);
     let kubectl = |arguments: &[&str]| cluster.plane.kubectl(arguments, "").unwrap();
-    eventually("the node port answers", || outside(&cluster).tcp(node_port).is_ok());
+    eventually("the node port answers", || cluster.outside().tcp(node_port).is_ok());
     kubectl(&["label", "service", "changing", "service.kubernetes.io/service-proxy-name=other"]);
     eventually("the node port is refused by the node itself", || {
-        outside(&cluster).tcp(node_port) == Err(Failure::Refused)
+        cluster.outside().tcp(node_port) == Err(Failure::Refused)
     });
     kubectl(&["label", "service", "changing", "service.kubernetes.io/service-proxy-name-"]);
-    eventually("the node port answers again", || outside(&cluster).tcp(node_port).is_ok());
+    eventually("the node port answers again", || cluster.outside().tcp(node_port).is_ok());
     let external = r#"{"spec":{"type":"ExternalName","externalName":"example.org","selector":null,"clusterIP":null,"clusterIPs":null,"ports":null}}"#;
     kubectl(&["patch", "service", "changing", "--type=merge", "-p", external]);
     eventually("an ExternalName has no node port", || {
-        outside(&cluster).tcp(node_port) == Err(Failure::Refused)
+        cluster.outside().tcp(node_port) == Err(Failure::Refused)
     });
     let kinds = cluster.lab.node(0).portolan(&["services"]).unwrap();
     assert!(!kinds.contains("changing"), "{kinds}");

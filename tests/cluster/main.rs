@@ -4,6 +4,7 @@
 mod agents;
 mod boot;
 mod controlplane;
+mod deploy;
 mod names;
 mod shared;
 mod told;

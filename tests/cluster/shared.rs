@@ -3,9 +3,11 @@
 //! Tests share no object: each makes its own by a name of its own.
 
 use dataplane_tests::controlplane::ControlPlane;
-use dataplane_tests::lab::{AgentOptions, Client, Lab, Options, PodOptions, Source};
+use dataplane_tests::lab::{AgentOptions, Client, Failure, Lab, Options, PodOptions, Source};
 use serde_json::{Value, json};
-use std::net::Ipv4Addr;
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -35,10 +37,16 @@ impl Cluster {
 
     /// A new one.
     pub(crate) fn raise() -> Self {
+        let cluster = Self::without_agents();
+        let source = Source::Kubeconfig(cluster.plane.agent_kubeconfig());
+        cluster.lab.start_agents(&AgentOptions::default().source(source)).unwrap();
+        cluster
+    }
+
+    /// A new one whose nodes have no agents.
+    pub(crate) fn without_agents() -> Self {
         let lab = Options::default().create().unwrap();
         let plane = ControlPlane::start(&lab).unwrap();
-        let source = Source::Kubeconfig(plane.agent_kubeconfig());
-        lab.start_agents(&AgentOptions::default().source(source)).unwrap();
         lab.add_pod("shell", 2, &PodOptions::client()).unwrap();
         Self { plane, lab }
     }
@@ -52,6 +60,42 @@ impl Cluster {
     pub(crate) fn web(&self, name: &str, replicas: usize, node_port: u16) {
         self.plane.apply(&[service(name, node_port), stateful_set(name, replicas)]).unwrap();
         self.plane.wait_for_endpoints(name, replicas, PATIENCE).unwrap();
+    }
+
+    /// The client outside.
+    pub(crate) fn outside(&self) -> Client {
+        Client::at(self.lab.client())
+    }
+
+    /// Makes new connections, from the shell to a ClusterIP and from outside to a node port, while something is done. None may
+    /// fail; says how many there were.
+    pub(crate) fn under_new_connections(&self, to: [SocketAddr; 2], disturb: impl FnOnce()) -> usize {
+        let (end, made) = (AtomicBool::new(false), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            let clients = [self.shell(), self.outside()];
+            let running: Vec<_> = (clients.into_iter().zip(to))
+                .map(|(client, to)| {
+                    let (end, made) = (&end, &made);
+                    scope.spawn(move || {
+                        while !end.load(Ordering::Relaxed) {
+                            client.tcp(to).map_err(|failure| (to, failure))?;
+                            made.fetch_add(1, Ordering::Relaxed);
+                        }
+                        Ok::<_, (SocketAddr, Failure)>(())
+                    })
+                })
+                .collect();
+            disturb();
+            end.store(true, Ordering::Relaxed);
+            running.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
+        });
+        made.into_inner()
+    }
+
+    /// The uids of the pods with a label, of all namespaces.
+    pub(crate) fn pod_uids(&self, label: &str) -> BTreeSet<String> {
+        let arguments = ["get", "pods", "-A", "-l", label, "-o", "jsonpath={.items[*].metadata.uid}"];
+        self.plane.kubectl(&arguments, "").unwrap().split(' ').map(str::to_owned).collect()
     }
 
     /// The ClusterIP that the API server gave to a Service.

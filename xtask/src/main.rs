@@ -5,6 +5,7 @@
 
 mod check;
 mod command;
+mod image;
 mod programs;
 mod rules;
 mod setup;
@@ -76,6 +77,12 @@ enum Verb {
     },
     /// Build the agent for use: optimized, with the eBPF programs inside.
     Build,
+    /// Build the agent as an OCI image, `target/image/portolan.tar`, for `deploy/`.
+    Image {
+        /// What the image is called, such as `registry.example/portolan:1.0`.
+        #[arg(long)]
+        name: Option<String>,
+    },
 }
 
 fn main() -> Result<ExitCode> {
@@ -116,6 +123,7 @@ fn main() -> Result<ExitCode> {
             programs::bench(args)?;
         }
         Verb::Build => programs::build()?,
+        Verb::Image { name } => image::image(name.as_deref())?,
     }
     Ok(ExitCode::SUCCESS)
 }

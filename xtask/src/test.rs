@@ -3,8 +3,8 @@
 //! A tier that cannot run on this machine fails; it is never skipped. Each tier's own output is shown as it comes.
 
 use crate::command::{CommandLine, workspace};
-use crate::programs;
 use crate::summary::Summary;
+use crate::{image, programs};
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use std::fs;
@@ -113,7 +113,7 @@ pub(crate) fn test(tiers: &[Tier], filter: Option<&str>, failed_checks: &[&str])
     let tiers = if tiers.is_empty() { Tier::DEFAULT.as_slice() } else { tiers };
     let homeless = homeless_tests()?;
     let mut results = Vec::new();
-    if let Err(error) = programs::build_programs() {
+    if let Err(error) = build(tiers) {
         println!("{error:#}");
         results.push(("build", Summary::ONE_FAILURE));
     } else {
@@ -141,6 +141,12 @@ pub(crate) fn test(tiers: &[Tier], filter: Option<&str>, failed_checks: &[&str])
     }
     println!("{total}");
     Ok(if total.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Builds what the tests of these tiers start.
+fn build(tiers: &[Tier]) -> Result<()> {
+    programs::build_programs()?;
+    if tiers.contains(&Tier::Cluster) { image::image(None) } else { Ok(()) }
 }
 
 /// Runs the commands of one tier.

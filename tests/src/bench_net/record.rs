@@ -2,7 +2,6 @@
 
 use super::programs::ProgramShare;
 use super::proxies::ProxyCost;
-use super::station::kube_proxy;
 use super::targets;
 use super::{Case, KIND, Leg, Plan};
 use crate::bench::record::{Machine, Record, output};
@@ -142,7 +141,7 @@ pub type NetRecord = Record<Measured>;
 /// A record that begins now.
 pub(super) fn begin(plan: Plan, plane: &ControlPlane) -> NetRecord {
     let machine = Machine::here([
-        ("kube-proxy", output(kube_proxy(plane), &["--version"])),
+        ("kube-proxy", output(plane.kube_proxy_program(), &["--version"])),
         ("iptables", output("iptables", &["--version"])),
         ("nft", output("nft", &["--version"])),
     ]);

@@ -126,18 +126,7 @@ impl Station {
 
     fn start_kube_proxy(&mut self, plane: &ControlPlane, mode: &str) -> Result<()> {
         let place = self.node.place();
-        let mut command = place.command(kube_proxy(plane))?;
-        command.arg("--kubeconfig").arg(plane.agent_kubeconfig());
-        command.arg(format!("--hostname-override={}", self.node.name()));
-        command.arg(format!("--proxy-mode={mode}"));
-        command.arg(format!("--cluster-cidr={}", crate::lab::POD_RANGES));
-        command.args([
-            "--conntrack-max-per-core=0",
-            "--conntrack-tcp-timeout-established=0",
-            "--conntrack-tcp-timeout-close-wait=0",
-            "--healthz-bind-address=127.0.0.1:10256",
-            "--metrics-bind-address=127.0.0.1:10249",
-        ]);
+        let command = plane.kube_proxy(&self.node, mode)?;
         self.proxy = Some(Process::start(&self.logs, self.leg.name(), command)?);
         place.sysctls(CONNTRACK)
     }
@@ -328,9 +317,4 @@ fn services(
         load::create(client, &far_name, &ports[..1], Some(FAR_NODE_PORT + index), &[elsewhere]).await?;
         load::create(client, leg.name(), &ports, Some(NODE_PORT + index), &[here]).await
     })
-}
-
-/// Where `kube-proxy` is: beside the control plane's programs, or in PATH as they are.
-pub(super) fn kube_proxy(plane: &ControlPlane) -> PathBuf {
-    plane.kubectl_program().with_file_name("kube-proxy")
 }

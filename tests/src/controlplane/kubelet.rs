@@ -3,10 +3,11 @@
 //! and every other pod is the lab's pod server on the pod's container ports.
 
 use super::Nodes;
+use super::container::{self, HostPod, Running};
 use super::dns::{ADDRESS, DOMAIN};
 use super::objects::insist;
-use crate::lab::{self, Addresses, Node, PodOptions};
-use anyhow::{Context, Result, ensure};
+use crate::lab::{self, Addresses, Node, Place, PodOptions};
+use anyhow::{Context, Result, bail};
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -15,12 +16,16 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Annotation: seconds that the server goes on serving after SIGTERM.
 pub(crate) const DRAIN: &str = "lab.portolan.dev/drain-seconds";
+
+/// Where images are, in the control plane's folder.
+pub(super) const IMAGES: &str = "images";
 
 /// How often a readiness probe is made.
 const PROBE_PERIOD: Duration = Duration::from_millis(200);
@@ -39,14 +44,22 @@ enum Stage {
 struct Kubelet {
     client: Client,
     nodes: Arc<Nodes>,
-    /// Programs by the name of their image.
-    images: PathBuf,
+    /// The control plane's.
+    folder: PathBuf,
     stages: Arc<Mutex<BTreeMap<String, Stage>>>,
+    /// The containers of pods with `hostNetwork`, by uid.
+    on_hosts: Arc<Mutex<BTreeMap<String, Arc<Vec<Running>>>>>,
 }
 
 /// Runs for ever.
-pub(crate) async fn run(client: Client, nodes: Nodes, images: PathBuf) {
-    let kubelet = Kubelet { client: client.clone(), nodes: Arc::new(nodes), images, stages: Arc::default() };
+pub(crate) async fn run(client: Client, nodes: Nodes, folder: PathBuf) {
+    let kubelet = Kubelet {
+        client: client.clone(),
+        nodes: Arc::new(nodes),
+        folder,
+        stages: Arc::default(),
+        on_hosts: Arc::default(),
+    };
     let mut events = std::pin::pin!(watcher(Api::<Pod>::all(client), watcher::Config::default()));
     while let Some(event) = events.next().await {
         match event {
@@ -109,7 +122,10 @@ impl Kubelet {
     }
 
     async fn start(&self, node: &Arc<Node>, pod: &Pod, uid: &str) -> Result<()> {
-        let (name, options) = (local_name(pod), options(pod, &self.images));
+        if is_on_host(pod) {
+            return self.start_on_host(node, pod, uid).await;
+        }
+        let (name, options) = (local_name(pod), options(pod, &self.folder.join(IMAGES)));
         let made = {
             let node = node.clone();
             tokio::task::spawn_blocking(move || {
@@ -130,10 +146,47 @@ impl Kubelet {
         };
         if let Some(probe) = readiness_probe(pod) {
             let made = made.clone();
-            tokio::task::spawn_blocking(move || wait_until_ready(&made, &probe)).await??;
+            tokio::task::spawn_blocking(move || {
+                let ended =
+                    || made.server().map_or_else(|| Some("no program".into()), |server| server.epitaph());
+                wait_until_ready(made.place(), made.address(), &probe, ended)
+            })
+            .await??;
         }
         self.set_stage(uid, Some(Stage::Running));
         self.report(node, pod, made.addresses()).await
+    }
+
+    /// A pod with the node's own network is no namespace, but containers.
+    async fn start_on_host(&self, node: &Arc<Node>, pod: &Pod, uid: &str) -> Result<()> {
+        let started = self.start_containers(node, pod, uid).await;
+        // Whatever came of it, it can be deleted now.
+        self.set_stage(uid, Some(Stage::Running));
+        started?;
+        self.report(node, pod, node.addresses()).await
+    }
+
+    async fn start_containers(&self, node: &Arc<Node>, pod: &Pod, uid: &str) -> Result<()> {
+        let pod_on_host = HostPod {
+            client: &self.client,
+            node,
+            pod,
+            folder: self.folder.join(container::PODS).join(uid),
+            images: &self.folder.join(IMAGES),
+            certificate: &self.folder.join("certs/apiserver.crt"),
+        };
+        pod_on_host.initialize().await?;
+        let running = Arc::new(pod_on_host.start().await?);
+        self.on_hosts.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.into(), running.clone());
+        if let Some(probe) = readiness_probe(pod) {
+            let node = node.clone();
+            tokio::task::spawn_blocking(move || {
+                let ended = || running.iter().find_map(Running::ended);
+                wait_until_ready(node.place(), node.address(), &probe, ended)
+            })
+            .await??;
+        }
+        Ok(())
     }
 
     /// Running and Ready. The event that follows tells us if the pod was deleted in the meantime.
@@ -170,7 +223,11 @@ impl Kubelet {
         let seconds = pod.metadata.deletion_grace_period_seconds.unwrap_or(GRACE);
         let grace = Duration::from_secs(if gone { 0 } else { seconds.try_into().unwrap_or_default() });
         let (local, name) = (node.clone(), local_name(pod));
+        let on_host = self.on_hosts.lock().unwrap_or_else(PoisonError::into_inner).remove(uid);
         tokio::task::spawn_blocking(move || -> Result<()> {
+            for container in on_host.iter().flat_map(|containers| containers.iter()) {
+                container.end(grace)?;
+            }
             let Some(pod) = local.pod(&name) else { return Ok(()) };
             pod.terminate();
             if let Some(server) = pod.server() {
@@ -216,16 +273,27 @@ fn readiness_probe(pod: &Pod) -> Option<(u16, String)> {
     Some((port.try_into().ok()?, probe.path.clone().unwrap_or_else(|| "/".into())))
 }
 
-/// Asks until the answer is 200, for as long as the pod's program runs.
-fn wait_until_ready(pod: &lab::Pod, (port, path): &(u16, String)) -> Result<()> {
-    let client = lab::Client::at(pod.place());
+/// Whether the pod has the node's own network.
+fn is_on_host(pod: &Pod) -> bool {
+    pod.spec.as_ref().and_then(|spec| spec.host_network) == Some(true)
+}
+
+/// Asks until the answer is 200, for as long as `ended` has nothing to say of the program.
+fn wait_until_ready(
+    place: &Place,
+    address: Ipv4Addr,
+    (port, path): &(u16, String),
+    ended: impl Fn() -> Option<String>,
+) -> Result<()> {
+    let client = lab::Client::at(place);
     let ready = || {
-        let mut stream = client.connect(lab::at(pod.address(), *port)).ok()?;
+        let mut stream = client.connect(lab::at(address, *port)).ok()?;
         stream.get(path).ok().filter(|(status, _)| *status == 200)
     };
     while ready().is_none() {
-        let server = pod.server().context("it runs nothing that could be ready")?;
-        ensure!(server.exit_status().is_none(), "its program has ended:\n{}", server.log());
+        if let Some(epitaph) = ended() {
+            bail!("its program has ended: {epitaph}");
+        }
         std::thread::sleep(PROBE_PERIOD);
     }
     Ok(())

@@ -5,6 +5,7 @@
 //! forwarder that listens on loopback: there is no route.
 
 mod binaries;
+mod container;
 pub mod dns;
 mod etcd;
 mod forward;
@@ -15,7 +16,7 @@ mod scheduler;
 pub use binaries::{Binaries, FOLDER_VARIABLE};
 pub(crate) use etcd::Stored;
 
-use crate::lab::{Lab, Place, Process, at};
+use crate::lab::{Lab, Node, Place, Process, at};
 use anyhow::{Context, Result, ensure};
 use kube::Client;
 use serde_json::Value;
@@ -95,7 +96,7 @@ impl ControlPlane {
         plane.start_controllers()?;
         plane.block_on(objects::create_nodes(&plane.client, lab.nodes()))?;
         plane.spawn(scheduler::run(plane.client.clone(), names(lab)));
-        plane.spawn(kubelet::run(plane.client.clone(), lab.nodes().to_vec(), plane.images()));
+        plane.spawn(kubelet::run(plane.client.clone(), lab.nodes().to_vec(), plane.folder.clone()));
         Ok(plane)
     }
 
@@ -130,12 +131,39 @@ impl ControlPlane {
 
     /// Where the lab's kubelet finds programs by the name of their image.
     fn images(&self) -> PathBuf {
-        self.folder.join("images")
+        self.folder.join(kubelet::IMAGES)
+    }
+
+    /// Has the lab's kubelet know the image of an OCI archive, and says by which name.
+    pub fn load_image(&self, archive: &Path) -> Result<String> {
+        container::load(archive, &self.images())
     }
 
     /// Where `kubectl` is.
     pub fn kubectl_program(&self) -> PathBuf {
         self.binaries.path("kubectl")
+    }
+
+    /// Where `kube-proxy` is: beside the control plane's programs, or in PATH as they are.
+    pub fn kube_proxy_program(&self) -> PathBuf {
+        self.binaries.path("kube-proxy")
+    }
+
+    /// The command that starts kube-proxy on a node, in the mode `nftables` or `iptables`.
+    pub fn kube_proxy(&self, node: &Node, mode: &str) -> Result<Command> {
+        let mut command = node.place().command(self.kube_proxy_program())?;
+        command.arg("--kubeconfig").arg(self.agent_kubeconfig());
+        command.arg(format!("--hostname-override={}", node.name()));
+        command.arg(format!("--proxy-mode={mode}"));
+        command.arg(format!("--cluster-cidr={}", crate::lab::POD_RANGES));
+        command.args([
+            "--conntrack-max-per-core=0",
+            "--conntrack-tcp-timeout-established=0",
+            "--conntrack-tcp-timeout-close-wait=0",
+            "--healthz-bind-address=127.0.0.1:10256",
+            "--metrics-bind-address=127.0.0.1:10249",
+        ]);
+        Ok(command)
     }
 
     /// The place where the programs run.
@@ -235,8 +263,8 @@ impl ControlPlane {
         command.args(["--leader-elect=false", "--bind-address=127.0.0.1", "--secure-port=10257"]);
         command.arg(
             "--controllers=endpointslice-controller,endpointslice-mirroring-controller,statefulset-controller,\
-             deployment-controller,replicaset-controller,garbage-collector-controller,namespace-controller,\
-             service-cidr-controller",
+             daemonset-controller,deployment-controller,replicaset-controller,garbage-collector-controller,\
+             namespace-controller,service-cidr-controller",
         );
         let process = Process::start(&self.logs, "kube-controller-manager", command)?;
         *self.controllers.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
@@ -246,6 +274,9 @@ impl ControlPlane {
 
 impl Drop for ControlPlane {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            container::tell_logs(&self.folder);
+        }
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_timeout(Duration::from_secs(2));
         }

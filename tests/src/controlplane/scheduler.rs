@@ -1,5 +1,5 @@
-//! The lab's scheduler: gives each pod without a node the node that has the fewest pods. It knows no resources, taints or
-//! affinity, only `spec.unschedulable` (`kubectl cordon`).
+//! The lab's scheduler: gives each pod of a DaemonSet the node that it is for, and each other one the node that has the fewest
+//! pods. It knows no resources, taints or other affinity, only `spec.unschedulable` (`kubectl cordon`).
 
 use super::objects::insist;
 use futures::StreamExt;
@@ -23,8 +23,11 @@ pub(crate) async fn run(client: Client, nodes: Vec<String>) {
                         bound.insert(uid, node);
                     }
                     None if pod.metadata.deletion_timestamp.is_none() && !bound.contains_key(&uid) => {
-                        let open = schedulable(&client, &nodes).await;
-                        let Some(node) = emptiest(&open, &bound) else { continue };
+                        let node = match wanted_node(&pod) {
+                            Some(node) => Some(node),
+                            None => emptiest(&schedulable(&client, &nodes).await, &bound),
+                        };
+                        let Some(node) = node else { continue };
                         match bind(&client, &pod, &node).await {
                             Ok(()) => {
                                 bound.insert(uid, node);
@@ -43,6 +46,15 @@ pub(crate) async fn run(client: Client, nodes: Vec<String>) {
             Err(_) => tokio::time::sleep(std::time::Duration::from_millis(200)).await,
         }
     }
+}
+
+/// The node that a DaemonSet made the pod for.
+fn wanted_node(pod: &Pod) -> Option<String> {
+    let affinity = pod.spec.as_ref()?.affinity.as_ref()?.node_affinity.as_ref()?;
+    let terms = &affinity.required_during_scheduling_ignored_during_execution.as_ref()?.node_selector_terms;
+    let fields = terms.iter().flat_map(|term| term.match_fields.iter().flatten());
+    let names = fields.filter(|field| field.key == "metadata.name" && field.operator == "In");
+    names.flat_map(|field| field.values.iter().flatten()).next().cloned()
 }
 
 /// The nodes that are not cordoned.

@@ -154,7 +154,10 @@ impl Node {
 
     /// The labels of its Node object.
     pub fn labels(&self) -> BTreeMap<String, String> {
-        let mut labels = BTreeMap::from([("kubernetes.io/hostname".into(), self.name().to_owned())]);
+        let mut labels = BTreeMap::from([
+            ("kubernetes.io/hostname".into(), self.name().to_owned()),
+            ("kubernetes.io/os".into(), "linux".into()),
+        ]);
         if let Some(zone) = &self.zone {
             labels.insert("topology.kubernetes.io/zone".into(), zone.clone());
         }
@@ -164,6 +167,11 @@ impl Node {
     /// The place of the node's own programs.
     pub fn place(&self) -> &Place {
         &self.place
+    }
+
+    /// The place of the node's agent.
+    pub(crate) fn agent_place(&self) -> Place {
+        Place::new(self.name(), self.place.namespace(), &self.cgroup.join("agent"))
     }
 
     /// The cgroup above the node's own programs, its agent and its pods: the agent's `--cgroup`.
@@ -179,6 +187,11 @@ impl Node {
     /// The agent's `--state-dir`.
     pub fn state_folder(&self) -> PathBuf {
         self.traces.folder.join("state").join(self.name())
+    }
+
+    /// What agents in containers have as `/run/portolan`.
+    pub fn run_folder(&self) -> PathBuf {
+        self.traces.folder.join("run").join(self.name())
     }
 
     /// The folder of the manifests that the agents of this lab watch.
@@ -198,8 +211,7 @@ impl Node {
     pub fn launch_agent(&self, options: &AgentOptions) -> Result<()> {
         let mut slot = self.agent_slot();
         if slot.as_ref().is_none_or(|agent| agent.process().exit_status().is_some()) {
-            let place = Place::new(self.name(), self.place.namespace(), &self.cgroup.join("agent"));
-            *slot = Some(Arc::new(Agent::launch(self, &place, &self.logs(), options)?));
+            *slot = Some(Arc::new(Agent::launch(self, &self.agent_place(), &self.logs(), options)?));
         }
         Ok(())
     }

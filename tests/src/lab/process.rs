@@ -73,6 +73,11 @@ impl Process {
         self.child().try_wait().ok().flatten()
     }
 
+    /// Its exit status and what it wrote to standard error, if it has ended.
+    pub fn epitaph(&self) -> Option<String> {
+        self.exit_status().map(|status| format!("{status}\n{}", last_lines(&self.log(), 30)))
+    }
+
     /// Sends it a signal, unless it has ended.
     pub fn signal(&self, signal: i32) {
         if self.exit_status().is_none() {

@@ -39,6 +39,11 @@ pub(super) const PACKAGES: &[Package] = &[
         why: "shows maps and programs in the tour and in tests",
     },
     Package {
+        name: "bubblewrap",
+        probe: Probe::Program("bwrap"),
+        why: "runs the agent's image as a container, in tests",
+    },
+    Package {
         name: "ca-certificates",
         probe: Probe::File("/etc/ssl/certs"),
         why: "lets cargo, Go and the agent trust TLS servers",
@@ -317,6 +322,7 @@ mod tests {
             "clippy",
             "bind9-dnsutils",
             "bpftool",
+            "bubblewrap",
             "cargo-web",
             "curl",
             "ethtool",

@@ -1,0 +1,225 @@
+//! `image`: the agent as an OCI image in one file, as `ctr images import`, `podman load`, `docker load` and `skopeo copy` take it
+//! (OCI Image Format 1.1, with the `manifest.json` that `docker load` asks for before Docker 25).
+//!
+//! The agent is linked statically, so nothing else is in the image but the licences. No time is written into it: the same source
+//! makes the same digest by the same compiler.
+
+use crate::command::{CommandLine, target_folder, workspace};
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use std::path::PathBuf;
+use std::{env, fs};
+
+/// What an image is called unless it is told: a name that no registry has.
+const DEFAULT_NAME: &str = concat!("localhost/portolan:", env!("CARGO_PKG_VERSION"));
+/// What lies in `licenses` of the image.
+const LICENCES: [&str; 3] = ["LICENSE-APACHE", "LICENSE-MIT", "dataplane-ebpf/LICENSE-GPL2"];
+
+/// Builds the agent, writes `image/portolan.tar` below the target folder, and says where it lies and what it is called.
+pub(crate) fn image(name: Option<&str>) -> Result<()> {
+    let name = name.unwrap_or(DEFAULT_NAME);
+    let (archive, digest) = archive(name, &layer()?)?;
+    let path = all_targets()?.join("image/portolan.tar");
+    fs::create_dir_all(path.parent().context("the target folder lies nowhere")?)?;
+    fs::write(&path, &archive).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("{}", path.display());
+    println!("{name}@{digest}");
+    Ok(())
+}
+
+/// Builds the agent with glibc in it, which resolves names by `/etc/hosts` and DNS without any library.
+fn agent() -> Result<Vec<u8>> {
+    let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
+    CommandLine::new("cargo build --release --package dataplane-user --bin portolan --target")
+        .arg(&target)
+        .arg("--config")
+        .arg(format!("target.{target}.rustflags=[\"-C\",\"target-feature=+crt-static\"]"))
+        .arg("--config")
+        .arg("profile.release.strip=\"debuginfo\"")
+        .run()?;
+    let path = all_targets()?.join(target).join("release/portolan");
+    fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// The folder that the folders of all profiles and targets lie in.
+fn all_targets() -> Result<PathBuf> {
+    Ok(target_folder()?.parent().context("the target folder lies nowhere")?.to_owned())
+}
+
+/// The one layer of the image: an archive of its files.
+fn layer() -> Result<Vec<u8>> {
+    let mut files = Files::default();
+    files.folder("bin")?;
+    files.file("bin/portolan", 0o755, &agent()?)?;
+    files.folder("licenses")?;
+    for licence in LICENCES {
+        let path = workspace().join(licence);
+        let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let name = path.file_name().context("a licence without a name")?.to_string_lossy().into_owned();
+        files.file(&format!("licenses/{name}"), 0o644, &text)?;
+    }
+    files.finish()
+}
+
+/// The archive that an image is carried in, and the digest of its manifest.
+fn archive(name: &str, layer: &[u8]) -> Result<(Vec<u8>, String)> {
+    let architecture = match env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    let version = name.rsplit_once(':').map_or("latest", |(_, version)| version);
+    let mut blobs = Vec::new();
+    let layer = blob(&mut blobs, "application/vnd.oci.image.layer.v1.tar", layer.to_vec());
+    let config = json!({
+        "architecture": architecture,
+        "os": "linux",
+        "config": {
+            "Entrypoint": ["/bin/portolan"],
+            "Env": ["PATH=/bin"],
+            "Labels": {
+                "org.opencontainers.image.title": "portolan",
+                "org.opencontainers.image.description": "A Kubernetes Service dataplane, in the place of kube-proxy",
+                "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
+                "org.opencontainers.image.licenses": "MIT OR Apache-2.0",
+            },
+        },
+        "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
+    });
+    let config = blob(&mut blobs, "application/vnd.oci.image.config.v1+json", config.to_string().into());
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": config,
+        "layers": [layer],
+    });
+    let mut manifest =
+        blob(&mut blobs, "application/vnd.oci.image.manifest.v1+json", manifest.to_string().into());
+    let digest = text(&manifest["digest"]);
+    manifest["annotations"] =
+        json!({ "org.opencontainers.image.ref.name": version, "io.containerd.image.name": name });
+    let index = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.index.v1+json",
+        "manifests": [manifest],
+    });
+    let for_docker = json!([{
+        "Config": path_of(&config), "RepoTags": [name], "Layers": [path_of(&layer)],
+    }]);
+    let mut files = Files::default();
+    files.file("oci-layout", 0o644, json!({ "imageLayoutVersion": "1.0.0" }).to_string().as_bytes())?;
+    files.file("index.json", 0o644, index.to_string().as_bytes())?;
+    files.file("manifest.json", 0o644, for_docker.to_string().as_bytes())?;
+    files.folder("blobs")?;
+    files.folder("blobs/sha256")?;
+    for (path, content) in &blobs {
+        files.file(path, 0o644, content)?;
+    }
+    Ok((files.finish()?, digest))
+}
+
+/// Adds a blob, and gives the descriptor that others know it by.
+fn blob(blobs: &mut Vec<(String, Vec<u8>)>, media_type: &str, content: Vec<u8>) -> Value {
+    let digest = format!("sha256:{}", hex(&Sha256::digest(&content)));
+    let descriptor = json!({ "mediaType": media_type, "digest": digest, "size": content.len() });
+    blobs.push((path_of(&descriptor), content));
+    descriptor
+}
+
+/// Where the archive has a blob, by its descriptor.
+fn path_of(descriptor: &Value) -> String {
+    format!("blobs/{}", text(&descriptor["digest"]).replace(':', "/"))
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A tar archive whose files are root's and have no time.
+struct Files(tar::Builder<Vec<u8>>);
+
+impl Default for Files {
+    fn default() -> Self {
+        Self(tar::Builder::new(Vec::new()))
+    }
+}
+
+impl Files {
+    fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> Result<()> {
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(tar::EntryType::Regular);
+        self.append(header, path, mode, content)
+    }
+
+    fn folder(&mut self, path: &str) -> Result<()> {
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(tar::EntryType::Directory);
+        self.append(header, &format!("{path}/"), 0o755, &[])
+    }
+
+    fn append(&mut self, mut header: tar::Header, path: &str, mode: u32, content: &[u8]) -> Result<()> {
+        header.set_mode(mode);
+        header.set_size(content.len() as u64);
+        self.0.append_data(&mut header, path, content).with_context(|| format!("cannot pack {path}"))
+    }
+
+    fn finish(self) -> Result<Vec<u8>> {
+        self.0.into_inner().context("cannot close the archive")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use std::io::Read as _;
+
+    fn unpacked(archive: &[u8]) -> BTreeMap<String, Vec<u8>> {
+        let mut archive = tar::Archive::new(archive);
+        let files = archive.entries().unwrap().map(|entry| {
+            let mut entry = entry.unwrap();
+            let (path, mut content) = (entry.path().unwrap().display().to_string(), Vec::new());
+            entry.read_to_end(&mut content).unwrap();
+            (path, content)
+        });
+        files.collect()
+    }
+
+    #[test]
+    fn every_blob_of_an_image_is_where_its_digest_says() {
+        let (archive, digest) = archive("example.org/portolan:1.2", b"a layer").unwrap();
+        let files = unpacked(&archive);
+        let json = |path: &str| serde_json::from_slice::<Value>(&files[path]).unwrap();
+        let index = json("index.json");
+        assert_eq!(index["manifests"][0]["digest"], digest);
+        let manifest = json(&path_of(&index["manifests"][0]));
+        let config = json(&path_of(&manifest["config"]));
+        assert_eq!(config["rootfs"]["diff_ids"][0], manifest["layers"][0]["digest"]);
+        assert_eq!(files[&path_of(&manifest["layers"][0])], b"a layer");
+        assert_eq!(json("manifest.json")[0]["RepoTags"][0], "example.org/portolan:1.2");
+        for (path, content) in
+            files.iter().filter(|(path, _)| path.starts_with("blobs/sha256/") && !path.ends_with('/'))
+        {
+            assert_eq!(*path, format!("blobs/sha256/{}", hex(&Sha256::digest(content))));
+        }
+    }
+
+    #[test]
+    fn a_cluster_is_told_of_the_image_by_its_name() {
+        for file in ["portolan.yaml", "cleanup.yaml"] {
+            let text = fs::read_to_string(workspace().join("deploy").join(file)).unwrap();
+            assert!(text.contains(&format!("image: {DEFAULT_NAME}\n")), "{file}");
+        }
+    }
+
+    #[test]
+    fn the_same_layer_makes_the_same_image() {
+        let twice = [(); 2].map(|()| archive("portolan:1", b"a layer").unwrap());
+        assert_eq!(twice[0], twice[1]);
+    }
+}
