@@ -393,7 +393,9 @@ impl<F: Frame> Walk<'_, F> {
             return Verdict::Drop(reason);
         }
         // Z3, second half.
-        if packet.src.is_multicast_or_broadcast() || packet.src.is_unspecified() || packet.src == packet.dst {
+        let src = &packet.src;
+        let nobodys = src.is_multicast_or_broadcast() || src.is_unspecified() || src.is_loopback();
+        if nobodys || *src == packet.dst {
             return Verdict::Drop(Reason::BadSource);
         }
         if packet.resets() {

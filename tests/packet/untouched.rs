@@ -141,6 +141,11 @@ fn a_source_that_no_client_can_have_is_dropped() {
             let elsewhere = udp_packet((src, 1), (f.elsewhere, 30_080), b"x");
             expect_untouched(&world, Hook::UplinkIn, &elsewhere);
         }
+        // From the network it is dropped before. No answer could come back to it from a pod, by whichever interface it leaves.
+        for hook in [Hook::PodIn, Hook::UplinkOut] {
+            let sent = udp_packet((f.localhost, 1), (f.cluster_ip, 80), b"x");
+            expect_drop(&world, hook, &sent, Reason::BadSource);
+        }
     });
 }
 

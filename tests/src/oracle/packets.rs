@@ -240,7 +240,8 @@ impl Model {
             return Some(Outcome::Drop(Why::Flawed(flaw)));
         }
         // Z3, second half.
-        if is_multicast_or_broadcast(src) || src.is_unspecified() || src == dst {
+        let nobodys = is_multicast_or_broadcast(src) || src.is_unspecified() || src.is_loopback();
+        if nobodys || src == dst {
             return Some(Outcome::Drop(Why::BadSource));
         }
         if headers.resets() {
