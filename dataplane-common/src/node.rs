@@ -66,6 +66,8 @@ impl Node {
     pub const MASQUERADE_ALL: u32 = 1 << 3;
     /// Source ranges hold for node ports and external IPs too (S2).
     pub const SOURCE_RANGES_EVERYWHERE: u32 = 1 << 4;
+    /// TCP connections that another proxy translates may still run: what belongs to no flow is left to it (C5).
+    pub const TAKES_OVER: u32 = 1 << 5;
 
     /// Whether all bits of `flag` are set.
     #[inline(always)]

@@ -183,6 +183,12 @@ impl Packet {
         self.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::SYN) || self.sctp(sctp::INIT)
     }
 
+    /// Whether it is of a TCP connection that was opened before.
+    #[inline(always)]
+    pub const fn continues(&self) -> bool {
+        self.proto == Protocol::Tcp as u8 && !self.opens()
+    }
+
     /// Whether it answers what opens a connection: a SYN-ACK, or an INIT ACK.
     #[inline(always)]
     pub const fn accepts(&self) -> bool {

@@ -398,10 +398,15 @@ impl<F: Frame> Walk<'_, F> {
         if nobodys || *src == packet.dst {
             return Verdict::Drop(Reason::BadSource);
         }
+        let set = |flag| service::node().is_some_and(|node| node.has(flag));
+        // C5. What the node itself sends was translated before it came here.
+        if source != Source::Node && packet.continues() && set(Node::TAKES_OVER) {
+            return Verdict::Pass;
+        }
         if packet.resets() {
             return Verdict::Drop(Reason::StrayReset);
         }
-        let inside_only = service::node().is_some_and(|node| node.has(Node::CLUSTER_IP_INSIDE_ONLY));
+        let inside_only = set(Node::CLUSTER_IP_INSIDE_ONLY);
         if inside_only && source == Source::Outside && destination.kind == FrontendKind::ClusterIp {
             return Verdict::Drop(Reason::ClusterIpFromOutside);
         }

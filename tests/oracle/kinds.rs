@@ -35,6 +35,7 @@ const LEAST: &[(&str, usize)] = &[
     ("handed up", 77),
     ("later fragment translated, IPv4", 36),
     ("later fragment translated, IPv6", 33),
+    ("left to another proxy", 350),
     ("left to tc behind VLAN tags", 140),
     ("loopback from the network", 167),
     ("no endpoints", 5953),
@@ -50,7 +51,7 @@ const LEAST: &[(&str, usize)] = &[
     ("too many extension headers, or a source route", 82),
     ("translated behind VLAN tags", 27),
     ("translated by XDP", 567),
-    ("two flows with one reply", 2),
+    ("two flows with one reply", 1),
     ("unknown service", 1559),
 ];
 
@@ -106,6 +107,7 @@ pub(crate) fn of(place: Place, headers: &Headers, alternative: &Alternative, kin
         (headers.quote.is_some() && !translated, "error about nobody's packet, or elsewhere"),
         (is(Why::Unanswerable), "error or fragment that must not be answered"),
         (is(Why::SourceNotAllowed), "source not allowed"),
+        (alternative.left, "left to another proxy"),
         (alternative.bound, "client bound to its endpoint"),
         (alternative.rebalanced, "datagram that chose anew"),
         (alternative.collided, "two flows with one reply"),

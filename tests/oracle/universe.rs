@@ -193,6 +193,7 @@ pub(crate) struct Flags {
     pub(crate) fib_source: bool,
     pub(crate) node_ports: usize,
     pub(crate) proxy_name: bool,
+    pub(crate) takes_over: bool,
 }
 
 impl Flags {
@@ -204,6 +205,7 @@ impl Flags {
             fib_source: random.chance(50),
             node_ports: if random.chance(60) { 0 } else { random.below(4) },
             proxy_name: random.chance(10),
+            takes_over: random.chance(10),
         }
     }
 
@@ -214,6 +216,7 @@ impl Flags {
             (self.inside_only, NodeFlags::CLUSTER_IP_INSIDE_ONLY),
             (self.ranges_everywhere, NodeFlags::SOURCE_RANGES_EVERYWHERE),
             (self.fib_source, NodeFlags::FIB_SOURCE),
+            (self.takes_over, NodeFlags::TAKES_OVER),
         ];
         let node_port_addresses = match self.within() {
             _ if self.node_ports == 0 => NodePortAddresses::All,
@@ -255,6 +258,7 @@ impl Flags {
             masquerade_all: self.masquerade_all,
             cluster_ip_inside_only: self.inside_only,
             source_ranges_everywhere: self.ranges_everywhere,
+            takes_over: self.takes_over,
             pod_ranges: FAMILIES.map(|places| places.cluster_range.parse().unwrap()).to_vec(),
             service_ranges: FAMILIES.map(|places| places.service_range.parse().unwrap()).to_vec(),
             routes: routes(),

@@ -2,6 +2,7 @@
 
 use crate::{expect, expect_untouched};
 use dataplane_common::drop::Reason;
+use dataplane_common::node::Node;
 use dataplane_tests::packet::build::{Packet, tcp, tcp_packet, udp_packet};
 use dataplane_tests::packet::family::{Family, for_both};
 use dataplane_tests::packet::{Hook, Outcome, Verdict, World, reason};
@@ -439,5 +440,52 @@ fn replies_are_looked_for_as_long_as_their_flow_is_there() {
         // Where the source is translated, replies go to the node.
         world.send(Hook::UplinkIn, &tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::SYN)).unwrap();
         assert_eq!(world.sweep_callers().unwrap(), 1, "the node's");
+    });
+}
+
+/// C5: while another proxy's connections may run, what belongs to no flow is left to it; what opens a connection is not.
+#[test]
+fn a_connection_that_another_proxy_translates_is_left_to_it() {
+    for_both(|f| {
+        let yaml = f.web("", &[f.local_endpoint()]);
+        let world = World::with(&yaml, Node::TAKES_OVER, &[]).unwrap();
+        let calls = [
+            (Hook::PodIn, (f.other_pod, 40_000), (f.cluster_ip, 80)),
+            (Hook::UplinkIn, (f.client, 40_000), (f.node, 30_080)),
+            (Hook::Xdp, (f.client, 40_000), (f.node, 30_080)),
+        ];
+        for (hook, from, to) in calls {
+            for flags in [tcp::ACK, tcp::ACK | tcp::FIN, tcp::RST, tcp::SYN | tcp::ACK] {
+                expect_untouched(&world, hook, &tcp_packet(from, to, flags));
+            }
+        }
+        let opens = tcp_packet((f.other_pod, 40_001), (f.cluster_ip, 80), tcp::SYN);
+        expect(
+            &world,
+            Hook::PodIn,
+            &opens,
+            Verdict::Pass,
+            &opens.clone().to(f.pod, 8080),
+            &f.counted_in(20, true),
+        );
+        let goes_on = tcp_packet((f.other_pod, 40_001), (f.cluster_ip, 80), tcp::ACK);
+        expect(
+            &world,
+            Hook::PodIn,
+            &goes_on,
+            Verdict::Pass,
+            &goes_on.clone().to(f.pod, 8080),
+            &f.counted_in(20, false),
+        );
+        // Datagrams open nothing.
+        let datagram = udp_packet((f.other_pod, 40_002), (f.cluster_ip, 80), b"?");
+        assert_ne!(world.send(Hook::PodIn, &datagram).unwrap().packet, datagram.bytes());
+        let world = World::new(&yaml).unwrap();
+        let goes_on = tcp_packet((f.other_pod, 40_000), (f.cluster_ip, 80), tcp::ACK);
+        assert_ne!(
+            world.send(Hook::PodIn, &goes_on).unwrap().packet,
+            goes_on.bytes(),
+            "the flag is what does it"
+        );
     });
 }

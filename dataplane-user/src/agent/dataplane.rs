@@ -10,7 +10,7 @@ use crate::kernel::maps::MapError;
 use crate::model::{Change, Dirty, Kind, Object, ObjectName, Store};
 use crate::sync::{Maps, Mirror, Outcome};
 use dataplane_common::Addr;
-use dataplane_common::node::NodeAddress;
+use dataplane_common::node::{Node, NodeAddress};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -185,6 +185,12 @@ impl<M: Maps> Dataplane<M> {
         self.dirty.services.append(&mut self.store.services_with_cluster_ip(&changed));
         self.dirty.node = true;
         self.addresses = addresses;
+    }
+
+    /// No TCP connection is left to another proxy any more (C5).
+    pub(super) fn end_take_over(&mut self) {
+        self.settings.node.flags &= !Node::TAKES_OVER;
+        self.dirty.node = true;
     }
 
     /// Compiles and writes what waits, as soon as all was told that it needs. What fails waits for the next flush.

@@ -1,6 +1,7 @@
 //! The loop: changes in, tables written, signals heard. Everything that waits is tried again; only a signal ends it.
 
 mod take_in;
+pub(super) mod take_over;
 mod upkeep;
 mod write;
 
@@ -22,6 +23,7 @@ use anyhow::{Result, bail};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use take_over::TakeOver;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -57,6 +59,8 @@ pub(super) struct Service {
     audit_soon: bool,
     swept: Instant,
     sweeping: Option<Sweeping>,
+    /// As long as another proxy's connections may run.
+    taking_over: Option<TakeOver>,
     /// After a refusal: how long to wait, and until when.
     backoff: Option<(Duration, Instant)>,
     ready: bool,
@@ -87,6 +91,7 @@ impl Service {
         keeping: Keeping,
         Told { health, health_checks, metrics }: Told,
         clock: Clock,
+        takes_over: bool,
         args: &AgentArgs,
     ) -> Self {
         let (_, _, frontends) = dataplane.mirror().0.sizes();
@@ -113,6 +118,7 @@ impl Service {
             audit_soon: false,
             swept: Instant::now(),
             sweeping: None,
+            taking_over: takes_over.then(TakeOver::default),
             backoff: None,
             ready: false,
             booted: frontends == 0,
@@ -214,6 +220,7 @@ impl Service {
             self.close_orphans();
         }
         self.sweep().await;
+        self.take_over().await;
         if self.dataplane.is_current() {
             self.keeping.keep(self.dataplane.store()).await;
         }

@@ -131,6 +131,7 @@ impl fmt::Display for NodeTables {
             (Node::CLUSTER_IP_INSIDE_ONLY, "cluster-ip-inside-only"),
             (Node::MASQUERADE_ALL, "masquerade-all"),
             (Node::SOURCE_RANGES_EVERYWHERE, "source-ranges-everywhere"),
+            (Node::TAKES_OVER, "takes-over"),
         ];
         let node = &self.node;
         writeln!(f, "node{}", flag_words(node.flags, &names))?;

@@ -7,6 +7,7 @@ pub mod capability;
 pub mod cleanup;
 pub mod clock;
 mod clsact;
+pub mod conntrack;
 mod enlarge;
 pub mod hook;
 pub mod link;

@@ -90,6 +90,8 @@ pub struct ThisNode {
     pub cluster_ip_inside_only: bool,
     /// The switch of S2: source ranges hold for node ports and external IPs too.
     pub source_ranges_everywhere: bool,
+    /// Connections that another proxy translates may still run (C5).
+    pub takes_over: bool,
     /// The cluster's pod ranges (Z1).
     pub pod_ranges: Vec<Range>,
     /// The cluster's service ranges (P13).

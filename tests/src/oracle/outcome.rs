@@ -130,6 +130,8 @@ pub struct Alternative {
     pub collided: bool,
     /// S1 left less of a choice than the endpoint set.
     pub bound: bool,
+    /// The packet is left to another proxy.
+    pub left: bool,
     /// The client that comes back to this service port gets one of these again (S1).
     pub remembers: Option<(IpAddr, PortId, BTreeSet<SocketAddr>)>,
 }
@@ -151,6 +153,7 @@ impl Alternative {
             rebalanced: false,
             collided: false,
             bound: false,
+            left: false,
             remembers: None,
         }
     }

@@ -194,7 +194,8 @@ impl Model {
             return vec![Alternative::new(self.no_service(place, headers))];
         };
         if let Some(outcome) = self.refused(client, port, kind, headers) {
-            return vec![Alternative::new(outcome)];
+            let left = outcome == Outcome::Pass;
+            return vec![Alternative { left, ..Alternative::new(outcome) }];
         }
         let endpoints = match chosen_from(port, kind, client) {
             Ok(endpoints) => endpoints,
@@ -243,6 +244,11 @@ impl Model {
         let nobodys = is_multicast_or_broadcast(src) || src.is_unspecified() || src.is_loopback();
         if nobodys || src == dst {
             return Some(Outcome::Drop(Why::BadSource));
+        }
+        // C5.
+        let continues = headers.proto == wire::TCP && !headers.opens();
+        if self.node.takes_over && client != Client::Node && continues {
+            return Some(Outcome::Pass);
         }
         if headers.resets() {
             return Some(Outcome::Drop(Why::StrayReset));

@@ -1,0 +1,99 @@
+//! Taking over from another proxy: the TCP connections that its netfilter rules translate are left to them until they end (C5).
+
+use super::Service;
+use crate::kernel::conntrack::{self, ConntrackError};
+use crate::kernel::maps::MapError;
+use crate::sync::Maps;
+use dataplane_common::node::Node;
+use dataplane_common::tables::{Frontends, Nodes};
+use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
+
+/// Time between two looks at conntrack, which may be large.
+const LOOK: Duration = Duration::from_secs(15);
+
+/// What is known of another proxy's connections, as long as there may be some.
+#[derive(Debug, Default)]
+pub(super) struct TakeOver {
+    looked: Option<Instant>,
+    looking: Option<JoinHandle<Result<bool, ConntrackError>>>,
+    /// Some were seen, and told of.
+    seen: bool,
+}
+
+/// Whether there may be some: no agent has written here before, or the last one still saw some.
+///
+/// # Errors
+/// If the map cannot be read.
+pub(in crate::agent) fn is_due(maps: &impl Maps) -> Result<bool, MapError> {
+    let node = maps.get::<Nodes>(&0)?;
+    Ok(node.is_none_or(|node| node.last_port == 0 || node.has(Node::TAKES_OVER)))
+}
+
+impl Service {
+    /// Looks from time to time, beside the loop, and ends it when there are none.
+    pub(super) async fn take_over(&mut self) {
+        let Some(state) = &mut self.taking_over else { return };
+        let due = state.looked.is_none_or(|looked| looked.elapsed() >= LOOK);
+        match state.looking.take() {
+            Some(looking) if !looking.is_finished() => state.looking = Some(looking),
+            Some(looking) => match looking.await {
+                Ok(Ok(true)) => {
+                    if !std::mem::replace(&mut state.seen, true) {
+                        tracing::info!(
+                            "TCP connections that another proxy translates are left to it until they end"
+                        );
+                    }
+                }
+                Ok(Ok(false)) => {
+                    if state.seen {
+                        tracing::info!("the last TCP connection that another proxy translated has ended");
+                    }
+                    self.end_take_over();
+                }
+                Ok(Err(error)) => {
+                    tracing::warn!("no TCP connection is left to another proxy any more: {error}");
+                    self.end_take_over();
+                }
+                Err(error) => {
+                    tracing::error!("looking for another proxy's connections: {error}");
+                    self.end_take_over();
+                }
+            },
+            // Before the programs see them all, the other proxy goes on making connections.
+            None if due && self.health.is_attached() => {
+                state.looked = Some(Instant::now());
+                let maps = self.dataplane.mirror().1.clone();
+                state.looking = Some(tokio::task::spawn_blocking(move || {
+                    conntrack::translates_tcp_to(&maps.map::<Frontends>()?)
+                }));
+            }
+            None => {}
+        }
+    }
+
+    fn end_take_over(&mut self) {
+        self.taking_over = None;
+        self.dataplane.end_take_over();
+        self.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sync::MemoryMaps;
+    use bytemuck::Zeroable as _;
+
+    /// C5
+    #[test]
+    fn connections_are_taken_over_after_a_boot_and_until_they_have_ended() {
+        let maps = MemoryMaps::default();
+        assert!(is_due(&maps).unwrap(), "nothing was written yet");
+        let written = |flags| Node { last_port: 65_535, flags, ..Node::zeroed() };
+        maps.write::<Nodes>(&[(0, written(Node::TAKES_OVER | Node::FIB_SOURCE))]).unwrap();
+        assert!(is_due(&maps).unwrap(), "the last agent saw some");
+        maps.write::<Nodes>(&[(0, written(Node::FIB_SOURCE))]).unwrap();
+        assert!(!is_due(&maps).unwrap(), "they have ended");
+    }
+}
