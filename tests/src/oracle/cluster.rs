@@ -137,9 +137,8 @@ impl State {
             let outside = load_balancer_ips(service).into_iter().map(|ip| (ip, Kind::LoadBalancerIp));
             let outside = outside.chain(external_ips(service).into_iter().map(|ip| (ip, Kind::ExternalIp)));
             for (ip, kind) in outside.filter(|(ip, _)| ip.is_ipv6() == id.v6) {
-                let in_pod_range = node.pod_ranges.iter().any(|range| range.contains(ip));
                 let of_another = self.cluster_ips.contains(&ip) && !own.contains(&ip);
-                if is_nobodys(ip) || in_pod_range || of_another {
+                if is_refused(ip, node) || of_another {
                     continue;
                 }
                 self.frontends.entry((ip, number as u16, id.proto)).or_insert((index, kind));
@@ -246,6 +245,11 @@ fn external_ips(service: &Service) -> Vec<IpAddr> {
     list.into_iter().flatten().filter_map(|text| text.parse().ok()).collect()
 }
 
+/// Z1: whether an address outside the cluster cannot be one.
+fn is_refused(ip: IpAddr, node: &ThisNode) -> bool {
+    is_nobodys(ip) || node.pod_ranges.iter().any(|range| range.contains(ip))
+}
+
 /// S2: the ranges of one family, if they restrict anything. A family without ranges, or with all addresses, is open. Where
 /// this node may call, so may the LB IPs.
 fn source_ranges(service: &Service, v6: bool, node: &ThisNode) -> Option<Vec<Range>> {
@@ -256,7 +260,8 @@ fn source_ranges(service: &Service, v6: bool, node: &ThisNode) -> Option<Vec<Ran
         return None;
     }
     if node.source(v6).is_some_and(|primary| ranges.iter().any(|range| range.contains(primary))) {
-        ranges.extend(load_balancer_ips(service).into_iter().map(Range::one));
+        let stand = load_balancer_ips(service).into_iter().filter(|ip| !is_refused(*ip, node));
+        ranges.extend(stand.map(Range::one));
     }
     Some(ranges)
 }
