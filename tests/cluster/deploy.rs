@@ -2,11 +2,11 @@
 //! run by `crun` from the image, with what the pods ask for and no more.
 
 use crate::shared::{Cluster, PORT};
-use crate::world::eventually;
+use crate::world::{eventually, metric};
 use dataplane_common::node::Node as Settings;
 use dataplane_common::tables::Nodes;
 use dataplane_tests::controlplane::API_SERVER;
-use dataplane_tests::lab::{Client, Node, Process, at, portolan};
+use dataplane_tests::lab::{Node, Process, at, portolan};
 use dataplane_user::kernel::maps::Map;
 use dataplane_user::kernel::pins::Pins;
 use std::path::PathBuf;
@@ -145,9 +145,9 @@ fn a_cluster_goes_over_from_kube_proxy_and_no_connection_fails() {
     let to = [at(cluster.cluster_ip("moved"), PORT), at(cluster.lab.node(0).address(), 30_112)];
     eventually("the ClusterIP answers", || cluster.shell().tcp(to[0]).is_ok());
     eventually("the node port answers", || cluster.outside().tcp(to[1]).is_ok());
-    let clients = [(cluster.shell(), to[0]), (cluster.outside(), to[1])];
-    let connect = |(client, to): &(Client, _)| client.connect_many(*to, 10).unwrap();
-    let mut old: Vec<_> = clients.iter().flat_map(connect).collect();
+    let clients = [cluster.shell(), cluster.outside()].map(|client| client.timeout(Duration::from_secs(20)));
+    let calls = clients.iter().zip(to);
+    let mut old: Vec<_> = calls.flat_map(|(client, to)| client.connect_many(to, 10).unwrap()).collect();
     let mut answers = || -> Vec<_> { old.iter_mut().map(|stream| stream.ask().unwrap().pod).collect() };
     let before = answers();
     let made = cluster.under_new_connections(to, || {
@@ -164,14 +164,18 @@ fn a_cluster_goes_over_from_kube_proxy_and_no_connection_fails() {
         }
     });
     assert!(made > 20, "{made} connections say nothing");
-    for number in [0, 2] {
-        assert!(takes_over(cluster.lab.node(number)), "connections are left to the rules");
+    for node in [cluster.lab.node(0), cluster.lab.node(2)] {
+        assert!(takes_over(node), "connections are left to the rules");
+        assert_eq!(metric(node, "portolan_taking_over "), Some(1.0));
     }
 
     drop(old);
     let made = cluster.under_new_connections(to, || {
         for node in cluster.lab.nodes() {
-            eventually("the last of the rules' connections has ended", || !takes_over(node));
+            eventually("the last of the rules' connections has ended", || {
+                metric(node, "portolan_taking_over ") == Some(0.0)
+            });
+            assert!(!takes_over(node));
         }
         for cleanup in on_every_node(&["--cleanup"]) {
             let status = cleanup.wait(Duration::from_secs(20)).unwrap();

@@ -99,6 +99,7 @@ impl Service {
             tracing::info!("{frontends} frontends of an earlier agent are in the kernel and served");
             health.serving();
         }
+        metrics.taking_over.set(takes_over.into());
         let idle = IdleTimes {
             established: args.conntrack_tcp_timeout_established,
             udp: args.conntrack_udp_timeout_stream,

@@ -14,7 +14,7 @@ use netlink_packet_netfilter::{
 };
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use thiserror::Error;
 
 /// Why nobody knows what conntrack holds.
@@ -69,31 +69,33 @@ fn is_frontend(frontends: &Map<Frontends>, called: SocketAddr) -> Result<bool, M
 /// What was called, if it is a TCP connection whose destination is translated.
 fn translated(message: &NetfilterMessageInner) -> Option<SocketAddr> {
     let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) = message else { return None };
-    let is_translated = |attribute: &ConntrackAttribute| matches!(attribute, ConntrackAttribute::CtaStatus(status) if status.contains(Status::DstNat));
-    if !attributes.iter().any(is_translated) {
-        return None;
-    }
-    attributes.iter().find_map(|attribute| match attribute {
-        ConntrackAttribute::CtaTupleOrig(tuples) => destination(tuples),
-        _ => None,
-    })
+    let status = attributes.iter().find_map(|attribute| {
+        if let ConntrackAttribute::CtaStatus(status) = attribute { Some(status) } else { None }
+    })?;
+    let original = attributes.iter().find_map(|attribute| {
+        if let ConntrackAttribute::CtaTupleOrig(tuples) = attribute { Some(tuples) } else { None }
+    })?;
+    if status.contains(Status::DstNat) { tcp_destination(original) } else { None }
 }
 
 /// The destination of a tuple of TCP.
-fn destination(tuples: &[Tuple]) -> Option<SocketAddr> {
-    let (mut ip, mut port, mut is_tcp) = (None::<IpAddr>, None, false);
+fn tcp_destination(tuples: &[Tuple]) -> Option<SocketAddr> {
+    let (mut ip, mut port, mut is_tcp) = (None, None, false);
     for tuple in tuples {
         if let Tuple::Ip(parts) = tuple {
-            ip = parts.iter().find_map(|part| match part {
-                IPTuple::DestinationAddress(ip) => Some(*ip),
-                _ => None,
-            });
+            for part in parts {
+                if let IPTuple::DestinationAddress(destination) = part {
+                    ip = Some(*destination);
+                }
+            }
         } else if let Tuple::Proto(parts) = tuple {
-            is_tcp = parts.contains(&ProtoTuple::Protocol(conntrack::Protocol::Tcp));
-            port = parts.iter().find_map(|part| match part {
-                ProtoTuple::DestinationPort(port) => Some(*port),
-                _ => None,
-            });
+            for part in parts {
+                if let ProtoTuple::DestinationPort(destination) = part {
+                    port = Some(*destination);
+                } else if let ProtoTuple::Protocol(protocol) = part {
+                    is_tcp = *protocol == conntrack::Protocol::Tcp;
+                }
+            }
         }
     }
     is_tcp.then_some(SocketAddr::new(ip?, port?))

@@ -102,6 +102,8 @@ families! {
         "Snapshots that were damaged, of another node or of another version, and not used";
     SNAPSHOT_SERVED = "portolan_snapshot_served", Gauge, [],
         "1 while objects of the snapshot are served because the API server has not told everything, else 0";
+    TAKING_OVER = "portolan_taking_over", Gauge, [],
+        "1 while TCP connections that another proxy translates may run and are left to it, else 0";
     SERVICE_PORTS = "portolan_service_ports", Gauge, [],
         "Service ports in the kernel, IPv4 and IPv6 counted apart";
     BACKENDS = "portolan_backends", Gauge, [],

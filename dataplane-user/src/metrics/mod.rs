@@ -94,6 +94,8 @@ pub struct Metrics {
     pub snapshots_refused: Number,
     /// 1 while a snapshot is served.
     pub snapshot_served: Number,
+    /// 1 while another proxy's connections may run.
+    pub taking_over: Number,
     /// How full the tables are.
     pub fill: Fill,
     /// The service ports whose counters are told.
@@ -174,6 +176,7 @@ impl Metrics {
             (&family::SNAPSHOT_ERRORS, &self.snapshot_errors),
             (&family::SNAPSHOTS_REFUSED, &self.snapshots_refused),
             (&family::SNAPSHOT_SERVED, &self.snapshot_served),
+            (&family::TAKING_OVER, &self.taking_over),
             (&family::SERVICE_PORTS, ports),
             (&family::BACKENDS, backends),
             (&family::FRONTENDS, frontends),

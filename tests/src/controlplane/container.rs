@@ -160,18 +160,10 @@ impl HostPod<'_> {
         let Ok(config) = fs::read(image.join("image.json")) else { return Ok(None) };
         let config: Image = serde_json::from_slice(&config)?;
         let mut command = self.node.agent_place().command("bwrap")?;
+        command.args(["--die-with-parent", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--as-pid-1"]);
         // The image is made read-only last: what is mounted needs a folder.
-        command.args(["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--as-pid-1", "--bind"]);
-        command.arg(image.join("rootfs")).args([
-            "/",
-            "--proc",
-            "/proc",
-            "--dev",
-            "/dev",
-            "--ro-bind",
-            "/sys",
-            "/sys",
-        ]);
+        command.arg("--bind").arg(image.join("rootfs")).arg("/");
+        command.args(["--proc", "/proc", "--dev", "/dev", "--ro-bind", "/sys", "/sys"]);
         for mount in self.mounts(container).await? {
             command
                 .arg(if mount.read_only { "--ro-bind" } else { "--bind" })

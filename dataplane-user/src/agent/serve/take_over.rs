@@ -74,6 +74,7 @@ impl Service {
 
     fn end_take_over(&mut self) {
         self.taking_over = None;
+        self.metrics.taking_over.set(0);
         self.dataplane.end_take_over();
         self.flush();
     }
