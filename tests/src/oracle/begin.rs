@@ -11,11 +11,9 @@ use std::net::{IpAddr, SocketAddr};
 
 impl Model {
     /// A flow to one of these endpoints.
-    #[expect(clippy::too_many_arguments, reason = "the walk of a packet, as the contract tells it")]
     pub(super) fn begun(
         &self,
         place: Place,
-        frame: &[u8],
         headers: &Headers,
         client: Client,
         port: &ServicePort,
@@ -42,11 +40,11 @@ impl Model {
             let translates = self.translates_source(client, port, kind, headers, to);
             if translates || !taken(to) {
                 let outcome = self.begin(place, headers, client, to, translates);
-                alternatives.push(self.remembered(frame, headers, client, port, to, outcome, who));
+                alternatives.push(self.remembered(headers, client, port, to, outcome, who));
             }
             if collides && !translates {
                 let outcome = self.begin(place, headers, client, to, true);
-                let mut alternative = self.remembered(frame, headers, client, port, to, outcome, who);
+                let mut alternative = self.remembered(headers, client, port, to, outcome, who);
                 alternative.collided = true;
                 alternatives.push(alternative);
             }
@@ -103,7 +101,7 @@ impl Model {
         if !translates && client != Client::Node {
             return Outcome::Begun { to, source: NewSource::Kept, ttl_falls: false, exit: Exit::Stack };
         }
-        let exit = match self.way_past_the_stack(place, headers, to.ip(), [0; 6]) {
+        let exit = match self.way_past_the_stack(place, headers, to.ip()) {
             Ok(exit) => exit,
             Err(outcome) => return outcome,
         };
@@ -119,22 +117,15 @@ impl Model {
         Outcome::Begun { to, source, ttl_falls, exit }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the walk of a packet, as the contract tells it")]
     fn remembered(
         &self,
-        frame: &[u8],
         headers: &Headers,
         client: Client,
         port: &ServicePort,
         to: SocketAddr,
-        mut outcome: Outcome,
+        outcome: Outcome,
         who: IpAddr,
     ) -> Alternative {
-        let mut link = [0; 6];
-        link.copy_from_slice(&frame[6..12]);
-        if let Outcome::Begun { exit: exit @ Exit::HandUp(_), .. } = &mut outcome {
-            *exit = Exit::HandUp(link);
-        }
         let entered = matches!(outcome, Outcome::Begun { .. });
         let source_translated = matches!(outcome, Outcome::Begun { source: NewSource::Port(_), .. });
         let flow = Flow {
@@ -143,7 +134,7 @@ impl Model {
             port: port.id.clone(),
             local: port.sets.usable.get(&to).copied().unwrap_or(false),
             source_translated,
-            node_client: (client == Client::Node).then_some(link),
+            node_client: (client == Client::Node).then_some(headers.link),
             phase: Phase::HalfOpen { answered: None },
             endpoint_gone: false,
         };

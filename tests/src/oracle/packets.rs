@@ -30,7 +30,7 @@ impl Model {
         if place.is_from_network() && (headers.src.ip().is_loopback() || headers.dst.ip().is_loopback()) {
             return vec![Alternative::new(Outcome::Drop(Why::Loopback))];
         }
-        let mut alternatives = self.expect_of(place, frame, &headers);
+        let mut alternatives = self.expect_of(place, &headers);
         if headers.cut {
             // Whether it was ours can no longer be said.
             alternatives.push(Alternative::new(self.nobodys(place, &headers)));
@@ -47,7 +47,7 @@ impl Model {
         alternatives
     }
 
-    fn expect_of(&self, place: Place, frame: &[u8], headers: &Headers) -> Vec<Alternative> {
+    fn expect_of(&self, place: Place, headers: &Headers) -> Vec<Alternative> {
         if headers.flaw == Some(Flaw::Fragment) {
             return self.later_fragment(place, headers);
         }
@@ -56,9 +56,9 @@ impl Model {
             return vec![about];
         }
         match self.flows.find(Tuple::of(headers)) {
-            Some((flow, sender)) if headers.flaw.is_none() => self.known(place, frame, headers, flow, sender),
+            Some((flow, sender)) if headers.flaw.is_none() => self.known(place, headers, flow, sender),
             Some((flow, sender)) => self.known_but_flawed(place, headers, flow, sender),
-            None => self.first(place, frame, headers),
+            None => self.first(place, headers),
         }
     }
 
@@ -85,14 +85,7 @@ impl Model {
     }
 
     /// A packet of a flow that is known.
-    fn known(
-        &self,
-        place: Place,
-        frame: &[u8],
-        headers: &Headers,
-        flow: &Flow,
-        sender: Sender,
-    ) -> Vec<Alternative> {
+    fn known(&self, place: Place, headers: &Headers, flow: &Flow, sender: Sender) -> Vec<Alternative> {
         if !is_translated_at(flow, sender, place) {
             return vec![Alternative::new(Outcome::Pass)];
         }
@@ -101,7 +94,7 @@ impl Model {
             Sender::Endpoint => answers_another(flow, headers),
         };
         if is_over {
-            let mut alternatives = self.first(place, frame, headers);
+            let mut alternatives = self.first(place, headers);
             for alternative in &mut alternatives {
                 alternative.ends = Some(flow.client);
                 alternative.rebalanced = headers.proto == wire::UDP;
@@ -146,8 +139,7 @@ impl Model {
             return Outcome::Translated(flow.rewrite(sender, false), Exit::Stack);
         }
         let to = flow.rewrite(sender, false).dst.ip();
-        let link = flow.node_client.unwrap_or_default();
-        match self.way_past_the_stack(place, headers, to, link) {
+        match self.way_past_the_stack(place, headers, to) {
             Ok(exit) => {
                 let ttl_falls = exit == Exit::Forward && place != Place::ToNetwork;
                 Outcome::Translated(flow.rewrite(sender, ttl_falls), exit)
@@ -163,14 +155,13 @@ impl Model {
         place: Place,
         headers: &Headers,
         to: IpAddr,
-        link: [u8; 6],
     ) -> Result<Exit, Outcome> {
         let sent = place == Place::ToNetwork;
         if !sent && headers.ttl <= 1 {
             return Err(Outcome::Reject(Why::TtlExceeded, Answer::TimeExceeded));
         }
         match self.node.way(to) {
-            Way::Here => Ok(if sent { Exit::HandUp(link) } else { Exit::Stack }),
+            Way::Here => Ok(if sent { Exit::HandUp(headers.link) } else { Exit::Stack }),
             Way::None => Err(Outcome::Drop(Why::NoRoute)),
             Way::Out { mtu, .. } if headers.length > mtu => {
                 Err(Outcome::Reject(Why::TooBig, Answer::TooBig(mtu)))
@@ -180,7 +171,7 @@ impl Model {
     }
 
     /// A packet of no flow.
-    fn first(&self, place: Place, frame: &[u8], headers: &Headers) -> Vec<Alternative> {
+    fn first(&self, place: Place, headers: &Headers) -> Vec<Alternative> {
         let Some(client) = self.client(place, headers) else {
             return vec![Alternative::new(self.nobodys(place, headers))];
         };
@@ -204,7 +195,7 @@ impl Model {
             }
             Err(why) => return vec![Alternative::new(Outcome::Drop(why))],
         };
-        self.begun(place, frame, headers, client, port, kind, endpoints)
+        self.begun(place, headers, client, port, kind, endpoints)
     }
 
     /// A packet to no Service's address (Z4), and what must not leave the node (P13).

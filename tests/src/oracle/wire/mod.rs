@@ -102,6 +102,8 @@ pub struct Quote {
 /// The headers of an IP packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Headers {
+    /// The link-layer address that it comes from.
+    pub link: [u8; 6],
     /// The source; port 0 where there is none to be read.
     pub src: SocketAddr,
     /// The destination; likewise.
@@ -150,6 +152,7 @@ pub fn parse(frame: &[u8], tags: bool) -> Option<Headers> {
         0x86dd => network_v6(frame, l3),
         _ => None,
     }?;
+    headers.link.copy_from_slice(&frame[6..12]);
     let lies = headers.length < headers.l4 - l3 || headers.length > frame.len() - l3;
     if headers.flaw.is_none() {
         transport(frame, &mut headers);
@@ -315,6 +318,7 @@ impl Headers {
     /// A packet of which nothing else is known.
     fn between(src: IpAddr, dst: IpAddr, proto: u8) -> Self {
         Self {
+            link: [0; 6],
             src: SocketAddr::new(src, 0),
             dst: SocketAddr::new(dst, 0),
             proto,
