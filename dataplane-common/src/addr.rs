@@ -82,6 +82,12 @@ impl Addr {
         self.words() == [0, last]
     }
 
+    /// Whether it is in `fe80::/10`.
+    #[inline(always)]
+    pub fn is_link_local_v6(&self) -> bool {
+        self.octets[0] == 0xfe && self.octets[1] & 0xc0 == 0x80
+    }
+
     /// Whether it is in `224.0.0.0/4`, `ff00::/8`, or the limited broadcast address.
     #[inline(always)]
     pub fn is_multicast_or_broadcast(&self) -> bool {
@@ -249,6 +255,8 @@ mod tests {
             !addr("128.0.0.1").is_loopback() && !addr("::2").is_loopback() && !addr("1::1").is_loopback()
         );
         assert!(addr("0.0.0.0").is_unspecified() && addr("::").is_unspecified());
+        assert!(addr("fe80::1").is_link_local_v6() && addr("febf:ffff::1").is_link_local_v6());
+        assert!(!addr("fec0::1").is_link_local_v6() && !addr("fd80::1").is_link_local_v6());
         assert!(addr("224.0.0.1").is_multicast_or_broadcast() && addr("ff02::1").is_multicast_or_broadcast());
         assert!(addr("255.255.255.255").is_multicast_or_broadcast());
         assert!(!addr("223.255.255.255").is_multicast_or_broadcast());

@@ -74,6 +74,21 @@ impl Exit {
             Self::HandUp => Verdict::HandUp,
         }
     }
+
+    /// The exit that leads to a verdict.
+    ///
+    /// # Errors
+    /// The verdict, if it is not on a packet that leaves.
+    #[inline(always)]
+    const fn of(verdict: Verdict) -> Result<Self, Verdict> {
+        match verdict {
+            Verdict::Pass => Ok(Self::Stack),
+            Verdict::Forward => Ok(Self::Forward),
+            Verdict::HandUp => Ok(Self::HandUp),
+            Verdict::Drop(_) | Verdict::Refuse(_) | Verdict::Answer => Err(verdict),
+            Verdict::Begin | Verdict::LeaveToTc => Err(verdict),
+        }
+    }
 }
 
 /// Takes a packet through the dataplane. [`Verdict::Forward`] and [`Verdict::HandUp`] go by `scratch.way`. `log` is told
@@ -304,29 +319,44 @@ impl<F: Frame> Walk<'_, F> {
         Ok(Exit::Stack)
     }
 
-    /// Finds the way to the flow's destination past the stack, and the source address the kernel would use.
-    #[inline(never)]
+    /// How a packet leaves that does not go through the stack.
+    ///
+    /// # Errors
+    /// As [`Walk::exit`].
+    #[inline(always)]
     fn routed_exit(&mut self) -> Result<Exit, Verdict> {
+        Exit::of(self.find_way().verdict())
+    }
+
+    /// Finds the way to the flow's destination past the stack, and the source address the kernel would use; gives the verdict that
+    /// the way leads to.
+    #[inline(never)]
+    fn find_way(&mut self) -> Code {
         let Scratch { packet, flow, way, fib, .. } = &mut *self.s;
         let sent = self.hook == Hook::UplinkEgress;
         if !sent && packet.ttl <= 1 {
-            return Err(Verdict::Refuse(Reason::TtlExceeded));
+            return Verdict::Refuse(Reason::TtlExceeded).into();
+        }
+        // Nothing is forwarded from an address that means nothing beyond its link (RFC 4291, 2.5.6), and no route leads back to it.
+        if packet.src.is_link_local_v6() && !(sent && service::node_address(&flow.dst).is_some()) {
+            return Verdict::Drop(Reason::NoRoute).into();
         }
         let origin = if sent { Origin::Sent } else { Origin::Received };
-        match forward::route(self.frame, packet, &flow.dst, origin, fib, way) {
-            Route::Via if F::LEAVES_TO_TC && !back_out(self.frame, packet, way) => Err(Verdict::LeaveToTc),
-            Route::Via => Ok(Exit::Forward),
+        let verdict = match forward::route(self.frame, packet, &flow.dst, origin, fib, way) {
+            Route::Via if F::LEAVES_TO_TC && !back_out(self.frame, packet, way) => Verdict::LeaveToTc,
+            Route::Via => Verdict::Forward,
             Route::Local => {
                 // The endpoint is in the node's own network. The node as its own client would meet a martian: its
                 // packet must come from the frontend's address.
                 way.source = packet.dst;
                 // As if it had come in where it is about to leave.
                 (way.ifindex, way.destination_mac) = (self.frame.ifindex(), self.frame.link_source());
-                Ok(if sent { Exit::HandUp } else { Exit::Stack })
+                if sent { Verdict::HandUp } else { Verdict::Pass }
             }
-            Route::TooBig => Err(Verdict::Refuse(Reason::TooBig)),
-            Route::None(reason) => Err(Verdict::Drop(reason)),
-        }
+            Route::TooBig => Verdict::Refuse(Reason::TooBig),
+            Route::None(reason) => Verdict::Drop(reason),
+        };
+        verdict.into()
     }
 
     /// Writes the translation and sends the packet on its way.

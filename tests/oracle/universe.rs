@@ -34,7 +34,7 @@ pub(crate) struct Places {
     /// A server outside the cluster.
     pub(crate) server: &'static str,
     /// Clients outside the cluster, and other nodes.
-    pub(crate) outside: [&'static str; 4],
+    pub(crate) outside: [&'static str; 5],
     /// Addresses that no host has; a link-local one, which hosts may have, is the last.
     pub(crate) nobody: [&'static str; 5],
     /// LB IPs and external IPs.
@@ -63,7 +63,7 @@ pub(crate) const V4: Places = Places {
     narrow: "10.244.3.9",
     lost: "10.244.9.9",
     server: "198.51.100.200",
-    outside: ["198.51.100.7", "198.51.100.8", "192.0.2.2", "10.244.2.9"],
+    outside: ["198.51.100.7", "198.51.100.8", "192.0.2.2", "10.244.2.9", "169.254.7.7"],
     nobody: ["127.0.0.2", "224.0.0.5", "255.255.255.255", "0.0.0.0", "169.254.1.1"],
     outer: ["203.0.113.100", "203.0.113.101", "203.0.113.102", "198.18.0.1", "203.0.113.5", "192.0.2.1"],
     unknown: "10.96.77.77",
@@ -93,7 +93,7 @@ pub(crate) const V6: Places = Places {
     narrow: "fd00:10:244:3::9",
     lost: "fd00:10:244:9::9",
     server: "2001:db8:c::200",
-    outside: ["2001:db8:c::7", "2001:db8:c::8", "2001:db8::2", "fd00:10:244:2::9"],
+    outside: ["2001:db8:c::7", "2001:db8:c::8", "2001:db8::2", "fd00:10:244:2::9", "fe80::7"],
     nobody: ["::1", "ff02::5", "ff0e::1", "::", "fe80::99"],
     outer: [
         "2001:db8:b::100",

@@ -3,8 +3,8 @@
 use crate::{expect, expect_drop};
 use dataplane_common::drop::Reason;
 use dataplane_tests::packet::build::{icmp_error, tcp, tcp_packet, udp_packet};
-use dataplane_tests::packet::family::for_both;
-use dataplane_tests::packet::{Hook, Verdict, World, reason};
+use dataplane_tests::packet::family::{V6, for_both};
+use dataplane_tests::packet::{Hook, Verdict, World, in_namespace, reason};
 
 /// P1: ClusterIP and NodePort alike, TCP.
 #[test]
@@ -93,5 +93,24 @@ fn a_stray_reset_is_dropped() {
         let sent = tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::RST);
         expect_drop(&world, Hook::UplinkIn, &sent, Reason::StrayReset);
         assert_eq!(world.flow_counts().unwrap(), [0, 0, 0], "no insert on RST");
+    });
+}
+
+/// Z3: nothing is forwarded from a link-local address. What stays here keeps its source, and goes the stack's way.
+#[test]
+fn a_link_local_client_is_forwarded_nowhere() {
+    in_namespace(|| {
+        let f = &V6;
+        let call = |to| udp_packet(("fe80::7", 40_000), to, b"question");
+        for hook in [Hook::Xdp, Hook::UplinkIn] {
+            let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+            expect_drop(&world, hook, &call((f.node, 30_080)), Reason::NoRoute);
+            expect_drop(&world, hook, &call((f.cluster_ip, 80)), Reason::NoRoute);
+            assert_eq!(world.flow_counts().unwrap(), [0, 0, 0], "nothing was begun");
+            let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+            let sent = call((f.node, 30_080));
+            let out = sent.clone().to(f.pod, 8080);
+            expect(&world, hook, &sent, Verdict::Pass, &out, &f.counted_in(8 + 8, true));
+        }
     });
 }

@@ -160,7 +160,13 @@ impl Model {
         if !sent && headers.ttl <= 1 {
             return Err(Outcome::Reject(Why::TtlExceeded, Answer::TimeExceeded));
         }
-        match self.node.way(to) {
+        let is_of_link = |ip| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        let way = self.node.way(to);
+        // No router forwards what comes from there (RFC 4291, 2.5.6), and none leads back.
+        if is_of_link(headers.src.ip()) && !(sent && way == Way::Here) {
+            return Err(Outcome::Drop(Why::NoRoute));
+        }
+        match way {
             Way::Here => Ok(if sent { Exit::HandUp(headers.link) } else { Exit::Stack }),
             Way::None => Err(Outcome::Drop(Why::NoRoute)),
             Way::Out { mtu, .. } if headers.length > mtu => {
