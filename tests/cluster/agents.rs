@@ -3,14 +3,7 @@
 use crate::shared::{Cluster, PATIENCE, PORT};
 use crate::world::eventually;
 use dataplane_tests::lab::{Failure, at};
-use std::net::SocketAddr;
 use std::time::Duration;
-
-/// Waits until the agents have the Service: the shell's node its ClusterIP, another node its node port.
-fn wait_until_served(cluster: &Cluster, [cluster_ip, node_port]: [SocketAddr; 2]) {
-    eventually("the ClusterIP answers", || cluster.shell().tcp(cluster_ip).is_ok());
-    eventually("the node port answers", || cluster.outside().tcp(node_port).is_ok());
-}
 
 /// C2, T5: a rollout replaces every pod, one after the other, and no connection fails.
 #[test]
@@ -18,7 +11,7 @@ fn a_rollout_fails_no_connection() {
     let cluster = Cluster::shared();
     cluster.web("rolled", 3, 30_101);
     let to = [at(cluster.cluster_ip("rolled"), PORT), at(cluster.lab.node(0).address(), 30_101)];
-    wait_until_served(&cluster, to);
+    cluster.wait_until_served(to);
     let uids = || cluster.pod_uids("app=rolled");
     let before = uids();
     let made = cluster.under_new_connections(to, || {
@@ -37,7 +30,7 @@ fn an_api_server_that_goes_and_comes_is_not_noticed() {
     let cluster = Cluster::raise();
     cluster.web("steady", 2, 30_102);
     let to = [at(cluster.cluster_ip("steady"), PORT), at(cluster.lab.node(1).address(), 30_102)];
-    wait_until_served(&cluster, to);
+    cluster.wait_until_served(to);
     let made = cluster.under_new_connections(to, || {
         cluster.plane.stop_api_server();
         std::thread::sleep(Duration::from_secs(3));

@@ -1,15 +1,14 @@
 //! What a cluster needs, as `deploy/` has it: applied by `kubectl` to a real API server, made into pods by the DaemonSet controller,
-//! run by `crun` from the image, with what the pods ask for and no more.
+//! run by `bwrap` from the image, with what the pods ask for and no more.
 
 use crate::shared::{Cluster, PORT};
 use crate::world::{eventually, metric};
 use dataplane_common::node::Node as Settings;
 use dataplane_common::tables::Nodes;
-use dataplane_tests::controlplane::API_SERVER;
+use dataplane_tests::controlplane::{API_SERVER, target_folder};
 use dataplane_tests::lab::{Node, Process, at, portolan};
 use dataplane_user::kernel::maps::Map;
 use dataplane_user::kernel::pins::Pins;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,11 +18,12 @@ fn file(name: &str) -> String {
     format!("{}/../deploy/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Where `cargo xtask image` writes: below the target folder that this program lies in.
-fn archive() -> PathBuf {
-    let running = std::env::current_exe().unwrap();
-    let target = running.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file()).unwrap();
-    target.join("image/portolan.tar")
+/// A cluster whose kubelet knows the image that `cargo xtask image` wrote.
+fn raise() -> Cluster {
+    let cluster = Cluster::without_agents();
+    let archive = target_folder().unwrap().join("image/portolan.tar");
+    cluster.plane.load_image(&archive).unwrap();
+    cluster
 }
 
 fn kubectl(cluster: &Cluster, arguments: &[&str]) -> String {
@@ -76,14 +76,12 @@ fn install(cluster: &Cluster) {
 /// C3: installed, updated, deleted: none of that costs a connection. Then nothing is left.
 #[test]
 fn a_daemon_set_serves_a_cluster_until_it_is_cleaned_up() {
-    let cluster = Cluster::without_agents();
-    cluster.plane.load_image(&archive()).unwrap();
+    let cluster = raise();
     install(&cluster);
 
     cluster.web("installed", 2, 30_111);
     let to = [at(cluster.cluster_ip("installed"), PORT), at(cluster.lab.node(0).address(), 30_111)];
-    eventually("the ClusterIP answers", || cluster.shell().tcp(to[0]).is_ok());
-    eventually("the node port answers", || cluster.outside().tcp(to[1]).is_ok());
+    cluster.wait_until_served(to);
     for node in cluster.lab.nodes() {
         eventually("every node has the Service", || services(node).contains("installed"));
     }
@@ -127,8 +125,7 @@ fn a_daemon_set_serves_a_cluster_until_it_is_cleaned_up() {
 /// they have. Then they are not missed.
 #[test]
 fn a_cluster_goes_over_from_kube_proxy_and_no_connection_fails() {
-    let cluster = Cluster::without_agents();
-    cluster.plane.load_image(&archive()).unwrap();
+    let cluster = raise();
     let on_every_node = |arguments: &[&str]| {
         let start = |node: &Arc<Node>| {
             let mut command = cluster.plane.kube_proxy(node, "nftables").unwrap();
@@ -143,8 +140,7 @@ fn a_cluster_goes_over_from_kube_proxy_and_no_connection_fails() {
     let proxies = on_every_node(&[]);
     cluster.web("moved", 2, 30_112);
     let to = [at(cluster.cluster_ip("moved"), PORT), at(cluster.lab.node(0).address(), 30_112)];
-    eventually("the ClusterIP answers", || cluster.shell().tcp(to[0]).is_ok());
-    eventually("the node port answers", || cluster.outside().tcp(to[1]).is_ok());
+    cluster.wait_until_served(to);
     let clients = [cluster.shell(), cluster.outside()].map(|client| client.timeout(Duration::from_secs(20)));
     let calls = clients.iter().zip(to);
     let mut old: Vec<_> = calls.flat_map(|(client, to)| client.connect_many(to, 10).unwrap()).collect();

@@ -2,6 +2,7 @@
 //!
 //! Tests share no object: each makes its own by a name of its own.
 
+use crate::world::eventually;
 use dataplane_tests::controlplane::ControlPlane;
 use dataplane_tests::lab::{AgentOptions, Client, Failure, Lab, Options, PodOptions, Source};
 use serde_json::{Value, json};
@@ -65,6 +66,12 @@ impl Cluster {
     /// The client outside.
     pub(crate) fn outside(&self) -> Client {
         Client::at(self.lab.client())
+    }
+
+    /// Waits until the agents have a Service: the shell's node its ClusterIP, another node its node port.
+    pub(crate) fn wait_until_served(&self, [cluster_ip, node_port]: [SocketAddr; 2]) {
+        eventually("the ClusterIP answers", || self.shell().tcp(cluster_ip).is_ok());
+        eventually("the node port answers", || self.outside().tcp(node_port).is_ok());
     }
 
     /// Makes new connections, from the shell to a ClusterIP and from outside to a node port, while something is done. None may

@@ -96,6 +96,11 @@ pub(crate) fn target_folder() -> Result<PathBuf> {
     Ok(own.parent().context("this program lies nowhere")?.to_owned())
 }
 
+/// The folder that the folders of all profiles and targets lie in.
+pub(crate) fn all_targets() -> Result<PathBuf> {
+    Ok(target_folder()?.parent().context("the target folder lies nowhere")?.to_owned())
+}
+
 /// A program to be run in the workspace, without what cargo told this package about itself.
 pub(crate) fn program(name: &str) -> Command {
     let mut command = Command::new(name);

@@ -4,11 +4,10 @@
 //! The agent is linked statically, so nothing else is in the image but the licences. No time is written into it: the same source
 //! makes the same digest by the same compiler.
 
-use crate::command::{CommandLine, target_folder, workspace};
+use crate::command::{CommandLine, all_targets, workspace};
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
-use std::path::PathBuf;
 use std::{env, fs};
 
 /// What an image is called unless it is told: a name that no registry has.
@@ -40,11 +39,6 @@ fn agent() -> Result<Vec<u8>> {
         .run()?;
     let path = all_targets()?.join(target).join("release/portolan");
     fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
-}
-
-/// The folder that the folders of all profiles and targets lie in.
-fn all_targets() -> Result<PathBuf> {
-    Ok(target_folder()?.parent().context("the target folder lies nowhere")?.to_owned())
 }
 
 /// The one layer of the image: an archive of its files.

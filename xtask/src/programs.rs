@@ -1,6 +1,6 @@
 //! Verbs that build a program of the workspace and become it.
 
-use crate::command::{CommandLine, program, target_folder};
+use crate::command::{CommandLine, all_targets, program, target_folder};
 use anyhow::{Context as _, Result, bail};
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
@@ -55,10 +55,9 @@ pub(crate) fn build_programs() -> Result<()> {
     CommandLine::new("cargo build --package dataplane-user --package dataplane-tests --bins").run()
 }
 
-/// The folder of optimized programs, beside the one this program lies in.
+/// The folder of optimized programs.
 fn release_folder() -> Result<PathBuf> {
-    let own = target_folder()?;
-    Ok(own.parent().context("the target folder lies nowhere")?.join("release"))
+    Ok(all_targets()?.join("release"))
 }
 
 /// Replaces this process, so that signals and the exit status are the program's own.

@@ -187,6 +187,11 @@ impl<M: Maps> Dataplane<M> {
         self.addresses = addresses;
     }
 
+    /// Whether TCP connections are left to another proxy (C5).
+    pub(super) fn takes_over(&self) -> bool {
+        self.settings.node.flags & Node::TAKES_OVER != 0
+    }
+
     /// No TCP connection is left to another proxy any more (C5).
     pub(super) fn end_take_over(&mut self) {
         self.settings.node.flags &= !Node::TAKES_OVER;

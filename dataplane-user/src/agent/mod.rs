@@ -105,8 +105,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
     spawn_servers(&args, scrape);
     let netns_cookie = links::netns_cookie().context("the cookie of this network namespace")?;
     let mut settings = Settings::new(&args, netns_cookie, features.fib_source);
-    let takes_over = serve::take_over::is_due(&maps)?;
-    settings.node.flags |= if takes_over { Node::TAKES_OVER } else { 0 };
+    if serve::take_over::is_due(&maps)? {
+        settings.node.flags |= Node::TAKES_OVER;
+    }
     let (sender, changes) = mpsc::channel(CHANGES);
     let watch = watch_objects(&args, &settings, sender).await?;
 
@@ -129,7 +130,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let tell = health_checks::tell(watch.events());
     tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), tell));
     let told = Told { health, health_checks, metrics };
-    let service = Service::new(dataplane, watch, keeping, told, clock, takes_over, &args);
+    let service = Service::new(dataplane, watch, keeping, told, clock, &args);
     let result = service.run(changes, interfaces, choice).await;
     hooks.abort();
     result

@@ -91,7 +91,6 @@ impl Service {
         keeping: Keeping,
         Told { health, health_checks, metrics }: Told,
         clock: Clock,
-        takes_over: bool,
         args: &AgentArgs,
     ) -> Self {
         let (_, _, frontends) = dataplane.mirror().0.sizes();
@@ -99,6 +98,7 @@ impl Service {
             tracing::info!("{frontends} frontends of an earlier agent are in the kernel and served");
             health.serving();
         }
+        let takes_over = dataplane.takes_over();
         metrics.taking_over.set(takes_over.into());
         let idle = IdleTimes {
             established: args.conntrack_tcp_timeout_established,

@@ -91,13 +91,17 @@ fn dns_module() -> PathBuf {
     module().join(DNS_PROGRAM)
 }
 
+/// Cargo's target folder, in which this program lies.
+pub fn target_folder() -> Result<PathBuf> {
+    let running = std::env::current_exe()?;
+    let target = running.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file());
+    let target =
+        target.with_context(|| format!("{} is not in a target folder of cargo", running.display()))?;
+    Ok(target.to_owned())
+}
+
 /// `target/controlplane/HASH`, where the hash is that of a module's versions.
 fn cache(module: &Path) -> Result<PathBuf> {
-    let running = std::env::current_exe()?;
-    let target = running
-        .ancestors()
-        .find(|folder| folder.join("CACHEDIR.TAG").is_file())
-        .with_context(|| format!("{} is not in a target folder of cargo", running.display()))?;
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for file in ["go.mod", "go.sum"] {
         let path = module.join(file);
@@ -105,7 +109,7 @@ fn cache(module: &Path) -> Result<PathBuf> {
             hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
         }
     }
-    Ok(target.join("controlplane").join(format!("{hash:016x}")))
+    Ok(target_folder()?.join("controlplane").join(format!("{hash:016x}")))
 }
 
 /// Has the programs of a folder built, unless somebody else is about to.

@@ -50,7 +50,7 @@ struct Image {
 pub(super) fn load(archive: &Path, images: &Path) -> Result<String> {
     let mut files = BTreeMap::new();
     let file =
-        fs::File::open(archive).with_context(|| format!("{}: run `cargo xtask image`", archive.display()))?;
+        File::open(archive).with_context(|| format!("{}: run `cargo xtask image`", archive.display()))?;
     for entry in tar::Archive::new(file).entries()? {
         let mut entry = entry?;
         let (path, mut content) = (entry.path()?.to_string_lossy().into_owned(), Vec::new());

@@ -13,7 +13,7 @@ mod kubelet;
 mod objects;
 mod scheduler;
 
-pub use binaries::{Binaries, FOLDER_VARIABLE};
+pub use binaries::{Binaries, FOLDER_VARIABLE, target_folder};
 pub(crate) use etcd::Stored;
 
 use crate::lab::{Lab, Node, Place, Process, at};

@@ -37,29 +37,27 @@ impl Service {
         let due = state.looked.is_none_or(|looked| looked.elapsed() >= LOOK);
         match state.looking.take() {
             Some(looking) if !looking.is_finished() => state.looking = Some(looking),
-            Some(looking) => match looking.await {
-                Ok(Ok(true)) => {
-                    if !std::mem::replace(&mut state.seen, true) {
-                        tracing::info!(
-                            "TCP connections that another proxy translates are left to it until they end"
-                        );
+            Some(looking) => {
+                match looking.await {
+                    Ok(Ok(true)) => {
+                        if !std::mem::replace(&mut state.seen, true) {
+                            tracing::info!(
+                                "TCP connections that another proxy translates are left to it until they end"
+                            );
+                        }
+                        return;
                     }
-                }
-                Ok(Ok(false)) => {
-                    if state.seen {
+                    Ok(Ok(false)) if state.seen => {
                         tracing::info!("the last TCP connection that another proxy translated has ended");
                     }
-                    self.end_take_over();
+                    Ok(Ok(false)) => {}
+                    Ok(Err(error)) => {
+                        tracing::warn!("no TCP connection is left to another proxy any more: {error}");
+                    }
+                    Err(error) => tracing::error!("looking for another proxy's connections: {error}"),
                 }
-                Ok(Err(error)) => {
-                    tracing::warn!("no TCP connection is left to another proxy any more: {error}");
-                    self.end_take_over();
-                }
-                Err(error) => {
-                    tracing::error!("looking for another proxy's connections: {error}");
-                    self.end_take_over();
-                }
-            },
+                self.end_take_over();
+            }
             // Before the programs see them all, the other proxy goes on making connections.
             None if due && self.health.is_attached() => {
                 state.looked = Some(Instant::now());
