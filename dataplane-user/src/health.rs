@@ -245,7 +245,9 @@ mod tests {
         let health = std::sync::Arc::new(serving(Duration::from_secs(60)));
         health.eligible(false);
         let (asked, port) = (health.clone(), free_port());
-        tokio::spawn(crate::http::serve("health", ([0, 0, 0, 0], port).into(), move |path| asked.page(path)));
+        let pages = crate::http::at_once(move |path| asked.page(path));
+        let gate = crate::http::Gate::default();
+        tokio::spawn(crate::http::serve("health", ([0, 0, 0, 0], port).into(), gate, pages));
         for host in ["127.0.0.1", "::1"] {
             let address = std::net::SocketAddr::new(host.parse().unwrap(), port);
             let answer = get(address, "/healthz").await;

@@ -5,7 +5,7 @@
 
 use crate::compile::HealthCheck;
 use crate::health::Health;
-use crate::http::{self, Page};
+use crate::http::{self, Gate, Page};
 use crate::model::ObjectName;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -134,7 +134,7 @@ impl HealthChecks {
 }
 
 /// Keeps a server at each place until the task is aborted, and tells once of each that cannot be had.
-pub async fn serve(checks: Arc<HealthChecks>, health: Arc<Health>, tell: impl Fn(&Unbound<'_>)) {
+pub async fn serve(checks: Arc<HealthChecks>, health: Arc<Health>, gate: Gate, tell: impl Fn(&Unbound<'_>)) {
     let mut servers: BTreeMap<Place, JoinHandle<()>> = BTreeMap::new();
     let mut unbound: BTreeSet<Place> = BTreeSet::new();
     loop {
@@ -155,7 +155,8 @@ pub async fn serve(checks: Arc<HealthChecks>, health: Arc<Health>, tell: impl Fn
                 Ok(listener) => {
                     unbound.remove(&place);
                     tracing::debug!("health check of Service {service} at http://{address}");
-                    let server = tokio::spawn(http::answer_all(listener, pages(&checks, &health, &place)));
+                    let pages = pages(&checks, &health, &place);
+                    let server = tokio::spawn(http::answer_all(listener, gate.clone(), pages));
                     servers.insert(place, server);
                 }
                 Err(error) if address.ip().is_unspecified() && http::is_without_family(&error) => {}
@@ -176,7 +177,7 @@ pub async fn serve(checks: Arc<HealthChecks>, health: Arc<Health>, tell: impl Fn
 fn pages(checks: &Arc<HealthChecks>, health: &Arc<Health>, (service, address): &Place) -> http::Pages {
     let (checks, health, service, ipv6) =
         (checks.clone(), health.clone(), service.clone(), address.is_ipv6());
-    Arc::new(move |_| checks.page(&service, ipv6, health.trouble().is_none()))
+    http::at_once(move |_| checks.page(&service, ipv6, health.trouble().is_none()))
 }
 
 #[cfg(test)]
@@ -204,7 +205,7 @@ mod tests {
                 told.lock().unwrap().push(format!("{} {}", unbound.service, unbound.address))
             }
         };
-        tokio::spawn(serve(checks.clone(), health.clone(), tell));
+        tokio::spawn(serve(checks.clone(), health.clone(), Gate::default(), tell));
         (checks, health, told)
     }
 

@@ -1,6 +1,21 @@
 //! A small HTTP server for health and metrics: GET a path, get a page. It never keeps the agent from its work: an address
-//! that is taken is tried again, and a client that does not behave is dropped.
+//! that is taken is tried again, and a client that is slow, idle or greedy costs nobody else an answer.
+//!
+//! Load balancers and kubelets act on what they are told here, and everybody who can reach the node can connect. So each
+//! connection is one question: little is read, it must come soon, and where too many are open at once, over all listeners,
+//! one of the client that has most of them is closed ([`Gate`]).
 
+#[cfg(test)]
+pub(crate) mod client;
+mod gate;
+mod once;
+#[cfg(test)]
+mod tests;
+
+pub use gate::Gate;
+pub use once::Once;
+
+use futures::future::{BoxFuture, ready};
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
@@ -18,12 +33,15 @@ use tokio::task::JoinSet;
 
 /// Wait before an address that could not be had is tried again.
 pub(crate) const RETRY: Duration = Duration::from_secs(5);
-/// How long a client may take for its request's headers.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// How many clients of one listener are served at once; more wait.
-const CLIENTS: usize = 64;
-/// How many of those that wait the kernel keeps.
-const BACKLOG: i32 = 128;
+/// How long a client may take for its request's headers: one packet that was lost and sent again, and no more.
+const HEADERS_WITHIN: Duration = Duration::from_secs(2);
+/// How long a connection may last: as long as Prometheus waits for a scrape by default.
+const LONGEST: Duration = Duration::from_secs(10);
+/// Bytes of a request's headers, and the least that `hyper` takes.
+const HEADERS: usize = 8 * 1024;
+/// How many connections the kernel keeps until they are accepted. Of each that comes beyond, the kernel drops a packet, and
+/// the client repeats it a second later: too late for a kubelet. The kernel takes `net.core.somaxconn` if that is less.
+const BACKLOG: i32 = 4_096;
 
 /// An answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,22 +74,27 @@ impl Page {
 }
 
 /// What is answered to each path.
-pub type Pages = Arc<dyn Fn(&str) -> Page + Send + Sync>;
+pub type Pages = Arc<dyn Fn(&str) -> BoxFuture<'static, Arc<Page>> + Send + Sync>;
+
+/// Pages that are made at once.
+pub fn at_once(pages: impl Fn(&str) -> Page + Send + Sync + 'static) -> Pages {
+    Arc::new(move |path| now(pages(path)))
+}
+
+/// A page that is there already.
+pub fn now(page: Page) -> BoxFuture<'static, Arc<Page>> {
+    Box::pin(ready(Arc::new(page)))
+}
 
 /// Serves pages at an address until the task is aborted; `what` is for the log. A wildcard address means both families,
 /// as it does to kube-proxy.
-pub async fn serve(
-    what: &'static str,
-    address: SocketAddr,
-    pages: impl Fn(&str) -> Page + Send + Sync + 'static,
-) {
-    let pages: Pages = Arc::new(pages);
+pub async fn serve(what: &'static str, address: SocketAddr, gate: Gate, pages: Pages) {
     let mut servers = JoinSet::new();
     for address in both_families(address) {
-        let pages = pages.clone();
+        let (gate, pages) = (gate.clone(), pages.clone());
         servers.spawn(async move {
             if let Some(listener) = listen(what, address).await {
-                answer_all(listener, pages).await;
+                answer_all(listener, gate, pages).await;
             }
         });
     }
@@ -110,17 +133,21 @@ pub fn is_without_family(error: &io::Error) -> bool {
 }
 
 /// Answers whoever connects, until the task is aborted; then open connections are closed.
-pub async fn answer_all(listener: TcpListener, pages: Pages) {
+pub async fn answer_all(listener: TcpListener, gate: Gate, pages: Pages) {
     let mut clients = JoinSet::new();
     loop {
         while clients.try_join_next().is_some() {}
-        if clients.len() >= CLIENTS {
-            clients.join_next().await;
-        }
         match listener.accept().await {
-            Ok((stream, _)) => {
-                let pages = pages.clone();
-                clients.spawn(async move { answer(stream, &*pages).await });
+            Ok((stream, peer)) => {
+                let (mut admitted, pages) = (gate.admit(peer.ip()), pages.clone());
+                clients.spawn(async move {
+                    tokio::select! {
+                        biased;
+                        () = answer(stream, &*pages) => {}
+                        () = admitted.closed() => {}
+                        () = tokio::time::sleep(LONGEST) => {}
+                    }
+                });
             }
             // Out of descriptors, or a client that left before it was accepted.
             Err(error) => {
@@ -156,118 +183,40 @@ async fn listen(what: &str, address: SocketAddr) -> Option<TcpListener> {
     }
 }
 
-async fn answer(stream: TcpStream, pages: &(dyn Fn(&str) -> Page + Send + Sync)) {
+async fn answer(stream: TcpStream, pages: &(dyn Fn(&str) -> BoxFuture<'static, Arc<Page>> + Send + Sync)) {
     let service = service_fn(|request: Request<Incoming>| {
         let page = pages(request.uri().path());
-        async move { Ok::<_, Infallible>(response(page)) }
+        async move { Ok::<_, Infallible>(response(page.await)) }
     });
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(PATIENCE)
+        .header_read_timeout(HEADERS_WITHIN)
+        .max_buf_size(HEADERS)
+        .keep_alive(false)
         .title_case_headers(true)
         .serve_connection(TokioIo::new(stream), service);
     // What goes wrong here is the client's.
     let _ = served.await;
 }
 
-fn response(page: Page) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(page.body)));
+/// The text of a page that others may be sent as well.
+struct SharedText(Arc<Page>);
+
+impl AsRef<[u8]> for SharedText {
+    fn as_ref(&self) -> &[u8] {
+        self.0.body.as_bytes()
+    }
+}
+
+fn response(page: Arc<Page>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from_owner(SharedText(page.clone()))));
     *response.status_mut() = StatusCode::from_u16(page.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(page.content_type));
-    for (name, value) in page.headers {
-        if let Ok(value) = HeaderValue::from_str(&value) {
-            response.headers_mut().insert(name, value);
+    for (name, value) in &page.headers {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            response.headers_mut().insert(*name, value);
         }
     }
     response.headers_mut().insert("x-content-type-options", HeaderValue::from_static("nosniff"));
     response
-}
-
-/// What tests ask servers with.
-#[cfg(test)]
-pub(crate) mod client {
-    use std::net::SocketAddr;
-    use std::time::Duration;
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    use tokio::net::TcpStream;
-
-    /// An answer, as it came.
-    #[derive(Debug)]
-    pub(crate) struct Answer {
-        pub(crate) status: u16,
-        head: String,
-        pub(crate) body: String,
-    }
-
-    impl Answer {
-        pub(crate) fn header(&self, name: &str) -> Option<&str> {
-            self.head
-                .lines()
-                .filter_map(|line| line.split_once(": "))
-                .find_map(|(known, value)| known.eq_ignore_ascii_case(name).then_some(value.trim()))
-        }
-
-        pub(crate) fn json(&self) -> serde_json::Value {
-            serde_json::from_str(&self.body).unwrap()
-        }
-    }
-
-    /// GET; waits until somebody listens.
-    pub(crate) async fn get(address: SocketAddr, path: &str) -> Answer {
-        for _ in 0..400 {
-            if let Some(answer) = try_get(address, path).await {
-                return answer;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        panic!("nobody listens at {address}");
-    }
-
-    /// GET; `None` if nobody listens.
-    pub(crate) async fn try_get(address: SocketAddr, path: &str) -> Option<Answer> {
-        let mut stream = TcpStream::connect(address).await.ok()?;
-        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).await.ok()?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).await.ok()?;
-        let (head, body) = text.split_once("\r\n\r\n")?;
-        let status = head.split(' ').nth(1)?.parse().ok()?;
-        Some(Answer { status, head: head.to_owned(), body: body.to_owned() })
-    }
-
-    /// A port that was free a moment ago.
-    pub(crate) fn free_port() -> u16 {
-        std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::client::{free_port, get};
-    use super::*;
-
-    #[tokio::test]
-    async fn a_page_is_served_by_its_path_on_both_families() {
-        let port = free_port();
-        let server = tokio::spawn(serve("tests", ([0, 0, 0, 0], port).into(), |path| match path {
-            "/here" => Page::text(200, "yes\n"),
-            _ => Page::not_found(),
-        }));
-        for host in ["127.0.0.1", "::1"] {
-            let address = SocketAddr::new(host.parse().unwrap(), port);
-            let answer = get(address, "/here").await;
-            assert_eq!((answer.status, answer.body.as_str()), (200, "yes\n"));
-            assert_eq!(answer.header("content-type"), Some("text/plain; charset=utf-8"));
-            assert_eq!(get(address, "/there").await.status, 404);
-        }
-        server.abort();
-    }
-
-    #[test]
-    fn an_address_that_is_no_wildcard_is_of_one_family() {
-        let address: SocketAddr = "192.0.2.1:80".parse().unwrap();
-        assert_eq!(both_families(address), [address]);
-        let any: SocketAddr = "[::]:80".parse().unwrap();
-        assert_eq!(both_families(any), [any, "0.0.0.0:80".parse().unwrap()]);
-    }
 }

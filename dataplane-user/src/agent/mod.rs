@@ -19,6 +19,7 @@ mod settings;
 use crate::config::{AgentArgs, SocketLb, TcMode};
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
+use crate::http::{self, Gate};
 use crate::kernel::attach::Attachments;
 use crate::kernel::callers::CallerCells;
 use crate::kernel::clock::Clock;
@@ -102,7 +103,8 @@ async fn serve(args: AgentArgs) -> Result<()> {
         health_checks: health_checks.clone(),
         max_series: args.metrics_max_series,
     };
-    spawn_servers(&args, scrape);
+    let gate = Gate::default();
+    spawn_servers(&args, &gate, Arc::new(scrape));
     let netns_cookie = links::netns_cookie().context("the cookie of this network namespace")?;
     let mut settings = Settings::new(&args, netns_cookie, features.fib_source);
     if serve::take_over::is_due(&maps)? {
@@ -128,7 +130,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let keeping = Keeping::new(&args, &settings, metrics.clone());
     let dataplane = Dataplane::open(settings, maps, addresses)?;
     let tell = health_checks::tell(watch.events());
-    tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), tell));
+    tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), gate, tell));
     let told = Told { health, health_checks, metrics };
     let service = Service::new(dataplane, watch, keeping, told, clock, &args);
     let result = service.run(changes, interfaces, choice).await;
@@ -155,20 +157,18 @@ async fn watch_objects(
     }
 }
 
-fn spawn_servers(args: &AgentArgs, scrape: Scrape) {
+fn spawn_servers(args: &AgentArgs, gate: &Gate, scrape: Arc<Scrape>) {
     if let Some(address) = args.healthz_bind_address.0 {
         let (health, metrics) = (scrape.health.clone(), scrape.metrics.clone());
-        let pages = move |path: &str| {
+        let pages = http::at_once(move |path| {
             let page = health.page(path);
             metrics.health_answered(path, page.status);
             page
-        };
-        tokio::spawn(crate::http::serve("health", address, pages));
+        });
+        tokio::spawn(http::serve("health", address, gate.clone(), pages));
     }
     if let Some(address) = args.metrics_bind_address.0 {
-        // Many maps are read: others need not wait.
-        let pages = move |path: &str| tokio::task::block_in_place(|| scrape.page(path));
-        tokio::spawn(crate::http::serve("metrics", address, pages));
+        tokio::spawn(http::serve("metrics", address, gate.group(scrape::CLIENTS), scrape.pages()));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
-use crate::http::Page;
+use crate::http::{Once, Page, Pages, now};
 use crate::kernel::bpf;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::object::Programs;
@@ -24,17 +24,26 @@ pub(super) struct Scrape {
     pub(super) max_series: usize,
 }
 
+/// How many clients may be at metrics at once: a page of them is some megabytes, and lies there until it is sent.
+pub(super) const CLIENTS: usize = 16;
+
 impl Scrape {
-    /// `/metrics` and `/proxyMode` (H3).
-    pub(super) fn page(&self, path: &str) -> Page {
-        match path {
-            "/metrics" => Page {
-                content_type: "text/plain; version=0.0.4; charset=utf-8",
-                ..Page::text(200, self.metrics.text(&self.observe()))
-            },
-            "/proxyMode" => Page::text(200, "ebpf"),
-            _ => Page::not_found(),
-        }
+    /// `/metrics` and `/proxyMode` (H3). Many maps are read for metrics: once for all who ask at the same time.
+    pub(super) fn pages(self: Arc<Self>) -> Pages {
+        let once = Arc::new(Once::default());
+        Arc::new(move |path| match path {
+            "/metrics" => {
+                let (scrape, once) = (self.clone(), once.clone());
+                Box::pin(async move { once.get(move || scrape.metrics_page()).await })
+            }
+            "/proxyMode" => now(Page::text(200, "ebpf")),
+            _ => now(Page::not_found()),
+        })
+    }
+
+    fn metrics_page(&self) -> Page {
+        let text = self.metrics.text(&self.observe());
+        Page { content_type: "text/plain; version=0.0.4; charset=utf-8", ..Page::text(200, text) }
     }
 
     fn observe(&self) -> Observed {
