@@ -92,7 +92,7 @@ reasons! {
     XdpLeftToTc = 21, "xdp-left-to-tc", Noted;
     /// A protocol the programs do not translate, to an address and port of a Service.
     UnsupportedProtocol = 22, "unsupported-protocol", Dropped;
-    /// Two flows would have had the same reply; the new one got a translated source.
+    /// Two flows would have had the same reply; the new one got a translated source port (P12).
     ReplyCollision = 23, "reply-collision", Noted;
     /// A TCP reset to a Service that belongs to no flow.
     StrayReset = 24, "stray-reset", Dropped;

@@ -14,7 +14,7 @@ use crate::reject::{self, IcmpError};
 use crate::scratch::{Opening, Scratch, SourceRule};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
-use crate::verdict::{Code, Verdict, Way};
+use crate::verdict::{Code, Exit, Verdict, Way};
 use crate::{interest, nat, uplink};
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
@@ -51,44 +51,6 @@ struct Walk<'a, F> {
     frame: &'a mut F,
     hook: Hook,
     s: &'a mut Scratch,
-}
-
-/// How a translated packet leaves the hook.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Exit {
-    /// To the host's stack.
-    Stack,
-    /// Past the stack, by the walk's way.
-    Forward,
-    /// Up the stack, as if it had come in on the interface of the walk's way.
-    HandUp,
-}
-
-impl Exit {
-    /// The verdict on a packet that was written.
-    #[inline(always)]
-    const fn verdict(self) -> Verdict {
-        match self {
-            Self::Stack => Verdict::Pass,
-            Self::Forward => Verdict::Forward,
-            Self::HandUp => Verdict::HandUp,
-        }
-    }
-
-    /// The exit that leads to a verdict.
-    ///
-    /// # Errors
-    /// The verdict, if it is not on a packet that leaves.
-    #[inline(always)]
-    const fn of(verdict: Verdict) -> Result<Self, Verdict> {
-        match verdict {
-            Verdict::Pass => Ok(Self::Stack),
-            Verdict::Forward => Ok(Self::Forward),
-            Verdict::HandUp => Ok(Self::HandUp),
-            Verdict::Drop(_) | Verdict::Refuse(_) | Verdict::Answer => Err(verdict),
-            Verdict::Begin | Verdict::LeaveToTc => Err(verdict),
-        }
-    }
 }
 
 /// Takes a packet through the dataplane. [`Verdict::Forward`] and [`Verdict::HandUp`] go by `scratch.way`. `log` is told
@@ -495,14 +457,16 @@ impl<F: Frame> Walk<'_, F> {
 
     #[inline(always)]
     fn new_flow(&mut self) -> Verdict {
+        let sent = self.hook == Hook::UplinkEgress;
+        // In memory, so that the verifier walks the search for a port once, whatever exit was found.
+        self.s.exit = Exit::Stack;
         for attempt in 0..ENDPOINT_TRIES {
             let proposed = self.propose(attempt);
             if proposed != Code::BEGIN {
                 return proposed.verdict();
             }
-            let mut exit = Exit::Stack;
-            if self.hook == Hook::UplinkEgress || self.s.flow.has(Flow::SOURCE_TRANSLATED) {
-                exit = match self.routed_exit() {
+            if sent || self.s.flow.has(Flow::SOURCE_TRANSLATED) {
+                self.s.exit = match self.routed_exit() {
                     Ok(exit) => exit,
                     Err(verdict) => return verdict,
                 };
@@ -511,26 +475,24 @@ impl<F: Frame> Walk<'_, F> {
                 }
             }
             if self.s.flow.has(Flow::SOURCE_TRANSLATED) {
-                return self.enter_translated(exit);
+                return self.enter_translated();
             }
             interest::note_caller(&self.s.flow.src, self.s.packet.proto);
             // A client's own port that serves it again ends the flow that is closing.
             match flow::claim(&self.s.key, &mut self.s.flow, &mut self.s.reply, Ending::Closing) {
-                Claim::Made => return self.launch(exit).verdict(),
-                // Another flow has the same reply. What port the node itself sends from is no matter.
-                Claim::Taken if self.hook == Hook::UplinkEgress => break,
-                // Another endpoint may do.
+                Claim::Made => return self.launch().verdict(),
+                // Another endpoint may do. The node's own address and port may change, so it needs no other endpoint.
+                Claim::Taken if sent => break,
                 Claim::Taken => {}
                 Claim::Full => return Verdict::Drop(Reason::FlowsFull),
             }
         }
-        // Better a translated source, whatever the policy says, than a client refused.
+        // Another flow has the same reply. The client gets another port and keeps its address: policies are about addresses (P12).
         count::reason(Reason::ReplyCollision);
-        self.translate_source();
-        match self.routed_exit() {
-            Ok(exit) => self.enter_translated(exit),
-            Err(verdict) => verdict,
+        if sent {
+            self.translate_source();
         }
+        self.enter_translated()
     }
 
     /// Whether what the node itself sends leaves by another interface than the one that the kernel chose for the Service's
@@ -609,13 +571,16 @@ impl<F: Frame> Walk<'_, F> {
         (reply.dst, reply.dst_port) = (packet.src, packet.src_port);
     }
 
-    /// Enters the proposed flow with a translated source, that of its way, and sends the packet.
+    /// Enters the proposed flow with a translated source port, and with the address of its way where the source address is
+    /// translated too, and sends the packet.
     #[inline(always)]
-    fn enter_translated(&mut self, exit: Exit) -> Verdict {
-        self.s.flow.src = self.s.way.source;
-        interest::note_caller(&self.s.flow.src, self.s.packet.proto);
+    fn enter_translated(&mut self) -> Verdict {
+        if self.s.flow.has(Flow::SOURCE_TRANSLATED) {
+            self.s.flow.src = self.s.way.source;
+            interest::note_caller(&self.s.flow.src, self.s.packet.proto);
+        }
         match port::claim(self.s) {
-            Claim::Made => self.launch(exit).verdict(),
+            Claim::Made => self.launch().verdict(),
             Claim::Taken => Verdict::Drop(Reason::PortsExhausted),
             Claim::Full => Verdict::Drop(Reason::FlowsFull),
         }
@@ -623,11 +588,11 @@ impl<F: Frame> Walk<'_, F> {
 
     /// Sends the first packet of a flow that was entered.
     #[inline(never)]
-    fn launch(&mut self, exit: Exit) -> Code {
+    fn launch(&mut self) -> Code {
         let (service, backend) = (self.s.opening.service, self.s.flow.backend);
         count::new_flow(service, backend);
         count::packet(service, backend, Direction::In, self.s.packet.length);
-        self.send(exit).into()
+        self.send(self.s.exit).into()
     }
 }
 
@@ -666,5 +631,5 @@ fn affinity_client(src: &Addr, source: Source) -> &Addr {
     }
 }
 
-/// How many endpoints are tried before the source is translated to avoid a collision.
+/// How many endpoints are tried before the source port is translated to avoid a collision.
 const ENDPOINT_TRIES: u32 = 3;

@@ -7,7 +7,7 @@ use crate::icmp::Changes;
 use crate::maps::SCRATCH;
 use crate::parse::Packet;
 use crate::service::Source;
-use crate::verdict::Way;
+use crate::verdict::{Exit, Way};
 use aya_ebpf::bindings::bpf_fib_lookup;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::service::EndpointSet;
@@ -31,6 +31,8 @@ pub struct Scratch {
     pub reply: Flow,
     /// What the flow that begins has to choose from.
     pub opening: Opening,
+    /// How its first packet leaves.
+    pub exit: Exit,
     /// Parameters of a route lookup.
     pub fib: bpf_fib_lookup,
     /// Where the packet goes past the stack.

@@ -24,6 +24,44 @@ pub enum Verdict {
     Answer,
 }
 
+/// How a translated packet leaves the hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// To the host's stack.
+    Stack,
+    /// Past the stack, by the walk's way.
+    Forward,
+    /// Up the stack, as if it had come in on the interface of the walk's way.
+    HandUp,
+}
+
+impl Exit {
+    /// The verdict on a packet that was written.
+    #[inline(always)]
+    pub const fn verdict(self) -> Verdict {
+        match self {
+            Self::Stack => Verdict::Pass,
+            Self::Forward => Verdict::Forward,
+            Self::HandUp => Verdict::HandUp,
+        }
+    }
+
+    /// The exit that leads to a verdict.
+    ///
+    /// # Errors
+    /// The verdict, if it is not on a packet that leaves.
+    #[inline(always)]
+    pub const fn of(verdict: Verdict) -> Result<Self, Verdict> {
+        match verdict {
+            Verdict::Pass => Ok(Self::Stack),
+            Verdict::Forward => Ok(Self::Forward),
+            Verdict::HandUp => Ok(Self::HandUp),
+            Verdict::Drop(_) | Verdict::Refuse(_) | Verdict::Answer => Err(verdict),
+            Verdict::Begin | Verdict::LeaveToTc => Err(verdict),
+        }
+    }
+}
+
 /// A verdict as one number, for the border of a function that is not inlined: the payload of an enum is undefined where
 /// a variant has none, and the verifier refuses to pass on what nobody wrote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,8 +1,9 @@
 //! Who answers and which source the endpoint sees, by policy and by where the client is: P4 to P9, P12.
 
-use crate::world::{BOTH, World, ask, ask_many, everywhere, pods};
-use dataplane_tests::lab::Answer;
+use crate::world::{BOTH, PATIENCE, SILENCE, Transport, Udp, World, ask, ask_many, everywhere, pods};
+use dataplane_tests::lab::{Answer, Asked, Client, Stream, ask_datagram, next_source};
 use std::collections::BTreeSet;
+use std::net::{SocketAddr, UdpSocket};
 
 /// Asserts what a pod of `node` (from 1) saw of the outside client that called that node's port.
 #[track_caller]
@@ -127,5 +128,74 @@ everywhere! {
             assert_eq!(answer.client_ip(), world.pod_ip("shell-3"));
         }
         crate::world::assert_silent(&world.in_pod("shell-1"), world.node_frontend(3, 0));
+    }
+}
+
+/// Calls an address from a port of a pod, and leaves the connection open, if there is one.
+fn ask_from(
+    client: &Client,
+    socket: &UdpSocket,
+    transport: Transport,
+    to: SocketAddr,
+) -> (Asked, Option<Stream>) {
+    if transport == Udp {
+        return (ask_datagram(socket, Some(to), PATIENCE), None);
+    }
+    match client.clone().source(socket.local_addr().unwrap()).connect(to) {
+        Ok(mut stream) => (stream.ask(), Some(stream)),
+        Err(failure) => (Err(failure), None),
+    }
+}
+
+/// Asserts that nobody answers on any of these addresses, all called from one port.
+#[track_caller]
+fn assert_silent_to_one_port(client: &Client, socket: &UdpSocket, called: &[SocketAddr]) {
+    called.iter().for_each(|to| drop(socket.send_to(b"hello", to).unwrap()));
+    let source = socket.local_addr().unwrap();
+    std::thread::scope(|scope| {
+        let connect = |to| scope.spawn(move || client.clone().timeout(SILENCE).source(source).connect(to));
+        for thread in called.iter().copied().map(connect).collect::<Vec<_>>() {
+            let answered = thread.join().unwrap();
+            assert!(answered.is_err(), "{called:?}: {answered:?}");
+        }
+    });
+    socket.set_read_timeout(Some(SILENCE)).unwrap();
+    let answered = socket.recv_from(&mut [0; 64]);
+    assert!(answered.is_err(), "{called:?}: {answered:?}");
+}
+
+everywhere! {
+    /// P4, P5, P9, P12: the endpoint sees the client, and so does a policy, by whichever addresses of the Service one port of the
+    /// client calls it.
+    fn a_second_flow_with_the_same_reply_keeps_its_source_and_meets_the_same_policy(world) {
+        let db = world.pod("db-1");
+        world.apply(&world.node_port_service(0).external_local().endpoints([db.endpoint()]));
+        world.apply(&world.node_port_service(1).endpoints([db.endpoint()]));
+        let called = |node| {
+            [world.frontend(0), world.node_frontend(node, 0), world.frontend(1), world.node_frontend(node, 1)]
+        };
+        let a_port_of = |pod: &str| {
+            let place = world.pod(pod).place().clone();
+            place.udp_socket(Some(next_source(&place, world.family()))).unwrap()
+        };
+        assert_silent_to_one_port(&world.in_pod("shell-1"), &a_port_of("shell-1"), &called(1));
+        for transport in BOTH {
+            // A socket that is connected already can have no second one with the same port to one endpoint.
+            let one_port = transport == Udp || world.kind().pods_connect_by_packet();
+            for (pod, node) in [("shell-2", 2), ("shell-3", 3)] {
+                let (mut socket, mut seen, mut open) = (a_port_of(pod), BTreeSet::new(), Vec::new());
+                for to in called(node) {
+                    let (answer, stream) = ask_from(&world.in_pod(pod), &socket, transport, to);
+                    let answer = answer.unwrap_or_else(|failure| panic!("{transport:?} {to}: {failure}"));
+                    assert_eq!(answer.client_ip(), world.pod_ip(pod), "{transport:?} {to}");
+                    seen.insert(answer.client);
+                    open.push(stream);
+                    if !one_port {
+                        socket = a_port_of(pod);
+                    }
+                }
+                assert_eq!(seen.len(), called(node).len(), "{transport:?}: each has its port: {seen:?}");
+            }
+        }
     }
 }

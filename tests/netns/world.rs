@@ -2,7 +2,8 @@
 //! [`World`] per test with names, addresses and ports of its own. When a test fails, its World tells what the nodes knew.
 //!
 //! Each laboratory has three nodes. `web-1` and `shell-1` are pods of `node-1`, `web-3` and `shell-2` of `node-2`, `shell-3` is
-//! the only pod of `node-3`. The `web` pods serve TCP and UDP on [`TARGET`], and each node itself serves on [`HOST_TARGET`].
+//! the only pod of `node-3`. `db-1`, of `node-1` too, serves as they do, but a policy of netfilter's FORWARD drops what `shell-1`
+//! sends to it. The `web` pods serve TCP and UDP on [`TARGET`], and each node itself serves on [`HOST_TARGET`].
 
 use dataplane_common::frontend::FrontendKey;
 use dataplane_common::{Port, Protocol, tables};
@@ -30,7 +31,7 @@ pub(crate) const SILENCE: Duration = Duration::from_millis(400);
 /// What is refused at once is refused within this time: less than the second after which a SYN is sent again.
 pub(crate) const AT_ONCE: Duration = Duration::from_millis(800);
 /// How long a client waits for an answer that must come.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a change may take to arrive in every kernel.
 const ARRIVAL: Duration = Duration::from_secs(20);
 /// Requests from which the spread over two endpoints is told: one is missed once in 2^23 runs.
@@ -97,6 +98,12 @@ impl Kind {
     /// Whether the node itself reaches node ports on its own addresses: there is no packet path.
     pub(crate) fn serves_own_node_ports(self) -> bool {
         !self.arguments().contains(&"--socket-lb=off")
+    }
+
+    /// Whether the TCP connections of pods go by packet, and not by the socket hooks.
+    pub(crate) fn pods_connect_by_packet(self) -> bool {
+        let by_packet = ["--socket-lb=off", "--socket-lb=host"];
+        self.arguments().iter().any(|argument| by_packet.contains(argument))
     }
 
     /// Whether nodes reach the pods of others through a tunnel, and each other beside it.
@@ -612,9 +619,11 @@ fn raise(options: Options, arguments: &[&str]) -> Lab {
         ("web-3", 1, PodOptions::default()),
         ("shell-2", 1, PodOptions::client()),
         ("shell-3", 2, PodOptions::client()),
+        ("db-1", 0, PodOptions::default()),
     ] {
         lab.add_pod(name, node, &options).unwrap();
     }
+    forbid(&lab, "shell-1", "db-1");
     for (number, node) in (1..).zip(lab.nodes()) {
         let ports = PodOptions::default().tcp(&[HOST_TARGET]).udp(&[HOST_TARGET]);
         node.serve(&format!("host-{number}"), &ports).unwrap();
@@ -625,6 +634,19 @@ fn raise(options: Options, arguments: &[&str]) -> Lab {
         assert!(!log.contains("cannot attach"), "{log}");
     }
     lab
+}
+
+/// A policy of the node of two pods, as CNIs make them: what the one sends to the other is dropped in FORWARD.
+fn forbid(lab: &Lab, client: &str, server: &str) {
+    let [client, server] = [client, server].map(|name| lab.pod(name).unwrap());
+    let node = lab.nodes().iter().find(|node| node.name() == server.node()).unwrap();
+    let rules = Family::BOTH.map(|family| {
+        let protocol = if family == Family::V4 { "ip" } else { "ip6" };
+        let (from, to) = (client.ip(family), server.ip(family));
+        format!("{protocol} saddr {from} {protocol} daddr {to} counter drop")
+    });
+    let chain = format!("type filter hook forward priority filter; {};", rules.join("; "));
+    node.place().run("nft", &[&format!("table inet policies {{ chain forward {{ {chain} }}; }}")]).unwrap();
 }
 
 /// Statics are never dropped: without this the laboratories would be the next run's leftovers.

@@ -76,7 +76,10 @@ pub(crate) fn random(random: &mut Random) -> Script {
             match random.below(10) {
                 0..=5 => clients.push(author.conversation(random)),
                 6 | 7 if !clients.is_empty() => {
-                    let client = clients[random.below(clients.len())].clone();
+                    let mut client = clients[random.below(clients.len())].clone();
+                    if random.chance(30) {
+                        client.dst = author.next_to(&client);
+                    }
                     author.resume(random, &client);
                 }
                 _ => author.stray(random),
@@ -146,6 +149,22 @@ impl Author {
         let port = if random.chance(50) { random.of(&PORTS) } else { random.of(&NODE_PORTS) };
         let ping = if ip.is_ipv6() { ICMPV6 } else { ICMP };
         (SocketAddr::new(ip, port), random.of(&[TCP, TCP, UDP, UDP, SCTP, ping]))
+    }
+
+    /// Another destination, next to this one in the list: mostly another address of the same service port.
+    fn next_to(&self, client: &Client) -> SocketAddr {
+        let dst = client.dst;
+        // What the node sends to itself leaves by no uplink.
+        let leaves = |ip: &IpAddr| {
+            client.place != Place::ToNetwork || !Places::of(ip.is_ipv6()).has_node(&ip.to_string())
+        };
+        let fits = |(ip, _, proto): &(IpAddr, u16, u8)| {
+            ip.is_ipv6() == dst.is_ipv6() && *proto == client.proto && leaves(ip)
+        };
+        let all: Vec<_> = self.destinations.iter().copied().filter(fits).collect();
+        let at = all.iter().position(|(ip, port, _)| SocketAddr::new(*ip, *port) == dst);
+        let next = at.and_then(|at| all.get(at + 1).or(all.first()));
+        next.map_or(dst, |(ip, port, _)| SocketAddr::new(*ip, *port))
     }
 
     /// Somebody who calls, and where the call is met.

@@ -4,7 +4,7 @@ use crate::{expect, expect_drop, expect_untouched};
 use dataplane_common::drop::Reason;
 use dataplane_common::node::Node;
 use dataplane_common::{Addr, Port};
-use dataplane_tests::packet::build::{LINK_FROM, Packet, Transport, icmp_error, tcp, tcp_packet, udp_packet};
+use dataplane_tests::packet::build::{LINK_FROM, Transport, icmp_error, tcp, tcp_packet, udp_packet};
 use dataplane_tests::packet::family::{NARROW, for_both};
 use dataplane_tests::packet::{GATEWAY_MAC, Hook, Verdict, World, reason};
 
@@ -337,25 +337,88 @@ fn an_endpoint_without_a_route_is_a_counted_drop() {
     });
 }
 
-/// A flow that changes only its destination may not share its reply with another: the second gets a translated source.
+/// P12: a flow that changes only its destination may not share its reply with another. The second gets another source port, keeps
+/// its client's address (P9) and goes through the stack, as the first did. Its reply is restored where that one's is.
 #[test]
-fn two_flows_with_one_reply_are_kept_apart() {
+fn two_flows_with_one_reply_are_kept_apart_by_their_port() {
     for_both(|f| {
-        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
-        let through_cluster_ip = tcp_packet((f.pod, 40_000), (f.cluster_ip, 80), tcp::SYN);
-        let out = through_cluster_ip.clone().to(f.remote, 8080);
-        expect(&world, Hook::PodIn, &through_cluster_ip, Verdict::Pass, &out, &f.counted_in(20, true));
-        let through_node_port = tcp_packet((f.pod, 40_000), (f.node, 30_080), tcp::SYN);
-        let outcome = world.send(Hook::PodIn, &through_node_port).unwrap();
-        assert_eq!(outcome.verdict, Verdict::Redirect);
-        assert_eq!(outcome.moved.get(Reason::ReplyCollision.label()), Some(&1));
-        let translated: Packet =
-            through_node_port.clone().from(f.node, f.source_port(&outcome.packet)).to(f.remote, 8080).ttl(63);
-        assert_eq!(outcome.packet, translated.bytes());
+        let world = World::new(&f.load_balancer("", &[f.remote_endpoint()])).unwrap();
+        let ack = tcp::SYN | tcp::ACK;
+        let udp = |from, to, _| udp_packet(from, to, b"datagram");
+        for (packet, payload) in [(tcp_packet as fn(_, _, _) -> _, 20), (udp, 16)] {
+            let first = packet((f.pod, 40_000), (f.cluster_ip, 80), tcp::SYN);
+            let out = first.clone().to(f.remote, 8080);
+            expect(&world, Hook::PodIn, &first, Verdict::Pass, &out, &f.counted_in(payload, true));
+            let mut ports = std::collections::BTreeSet::from([40_000]);
+            for called in [(f.node, 30_080), (f.lb_ip, 80)] {
+                let sent = packet((f.pod, 40_000), called, tcp::SYN);
+                let outcome = world.send(Hook::PodIn, &sent).unwrap();
+                let port = f.source_port(&outcome.packet);
+                assert!((61_000..=61_007).contains(&port) && ports.insert(port), "{port}");
+                let out = sent.clone().from(f.pod, port).to(f.remote, 8080);
+                assert_eq!((outcome.verdict, outcome.packet), (Verdict::Pass, out.bytes()));
+                let mut moved = f.counted_in(payload, true);
+                moved.extend(reason(Reason::ReplyCollision));
+                assert_eq!(outcome.moved, moved);
+                expect_untouched(&world, Hook::UplinkOut, &out);
+                // What follows goes the same way.
+                expect(&world, Hook::PodIn, &sent, Verdict::Pass, &out, &f.counted_in(payload, false));
+                let reply = packet((f.remote, 8080), (f.pod, port), ack);
+                expect_untouched(&world, Hook::UplinkIn, &reply);
+                let restored = reply.clone().from(called.0, called.1).to(f.pod, 40_000);
+                expect(&world, Hook::PodOut, &reply, Verdict::Pass, &restored, &f.counted_out(payload));
+            }
+            let reply = packet((f.remote, 8080), (f.pod, 40_000), ack);
+            let restored = reply.clone().from(f.cluster_ip, 80);
+            expect(&world, Hook::PodOut, &reply, Verdict::Pass, &restored, &f.counted_out(payload));
+        }
     });
 }
 
-/// C4: the same for the node's own flows: the second reply, too, comes back to it.
+/// P7, P12: the same of a client outside that calls a local endpoint through two addresses; in XDP as well.
+#[test]
+fn two_flows_from_outside_with_one_reply_keep_their_source() {
+    for_both(|f| {
+        for hook in [Hook::UplinkIn, Hook::Xdp] {
+            let spec = "externalTrafficPolicy: Local";
+            let world = World::new(&f.load_balancer(spec, &[f.local_endpoint()])).unwrap();
+            let to = |called| udp_packet((f.client, 40_000), called, b"question");
+            let first = to((f.lb_ip, 80));
+            let out = first.clone().to(f.pod, 8080);
+            expect(&world, hook, &first, Verdict::Pass, &out, &f.counted_in(16, true));
+            let second = to((f.node, 30_080));
+            let outcome = world.send(hook, &second).unwrap();
+            let port = f.source_port(&outcome.packet);
+            let out = second.clone().from(f.client, port).to(f.pod, 8080);
+            assert_eq!((outcome.verdict, outcome.packet), (Verdict::Pass, out.bytes()));
+            let reply = udp_packet((f.pod, 8080), (f.client, port), b"answer");
+            expect_untouched(&world, Hook::PodIn, &reply);
+            let restored = reply.clone().from(f.node, 30_080).to(f.client, 40_000);
+            expect(&world, Hook::UplinkOut, &reply, Verdict::Pass, &restored, &f.counted_out(14));
+        }
+    });
+}
+
+/// P12: when all ports are taken, a further flow of the client with the same reply is dropped and counted; its address is not
+/// translated instead.
+#[test]
+fn a_flow_with_the_same_reply_and_no_port_left_is_dropped() {
+    for_both(|f| {
+        let mut world = World::new(&f.load_balancer("", &[f.remote_endpoint()])).unwrap();
+        world.set_snat_ports(61_000..=61_000).unwrap();
+        let to = |called| udp_packet((f.pod, 40_000), called, b"question");
+        for called in [(f.cluster_ip, 80), (f.node, 30_080)] {
+            assert_eq!(world.send(Hook::PodIn, &to(called)).unwrap().verdict, Verdict::Pass);
+        }
+        let outcome = world.send(Hook::PodIn, &to((f.lb_ip, 80))).unwrap();
+        assert_eq!(outcome.verdict, Verdict::Drop);
+        let mut moved = reason(Reason::ReplyCollision);
+        moved.extend(reason(Reason::PortsExhausted));
+        assert_eq!(outcome.moved, moved);
+    });
+}
+
+/// C4, P12: the same for the node's own flows: the second reply, too, comes back to it.
 #[test]
 fn two_flows_of_the_node_with_one_reply_are_kept_apart() {
     for_both(|f| {

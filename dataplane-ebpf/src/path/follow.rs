@@ -1,11 +1,11 @@
 //! Packets that are found by what another packet said: ICMP errors by the packet they quote (P19), fragments by the first of
 //! their datagram (P20). They follow a flow, never begin one, and are never answered by an ICMP error.
 
-use super::{Exit, Hook, Walk, not_ours};
+use super::{Hook, Walk, not_ours};
 use crate::count::{self, Direction};
 use crate::frame::Frame;
 use crate::parse::{self, Obstacle};
-use crate::verdict::{Code, Verdict};
+use crate::verdict::{Code, Exit, Verdict};
 use crate::{flow, fragment, icmp, interest, nat, select, service};
 use dataplane_common::drop::Reason;
 use dataplane_common::flow::{Flow, FlowKey};

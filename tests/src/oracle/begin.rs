@@ -9,6 +9,17 @@ use super::{Model, Place, Way};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
+/// What a flow that begins changes beside its destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    /// Nothing.
+    Nothing,
+    /// The source port.
+    Port,
+    /// The source address and port.
+    Source,
+}
+
 impl Model {
     /// A flow to one of these endpoints.
     pub(super) fn begun(
@@ -36,17 +47,24 @@ impl Model {
         let collides = endpoints
             .iter()
             .any(|to| taken(*to) && !self.translates_source(client, port, kind, headers, *to));
+        let begun_with = |to, change| {
+            let outcome = self.begin(place, headers, client, to, change);
+            let mut alternative = self.remembered(headers, client, port, to, outcome, who);
+            if let Then::Begin(flow) = &mut alternative.then {
+                flow.source_translated = change == Change::Source;
+            }
+            alternative
+        };
         for &to in endpoints {
             let translates = self.translates_source(client, port, kind, headers, to);
             if translates || !taken(to) {
-                let outcome = self.begin(place, headers, client, to, translates);
-                alternatives.push(self.remembered(headers, client, port, to, outcome, who));
+                let change = if translates { Change::Source } else { Change::Nothing };
+                alternatives.push(begun_with(to, change));
             }
             if collides && !translates {
-                let outcome = self.begin(place, headers, client, to, true);
-                let mut alternative = self.remembered(headers, client, port, to, outcome, who);
-                alternative.collided = true;
-                alternatives.push(alternative);
+                // P12: of the node's own packets the address may change as well.
+                let change = if client == Client::Node { Change::Source } else { Change::Port };
+                alternatives.push(Alternative { collided: true, ..begun_with(to, change) });
             }
         }
         alternatives.iter_mut().for_each(|alternative| alternative.bound = endpoints.len() < all);
@@ -96,20 +114,23 @@ impl Model {
         headers: &Headers,
         client: Client,
         to: SocketAddr,
-        translates: bool,
+        change: Change,
     ) -> Outcome {
-        if !translates && client != Client::Node {
-            return Outcome::Begun { to, source: NewSource::Kept, ttl_falls: false, exit: Exit::Stack };
+        if change != Change::Source && client != Client::Node {
+            let kept = change == Change::Nothing;
+            let source = if kept { NewSource::Kept } else { NewSource::Port(headers.src.ip()) };
+            return Outcome::Begun { to, source, ttl_falls: false, exit: Exit::Stack };
         }
         let exit = match self.way_past_the_stack(place, headers, to.ip()) {
             Ok(exit) => exit,
             Err(outcome) => return outcome,
         };
-        let source = match (translates, self.node.way(to.ip())) {
-            (false, _) => NewSource::Kept,
+        let source = match (change, self.node.way(to.ip())) {
+            (Change::Nothing, _) => NewSource::Kept,
+            (Change::Port, _) => NewSource::Port(headers.src.ip()),
             // From the node's own address to itself would be a martian: the Service's address stands in.
-            (true, Way::Here) => NewSource::Port(headers.dst.ip()),
-            (true, Way::Out { .. } | Way::None) => {
+            (Change::Source, Way::Here) => NewSource::Port(headers.dst.ip()),
+            (Change::Source, Way::Out { .. } | Way::None) => {
                 NewSource::Port(self.node.source(headers.is_v6()).unwrap_or(headers.dst.ip()))
             }
         };
@@ -127,13 +148,12 @@ impl Model {
         who: IpAddr,
     ) -> Alternative {
         let entered = matches!(outcome, Outcome::Begun { .. });
-        let source_translated = matches!(outcome, Outcome::Begun { source: NewSource::Port(_), .. });
         let flow = Flow {
             client: Tuple::of(headers),
             translated: Tuple { src: headers.src, dst: to, proto: headers.proto },
             port: port.id.clone(),
             local: port.sets.usable.get(&to).copied().unwrap_or(false),
-            source_translated,
+            source_translated: false,
             node_client: (client == Client::Node).then_some(headers.link),
             phase: Phase::HalfOpen { answered: None },
             endpoint_gone: false,

@@ -126,7 +126,7 @@ pub struct Alternative {
     pub ends: Option<Tuple>,
     /// A UDP flow left its endpoint (C1).
     pub rebalanced: bool,
-    /// Two flows would have had the same reply: a source was translated that would else have been kept.
+    /// Two flows would have had the same reply: a source port was translated that would else have been kept.
     pub collided: bool,
     /// S1 left less of a choice than the endpoint set.
     pub bound: bool,

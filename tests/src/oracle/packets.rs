@@ -272,7 +272,7 @@ impl Model {
         let Then::Begin(flow) = &alternative.then else { return true };
         let reply = Tuple { src: flow.translated.dst, dst: source, proto: flow.client.proto };
         // A client's own port that serves it again ends the flow that is closing; a translated port can be any other.
-        let ended = |other: &Flow| other.phase == Phase::Closing && !flow.source_translated;
+        let ended = |other: &Flow| other.phase == Phase::Closing && source == flow.client.src;
         self.flows.with_reply(reply).is_none_or(|other| other.client == flow.client || ended(other))
     }
 
