@@ -5,8 +5,9 @@
 //! messages because this side was slow, everything is read anew.
 #![expect(clippy::wildcard_enum_match_arm, reason = "netlink's enums are not ours and grow with the kernel")]
 
+use super::rtnetlink_dump;
 use crate::pattern::Pattern;
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::StreamExt as _;
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
@@ -22,7 +23,7 @@ use std::{fmt, io};
 use tokio::sync::watch;
 
 /// Room for messages that wait to be read: some thousand interfaces changing at once.
-const RECEIVE_BUFFER: usize = 4 << 20;
+const RECEIVE_BUFFER: libc::c_int = 4 << 20;
 /// Wait before netlink is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 /// `SO_NETNS_COOKIE` of linux/socket.h (Linux 5.14).
@@ -42,6 +43,9 @@ pub enum LinksError {
         /// The kernel's answer.
         source: rtnetlink::Error,
     },
+    /// The kernel had more to tell than this side read.
+    #[error("netlink messages were lost")]
+    Lost,
     /// The socket is closed.
     #[error("the netlink socket was closed")]
     Closed,
@@ -163,12 +167,14 @@ impl Interfaces {
             }
             RouteNetlinkMessage::DelLink(message) => {
                 // A bridge port leaves its bridge by a message of the bridge's family: the interface stays.
-                if message.header.interface_family == rtnetlink::packet_route::AddressFamily::Unspec {
-                    let index = message.header.index;
-                    self.links.remove(&index);
-                    self.addresses.remove(&index);
+                if message.header.interface_family != rtnetlink::packet_route::AddressFamily::Unspec {
+                    return News::Seen;
                 }
-                News::Routes
+                let index = message.header.index;
+                self.links.remove(&index);
+                self.addresses.remove(&index);
+                // Routes by it went with it, and of those of IPv4 nothing is told. A node may have a million others.
+                if self.default_routes.contains(&index) { News::Routes } else { News::Seen }
             }
             RouteNetlinkMessage::NewAddress(message) => {
                 if let Some((index, address)) = address(&message) {
@@ -263,18 +269,15 @@ fn route_interfaces(message: &RouteMessage) -> BTreeSet<u32> {
 }
 
 pub(super) async fn dump(handle: &Handle) -> Result<Interfaces, LinksError> {
-    let failed = |what| move |source| LinksError::Dump { what, source };
-    let links: Vec<_> = handle.link().get().execute().try_collect().await.map_err(failed("interfaces"))?;
-    let addresses: Vec<_> =
-        handle.address().get().execute().try_collect().await.map_err(failed("addresses"))?;
-    let mut interfaces = Interfaces {
-        links: links.iter().filter_map(interface).collect(),
-        addresses: BTreeMap::new(),
-        default_routes: default_routes(handle).await?,
+    let mut interfaces = Interfaces::default();
+    let links = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let mut take = |message| {
+        interfaces.apply(message);
     };
-    for (index, address) in addresses.iter().filter_map(address) {
-        interfaces.add(index, address);
-    }
+    rtnetlink_dump::each(handle, "interfaces", links, &mut take).await?;
+    let addresses = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    rtnetlink_dump::each(handle, "addresses", addresses, take).await?;
+    interfaces.default_routes = default_routes(handle).await?;
     Ok(interfaces)
 }
 
@@ -282,15 +285,14 @@ async fn default_routes(handle: &Handle) -> Result<BTreeSet<u32>, LinksError> {
     let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
     let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
     let mut indexes = BTreeSet::new();
-    for request in [v4, v6] {
-        let routes = handle.route().get(request).execute();
-        let mut routes = std::pin::pin!(routes);
-        while let Some(route) = routes.next().await {
-            let route = route.map_err(|source| LinksError::Dump { what: "routes", source })?;
-            if is_default(&route) {
+    for question in [v4, v6].map(RouteNetlinkMessage::GetRoute) {
+        let take = |message| match message {
+            RouteNetlinkMessage::NewRoute(route) if is_default(&route) => {
                 indexes.extend(route_interfaces(&route));
             }
-        }
+            _ => {}
+        };
+        rtnetlink_dump::each(handle, "routes", question, take).await?;
     }
     Ok(indexes)
 }
@@ -311,12 +313,13 @@ pub async fn follow() -> Result<watch::Receiver<Interfaces>, LinksError> {
                 continue;
             };
             tracing::warn!("{error}; reading interfaces and addresses anew");
+            // What still waits in the old one is older than what is read now, and some of it was overtaken by what was lost.
             stream = loop {
-                tokio::time::sleep(RETRY).await;
                 match Stream::open().await {
                     Ok(stream) => break stream,
                     Err(error) => tracing::warn!("{error}"),
                 }
+                tokio::time::sleep(RETRY).await;
             };
             publish(&sender, &stream.now);
         }
@@ -346,9 +349,11 @@ impl Stream {
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
         ])?;
-        subscription.socket_mut().socket_mut().set_rx_buf_sz(RECEIVE_BUFFER)?;
+        rtnetlink_dump::make_room(subscription.socket_mut().socket_mut(), RECEIVE_BUFFER)?;
         tokio::spawn(subscription);
-        let (questions, handle, _) = rtnetlink::new_connection()?;
+        let (mut questions, handle, _) = rtnetlink::new_connection()?;
+        // The end of a dump tells whether it was interrupted.
+        questions.set_forward_done(true);
         tokio::spawn(questions);
         let now = dump(&handle).await?;
         Ok(Self { handle, messages, now })
@@ -367,10 +372,7 @@ impl Stream {
                 let routes = default_routes(&self.handle).await?;
                 self.now.set_default_routes(routes);
             }
-            News::Lost => {
-                tracing::warn!("netlink messages were lost; reading interfaces and addresses anew");
-                self.now = dump(&self.handle).await?;
-            }
+            News::Lost => return Err(LinksError::Lost),
         }
         publish(sender, &self.now);
         Ok(())
@@ -478,9 +480,21 @@ mod tests {
         node.add(3, own);
         let mut gone = LinkMessage::default();
         gone.header.index = 2;
-        assert_eq!(node.apply(RouteNetlinkMessage::DelLink(gone)), News::Routes);
+        assert_eq!(node.apply(RouteNetlinkMessage::DelLink(gone)), News::Seen, "no default route went by it");
         assert_eq!(node.links.len(), 1);
         assert_eq!(node.addresses, BTreeMap::from([(3, vec![own])]));
+    }
+
+    #[test]
+    fn routes_are_read_again_when_an_interface_of_theirs_goes() {
+        let mut node = interfaces(&[(2, "eth0", false), (3, "veth1", true)], &[2]);
+        let gone = |index| {
+            let mut message = LinkMessage::default();
+            message.header.index = index;
+            RouteNetlinkMessage::DelLink(message)
+        };
+        assert_eq!(node.apply(gone(3)), News::Seen);
+        assert_eq!(node.apply(gone(2)), News::Routes);
     }
 
     #[test]

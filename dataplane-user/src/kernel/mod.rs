@@ -17,4 +17,5 @@ mod netlink;
 pub mod object;
 pub mod pins;
 pub mod probe;
+mod rtnetlink_dump;
 pub mod sockets;
