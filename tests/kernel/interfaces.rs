@@ -48,12 +48,16 @@ fn agrees(runtime: &Runtime, known: &mut Receiver<Interfaces>) {
 fn what_was_lost_in_a_flood_is_read_anew_and_older_messages_are_not_believed() {
     in_own_namespace(|runtime| {
         let address = |verb: &str| format!("addr {verb} 192.0.2.1/32 dev known");
-        ip(["link add known type veth peer name other".to_owned(), "link set known up".to_owned(), address("add")]);
+        ip([
+            "link add known type veth peer name other".to_owned(),
+            "link set known up".to_owned(),
+            address("add"),
+        ]);
         let mut known = runtime.block_on(links::follow()).unwrap();
         // That the address went, and that the interface came, is the first to be told; that it came back and went is lost.
-        let flood = (0..15_000).flat_map(|_| ["add", "del"]).map(|verb| {
-            format!("addr {verb} 198.51.100.1/32 dev known")
-        });
+        let flood = (0..15_000)
+            .flat_map(|_| ["add", "del"])
+            .map(|verb| format!("addr {verb} 198.51.100.1/32 dev known"));
         let first = [address("del"), "link add phantom type veth peer name spirit".to_owned()];
         let last = [address("add"), "link del phantom".to_owned()];
         ip(first.into_iter().chain(flood).chain(last));
@@ -74,7 +78,8 @@ fn a_thousand_interfaces_that_come_and_go_leave_what_is_there() {
         // Those of one round come while those of the last one go.
         for round in 0..5 {
             let of = |round: usize| round * 100..(round + 1) * 100;
-            ip(of(round).flat_map(|n| [add(n), format!("link set pod{n} up"), format!("link set peer{n} up")]));
+            ip(of(round)
+                .flat_map(|n| [add(n), format!("link set pod{n} up"), format!("link set peer{n} up")]));
             runtime.block_on(async { tokio::time::sleep(Duration::from_millis(10)).await });
             if round > 0 {
                 ip(of(round - 1).map(del));

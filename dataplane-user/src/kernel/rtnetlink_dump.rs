@@ -7,9 +7,7 @@
 use super::links::LinksError;
 use futures::StreamExt as _;
 use rtnetlink::Handle;
-use rtnetlink::packet_core::{
-    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
-};
+use rtnetlink::packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
