@@ -98,6 +98,10 @@ pub struct AgentArgs {
     /// Ranges of ClusterIPs; without it, those of the ServiceCIDR objects.
     #[arg(long, value_name = "CIDR", value_delimiter = ',', num_args = 1..)]
     pub service_cidr: Vec<IpNet>,
+    /// A route of Portolan's own for the ranges of ClusterIPs, so that what the node itself sends there is served whatever its
+    /// other routes are.
+    #[arg(long, value_enum, default_value_t = ServiceRoute::Auto)]
+    pub service_route: ServiceRoute,
     /// Ranges in which the node's addresses answer on node ports, or `primary`; without it, all its addresses.
     #[arg(long, value_name = "CIDR|primary", value_delimiter = ',', num_args = 1..)]
     pub nodeport_addresses: Vec<NodePortRange>,
@@ -189,6 +193,15 @@ pub enum Output {
     Table,
     /// JSON, for programs.
     Json,
+}
+
+/// `--service-route`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ServiceRoute {
+    /// To the device `portolan0`.
+    Auto,
+    /// None: what the node sends by packet is served where its route leaves by an uplink.
+    Off,
 }
 
 /// `--socket-lb`.

@@ -16,6 +16,7 @@ mod own;
 mod policies;
 mod pressure;
 mod refusals;
+mod road;
 mod room;
 mod sockets;
 mod world;

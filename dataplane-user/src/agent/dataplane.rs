@@ -11,6 +11,7 @@ use crate::model::{Change, Dirty, Kind, Object, ObjectName, Store};
 use crate::sync::{Maps, Mirror, Outcome};
 use dataplane_common::Addr;
 use dataplane_common::node::{Node, NodeAddress};
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -185,6 +186,15 @@ impl<M: Maps> Dataplane<M> {
         self.dirty.services.append(&mut self.store.services_with_cluster_ip(&changed));
         self.dirty.node = true;
         self.addresses = addresses;
+    }
+
+    /// The service ranges, each with the node's primary address of its family, from which the node itself calls Services; none
+    /// before the first tables were written.
+    pub(super) fn service_sources(&self) -> BTreeSet<(IpNet, IpAddr)> {
+        let [v4, v6] = self.primary;
+        let source = |range: &IpNet| if range.addr().is_ipv4() { v4 } else { v6 };
+        let ranges = self.settings.node.service_ranges.iter().map(IpNet::trunc);
+        ranges.filter_map(|range| Some((range, source(&range)?))).collect()
     }
 
     /// Whether TCP connections are left to another proxy (C5).

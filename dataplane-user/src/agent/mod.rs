@@ -12,11 +12,12 @@ mod histories;
 mod hooks;
 mod keep;
 mod notify;
+mod road;
 mod scrape;
 mod serve;
 mod settings;
 
-use crate::config::{AgentArgs, SocketLb, TcMode};
+use crate::config::{AgentArgs, ServiceRoute, SocketLb, TcMode};
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
 use crate::http::{self, Gate};
@@ -131,8 +132,11 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let dataplane = Dataplane::open(settings, maps, addresses)?;
     let tell = health_checks::tell(watch.events());
     tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), gate, tell));
-    let told = Told { health, health_checks, metrics };
+    let told = Told { health, health_checks, metrics: metrics.clone() };
     let service = Service::new(dataplane, watch, keeping, told, clock, &args);
+    if args.service_route == ServiceRoute::Auto {
+        tokio::spawn(road::keep(service.road(), metrics));
+    }
     let result = service.run(changes, interfaces, choice).await;
     hooks.abort();
     result

@@ -15,6 +15,7 @@ use crate::health_checks::HealthChecks;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::{Choice, Interfaces};
 use crate::kernel::maps::{KernelMaps, MapError};
+use crate::kernel::service_route::Road;
 use crate::metrics::{Metrics, Ports, SERIES};
 use crate::model::Change;
 use crate::sync::LingeringBits;
@@ -59,6 +60,8 @@ pub(super) struct Service {
     audit_soon: bool,
     swept: Instant,
     sweeping: Option<Sweeping>,
+    /// The road by which the node itself calls Services.
+    road: watch::Sender<Road>,
     /// As long as another proxy's connections may run.
     taking_over: Option<TakeOver>,
     /// After a refusal: how long to wait, and until when.
@@ -119,6 +122,7 @@ impl Service {
             audit_soon: false,
             swept: Instant::now(),
             sweeping: None,
+            road: watch::Sender::default(),
             taking_over: takes_over.then(TakeOver::default),
             backoff: None,
             ready: false,
@@ -129,6 +133,11 @@ impl Service {
             refused: 0,
             endpoints_changed: true,
         }
+    }
+
+    /// What road the node itself needs to Services, as it changes.
+    pub(super) fn road(&self) -> watch::Receiver<Road> {
+        self.road.subscribe()
     }
 
     /// Until SIGTERM or SIGINT.

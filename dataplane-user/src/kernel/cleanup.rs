@@ -5,6 +5,7 @@ use super::clsact;
 use super::hook::Hook;
 use super::links::LinksError;
 use super::pins::{self, PinError, Pins};
+use super::service_route::{self, RouteError};
 use crate::admin::names::Names;
 use rtnetlink::packet_route::tc::{TcAttribute, TcHandle};
 use std::path::Path;
@@ -18,6 +19,9 @@ pub enum CleanupError {
     /// Netlink.
     #[error(transparent)]
     Links(#[from] LinksError),
+    /// The road to Services.
+    #[error(transparent)]
+    Route(#[from] RouteError),
 }
 
 /// Removes everything of the agent whose pin folder is `bpffs`, and the clsact filters in this network namespace; tells each
@@ -36,6 +40,9 @@ pub async fn cleanup(bpffs: &Path, mut removed: impl FnMut(String)) -> Result<()
         removed(format!("link {}", describe(&name)));
     }
     filters(&mut removed).await?;
+    if service_route::remove(&handle()?).await? {
+        removed(format!("interface {} and its routes", service_route::DEVICE));
+    }
     for map in pins.pinned_maps()? {
         pins.remove(&map)?;
         removed(format!("map {}", map.file_name().unwrap_or_default().to_string_lossy()));
@@ -71,11 +78,16 @@ fn interface_name(index: u32) -> Option<String> {
     (!found.is_null()).then(|| String::from_utf8_lossy(&name[..end]).into_owned())
 }
 
+fn handle() -> Result<rtnetlink::Handle, LinksError> {
+    let (connection, handle, _) = rtnetlink::new_connection()?;
+    tokio::spawn(connection);
+    Ok(handle)
+}
+
 /// Removes this agent's filters from all interfaces, and a clsact qdisc that has none left.
 async fn filters(removed: &mut impl FnMut(String)) -> Result<(), LinksError> {
     use futures::TryStreamExt as _;
-    let (connection, handle, _) = rtnetlink::new_connection()?;
-    tokio::spawn(connection);
+    let handle = handle()?;
     let interfaces = super::links::dump(&handle).await?;
     for (index, interface) in interfaces.links {
         let gone = clsact::detach(&interface.name);

@@ -6,6 +6,7 @@
 #![expect(clippy::wildcard_enum_match_arm, reason = "netlink's enums are not ours and grow with the kernel")]
 
 use super::rtnetlink_dump;
+use super::service_route::{DEVICE, PEER};
 use crate::pattern::Pattern;
 use futures::StreamExt as _;
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
@@ -108,11 +109,12 @@ impl Interfaces {
         let named = |patterns: &[Pattern], name: &str| patterns.iter().any(|pattern| pattern.matches(name));
         let role = |index: u32, link: &Interface| {
             let uplink = match choice.uplinks.as_slice() {
+                _ if link.name == DEVICE => true,
                 [] => self.default_routes.contains(&index),
                 patterns => named(patterns, &link.name),
             };
             let pod = match choice.pods.as_slice() {
-                [] => link.veth,
+                [] => link.veth && link.name != PEER,
                 patterns => named(patterns, &link.name),
             };
             match (link.loopback, uplink, pod) {

@@ -18,4 +18,5 @@ pub mod object;
 pub mod pins;
 pub mod probe;
 mod rtnetlink_dump;
+pub mod service_route;
 pub mod sockets;

@@ -104,6 +104,10 @@ families! {
         "1 while objects of the snapshot are served because the API server has not told everything, else 0";
     TAKING_OVER = "portolan_taking_over", Gauge, [],
         "1 while TCP connections that another proxy translates may run and are left to it, else 0";
+    SERVICE_ROUTES = "portolan_service_routes", Gauge, [],
+        "Service ranges with a route to Portolan's own device, for what the node itself sends";
+    SERVICE_ROUTES_RESTORED = "portolan_service_routes_restored_total", Counter, [],
+        "Routes for service ranges that something removed and that were made again";
     SERVICE_PORTS = "portolan_service_ports", Gauge, [],
         "Service ports in the kernel, IPv4 and IPv6 counted apart";
     BACKENDS = "portolan_backends", Gauge, [],

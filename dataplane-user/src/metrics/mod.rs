@@ -94,6 +94,10 @@ pub struct Metrics {
     pub snapshots_refused: Number,
     /// 1 while a snapshot is served.
     pub snapshot_served: Number,
+    /// Routes for service ranges that lead to the own device.
+    pub routes: Number,
+    /// Those that something had removed.
+    pub routes_restored: Number,
     /// 1 while another proxy's connections may run.
     pub taking_over: Number,
     /// How full the tables are.
@@ -177,6 +181,8 @@ impl Metrics {
             (&family::SNAPSHOTS_REFUSED, &self.snapshots_refused),
             (&family::SNAPSHOT_SERVED, &self.snapshot_served),
             (&family::TAKING_OVER, &self.taking_over),
+            (&family::SERVICE_ROUTES, &self.routes),
+            (&family::SERVICE_ROUTES_RESTORED, &self.routes_restored),
             (&family::SERVICE_PORTS, ports),
             (&family::BACKENDS, backends),
             (&family::FRONTENDS, frontends),

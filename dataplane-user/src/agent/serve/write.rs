@@ -46,6 +46,12 @@ impl Service {
             flushed.outcome.calls,
             took.as_micros()
         );
+        let ranges = self.dataplane.service_sources();
+        self.road.send_if_modified(|road| {
+            let changed = road.ranges != ranges;
+            road.ranges = ranges;
+            changed
+        });
         self.health_checks.set(flushed.health_checks);
         if let Some(addresses) = flushed.node_port_addresses {
             self.health_checks.set_addresses(addresses);

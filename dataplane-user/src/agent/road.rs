@@ -1,0 +1,79 @@
+//! Keeps the node's own road to Services: the routes that lead its packets to a program whatever its other routes say. It runs
+//! beside the tables, and is back within a second where something takes a route away.
+
+use crate::kernel::service_route::{Road, RouteError, ServiceRoutes};
+use crate::metrics::Metrics;
+use ipnet::IpNet;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
+
+/// Time between two looks whether the routes are there.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Follows what is wanted until nobody wants anything any more.
+pub(super) async fn keep(mut wanted: watch::Receiver<Road>, metrics: Arc<Metrics>) {
+    let mut routes = loop {
+        match ServiceRoutes::open() {
+            Ok(routes) => break routes,
+            Err(error) => tracing::error!("{error}"),
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    };
+    let mut looks = tokio::time::interval(LOOK);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut told = None;
+    loop {
+        tokio::select! {
+            changed = wanted.changed() => if changed.is_err() { return },
+            _ = looks.tick() => {}
+        }
+        let road = wanted.borrow_and_update().clone();
+        if road.ranges.is_empty() {
+            continue;
+        }
+        let result = routes.ensure(&road).await;
+        tell(result, &road, &mut told, &metrics);
+    }
+}
+
+/// Says what changed, once.
+fn tell(
+    result: Result<Vec<IpNet>, RouteError>,
+    road: &Road,
+    told: &mut Option<Result<Road, String>>,
+    metrics: &Metrics,
+) {
+    let now = match result {
+        Ok(restored) => {
+            if !restored.is_empty() {
+                metrics.routes_restored.add(restored.len() as u64);
+                let restored: Vec<_> = restored.iter().map(ToString::to_string).collect();
+                tracing::warn!(
+                    "something removed the route for {}: it is back. Does a network manager remove routes that it does not know?",
+                    restored.join(", ")
+                );
+            }
+            Ok(road.clone())
+        }
+        Err(error) => Err(error.to_string()),
+    };
+    metrics.routes.set(if now.is_ok() { road.ranges.len() as u64 } else { 0 });
+    if told.as_ref() == Some(&now) {
+        return;
+    }
+    match &now {
+        Ok(road) => {
+            let ranges: Vec<_> =
+                road.ranges.iter().map(|(range, source)| format!("{range} from {source}")).collect();
+            tracing::info!(
+                "the node itself sends to Services by {}: {}",
+                crate::kernel::service_route::DEVICE,
+                ranges.join(", ")
+            );
+        }
+        Err(error) => tracing::error!("{error}"),
+    }
+    *told = Some(now);
+}
