@@ -1,7 +1,7 @@
 //! An API server that answers as it is told, for what a real one does not do on request: refuse, forget, dawdle, fall silent.
 //!
 //! It lists and watches objects and takes Events, over plain HTTP with one request per connection. It is no model of the
-//! Kubernetes API: of selectors it knows only a name.
+//! Kubernetes API: of selectors it knows only a name, and it streams no lists, as servers before 1.34 do not.
 
 use crate::lab::{Place, at};
 use anyhow::{Context, Result};
@@ -230,6 +230,8 @@ impl Request {
         let watch_from = value("watch").map(|_| version.unwrap_or_default());
         let verb = if head[0].starts_with("post") {
             "create"
+        } else if value("sendinitialevents").is_some() {
+            "stream"
         } else if watch_from.is_some() {
             "watch"
         } else {
@@ -271,6 +273,9 @@ fn answer(stream: &TcpStream, state: &Mutex<State>) -> io::Result<()> {
         let event: Value = serde_json::from_slice(&request.body).unwrap_or_default();
         lock(state).events.push(event.clone());
         return send(stream, 201, &event);
+    }
+    if request.asked.starts_with("stream") {
+        return send(stream, 422, &refusal(422, &request.asked));
     }
     match request.watch_from {
         Some(version) => watch(stream, state, &request, version, era),

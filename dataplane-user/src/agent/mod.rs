@@ -41,7 +41,7 @@ use keep::Keeping;
 use scrape::Scrape;
 use serve::{Service, Told};
 use settings::Settings;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
@@ -102,10 +102,11 @@ async fn serve(args: AgentArgs) -> Result<()> {
         metrics: metrics.clone(),
         health: health.clone(),
         health_checks: health_checks.clone(),
+        status: OnceLock::new(),
         max_series: args.metrics_max_series,
     };
-    let gate = Gate::default();
-    spawn_servers(&args, &gate, Arc::new(scrape));
+    let (gate, scrape) = (Gate::default(), Arc::new(scrape));
+    spawn_servers(&args, &gate, scrape.clone());
     let netns_cookie = links::netns_cookie().context("the cookie of this network namespace")?;
     let mut settings = Settings::new(&args, netns_cookie, features.fib_source);
     if serve::take_over::is_due(&maps)? {
@@ -113,6 +114,8 @@ async fn serve(args: AgentArgs) -> Result<()> {
     }
     let (sender, changes) = mpsc::channel(CHANGES);
     let watch = watch_objects(&args, &settings, sender).await?;
+    // Nobody else sets it.
+    let _ = scrape.status.set(watch.status());
 
     let choice = settings::choice(&args);
     let mut hooks = Hooks {

@@ -7,11 +7,12 @@ use crate::kernel::bpf;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::object::Programs;
 use crate::metrics::{Counts, Metrics, Observed, Ports, SERIES};
+use crate::watch::Status;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
 use dataplane_common::tables::{BackendTraffic, Backends, Reasons, ServiceTraffic};
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Where all that is told is found.
 pub(super) struct Scrape {
@@ -20,6 +21,8 @@ pub(super) struct Scrape {
     pub(super) metrics: Arc<Metrics>,
     pub(super) health: Arc<Health>,
     pub(super) health_checks: Arc<HealthChecks>,
+    /// How the objects are followed, once that has begun.
+    pub(super) status: OnceLock<Status>,
     /// `--metrics-max-series`.
     pub(super) max_series: usize,
 }
@@ -64,6 +67,7 @@ impl Scrape {
                 .collect(),
             counts,
             runs: self.runs(),
+            watches: self.status.get().map(|status| status.all().into_iter().collect()).unwrap_or_default(),
         }
     }
 

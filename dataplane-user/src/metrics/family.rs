@@ -94,12 +94,20 @@ families! {
         "Health check ports that cannot be had, counted per address: something else listens there";
     REATTACHED = "portolan_reattached_total", Counter, [],
         "Programs that somebody detached and that were attached again";
+    WATCH_CONNECTED_SINCE = "portolan_watch_connected_since_timestamp_seconds", Gauge, ["kind"],
+        "Since when the changes of a kind of objects are followed without a failure, in seconds since 1970; 0: they are not now";
+    WATCH_LAST_HEARD = "portolan_watch_last_heard_timestamp_seconds", Gauge, ["kind"],
+        "When the API server last told of a kind of objects, in seconds since 1970; where nothing changes it says so every minute or so";
+    WATCH_ERRORS = "portolan_watch_errors_total", Counter, ["kind"],
+        "How often a list or a watch of a kind of objects failed; the log says why";
+    WATCH_LISTS = "portolan_watch_lists_total", Counter, ["kind"],
+        "How often a kind of objects was listed: once, and again after each gap";
     SNAPSHOT_KEPT = "portolan_snapshot_timestamp_seconds", Gauge, [],
         "When the snapshot below --state-dir was last written by this agent, in seconds since 1970; 0: not yet";
     SNAPSHOT_ERRORS = "portolan_snapshot_errors_total", Counter, [],
         "How often the snapshot could not be written";
     SNAPSHOTS_REFUSED = "portolan_snapshots_refused_total", Counter, [],
-        "Snapshots that were damaged, of another node or of another version, and not used";
+        "Snapshots that were damaged, too old, of another node or of another version, and not used";
     SNAPSHOT_SERVED = "portolan_snapshot_served", Gauge, [],
         "1 while objects of the snapshot are served because the API server has not told everything, else 0";
     TAKING_OVER = "portolan_taking_over", Gauge, [],
@@ -152,10 +160,14 @@ families! {
         "Time an eBPF program ran. Only while kernel.bpf_stats_enabled is 1";
     CPU_SECONDS = "process_cpu_seconds_total", Counter, [],
         "Processor time of the agent";
+    START_TIME = "process_start_time_seconds", Gauge, [],
+        "When the agent began, in seconds since 1970";
     RESIDENT = "process_resident_memory_bytes", Gauge, [],
         "Memory of the agent";
     OPEN_FDS = "process_open_fds", Gauge, [],
         "File descriptors of the agent";
+    MAX_FDS = "process_max_fds", Gauge, [],
+        "File descriptors that the agent may have";
     BUILD = "portolan_build_info", Gauge, ["version"],
         "Always 1";
 }

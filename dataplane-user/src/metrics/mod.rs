@@ -11,6 +11,8 @@ pub use fill::Fill;
 pub use histogram::Histogram;
 pub use traffic::{Counts, Ports, SERIES};
 
+use crate::model::Kind;
+use crate::watch::KindStatus;
 use family::Text;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -123,6 +125,8 @@ pub struct Observed {
     pub counts: Counts,
     /// Runs of each program and their nanoseconds; empty while the kernel does not count them.
     pub runs: Vec<(Arc<str>, u64, u64)>,
+    /// How each kind of objects is followed.
+    pub watches: Vec<(Kind, KindStatus)>,
 }
 
 impl Metrics {
@@ -197,6 +201,7 @@ impl Metrics {
         }
         self.health(&mut text, observed);
         by_reason(&mut text, &family::COMPLAINTS, &self.complaints());
+        watches(&mut text, &observed.watches);
         self.fill.write(&mut text, &observed.rooms);
         by_reason(&mut text, &family::REASONS, &observed.reasons);
         observed.counts.write(&mut text);
@@ -232,6 +237,23 @@ fn by_reason(text: &mut Text, family: &family::Family, numbers: &[(&str, u64)]) 
     }
 }
 
+fn watches(text: &mut Text, watches: &[(Kind, KindStatus)]) {
+    let seconds = |moment: Option<SystemTime>| {
+        let since = moment.and_then(|moment| moment.duration_since(SystemTime::UNIX_EPOCH).ok());
+        since.unwrap_or_default().as_secs()
+    };
+    let mut each = |family: &family::Family, number: &dyn Fn(&KindStatus) -> u64| {
+        text.head(family);
+        for (kind, status) in watches {
+            text.sample(family, &[&kind.to_string()], number(status));
+        }
+    };
+    each(&family::WATCH_CONNECTED_SINCE, &|status| seconds(status.since));
+    each(&family::WATCH_LAST_HEARD, &|status| seconds(status.heard));
+    each(&family::WATCH_ERRORS, &|status| status.errors);
+    each(&family::WATCH_LISTS, &|status| status.lists);
+}
+
 fn runs(text: &mut Text, programs: &[(Arc<str>, u64, u64)]) {
     text.head(&family::PROGRAM_RUNS);
     for (program, runs, _) in programs {
@@ -265,6 +287,26 @@ mod tests {
             "kubeproxy_proxy_healthz_total{code=\"503\"} 1",
             "kubeproxy_proxy_livez_total{code=\"200\"} 0",
             "portolan_reasons_total{reason=\"no-endpoints\"} 7",
+        ] {
+            assert!(text.lines().any(|other| other == line), "{line} in {text}");
+        }
+    }
+
+    /// H3
+    #[test]
+    fn how_each_kind_of_objects_is_followed_is_told() {
+        let at = |seconds| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        let followed = KindStatus { since: at(70), heard: at(90), lists: 2, ..KindStatus::default() };
+        let failing = KindStatus { heard: at(80), lists: 1, errors: 3, ..KindStatus::default() };
+        let watches = vec![(Kind::Service, followed), (Kind::EndpointSlice, failing)];
+        let text = Metrics::default().text(&Observed { watches, ..Observed::default() });
+        for line in [
+            "portolan_watch_connected_since_timestamp_seconds{kind=\"Service\"} 70",
+            "portolan_watch_connected_since_timestamp_seconds{kind=\"EndpointSlice\"} 0",
+            "portolan_watch_last_heard_timestamp_seconds{kind=\"Service\"} 90",
+            "portolan_watch_last_heard_timestamp_seconds{kind=\"EndpointSlice\"} 80",
+            "portolan_watch_errors_total{kind=\"EndpointSlice\"} 3",
+            "portolan_watch_lists_total{kind=\"Service\"} 2",
         ] {
             assert!(text.lines().any(|other| other == line), "{line} in {text}");
         }

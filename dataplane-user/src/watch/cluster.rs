@@ -2,21 +2,26 @@
 //!
 //! Needs to list and watch services, endpointslices, nodes and servicecidrs, and to create events; does without
 //! servicecidrs and events where they are refused. An API server that is away, slow or refuses us costs nothing that
-//! was known: the watch is tried again, ever more slowly, and after a gap everything is listed anew.
+//! was known: the watch is tried again, ever more slowly, and after a gap everything is listed anew. Certificates, keys
+//! and addresses are read again when they change.
+//!
+//! What is asked for is JSON: the few fields that are read of each object are found without building the others.
 
+mod access;
 mod failure;
 mod follow;
+mod kubeconfig;
+mod listing;
+mod pause;
+mod proxy;
 mod seen;
 
 use super::objects::{
     HEADLESS_LABEL, PROXY_NAME_LABEL, WrittenEndpointSlice, WrittenNode, WrittenService, WrittenServiceCidr,
 };
 use super::{Changes, Events, Options, Status, Watch};
-use crate::causes::causes;
+pub(super) use access::Access;
 use follow::{Following, follow};
-use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Client, Config};
-use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -40,6 +45,12 @@ pub enum ClusterError {
         /// What is missing.
         reason: String,
     },
+    /// A proxy that is none. What it is is not said: a password may be in it.
+    #[error("{name} is no proxy such as http://proxy.example:3128 or socks5://proxy.example:1080")]
+    Proxy {
+        /// Where it was named.
+        name: &'static str,
+    },
     /// No client can be made of the configuration.
     #[error("no client for {server}: {reason}: check the certificates and the token")]
     Client {
@@ -58,35 +69,17 @@ pub async fn watch(
     options: Options,
     changes: Changes,
 ) -> Result<Watch, ClusterError> {
-    let mut config = match kubeconfig {
-        Some(file) => from_file(file).await?,
-        None => Config::incluster().map_err(|error| ClusterError::NotInCluster { reason: causes(&error) })?,
-    };
-    config.read_timeout = Some(SILENCE);
-    config.reset_reader_on_write = true;
-    // The watches try again themselves, and say why.
-    config.default_retry = false;
-    let server = config.cluster_url.to_string();
-    let client = Client::try_from(config)
-        .map_err(|error| ClusterError::Client { server: server.clone(), reason: causes(&error) })?;
-    tracing::info!(server, "watching the Kubernetes API");
-    Ok(start(client, server, options, changes))
+    let access = Access::open(kubeconfig).await?;
+    let server = access.session().await.server;
+    tracing::info!(server = &*server, "watching the Kubernetes API");
+    Ok(start(access, options, changes))
 }
 
-async fn from_file(file: &Path) -> Result<Config, ClusterError> {
-    let failed =
-        |error: &dyn Error| ClusterError::Kubeconfig { file: file.to_owned(), reason: causes(error) };
-    let kubeconfig = Kubeconfig::read_from(file).map_err(|error| failed(&error))?;
-    let options = KubeConfigOptions::default();
-    Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|error| failed(&error))
-}
-
-fn start(client: Client, server: String, options: Options, changes: Changes) -> Watch {
+fn start(access: Access, options: Options, changes: Changes) -> Watch {
     let status = Status::default();
-    let (events, publisher) = Events::to(client.clone(), &options.node_name);
+    let (events, publisher) = Events::to(access.clone(), &options.node_name);
     let following = |labels: Option<String>, fields: Option<String>| Following {
-        client: client.clone(),
-        server: server.clone(),
+        access: access.clone(),
         labels,
         fields,
         changes: changes.clone(),

@@ -2,9 +2,9 @@
 //!
 //! To publish never waits and never fails: an Event that cannot be sent is dropped, for the same is in the log.
 
+use super::cluster::Access;
 use crate::model::{Kind, ObjectName};
 use k8s_openapi::api::core::v1::ObjectReference;
-use kube::Client;
 use kube::runtime::events::{self, EventType, Recorder, Reporter};
 use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
@@ -65,10 +65,10 @@ impl Events {
     }
 
     /// To an API server, by the task that is given back.
-    pub(super) fn to(client: Client, node_name: &str) -> (Self, impl Future<Output = ()> + Send + use<>) {
+    pub(super) fn to(access: Access, node_name: &str) -> (Self, impl Future<Output = ()> + Send + use<>) {
         let (sender, queue) = mpsc::channel(QUEUE);
         let reporter = Reporter { controller: "portolan".to_owned(), instance: Some(node_name.to_owned()) };
-        (Self { sender: Some(sender) }, publish(Recorder::new(client, reporter), queue))
+        (Self { sender: Some(sender) }, publish(access, reporter, queue))
     }
 
     /// Publishes an Event, at some later time, unless the same was published a short while ago or there are too many.
@@ -80,14 +80,21 @@ impl Events {
     }
 }
 
-async fn publish(recorder: Recorder, mut queue: mpsc::Receiver<Event>) {
+async fn publish(access: Access, reporter: Reporter, mut queue: mpsc::Receiver<Event>) {
     let mut limit = Limit::new(Instant::now());
     let mut complained = false;
+    let mut known: Option<(Arc<str>, Recorder)> = None;
     while let Some(event) = queue.recv().await {
         if !limit.allows(&event, Instant::now()) {
             continue;
         }
         let (event, object) = (described(&event), object(&event));
+        let session = access.session().await;
+        // It knows what it published: another one is made for another client only.
+        if !known.as_ref().is_some_and(|(server, _)| Arc::ptr_eq(server, &session.server)) {
+            known = Some((session.server, Recorder::new(session.client, reporter.clone())));
+        }
+        let Some((_, recorder)) = &known else { continue };
         let error = match tokio::time::timeout(PATIENCE, recorder.publish(&event, &object)).await {
             Ok(Ok(())) => continue,
             Ok(Err(error)) => error.to_string(),

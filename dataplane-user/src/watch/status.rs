@@ -4,6 +4,7 @@ use super::KINDS;
 use crate::model::Kind;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 /// How the source of one kind is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -12,6 +13,10 @@ pub struct KindStatus {
     pub synced: bool,
     /// Whether changes are being followed right now.
     pub connected: bool,
+    /// Since when that is so without a failure.
+    pub since: Option<SystemTime>,
+    /// When the source last told anything, if only that nothing changed.
+    pub heard: Option<SystemTime>,
     /// Whether the source does not have this kind, or does not let us read it, and the agent does without.
     pub unavailable: bool,
     /// What is wrong now, and what to check.
@@ -20,6 +25,15 @@ pub struct KindStatus {
     pub lists: u64,
     /// How many errors there were.
     pub errors: u64,
+}
+
+impl KindStatus {
+    fn connect(&mut self) {
+        let now = SystemTime::now();
+        self.connected = true;
+        self.heard = Some(now);
+        self.since.get_or_insert(now);
+    }
 }
 
 /// A handle to the state of a source; clones share it.
@@ -43,6 +57,11 @@ impl Status {
         KINDS.iter().all(|kind| all.get(kind).is_some_and(|status| status.synced))
     }
 
+    /// What is wrong with any kind but those that the agent does without.
+    pub fn trouble(&self) -> Option<String> {
+        self.all().into_values().filter(|status| !status.unavailable).find_map(|status| status.error)
+    }
+
     pub(super) fn change(&self, kind: Kind, change: impl FnOnce(&mut KindStatus)) {
         change(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(kind).or_default());
     }
@@ -51,8 +70,14 @@ impl Status {
     pub(super) fn listed(&self, kind: Kind) {
         self.change(kind, |status| {
             status.lists += 1;
-            (status.synced, status.connected, status.unavailable) = (true, true, false);
+            status.connect();
+            (status.synced, status.unavailable) = (true, false);
         });
+    }
+
+    /// Notes that the source said something.
+    pub(super) fn heard(&self, kind: Kind) {
+        self.change(kind, |status| status.heard = Some(SystemTime::now()));
     }
 
     /// Notes that `action` failed, and why. Gives back whether the log should say so: not if the same was said before,
@@ -62,7 +87,7 @@ impl Status {
             self.all().values().any(|status| status.error.as_deref().is_some_and(|e| e.ends_with(why)));
         self.change(kind, |status| {
             status.errors += 1;
-            status.connected = false;
+            (status.connected, status.since) = (false, None);
             status.error = Some(format!("{action}: {why}"));
         });
         !is_known
@@ -73,7 +98,7 @@ impl Status {
         let mut was_failing = false;
         self.change(kind, |status| {
             was_failing = status.error.take().is_some();
-            status.connected = true;
+            status.connect();
         });
         was_failing && self.all().values().all(|status| status.error.is_none() || status.unavailable)
     }

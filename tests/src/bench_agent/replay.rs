@@ -1,5 +1,5 @@
-//! An API server that only tells what was recorded: lists in pages, and one watch of EndpointSlices that the benchmark
-//! feeds. It knows no objects, only texts.
+//! An API server that only tells what was recorded: lists, in pages or as streams, and one watch of EndpointSlices that the
+//! benchmark feeds. It knows no objects, only texts.
 
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
@@ -66,8 +66,25 @@ impl Replay {
 
 /// A changed object as one chunk of a watch.
 pub(super) fn event(object: &str) -> Vec<u8> {
-    let line = format!("{{\"type\":\"MODIFIED\",\"object\":{object}}}\n");
+    chunk("MODIFIED", object)
+}
+
+fn chunk(word: &str, object: &str) -> Vec<u8> {
+    let line = format!("{{\"type\":\"{word}\",\"object\":{object}}}\n");
     format!("{:x}\r\n{line}\r\n", line.len()).into_bytes()
+}
+
+/// All objects as the beginning of a watch, and the bookmark that ends them.
+fn stream_list(writer: &mut TcpStream, list: &Listed) -> Result<()> {
+    let mut writer = std::io::BufWriter::new(writer);
+    for item in &list.items {
+        writer.write_all(&chunk("ADDED", item))?;
+    }
+    let (kind, version) = (list.kind.trim_end_matches("List"), list.version);
+    let metadata = r#"{"resourceVersion":"1","annotations":{"k8s.io/initial-events-end":"true"}}"#;
+    let bookmark = format!(r#"{{"kind":"{kind}","apiVersion":"{version}","metadata":{metadata}}}"#);
+    writer.write_all(&chunk("BOOKMARK", &bookmark))?;
+    Ok(writer.flush()?)
 }
 
 /// Requests and answers on one connection, until a watch takes it over or the client closes it.
@@ -96,6 +113,9 @@ fn converse(
             writer.write_all(
                 b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n",
             )?;
+            if query.split('&').any(|part| part == "sendInitialEvents=true") {
+                stream_list(&mut writer, list)?;
+            }
             if plural == FED {
                 let watches = watches.lock().unwrap_or_else(PoisonError::into_inner);
                 watches.send(writer.try_clone()?)?;

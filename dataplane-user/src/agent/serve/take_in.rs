@@ -84,7 +84,7 @@ impl Service {
 
     /// After a boot, while the API server is away: serves what was known before.
     pub(super) fn serve_snapshot(&mut self) {
-        let error = self.watch.status().all().into_values().find_map(|status| status.error);
+        let error = self.watch.status().trouble();
         let Some(snapshot) = self.keeping.ask(error.is_some()) else { return };
         let age = SystemTime::now().duration_since(snapshot.taken).unwrap_or_default();
         tracing::warn!(

@@ -1,13 +1,16 @@
 //! The watches against a small API server that answers what each test tells it to.
 
+mod credentials;
+
 use super::*;
 use crate::model::{Change, Kind};
 use crate::watch::KINDS;
+use kube::Config;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
 /// What the server does with a request.
@@ -20,13 +23,18 @@ enum Answer {
     LinesThenEnd(Vec<String>),
     /// The connection is cut.
     Cut,
+    /// Too much to do: come again after so many seconds.
+    Busy(u64),
 }
 
-/// What comes next, by `list services` or `watch services`. Where nothing is left, a list is empty and a watch silent.
+/// What comes next, by `list services`, `watch services` or `stream services`, which is a list that is streamed. Where
+/// nothing is left, a list is empty, a watch silent, and there are no streamed lists.
 #[derive(Clone, Default)]
 struct Script {
     answers: Arc<Mutex<BTreeMap<String, VecDeque<Answer>>>>,
     requests: Arc<Mutex<Vec<String>>>,
+    /// The headers of the last request.
+    headers: Arc<Mutex<String>>,
 }
 
 impl Script {
@@ -37,24 +45,28 @@ impl Script {
 
     fn next(&self, request: &str) -> Answer {
         let answer = self.answers.lock().unwrap().get_mut(request).and_then(VecDeque::pop_front);
-        answer.unwrap_or_else(|| match request.starts_with("list") {
-            true => list(&[], "1"),
-            false => Answer::Lines(Vec::new()),
+        answer.unwrap_or_else(|| match request.split(' ').next().unwrap() {
+            "list" => list(&[], "1"),
+            "stream" => refused(422, "sendInitialEvents is forbidden for watch"),
+            _ => Answer::Lines(Vec::new()),
         })
     }
 
+    /// What was asked about a resource, but for what servers without streamed lists refuse.
     fn requests(&self, resource: &str) -> Vec<String> {
-        self.requests.lock().unwrap().iter().filter(|request| request.contains(resource)).cloned().collect()
+        let is_wanted = |request: &&String| request.contains(resource) && !request.starts_with("stream");
+        self.requests.lock().unwrap().iter().filter(is_wanted).cloned().collect()
     }
 
     async fn serve(self, listener: TcpListener) {
         loop {
             let (stream, _) = listener.accept().await.unwrap();
-            tokio::spawn(self.clone().connection(stream));
+            tokio::spawn(self.clone().connection(stream, |_: &str| true));
         }
     }
 
-    async fn connection(self, stream: TcpStream) {
+    /// `knows` tells by the head of a request whether its credentials are known.
+    async fn connection(self, stream: impl AsyncRead + AsyncWrite + Unpin, knows: impl Fn(&str) -> bool) {
         let mut stream = BufReader::new(stream);
         loop {
             let mut request = String::new();
@@ -71,15 +83,29 @@ impl Script {
             let path = request.split_whitespace().nth(1).unwrap_or_default().to_owned();
             let resource =
                 path.split(['?', '&']).next().unwrap_or_default().rsplit('/').next().unwrap_or_default();
-            let verb = if path.contains("watch=true") { "watch" } else { "list" };
+            let verb = match (path.contains("sendInitialEvents=true"), path.contains("watch=true")) {
+                (true, _) => "stream",
+                (false, true) => "watch",
+                (false, false) => "list",
+            };
             self.requests.lock().unwrap().push(format!("{verb} {path}"));
-            let (status, body, end) = match self.next(&format!("{verb} {resource}")) {
+            self.headers.lock().unwrap().clone_from(&request);
+            let next = match knows(&request) {
+                true => self.next(&format!("{verb} {resource}")),
+                false => refused(401, "Unauthorized"),
+            };
+            let mut more = String::new();
+            let (status, body, end) = match next {
                 Answer::Json(status, body) => (status, Some(body.to_string()), None),
                 Answer::Lines(lines) => (200, None, Some((lines, false))),
                 Answer::LinesThenEnd(lines) => (200, None, Some((lines, true))),
                 Answer::Cut => return,
+                Answer::Busy(seconds) => {
+                    more = format!("Retry-After: {seconds}\r\n");
+                    (429, Some("too many requests".to_owned()), None)
+                }
             };
-            let head = format!("HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n");
+            let head = format!("HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{more}");
             if let Some(body) = body {
                 let answer = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
                 stream.write_all(answer.as_bytes()).await.unwrap();
@@ -137,12 +163,17 @@ impl Source {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = format!("http://{}", listener.local_addr().unwrap());
         tokio::spawn(script.clone().serve(listener));
-        let mut config = Config::new(server.parse().unwrap());
-        config.default_retry = false;
+        let access = Access::fixed(Config::new(server.parse().unwrap()));
         let (sender, changes) = mpsc::channel(100);
         let options =
             Options { node_name: "n1".into(), service_proxy_name: service_proxy_name.map(Into::into) };
-        Self { watch: start(Client::try_from(config).unwrap(), server, options, sender), changes }
+        Self { watch: start(access, options, sender), changes }
+    }
+
+    async fn of_kubeconfig(file: &Path) -> Self {
+        let (sender, changes) = mpsc::channel(100);
+        let options = Options { node_name: "n1".into(), service_proxy_name: None };
+        Self { watch: watch(Some(file), options, sender).await.unwrap(), changes }
     }
 
     /// The next change of this kind, in words; others are left out.
@@ -223,6 +254,109 @@ async fn an_agent_with_a_name_asks_for_the_services_with_that_name() {
     assert!(
         script.requests("/services")[0]
             .contains("labelSelector=service.kubernetes.io%2Fservice-proxy-name%3Dmine")
+    );
+}
+
+fn bookmark(version: &str, annotations: Value) -> String {
+    let metadata = json!({"resourceVersion": version, "annotations": annotations});
+    event("BOOKMARK", &json!({"kind": "Service", "apiVersion": "v1", "metadata": metadata}))
+}
+
+#[tokio::test]
+async fn a_streamed_list_is_told_as_one_and_goes_on_as_a_watch() {
+    let script = Script::default();
+    script.then(
+        "stream services",
+        Answer::Lines(vec![
+            event("ADDED", &service("b", "5")),
+            event("ADDED", &service("a", "6")),
+            event("ADDED", &service("a", "7")),
+            event("DELETED", &service("b", "8")),
+            bookmark("8", json!({"k8s.io/initial-events-end": "true"})),
+            event("MODIFIED", &service("a", "9")),
+        ]),
+    );
+    let mut source = Source::start(&script).await;
+    assert_eq!([source.next(Kind::Service).await, source.next(Kind::Service).await], ["=d/a", "+d/a"]);
+    assert_eq!(script.requests("/services"), Vec::<String>::new(), "neither a list nor a second watch");
+    let status = source.watch.status().of(Kind::Service);
+    assert!(status.synced && status.connected && status.heard.is_some() && status.since.is_some());
+}
+
+#[tokio::test]
+async fn a_server_that_streams_no_lists_is_asked_for_plain_ones_from_its_memory() {
+    // One that is too old to know of it, as if it were a plain watch; and one that stops in the middle.
+    for stream in [
+        Answer::Lines(vec![event("ADDED", &service("x", "5")), bookmark("6", json!({}))]),
+        Answer::LinesThenEnd(vec![event("ADDED", &service("x", "5"))]),
+    ] {
+        let script = Script::default();
+        script.then("stream services", stream).then("list services", list(&[service("a", "5")], "7"));
+        let mut source = Source::start(&script).await;
+        assert_eq!(source.next(Kind::Service).await, "=d/a");
+        let first = &script.requests("/services")[0];
+        assert!(first.contains("resourceVersion=0&resourceVersionMatch=NotOlderThan"), "{first}");
+        assert!(!first.contains("limit="), "{first}");
+    }
+}
+
+#[tokio::test]
+async fn a_watch_that_fails_again_and_again_is_listed_anew_and_not_older() {
+    let script = Script::default();
+    script.then("list services", list(&[service("a", "5")], "7"));
+    for _ in 0..3 {
+        script.then("watch services", Answer::Lines(vec![event("ERROR", &status(500, "cannot decode"))]));
+    }
+    script.then("list services", list(&[service("b", "9")], "10"));
+    let mut source = Source::start(&script).await;
+    assert_eq!([source.next(Kind::Service).await, source.next(Kind::Service).await], ["=d/a", "=d/b"]);
+    let requests = script.requests("/services");
+    assert_eq!(requests.iter().filter(|request| request.starts_with("watch")).count(), 3, "{requests:?}");
+    assert!(requests[4].contains("resourceVersion=7&resourceVersionMatch=NotOlderThan"), "{requests:?}");
+}
+
+#[tokio::test]
+async fn after_a_version_that_is_too_old_the_list_is_of_now() {
+    let script = Script::default();
+    script
+        .then("list services", list(&[service("a", "5")], "7"))
+        .then("watch services", refused(410, "too old"))
+        .then("list services", list(&[service("b", "9")], "10"));
+    let mut source = Source::start(&script).await;
+    assert_eq!([source.next(Kind::Service).await, source.next(Kind::Service).await], ["=d/a", "=d/b"]);
+    let requests = script.requests("/services");
+    assert!(!requests[2].contains("resourceVersion") && requests[2].contains("limit=500"), "{requests:?}");
+}
+
+#[tokio::test]
+async fn a_server_with_too_much_to_do_is_left_alone_for_as_long_as_it_asks() {
+    let script = Script::default();
+    script.then("stream services", Answer::Busy(3)).then("list services", list(&[service("a", "5")], "7"));
+    let begun = std::time::Instant::now();
+    let mut source = Source::start(&script).await;
+    assert_eq!(source.next(Kind::Service).await, "=d/a");
+    let waited = begun.elapsed();
+    // At most half as long again, and what the machine takes.
+    assert!((Duration::from_secs(3)..Duration::from_secs(8)).contains(&waited), "{waited:?}");
+    assert!(source.watch.status().of(Kind::Service).errors == 1);
+}
+
+#[tokio::test]
+async fn watches_end_at_different_times_and_lists_may_be_compressed() {
+    let script = Script::default();
+    let mut source = Source::start(&script).await;
+    source.next(Kind::Service).await;
+    while script.requests("watch").len() < 4 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let timeouts: std::collections::BTreeSet<u32> = script
+        .requests("watch")
+        .iter()
+        .filter_map(|request| request.split("timeoutSeconds=").nth(1)?.split('&').next()?.parse().ok())
+        .collect();
+    assert!(
+        timeouts.len() > 1 && timeouts.iter().all(|seconds| (300..600).contains(seconds)),
+        "{timeouts:?}"
     );
 }
 
@@ -364,6 +498,7 @@ async fn service_cidrs_are_done_without_where_there_are_none() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert!(source.watch.status().of(Kind::ServiceCidr).unavailable);
+    assert_eq!(source.watch.status().trouble(), None, "nothing is wrong that anybody must wait for");
 }
 
 #[tokio::test]
@@ -371,9 +506,7 @@ async fn an_api_server_that_is_away_tells_nothing() {
     let server = "http://127.0.0.1:1".to_owned();
     let (sender, changes) = mpsc::channel(100);
     let options = Options { node_name: "n1".into(), service_proxy_name: None };
-    let mut config = Config::new(server.parse().unwrap());
-    config.default_retry = false;
-    let watch = start(Client::try_from(config).unwrap(), server, options, sender);
+    let watch = start(Access::fixed(Config::new(server.parse().unwrap())), options, sender);
     let mut source = Source { watch, changes };
     source.nothing(1500).await;
     let status = source.watch.status().of(Kind::Service);
