@@ -161,6 +161,10 @@ pub struct AgentArgs {
     /// there, for the manifests are on a disk themselves.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/portolan")]
     pub state_dir: PathBuf,
+    /// How old those objects may be to be served after a boot while the API server is away; 0: none are kept and none
+    /// served.
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
+    pub snapshot_max_age: Duration,
     /// Print the tables that would be written, and end.
     #[arg(long)]
     pub dry_run: bool,

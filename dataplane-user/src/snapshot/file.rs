@@ -30,6 +30,14 @@ pub enum SnapshotError {
         /// Where it is now.
         aside: PathBuf,
     },
+    /// It is whole, but not of a time that the operator allows.
+    #[error("the snapshot {} is not used: {reason}", file.display())]
+    Age {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// It cannot be read.
     #[error("the snapshot {} cannot be read: {error}", file.display())]
     Read {
@@ -75,15 +83,16 @@ impl File {
         self.folder.join(NAME)
     }
 
-    /// Replaces the snapshot. Whatever happens, afterwards there is the old one or the new one.
+    /// Replaces the snapshot, and gives back its size in bytes. Whatever happens, afterwards there is the old one or the
+    /// new one.
     ///
     /// # Errors
     /// If it cannot be written; the old one is then still there.
-    pub fn save(&self, objects: &Shared, taken: SystemTime) -> Result<(), SnapshotError> {
+    pub fn save(&self, objects: &Shared, taken: SystemTime) -> Result<u64, SnapshotError> {
         self.try_save(objects, taken).map_err(|error| SnapshotError::Write { file: self.path(), error })
     }
 
-    fn try_save(&self, objects: &Shared, taken: SystemTime) -> io::Result<()> {
+    fn try_save(&self, objects: &Shared, taken: SystemTime) -> io::Result<u64> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
         let unfinished = self.folder.join(UNFINISHED);
         // Left behind by a crash, perhaps with another mode.
@@ -92,14 +101,18 @@ impl File {
             Ok(()) | Err(_) => {}
         }
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
-        let written = format::write(&file, &self.owner, taken, objects).and_then(|()| file.sync_all());
-        if let Err(error) = written {
+        let written = format::write(&file, &self.owner, taken, objects).and_then(|()| {
+            file.sync_all()?;
+            Ok(file.metadata()?.len())
+        });
+        if written.is_err() {
             // A full disk is not to be kept full by half a snapshot.
             let _ = fs::remove_file(&unfinished);
-            return Err(error);
+            return written;
         }
         fs::rename(&unfinished, self.path())?;
-        fs::File::open(&self.folder)?.sync_all()
+        fs::File::open(&self.folder)?.sync_all()?;
+        written
     }
 
     /// The snapshot, if there is one.
