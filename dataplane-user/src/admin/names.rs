@@ -1,12 +1,14 @@
 //! The file that tells which service port has which id, for the command line: a BPF file system holds no files.
 //!
-//! The agent writes it whole and at once whenever a service port comes or goes. Nothing depends on it but what people read.
+//! The agent writes it whole and at once whenever a service port comes or goes. Nothing depends on it but what people read,
+//! and only root reads it: so it is with the maps, and names of Services are not every local user's business.
 
 use crate::compile::ServicePortName;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 /// Where the files lie, in a folder for each pin folder. It is gone after a reboot, as the pins are.
@@ -46,10 +48,14 @@ impl Names {
 
     fn write_to(&self, path: &Path) -> io::Result<()> {
         if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+            // One that an earlier version made.
+            fs::set_permissions(folder, fs::Permissions::from_mode(0o700))?;
         }
         let new = path.with_extension("new");
-        fs::write(&new, serde_json::to_vec(self)?)?;
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.set_permissions(fs::Permissions::from_mode(0o600))?;
+        file.write_all(&serde_json::to_vec(self)?)?;
         fs::rename(&new, path)
     }
 
@@ -82,7 +88,11 @@ mod tests {
         };
         let folder = std::env::temp_dir().join(format!("portolan-names-{}", std::process::id()));
         let file = folder.join("names.json");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("names.new"), "half of an earlier version's, for everybody to read").unwrap();
         Names::new([(7, &port)]).write_to(&file).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&file), mode(&folder)), (0o600, 0o700));
         let names: Names = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
         fs::remove_dir_all(folder).unwrap();
         assert_eq!((names.name(7).as_str(), names.name(8).as_str()), ("default/web:http", "#8"));

@@ -5,6 +5,7 @@
 mod documents;
 mod folder;
 mod follow;
+mod trust;
 
 pub use documents::{ManifestError, parse};
 
@@ -17,6 +18,8 @@ use std::path::PathBuf;
 
 /// Watches the manifests in `folder`: every file whose name ends in `.yaml`, `.yml` or `.json`, without subfolders and
 /// hidden files.
+///
+/// A folder or a file that others than root or the agent's user can write is not read, but named.
 ///
 /// The objects of all files are told at once. Fails only if the folder cannot be read now.
 pub fn watch(folder: PathBuf, options: Options, changes: Changes) -> Result<Watch, ManifestError> {

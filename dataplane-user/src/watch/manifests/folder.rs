@@ -1,14 +1,15 @@
 //! What a folder of manifests holds, and how it differs from what was told.
 
 use super::documents::{Entry, ManifestError, read};
+use super::trust::distrust;
 use crate::model::{Change, Object, Reference};
 use crate::watch::names::Names;
 use crate::watch::{KINDS, Options};
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::Metadata;
+use std::fs::{self, Metadata};
 use std::hash::{Hash, Hasher};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -84,13 +85,11 @@ impl Reader {
     fn file(&mut self, name: &str, looks: Looks) -> Option<Contents> {
         let path = self.folder.join(name);
         let shown = path.display().to_string();
-        let text = match std::fs::read(&path) {
-            Ok(text) => text,
-            // Gone since the folder was listed: the next reading will tell.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
-            Err(error) => {
+        let text = match text(&path) {
+            Ok(text) => text?,
+            Err(reason) => {
                 self.seen.insert(name.to_owned(), Seen { looks, hash: 0 });
-                let reason = format!("cannot be read: {error}; what was known of it stays");
+                let reason = format!("{reason}; what was known of it stays");
                 let error = ManifestError::File { file: shown, reason };
                 return Some(Contents { entries: Vec::new(), errors: vec![error] });
             }
@@ -111,21 +110,45 @@ impl Reader {
     }
 }
 
+/// What a file holds: of the very file whose owner was looked at. `None` if it is gone since the folder was listed: the next
+/// reading will tell.
+fn text(path: &Path) -> Result<Option<Vec<u8>>, String> {
+    let read = || -> io::Result<Result<Vec<u8>, String>> {
+        let mut file = fs::File::open(path)?;
+        if let Some(reason) = distrust(path, &file.metadata()?) {
+            return Ok(Err(reason));
+        }
+        let mut text = Vec::new();
+        file.read_to_end(&mut text)?;
+        Ok(Ok(text))
+    };
+    match read() {
+        Ok(read) => read.map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(format!("cannot be read: {error}")),
+    }
+}
+
 /// The names of the manifests in a folder, and how they look.
 fn list(folder: &Path) -> Result<BTreeMap<String, Looks>, ManifestError> {
     let failed = |error: io::Error| ManifestError::File {
         file: folder.display().to_string(),
         reason: format!("cannot be listed: {error}; what was known stays"),
     };
+    let found = fs::metadata(folder).map_err(failed)?;
+    if let Some(reason) = distrust(folder, &found) {
+        let reason = format!("{reason}; what was known stays");
+        return Err(ManifestError::File { file: folder.display().to_string(), reason });
+    }
     let mut names = BTreeMap::new();
-    for entry in std::fs::read_dir(folder).map_err(failed)? {
+    for entry in fs::read_dir(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let Ok(name) = entry.file_name().into_string() else { continue };
         if !is_manifest(&name) {
             continue;
         }
         // A link to nothing is not there.
-        if let Some(file) = std::fs::metadata(entry.path()).ok().filter(|file| !file.is_dir()) {
+        if let Some(file) = fs::metadata(entry.path()).ok().filter(|file| !file.is_dir()) {
             names.insert(name, looks(&file));
         }
     }

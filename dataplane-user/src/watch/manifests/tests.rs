@@ -316,3 +316,43 @@ async fn a_folder_that_is_none_is_refused() {
     let error = watch(folder.0.join("none"), options, sender).unwrap_err().to_string();
     assert!(error.contains("/none: is no folder that can be listed: "), "{error}");
 }
+
+fn set_mode(path: &Path, mode: u32) {
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// Z5
+#[tokio::test]
+async fn a_file_that_everybody_can_write_is_named_and_costs_no_other() {
+    let folder = TempFolder::new();
+    folder.write("a.yaml", &service("a", "1"));
+    folder.write("b.yaml", &service("b", "2"));
+    let open = folder.manifests().join("b.yaml");
+    set_mode(&open, 0o666);
+    let mut source = Source::start(&folder.manifests());
+    assert_eq!(source.services().await, "default/a");
+    let error = source.watch.status().of(Kind::Service).error.unwrap();
+    assert!(error.contains("b.yaml: is not trusted: everybody can write it"), "{error}");
+    set_mode(&open, 0o644);
+    assert_eq!(source.next().await, "+default/b 2");
+    // What was known of it stays when it becomes so.
+    set_mode(&open, 0o666);
+    folder.write("a.yaml", &service("a", "3"));
+    assert_eq!(source.next().await, "+default/a 3");
+    source.nothing().await;
+}
+
+#[tokio::test]
+async fn a_folder_that_everybody_can_write_is_not_read() {
+    let folder = TempFolder::new();
+    folder.write("a.yaml", &service("a", "1"));
+    set_mode(&folder.manifests(), 0o777);
+    let mut source = Source::start(&folder.manifests());
+    source.nothing().await;
+    let error = source.watch.status().of(Kind::Service).error.unwrap();
+    assert!(error.contains("is not trusted: everybody can write it") && error.contains("chmod"), "{error}");
+    set_mode(&folder.manifests(), 0o755);
+    folder.write("b.yaml", &service("b", "1"));
+    assert_eq!(source.services().await, "default/a,default/b");
+}
