@@ -28,7 +28,7 @@ use crate::kernel::links::{self, Interfaces};
 use crate::kernel::maps::KernelMaps;
 use crate::kernel::object::{Object, Options, ProgramLog};
 use crate::kernel::pins::{self, Pins};
-use crate::kernel::{capability, probe};
+use crate::kernel::{alone, capability, probe};
 use crate::memory;
 use crate::metrics::Metrics;
 use crate::model::Change;
@@ -117,6 +117,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     // Nobody else sets it.
     let _ = scrape.status.set(watch.status());
 
+    let _alone = alone::claim()?;
     let choice = settings::choice(&args);
     let mut hooks = Hooks {
         attachments,

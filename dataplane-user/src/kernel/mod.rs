@@ -1,5 +1,6 @@
 //! The kernel: `bpf(2)`, maps, programs and links. Nothing else in the agent names aya or makes these calls.
 
+pub mod alone;
 pub mod attach;
 pub mod bpf;
 pub mod callers;
