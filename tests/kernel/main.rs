@@ -1,5 +1,6 @@
 //! Real maps: what `bpf(2)` really does with what the agent asks of it. Needs root; no packet is sent.
 
+mod clock;
 mod interfaces;
 mod refusals;
 

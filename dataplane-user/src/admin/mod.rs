@@ -6,7 +6,7 @@
 pub mod names;
 
 mod backends;
-mod clock;
+pub mod clock;
 mod columns;
 mod drops;
 mod flows;
