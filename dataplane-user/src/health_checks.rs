@@ -13,6 +13,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
@@ -136,10 +137,10 @@ impl HealthChecks {
 /// Keeps a server at each place until the task is aborted, and tells once of each that cannot be had.
 pub async fn serve(checks: Arc<HealthChecks>, health: Arc<Health>, gate: Gate, tell: impl Fn(&Unbound<'_>)) {
     let mut servers: BTreeMap<Place, JoinHandle<()>> = BTreeMap::new();
-    let mut unbound: BTreeSet<Place> = BTreeSet::new();
+    let mut unbound: BTreeMap<Place, Refused> = BTreeMap::new();
     loop {
         let places = checks.places();
-        unbound.retain(|place| places.contains_key(place));
+        unbound.retain(|place, _| places.contains_key(place));
         let gone: Vec<_> = servers.extract_if(.., |place, _| !places.contains_key(place)).collect();
         for (_, server) in gone {
             server.abort();
@@ -160,10 +161,12 @@ pub async fn serve(checks: Arc<HealthChecks>, health: Arc<Health>, gate: Gate, t
                     servers.insert(place, server);
                 }
                 Err(error) if address.ip().is_unspecified() && http::is_without_family(&error) => {}
-                Err(error) if unbound.insert(place.clone()) => {
-                    tell(&Unbound { service, uid, address: *address, error });
+                Err(error) => {
+                    let refused = unbound.entry(place.clone()).or_default();
+                    if refused.is_to_be_told(&error, Instant::now()) {
+                        tell(&Unbound { service, uid, address: *address, error });
+                    }
                 }
-                Err(_) => {}
             }
         }
         checks.unbound.store(unbound.len(), Relaxed);
@@ -171,6 +174,26 @@ pub async fn serve(checks: Arc<HealthChecks>, health: Arc<Health>, gate: Gate, t
             () = checks.changed.notified() => {}
             () = tokio::time::sleep(http::RETRY), if !unbound.is_empty() => {}
         }
+    }
+}
+
+/// Since when a place cannot be had.
+#[derive(Debug, Default)]
+struct Refused {
+    since: Option<Instant>,
+    told: bool,
+}
+
+impl Refused {
+    /// Whether people should hear of it, and have not. An address that is new is not there for a moment: the kernel asks
+    /// first whether somebody else has it (IPv6's duplicate address detection).
+    fn is_to_be_told(&mut self, error: &io::Error, now: Instant) -> bool {
+        let since = *self.since.get_or_insert(now);
+        let may_pass = error.kind() == io::ErrorKind::AddrNotAvailable;
+        if may_pass && now.duration_since(since) < http::RETRY {
+            return false;
+        }
+        !std::mem::replace(&mut self.told, true)
     }
 }
 
@@ -296,6 +319,19 @@ mod tests {
         until(|| checks.unbound() == 0).await;
         assert_eq!(get(at("127.0.0.1", port), "/").await.status, 200);
         assert_eq!(told.lock().unwrap().len(), 1);
+    }
+
+    /// S4
+    #[test]
+    fn an_address_that_is_not_there_for_a_moment_is_not_told() {
+        let (begin, mut refused) = (Instant::now(), Refused::default());
+        let tentative = || io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
+        assert!(!refused.is_to_be_told(&tentative(), begin));
+        assert!(!refused.is_to_be_told(&tentative(), begin + Duration::from_secs(1)));
+        assert!(refused.is_to_be_told(&tentative(), begin + http::RETRY));
+        assert!(!refused.is_to_be_told(&tentative(), begin + http::RETRY * 2), "once");
+        let taken = io::Error::from_raw_os_error(libc::EADDRINUSE);
+        assert!(Refused::default().is_to_be_told(&taken, begin), "that does not pass by itself");
     }
 
     /// S4, P17
