@@ -31,8 +31,9 @@ pub(crate) fn failed_checks() -> Result<Vec<&'static str>> {
                 .variable("RUSTDOCFLAGS", deny_warnings),
         ),
     ];
+    let advisories = crate::advisories::as_check()?.map(|command| ("advisories", command));
     let mut failed = Vec::new();
-    for (name, command) in checks {
+    for (name, command) in checks.into_iter().chain(advisories) {
         println!("=== {name} ===\n$ {command}");
         if let Err(error) = command.run() {
             println!("{error:#}");

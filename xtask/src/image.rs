@@ -30,7 +30,7 @@ pub(crate) fn image(name: Option<&str>) -> Result<()> {
 /// Builds the agent with glibc in it, which resolves names by `/etc/hosts` and DNS without any library.
 fn agent() -> Result<Vec<u8>> {
     let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
-    CommandLine::new("cargo build --release --package dataplane-user --bin portolan --target")
+    CommandLine::new("cargo build --locked --release --package dataplane-user --bin portolan --target")
         .arg(&target)
         .arg("--config")
         .arg(format!("target.{target}.rustflags=[\"-C\",\"target-feature=+crt-static\"]"))

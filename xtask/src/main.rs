@@ -3,6 +3,7 @@
 //! It needs stable Rust and nothing else, builds in seconds, and never does what a verb was not asked for: only `setup`
 //! (and the verbs that say they call it) changes the machine.
 
+mod advisories;
 mod check;
 mod command;
 mod image;
@@ -61,6 +62,9 @@ enum Verb {
     },
     /// Check format, lints, dependencies and documentation, and list which tests cite which rule of the contract.
     Check,
+    /// Check whether a dependency is known to be unsafe, by the database of advisories: a clone that the variable
+    /// `PORTOLAN_ADVISORY_DB` names, else that of GitHub.
+    Advisories,
     /// Rewrite what tests expect: the tables of the golden tests, or the recorded numbers of the tier `exact` (needs root).
     Bless {
         /// Which.
@@ -107,6 +111,10 @@ fn main() -> Result<ExitCode> {
         Verb::Check => {
             setup::ensure(Purpose::Everything)?;
             return check::check();
+        }
+        Verb::Advisories => {
+            setup::ensure(Purpose::Everything)?;
+            advisories::check()?;
         }
         Verb::Bless { what } => {
             if what == programs::Blessed::Exact {

@@ -85,14 +85,14 @@ impl Tier {
     }
 
     fn program(self) -> CommandLine {
-        CommandLine::new("cargo test --package dataplane-tests --test").arg(self.name())
+        CommandLine::new("cargo test --locked --package dataplane-tests --test").arg(self.name())
     }
 
     fn commands(self) -> Vec<CommandLine> {
         match self {
             Self::Unit => vec![
-                CommandLine::new("cargo test --workspace --exclude dataplane-tests --no-fail-fast"),
-                CommandLine::new("cargo test --package dataplane-tests --lib --bins --no-fail-fast"),
+                CommandLine::new("cargo test --locked --workspace --exclude dataplane-tests --no-fail-fast"),
+                CommandLine::new("cargo test --locked --package dataplane-tests --lib --bins --no-fail-fast"),
             ],
             Self::Golden
             | Self::Packet
