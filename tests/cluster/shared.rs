@@ -8,6 +8,7 @@ use dataplane_tests::lab::{AgentOptions, Client, Failure, Lab, Options, PodOptio
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -46,7 +47,12 @@ impl Cluster {
 
     /// A new one whose nodes have no agents.
     pub(crate) fn without_agents() -> Self {
-        let lab = Options::default().create().unwrap();
+        Self::without_agents_on(&Options::default())
+    }
+
+    /// The same, in a lab of three nodes or more.
+    pub(crate) fn without_agents_on(options: &Options) -> Self {
+        let lab = options.clone().create().unwrap();
         let plane = ControlPlane::start(&lab).unwrap();
         lab.add_pod("shell", 2, &PodOptions::client()).unwrap();
         Self { plane, lab }
@@ -92,8 +98,12 @@ impl Cluster {
                     })
                 })
                 .collect();
-            disturb();
+            // Also where it panics: else the clients would never end, and nobody be told.
+            let done = std::panic::catch_unwind(AssertUnwindSafe(disturb));
             end.store(true, Ordering::Relaxed);
+            if let Err(panic) = done {
+                std::panic::resume_unwind(panic);
+            }
             running.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
         });
         made.into_inner()

@@ -4,6 +4,7 @@
 //! All that a lab makes is found by its id alone: its folder below [`LABS`], its cgroups, its pins and its namespaces. A lab
 //! is a leftover when the process that its folder names is gone. Nothing else is ever touched.
 
+use super::mounts;
 use super::place::NAMESPACES;
 use anyhow::{Context, Result};
 use std::collections::BTreeSet;
@@ -81,6 +82,7 @@ impl Traces {
             }
         }
         remove_cgroups(&self.cgroup);
+        mounts::unmount_below(&self.folder);
         remove_tree(&self.folder);
         forget(&self.id);
         let left: Vec<_> =

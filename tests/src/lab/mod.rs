@@ -22,6 +22,7 @@ mod agent;
 pub mod client;
 mod leftovers;
 pub mod manifests;
+mod mounts;
 mod network;
 mod node;
 mod place;
@@ -66,6 +67,7 @@ pub struct Options {
     strict_rp_filter: bool,
     tx_checksums: bool,
     xdp: bool,
+    bpffs: bool,
     zones: Vec<String>,
 }
 
@@ -78,6 +80,7 @@ impl Default for Options {
             strict_rp_filter: false,
             tx_checksums: true,
             xdp: false,
+            bpffs: true,
             zones: Vec::new(),
         }
     }
@@ -116,6 +119,14 @@ impl Options {
     #[must_use]
     pub fn tx_checksums(mut self, on: bool) -> Self {
         self.tx_checksums = on;
+        self
+    }
+
+    /// Whether the nodes have a BPF file system where it is by custom (the default). A node without one has an empty folder there
+    /// in which nothing can be made, as sysfs is where no init system mounted one.
+    #[must_use]
+    pub fn bpffs(mut self, mounted: bool) -> Self {
+        self.bpffs = mounted;
         self
     }
 
