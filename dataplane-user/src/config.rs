@@ -39,7 +39,17 @@ pub struct Cli {
 pub enum Command {
     /// Run the node agent in the foreground.
     Agent(Box<AgentArgs>),
-    /// Remove every program, map and pin, and say what was removed.
+    /// Mount a BPF file system if the pin folder lies on none, and make that folder.
+    ///
+    /// For nodes whose init system mounts none, such as those of kind: an init container runs it before the agent, which has no
+    /// right to mount. Where there is one, nothing is mounted.
+    MountBpffs(PinArgs),
+    /// Note where the kubelet finds the API server, for an agent that may not read the kubelet's kubeconfig.
+    ///
+    /// For an init container: the kubeconfig names credentials, and of these nothing is noted. Where there is no such file, or none
+    /// that can be read, nothing is done.
+    NoteApiServer(NoteArgs),
+    /// Remove every program, map and pin, and what is kept on disk, and say what was removed.
     ///
     /// Services are then served no more on this node, and connections through them break. An agent that runs must be stopped
     /// first. On kernels before 6.6, run it in the agent's network namespace: the tc filters are found there.
@@ -164,6 +174,25 @@ pub struct AgentArgs {
     /// Print the tables that would be written, and end.
     #[arg(long)]
     pub dry_run: bool,
+}
+
+/// Flags of `portolan mount-bpffs`.
+#[derive(Clone, Debug, Args)]
+pub struct PinArgs {
+    /// Folder of the pins.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    pub bpffs: PathBuf,
+}
+
+/// Flags of `portolan note-api-server`.
+#[derive(Clone, Debug, Args)]
+pub struct NoteArgs {
+    /// The kubelet's kubeconfig.
+    #[arg(long, value_name = "FILE", default_value = "/etc/kubernetes/kubelet.conf")]
+    pub kubelet_kubeconfig: PathBuf,
+    /// Folder of what outlives a reboot.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
+    pub state_dir: PathBuf,
 }
 
 /// Flags of `portolan cleanup`.
@@ -400,14 +429,9 @@ mod tests {
     use super::*;
 
     fn agent(flags: &[&str]) -> Result<AgentArgs, clap::Error> {
-        match Cli::try_parse_from(["portolan", "agent"].iter().chain(flags))?.command {
-            Command::Agent(args) => Ok(*args),
-            Command::Cleanup(_)
-            | Command::Services(_)
-            | Command::Backends(_)
-            | Command::Flows(_)
-            | Command::Drops(_) => panic!("not the agent"),
-        }
+        let cli = Cli::try_parse_from(["portolan", "agent"].iter().chain(flags))?;
+        let Command::Agent(args) = cli.command else { panic!("not the agent") };
+        Ok(*args)
     }
 
     #[test]

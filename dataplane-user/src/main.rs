@@ -8,6 +8,7 @@ use dataplane_user::causes::causes;
 use dataplane_user::config::{Cli, Command, ShowArgs};
 use dataplane_user::kernel::capability;
 use dataplane_user::kernel::cleanup::cleanup;
+use dataplane_user::kernel::pins::Pins;
 use std::io::{ErrorKind, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -26,6 +27,13 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Agent(args) => agent::run(*args),
+        Command::MountBpffs(args) => {
+            match Pins::new(&args.bpffs).prepare()? {
+                Some(at) => println!("mounted a BPF file system at {}", at.display()),
+                None => println!("{} lies on a BPF file system already", args.bpffs.display()),
+            }
+            Ok(())
+        }
         Command::Cleanup(args) => {
             capability::check()?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -78,7 +78,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
         SocketLb::All | SocketLb::Host => Some(probe::cgroup(args.cgroup.as_deref())?),
     };
     let pins = Pins::new(&args.bpffs);
-    pins.prepare()?;
+    if let Some(at) = pins.prepare()? {
+        tracing::info!("mounted a BPF file system at {}; pins last as long as this mount", at.display());
+    }
     let _held = pins.hold(pins::ENDING)?;
 
     let log = tracing::enabled!(target: "dataplane_ebpf", tracing::Level::DEBUG);

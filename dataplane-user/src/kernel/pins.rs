@@ -24,8 +24,9 @@ const SYS_FS_BPF: &str = "/sys/fs/bpf";
 pub enum PinError {
     /// No BPF file system, and none could be mounted.
     #[error(
-        "there is no BPF file system at {path}, and mounting one failed: {source}. Run as root: `mount -t bpf bpf {path}`; \
-         in a container, mount the host's {SYS_FS_BPF} there"
+        "there is no BPF file system at {path}, and mounting one failed: {source}. As root on the node, `portolan mount-bpffs` \
+         or `mount -t bpf bpf {path}` mounts one. In a cluster an init container does that: a privileged one that has the \
+         node's {SYS_FS_BPF} with `mountPropagation: Bidirectional`, as deploy/portolan.yaml has it"
     )]
     Mount {
         /// Where.
@@ -102,20 +103,26 @@ impl Pins {
         self.links().join(program)
     }
 
-    /// Makes the folders, and mounts a BPF file system if there is none.
+    /// Makes the folders, and mounts a BPF file system if there is none; says where it mounted one.
+    ///
+    /// What counts is the kind of the file system, not whether the folder is a mount point: in a container it is one always.
     ///
     /// # Errors
     /// If it cannot be mounted, or a folder cannot be made.
-    pub fn prepare(&self) -> Result<(), PinError> {
+    pub fn prepare(&self) -> Result<Option<PathBuf>, PinError> {
         let existing = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-        if !is_bpffs(existing).map_err(folder_error("read", existing))? {
+        let mounted = if is_bpffs(existing).map_err(folder_error("read", existing))? {
+            None
+        } else {
             let under_custom = self.root.starts_with(SYS_FS_BPF) && Path::new(SYS_FS_BPF).exists();
-            mount(if under_custom { Path::new(SYS_FS_BPF) } else { &self.root })?;
-        }
+            let at = if under_custom { Path::new(SYS_FS_BPF) } else { &self.root };
+            mount(at)?;
+            Some(at.to_owned())
+        };
         for folder in [self.maps(), self.links()] {
             fs::create_dir_all(&folder).map_err(folder_error("make", &folder))?;
         }
-        Ok(())
+        Ok(mounted)
     }
 
     /// Takes the folder for this process; it is free again when the process ends, however it ends.
@@ -242,7 +249,6 @@ fn mount(at: &Path) -> Result<(), PinError> {
     if result != 0 {
         return Err(failed(io::Error::last_os_error()));
     }
-    tracing::info!("mounted a BPF file system at {}; pins last as long as this mount", at.display());
     Ok(())
 }
 
