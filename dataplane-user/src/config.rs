@@ -76,6 +76,11 @@ pub enum Command {
     /// Reads the pinned maps: needs root, but no agent. The table has the reasons that occurred since the maps were made; JSON
     /// has all of them.
     Drops(ShowArgs),
+    /// The TCP connections to Services that are left to another proxy, whose netfilter rules translated them before.
+    ///
+    /// Reads the pinned maps and the node's conntrack: needs root and the node's network namespace, but no agent. EXPIRES is the
+    /// time after which conntrack forgets a connection if nothing comes.
+    TakeOver(ShowArgs),
 }
 
 /// Flags of `portolan agent`.
@@ -167,6 +172,10 @@ pub struct AgentArgs {
     /// How long an update may wait for the kernel before the node calls itself unhealthy.
     #[arg(long, value_name = "TIME", default_value = "2m", value_parser = duration)]
     pub healthy_within: Duration,
+    /// Time after which TCP connections are no longer left to another proxy whose netfilter rules translate them; 0: when the
+    /// last of them has ended. Those that live then break.
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = duration)]
+    pub take_over_limit: Duration,
     /// Folder for what must outlive a reboot: the objects that the API server told last. With --manifests nothing is kept
     /// there, for the manifests are on a disk themselves.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/portolan")]

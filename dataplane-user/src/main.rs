@@ -51,6 +51,7 @@ fn run(command: Command) -> Result<()> {
         Command::Backends(args) => show(View::Backends, &args),
         Command::Flows(args) => show(View::Flows, &args),
         Command::Drops(args) => show(View::Drops, &args),
+        Command::TakeOver(args) => show(View::TakeOver, &args),
     }
 }
 

@@ -123,7 +123,7 @@ impl Service {
             swept: Instant::now(),
             sweeping: None,
             road: watch::Sender::default(),
-            taking_over: takes_over.then(TakeOver::default),
+            taking_over: takes_over.then(|| TakeOver::new(Instant::now(), args.take_over_limit)),
             backoff: None,
             ready: false,
             booted: frontends == 0,
