@@ -3,6 +3,7 @@
 //! A flag that means what a flag of kube-proxy means has its name.
 
 use crate::pattern::Pattern;
+use crate::watch::cluster::ApiServer;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dataplane_common::tables::{self, Closing, Flows, HalfOpen, Table as _};
 use ipnet::IpNet;
@@ -92,6 +93,19 @@ pub struct AgentArgs {
     /// Credentials for the API server; without it and without --manifests, those of the pod this runs in.
     #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
     pub kubeconfig: Option<PathBuf>,
+    /// Where API servers are, as HOST, HOST:PORT or URL: the first that answers is asked. `auto`: the one of --kubeconfig; in a pod,
+    /// the endpoints of the cluster's own Service as they were last, proxies on this node (127.0.0.1:7445 and :6444), what
+    /// note-api-server has written, and what the environment of the pod says, in this order.
+    #[arg(
+        long,
+        env = "PORTOLAN_API_SERVER",
+        value_name = "SERVER|auto",
+        default_value = "auto",
+        value_delimiter = ',',
+        num_args = 1..,
+        conflicts_with = "manifests"
+    )]
+    pub api_server: Vec<ServerChoice>,
     /// Read the objects from the YAML files of this folder, watched live, instead of an API server.
     #[arg(long, value_name = "DIR")]
     pub manifests: Option<PathBuf>,
@@ -282,6 +296,34 @@ pub enum FromOutside {
     Allow,
     /// Refused (P10).
     Refuse,
+}
+
+/// One entry of `--api-server`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServerChoice {
+    /// It is looked for.
+    Auto,
+    /// This one.
+    Server(ApiServer),
+}
+
+impl FromStr for ServerChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Server) }
+    }
+}
+
+impl AgentArgs {
+    /// The API servers that were named; none: one is looked for.
+    pub fn named_servers(&self) -> Vec<ApiServer> {
+        let named = self.api_server.iter().filter_map(|choice| match choice {
+            ServerChoice::Auto => None,
+            ServerChoice::Server(server) => Some(server.clone()),
+        });
+        named.collect()
+    }
 }
 
 /// One entry of `--nodeport-addresses`.

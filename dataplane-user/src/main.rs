@@ -1,14 +1,16 @@
 //! `portolan`: the node agent and its command line.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use dataplane_user::admin::{self, View};
 use dataplane_user::agent;
 use dataplane_user::causes::causes;
-use dataplane_user::config::{Cli, Command, ShowArgs};
+use dataplane_user::config::{Cli, Command, NoteArgs, ShowArgs};
 use dataplane_user::kernel::capability;
 use dataplane_user::kernel::cleanup::cleanup;
 use dataplane_user::kernel::pins::Pins;
+use dataplane_user::snapshot;
+use dataplane_user::watch;
 use std::io::{ErrorKind, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -34,6 +36,7 @@ fn run(command: Command) -> Result<()> {
             }
             Ok(())
         }
+        Command::NoteApiServer(args) => note_api_server(&args),
         Command::Cleanup(args) => {
             capability::check()?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -53,6 +56,23 @@ fn run(command: Command) -> Result<()> {
         Command::Drops(args) => show(View::Drops, &args),
         Command::TakeOver(args) => show(View::TakeOver, &args),
     }
+}
+
+fn note_api_server(args: &NoteArgs) -> Result<()> {
+    let file = args.kubelet_kubeconfig.display();
+    // One source of several: an agent that finds the API server elsewhere must not wait for it.
+    let servers = watch::cluster::servers_of(&args.kubelet_kubeconfig).unwrap_or_else(|error| {
+        eprintln!("portolan: {error}; nothing is noted");
+        Vec::new()
+    });
+    if servers.is_empty() {
+        println!("{file} names no API server");
+        return Ok(());
+    }
+    snapshot::servers::write(&args.state_dir, snapshot::servers::Source::Kubelet, &servers)
+        .with_context(|| format!("cannot write to --state-dir {}", args.state_dir.display()))?;
+    println!("{file} names {}", servers.join(", "));
+    Ok(())
 }
 
 /// A reader that stops reading, such as `head`, is no error.

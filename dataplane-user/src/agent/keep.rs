@@ -5,7 +5,7 @@ use super::settings::Settings;
 use crate::config::AgentArgs;
 use crate::metrics::Metrics;
 use crate::model::Store;
-use crate::snapshot::{File, Loaded, Owner, SnapshotError};
+use crate::snapshot::{File, Loaded, Owner, SnapshotError, servers};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::task::JoinHandle;
@@ -56,6 +56,8 @@ pub(super) struct Keeping {
     /// The snapshot was asked for.
     asked: bool,
     debounce: Debounce,
+    /// The API servers that are kept.
+    servers: Vec<String>,
     saving: Option<JoinHandle<Result<(), SnapshotError>>>,
     /// It was said that it cannot be written.
     complained: bool,
@@ -70,6 +72,7 @@ impl Keeping {
             begun: Instant::now(),
             asked: false,
             debounce: Debounce::default(),
+            servers: Vec::new(),
             saving: None,
             complained: false,
         }
@@ -105,8 +108,15 @@ impl Keeping {
         }
         if self.saving.is_none() && self.debounce.is_due(store.revision(), Instant::now()) {
             self.debounce.done(store.revision());
-            let (file, objects) = (file.clone(), store.share());
-            self.saving = Some(tokio::task::spawn_blocking(move || file.save(&objects, SystemTime::now())));
+            let (file, objects, servers) = (file.clone(), store.share(), servers::of(store));
+            let servers = (!servers.is_empty() && servers != self.servers).then_some(servers);
+            self.servers = servers.clone().unwrap_or_else(|| std::mem::take(&mut self.servers));
+            self.saving = Some(tokio::task::spawn_blocking(move || {
+                if let Some(servers) = servers {
+                    file.save_servers(&servers)?;
+                }
+                file.save(&objects, SystemTime::now())
+            }));
         }
     }
 

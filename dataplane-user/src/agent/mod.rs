@@ -159,7 +159,10 @@ async fn watch_objects(
     };
     match &args.manifests {
         Some(folder) => Ok(watch::manifests::watch(folder.clone(), options, changes)?),
-        None => Ok(watch::cluster::watch(args.kubeconfig.as_deref(), options, changes).await?),
+        None => {
+            let servers = Servers { named: args.named_servers(), state: args.state_dir.clone() };
+            Ok(watch::cluster::watch(args.kubeconfig.as_deref(), servers, options, changes).await?)
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The file that holds the snapshot: replaced whole or not at all, and set aside where it cannot be trusted.
 
 use super::format::{self, Owner, Refusal};
+use super::servers::{self, Source};
 use crate::model::{Object, Shared};
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
@@ -81,6 +82,15 @@ impl File {
     /// If it cannot be written; the old one is then still there.
     pub fn save(&self, objects: &Shared, taken: SystemTime) -> Result<(), SnapshotError> {
         self.try_save(objects, taken).map_err(|error| SnapshotError::Write { file: self.path(), error })
+    }
+
+    /// Keeps where API servers are, beside the snapshot.
+    ///
+    /// # Errors
+    /// If that cannot be written; what was written before is then still there.
+    pub fn save_servers(&self, servers: &[String]) -> Result<(), SnapshotError> {
+        servers::write(&self.folder, Source::Endpoints, servers)
+            .map_err(|error| SnapshotError::Write { file: self.folder.join(Source::Endpoints.file()), error })
     }
 
     fn try_save(&self, objects: &Shared, taken: SystemTime) -> io::Result<()> {

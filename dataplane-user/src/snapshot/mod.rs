@@ -6,6 +6,7 @@
 
 mod file;
 mod format;
+pub mod servers;
 
 pub use file::{File, Loaded, SnapshotError};
 pub use format::{Owner, Refusal, VERSION};

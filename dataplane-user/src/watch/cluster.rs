@@ -7,6 +7,7 @@
 mod failure;
 mod follow;
 mod seen;
+mod servers;
 
 use super::objects::{
     HEADLESS_LABEL, PROXY_NAME_LABEL, WrittenEndpointSlice, WrittenNode, WrittenService, WrittenServiceCidr,
@@ -16,6 +17,7 @@ use crate::causes::causes;
 use follow::{Following, follow};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
+pub use servers::{ApiServer, Servers};
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -50,11 +52,13 @@ pub enum ClusterError {
     },
 }
 
-/// Watches the API server that `kubeconfig` names; without one, that of the cluster in which this is a pod.
+/// Watches the API server that `kubeconfig` names; without one, that of the cluster in which this is a pod, which is looked for.
+/// Servers that were named come before both.
 ///
 /// Does not wait for the API server: it may come later.
 pub async fn watch(
     kubeconfig: Option<&Path>,
+    servers: Servers,
     options: Options,
     changes: Changes,
 ) -> Result<Watch, ClusterError> {
@@ -67,10 +71,14 @@ pub async fn watch(
     // The watches try again themselves, and say why.
     config.default_retry = false;
     let server = config.cluster_url.to_string();
-    let client = Client::try_from(config)
+    // Whether the certificates and the token can be used does not hang on the server.
+    let client = Client::try_from(config.clone())
         .map_err(|error| ClusterError::Client { server: server.clone(), reason: causes(&error) })?;
-    tracing::info!(server, "watching the Kubernetes API");
-    Ok(start(client, server, options, changes))
+    if kubeconfig.is_some() && servers.named.is_empty() {
+        tracing::info!(server, "watching the Kubernetes API");
+        return Ok(start(client, server, options, changes));
+    }
+    Ok(start(servers::client(config, servers), "the API server".into(), options, changes))
 }
 
 async fn from_file(file: &Path) -> Result<Config, ClusterError> {
@@ -79,6 +87,20 @@ async fn from_file(file: &Path) -> Result<Config, ClusterError> {
     let kubeconfig = Kubeconfig::read_from(file).map_err(|error| failed(&error))?;
     let options = KubeConfigOptions::default();
     Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|error| failed(&error))
+}
+
+/// The API servers that a kubeconfig names; none if there is no such file.
+///
+/// # Errors
+/// If it is there and cannot be read.
+pub fn servers_of(kubeconfig: &Path) -> Result<Vec<String>, ClusterError> {
+    if !kubeconfig.exists() {
+        return Ok(Vec::new());
+    }
+    let read = Kubeconfig::read_from(kubeconfig)
+        .map_err(|error| ClusterError::Kubeconfig { file: kubeconfig.to_owned(), reason: causes(&error) })?;
+    let clusters = read.clusters.into_iter().filter_map(|cluster| cluster.cluster?.server);
+    Ok(clusters.collect())
 }
 
 fn start(client: Client, server: String, options: Options, changes: Changes) -> Watch {

@@ -385,6 +385,9 @@ async fn an_api_server_that_is_away_tells_nothing() {
 async fn a_kubeconfig_that_is_none_is_named() {
     let (sender, _changes) = mpsc::channel(1);
     let options = Options { node_name: "n1".into(), service_proxy_name: None };
-    let error = watch(Some(Path::new("/none/kubeconfig")), options, sender).await.unwrap_err().to_string();
+    let error = watch(Some(Path::new("/none/kubeconfig")), Servers::default(), options, sender)
+        .await
+        .unwrap_err()
+        .to_string();
     assert!(error.starts_with("kubeconfig /none/kubeconfig: "), "{error}");
 }
