@@ -15,6 +15,9 @@ use std::time::Duration;
 /// Where maps and links are pinned unless `--bpffs` says otherwise.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/portolan";
 
+/// Where what outlives a reboot is kept unless `--state-dir` says otherwise.
+pub const DEFAULT_STATE: &str = "/var/lib/portolan";
+
 /// A Kubernetes Service dataplane for one node, in the place of kube-proxy.
 #[derive(Debug, Parser)]
 #[command(name = "portolan", version, propagate_version = true)]
@@ -192,7 +195,7 @@ pub struct AgentArgs {
     pub take_over_limit: Duration,
     /// Folder for what must outlive a reboot: the objects that the API server told last. With --manifests nothing is kept
     /// there, for the manifests are on a disk themselves.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/portolan")]
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
     pub state_dir: PathBuf,
     /// Print the tables that would be written, and end.
     #[arg(long)]
@@ -224,6 +227,12 @@ pub struct CleanupArgs {
     /// Folder of the pins.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
     pub bpffs: PathBuf,
+    /// Folder of what outlives a reboot.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
+    pub state_dir: PathBuf,
+    /// Leave what is in the state folder.
+    #[arg(long)]
+    pub keep_state: bool,
 }
 
 /// Flags of the verbs that show what the kernel holds.

@@ -41,10 +41,14 @@ fn run(command: Command) -> Result<()> {
             capability::check()?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let mut count = 0;
-            runtime.block_on(cleanup(&args.bpffs, |removed| {
+            let mut removed = |what: String| {
                 count += 1;
-                println!("removed {removed}");
-            }))?;
+                println!("removed {what}");
+            };
+            runtime.block_on(cleanup(&args.bpffs, &mut removed))?;
+            if !args.keep_state {
+                snapshot::remove(&args.state_dir, &mut removed)?;
+            }
             if count == 0 {
                 println!("nothing to remove at {} and on the interfaces here", args.bpffs.display());
             }

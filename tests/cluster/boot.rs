@@ -17,7 +17,7 @@ fn log(node: &Node) -> String {
 /// Ends the agent and empties the kernel, as a power failure does.
 fn cut_power(node: &Node) {
     node.agent().unwrap().kill();
-    node.portolan(&["cleanup"]).unwrap();
+    node.portolan(&["cleanup", "--keep-state"]).unwrap();
 }
 
 fn shell(lab: &Lab) -> Client {
@@ -77,7 +77,7 @@ fn a_node_that_boots_without_the_api_server_serves_what_it_knew() {
 
     // SIGTERM and a boot, and somebody's disk lost a byte.
     node.agent().unwrap().stop().unwrap();
-    node.portolan(&["cleanup"]).unwrap();
+    node.portolan(&["cleanup", "--keep-state"]).unwrap();
     let mut bytes = fs::read(&file).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;

@@ -154,7 +154,10 @@ fn a_kernel_without_its_own_types_serves_and_is_named() {
     let (ready, log) =
         (fs::read_to_string(&output).unwrap(), fs::read_to_string(folder.join("log")).unwrap());
     let pins = flags(&folder).pop().unwrap();
-    let cleanup = Command::new(portolan().unwrap()).args(["cleanup", "--bpffs", &pins]).output().unwrap();
+    let cleanup = Command::new(portolan().unwrap())
+        .args(["cleanup", "--keep-state", "--bpffs", &pins])
+        .output()
+        .unwrap();
     let _ = fs::remove_dir_all(&folder);
     assert!(status.success() && ready == "ready\n", "{status}: {log}");
     assert!(
@@ -180,7 +183,7 @@ fn what_was_never_there_is_neither_shown_nor_removed() {
         assert!(text.contains("no maps of Portolan are pinned in /sys/fs/bpf/portolan-none/"), "{text}");
         assert!(text.contains("no agent has run with this --bpffs folder"), "{text}");
     }
-    let (ok, text) = run(&["cleanup"]);
+    let (ok, text) = run(&["cleanup", "--keep-state"]);
     assert!(ok && text.starts_with("nothing to remove at /sys/fs/bpf/portolan-none"), "{text}");
 }
 

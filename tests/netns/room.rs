@@ -84,7 +84,7 @@ fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
         assert!((1..=22).all(serves), "all have room now");
         assert_eq!(metric(node, "portolan_waiting_services "), Some(0.0));
         node.agent().unwrap().stop().unwrap();
-        node.portolan(&["cleanup"]).unwrap();
+        node.portolan(&["cleanup", "--keep-state"]).unwrap();
         (19..=22).for_each(|number| lab.manifests().delete(&service(&lab, number)).unwrap());
     }
 }
