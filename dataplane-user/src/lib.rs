@@ -19,4 +19,5 @@ pub mod model;
 pub mod pattern;
 pub mod snapshot;
 pub mod sync;
+pub mod version;
 pub mod watch;

@@ -1,7 +1,7 @@
 //! `portolan`: the node agent and its command line.
 
 use anyhow::{Context as _, Result};
-use clap::Parser as _;
+use clap::{CommandFactory as _, FromArgMatches as _};
 use dataplane_user::admin::{self, View};
 use dataplane_user::agent;
 use dataplane_user::causes::causes;
@@ -10,13 +10,17 @@ use dataplane_user::kernel::capability;
 use dataplane_user::kernel::cleanup::cleanup;
 use dataplane_user::kernel::pins::Pins;
 use dataplane_user::snapshot;
+use dataplane_user::version;
 use dataplane_user::watch;
 use std::io::{ErrorKind, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    // Here and not in the library: a new commit compiles this file alone again.
+    version::set_revision(option_env!("PORTOLAN_REVISION"));
+    let command = Cli::command().version(version::text());
+    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     match log_to_stderr(&cli.log).and_then(|()| run(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

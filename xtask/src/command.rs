@@ -32,6 +32,14 @@ impl CommandLine {
         self
     }
 
+    /// With the revision of the workspace, which the agent then tells with its version.
+    pub(crate) fn with_revision(self) -> Self {
+        match revision() {
+            Some(revision) => self.variable(REVISION, revision),
+            None => self,
+        }
+    }
+
     /// The same command as the arguments of another.
     pub(crate) fn within(mut self, outer: &str) -> Self {
         self.words.splice(0..0, outer.split(' ').map(str::to_owned));
@@ -88,6 +96,24 @@ fn quoted(word: &str) -> String {
 pub(crate) fn workspace() -> PathBuf {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     package.parent().unwrap_or(package).to_owned()
+}
+
+/// The variable by which whoever builds tells the revision.
+pub(crate) const REVISION: &str = "PORTOLAN_REVISION";
+
+/// Which commit the workspace is at, and whether it was changed since; none where there is no repository, as in an archive of the
+/// source, unless the environment tells.
+pub(crate) fn revision() -> Option<String> {
+    if let Ok(told) = env::var(REVISION) {
+        return Some(told).filter(|revision| !revision.is_empty());
+    }
+    let output = Command::new("git")
+        .current_dir(workspace())
+        .args(["describe", "--always", "--dirty", "--abbrev=12", "--tags"])
+        .output()
+        .ok()?;
+    let revision = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+    (output.status.success() && !revision.is_empty()).then_some(revision)
 }
 
 /// The folder this program was built into: the others of the same profile are beside it.

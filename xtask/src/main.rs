@@ -8,6 +8,7 @@ mod command;
 mod image;
 mod programs;
 mod rules;
+mod sbom;
 mod setup;
 mod summary;
 mod test;
@@ -82,6 +83,9 @@ enum Verb {
         /// What the image is called, such as `registry.example/portolan:1.0`.
         #[arg(long)]
         name: Option<String>,
+        /// Build it a second time, from a copy in another folder, and compare the digests.
+        #[arg(long)]
+        twice: bool,
     },
 }
 
@@ -123,7 +127,8 @@ fn main() -> Result<ExitCode> {
             programs::bench(args)?;
         }
         Verb::Build => programs::build()?,
-        Verb::Image { name } => image::image(name.as_deref())?,
+        Verb::Image { name, twice: false } => drop(image::image(name.as_deref())?),
+        Verb::Image { name, twice: true } => image::image_twice(name.as_deref())?,
     }
     Ok(ExitCode::SUCCESS)
 }

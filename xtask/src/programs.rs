@@ -14,14 +14,19 @@ pub(crate) fn lab(args: impl IntoIterator<Item = OsString>) -> Result<()> {
 
 /// Builds agent and benchmarks with optimization, and becomes the latter.
 pub(crate) fn bench(args: impl IntoIterator<Item = OsString>) -> Result<()> {
-    CommandLine::new("cargo build --release --package dataplane-user --package dataplane-tests --bins")
-        .run()?;
+    CommandLine::new(
+        "cargo build --locked --release --package dataplane-user --package dataplane-tests --bins",
+    )
+    .with_revision()
+    .run()?;
     become_program(&release_folder()?.join("portolan-bench"), args)
 }
 
 /// Builds the agent with optimization and says where it lies.
 pub(crate) fn build() -> Result<()> {
-    CommandLine::new("cargo build --release --package dataplane-user --bin portolan").run()?;
+    CommandLine::new("cargo build --locked --release --package dataplane-user --bin portolan")
+        .with_revision()
+        .run()?;
     println!("{}", release_folder()?.join("portolan").display());
     Ok(())
 }
@@ -52,7 +57,7 @@ pub(crate) fn bless(what: Blessed) -> Result<()> {
 
 /// The programs that laboratories and tests start, side by side in one folder.
 pub(crate) fn build_programs() -> Result<()> {
-    CommandLine::new("cargo build --package dataplane-user --package dataplane-tests --bins").run()
+    CommandLine::new("cargo build --locked --package dataplane-user --package dataplane-tests --bins").run()
 }
 
 /// The folder of optimized programs.

@@ -85,14 +85,14 @@ impl Tier {
     }
 
     fn program(self) -> CommandLine {
-        CommandLine::new("cargo test --package dataplane-tests --test").arg(self.name())
+        CommandLine::new("cargo test --locked --package dataplane-tests --test").arg(self.name())
     }
 
     fn commands(self) -> Vec<CommandLine> {
         match self {
             Self::Unit => vec![
-                CommandLine::new("cargo test --workspace --exclude dataplane-tests --no-fail-fast"),
-                CommandLine::new("cargo test --package dataplane-tests --lib --bins --no-fail-fast"),
+                CommandLine::new("cargo test --locked --workspace --exclude dataplane-tests --no-fail-fast"),
+                CommandLine::new("cargo test --locked --package dataplane-tests --lib --bins --no-fail-fast"),
             ],
             Self::Golden
             | Self::Packet
@@ -146,7 +146,7 @@ pub(crate) fn test(tiers: &[Tier], filter: Option<&str>, failed_checks: &[&str])
 /// Builds what the tests of these tiers start.
 fn build(tiers: &[Tier]) -> Result<()> {
     programs::build_programs()?;
-    if tiers.contains(&Tier::Cluster) { image::image(None) } else { Ok(()) }
+    if tiers.contains(&Tier::Cluster) { image::image(None).map(drop) } else { Ok(()) }
 }
 
 /// Runs the commands of one tier.

@@ -32,6 +32,8 @@ use crate::kernel::{capability, probe};
 use crate::memory;
 use crate::metrics::Metrics;
 use crate::model::Change;
+use crate::version;
+use crate::watch::cluster::Servers;
 use crate::watch::{self, Watch};
 use anyhow::{Context as _, Result};
 use dataplane::Dataplane;
@@ -68,7 +70,7 @@ pub fn run(args: AgentArgs) -> Result<()> {
 }
 
 async fn serve(args: AgentArgs) -> Result<()> {
-    tracing::info!("Portolan {}, pins in {}", env!("CARGO_PKG_VERSION"), args.bpffs.display());
+    tracing::info!("Portolan {}, pins in {}", version::text(), args.bpffs.display());
     capability::check()?;
     let mut features = probe::features()?;
     features.tcx &= args.tc == TcMode::Auto;

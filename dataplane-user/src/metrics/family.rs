@@ -156,7 +156,7 @@ families! {
         "Memory of the agent";
     OPEN_FDS = "process_open_fds", Gauge, [],
         "File descriptors of the agent";
-    BUILD = "portolan_build_info", Gauge, ["version"],
+    BUILD = "portolan_build_info", Gauge, ["version", "revision"],
         "Always 1";
 }
 

@@ -11,6 +11,7 @@ pub use fill::Fill;
 pub use histogram::Histogram;
 pub use traffic::{Counts, Ports, SERIES};
 
+use crate::version;
 use family::Text;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -203,7 +204,7 @@ impl Metrics {
         runs(&mut text, &observed.runs);
         process::write(&mut text);
         text.head(&family::BUILD);
-        text.sample(&family::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
+        text.sample(&family::BUILD, &[env!("CARGO_PKG_VERSION"), version::revision()], 1);
         text.into_string()
     }
 
