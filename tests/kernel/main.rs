@@ -1,5 +1,6 @@
 //! Real maps: what `bpf(2)` really does with what the agent asks of it. Needs root; no packet is sent.
 
+mod capabilities;
 mod interfaces;
 mod refusals;
 
@@ -91,14 +92,21 @@ fn private_bpffs() -> PathBuf {
     let folder = std::env::temp_dir().join(format!("portolan-kernel-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let path = std::ffi::CString::new(folder.to_str().unwrap()).unwrap();
+    leave_mounts();
+    // SAFETY: the strings are closed and outlive the call; only this thread's mount namespace changes.
+    let result = unsafe { libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null()) };
+    assert_eq!(result, 0);
+    folder
+}
+
+/// Gives this thread a mount namespace of its own.
+fn leave_mounts() {
     let null = std::ptr::null();
-    // SAFETY: the strings are closed and outlive the calls; only this thread's mount namespace changes.
+    // SAFETY: the string is closed and outlives the call; only this thread's mount namespace changes.
     unsafe {
         assert_eq!(libc::unshare(libc::CLONE_NEWNS), 0);
         assert_eq!(libc::mount(null, c"/".as_ptr(), null, libc::MS_REC | libc::MS_PRIVATE, null.cast()), 0);
-        assert_eq!(libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, null.cast()), 0);
     }
-    folder
 }
 
 #[test]
