@@ -23,8 +23,9 @@ use dataplane_user::kernel::object::{self, Object};
 use dataplane_user::model::ObjectName;
 use dataplane_user::sync::{LingeringBits, Maps, MemoryMaps, Mirror, REST};
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Instant;
 
 fn key(n: u32) -> FrontendKey {
@@ -87,18 +88,6 @@ fn a_map_of_another_layout_is_refused() {
     assert!(matches!(maps.map::<tables::Slots>(), Err(MapError::Missing("slots"))));
 }
 
-/// A bpffs of this thread's own mount namespace.
-fn private_bpffs() -> PathBuf {
-    let folder = std::env::temp_dir().join(format!("portolan-kernel-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    let path = std::ffi::CString::new(folder.to_str().unwrap()).unwrap();
-    leave_mounts();
-    // SAFETY: the strings are closed and outlive the call; only this thread's mount namespace changes.
-    let result = unsafe { libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null()) };
-    assert_eq!(result, 0);
-    folder
-}
-
 /// Gives this thread a mount namespace of its own.
 fn leave_mounts() {
     let null = std::ptr::null();
@@ -109,10 +98,40 @@ fn leave_mounts() {
     }
 }
 
+/// A BPF file system of this thread's own mount namespace.
+struct PrivateBpffs(CString);
+
+impl PrivateBpffs {
+    fn new() -> Self {
+        let folder = std::env::temp_dir().join(format!("portolan-kernel-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = CString::new(folder.to_str().unwrap()).unwrap();
+        leave_mounts();
+        // SAFETY: the strings are closed and outlive the call; only this thread's mount namespace changes.
+        let mounted =
+            unsafe { libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null()) };
+        assert_eq!(mounted, 0);
+        Self(path)
+    }
+
+    fn folder(&self) -> &Path {
+        Path::new(self.0.to_str().unwrap())
+    }
+}
+
+impl Drop for PrivateBpffs {
+    fn drop(&mut self) {
+        // SAFETY: the string is closed and outlives the call.
+        unsafe { libc::umount2(self.0.as_ptr(), libc::MNT_DETACH) };
+        let _ = std::fs::remove_dir(self.folder());
+    }
+}
+
 #[test]
 fn pinned_maps_are_found_by_name() {
-    let folder = private_bpffs();
-    let error = KernelMaps::open(&folder).unwrap_err();
+    let bpffs = PrivateBpffs::new();
+    let folder = bpffs.folder();
+    let error = KernelMaps::open(folder).unwrap_err();
     assert!(error.to_string().contains("--bpffs"), "{error}");
     let maps = KernelMaps::create(&[("flows", 64)]).unwrap();
     for (name, map) in maps.iter() {
@@ -120,7 +139,7 @@ fn pinned_maps_are_found_by_name() {
         assert_eq!(map.memlock().unwrap() > 0, name != tables::SourceRanges::NAME, "{name}");
         bpf::obj_pin(map.as_fd(), &folder.join(name)).unwrap();
     }
-    let again = KernelMaps::open(&folder).unwrap();
+    let again = KernelMaps::open(folder).unwrap();
     // All but the programs' own working memory, and what must have BTF.
     let left_out = [tables::Scratch::NAME, tables::SocketNames::NAME];
     let shared = tables::ALL.iter().filter(|(name, ..)| !left_out.contains(name));

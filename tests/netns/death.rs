@@ -2,10 +2,11 @@
 //! the next agent ends where it should.
 
 use crate::world::eventually;
-use dataplane_tests::lab::{AgentOptions, Client, Failure, Lab, Node, Options, PodOptions, Service, at};
+use dataplane_tests::lab::{
+    AgentOptions, Client, Failure, Lab, Node, Options, PodOptions, Service, at, install,
+};
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::fs::PermissionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -45,11 +46,12 @@ fn strace(call: usize) -> Vec<String> {
 /// A program that is the agent, until it dies at that call.
 fn mortal(lab: &Lab, call: usize) -> PathBuf {
     let program = lab.folder().join(format!("mortal-{call}"));
+    let script = program.with_extension("sh");
     let portolan = dataplane_tests::lab::portolan().unwrap();
     let text =
         format!("#!/bin/sh\nexec strace -D {} -- {} \"$@\"\n", strace(call).join(" "), portolan.display());
-    fs::write(&program, text).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(&script, text).unwrap();
+    install(&script, &program).unwrap();
     program
 }
 

@@ -104,10 +104,21 @@ pub(super) fn load(archive: &Path, images: &Path) -> Result<String> {
     let config: Value = serde_json::from_slice(blob(&manifest["config"])?)?;
     let folder = images.join(name);
     for layer in manifest["layers"].as_array().context("no layers")? {
-        tar::Archive::new(blob(layer)?.as_slice()).unpack(folder.join("rootfs"))?;
+        unpack(blob(layer)?, &folder)?;
     }
     fs::write(folder.join("image.json"), config["config"].to_string())?;
     Ok(name.to_owned())
+}
+
+/// Unpacks a layer into `rootfs` of a folder, by a process of its own, as [`lab::install`] copies a program.
+fn unpack(layer: &[u8], folder: &Path) -> Result<()> {
+    let (archive, root) = (folder.join("layer.tar"), folder.join("rootfs"));
+    fs::create_dir_all(&root)?;
+    fs::write(&archive, layer)?;
+    let mut tar = Command::new("tar");
+    let status = tar.arg("--extract").arg("--file").arg(&archive).arg("--directory").arg(&root).status()?;
+    ensure!(status.success(), "tar, for {}: {status}", folder.display());
+    Ok(fs::remove_file(archive)?)
 }
 
 /// What is common to the containers of a pod.

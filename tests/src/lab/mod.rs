@@ -39,7 +39,7 @@ pub use network::{Addresses, Family, PodNetwork};
 pub use node::{Node, Pod, PodOptions};
 pub use place::Place;
 pub(crate) use process::last_lines;
-pub use process::{Process, program};
+pub use process::{Process, install, program};
 
 use anyhow::{Context, Result, bail};
 use leftovers::Traces;

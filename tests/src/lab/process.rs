@@ -141,6 +141,16 @@ pub fn program(name: &str, variable: &str) -> Result<PathBuf> {
         })
 }
 
+/// Copies a file to where anybody may run it as a program.
+///
+/// A process of its own writes the copy. Were it open for writing in this one, another thread might fork at that moment: until
+/// that child has become another program it holds the file open too, and to run it fails with `ETXTBSY`.
+pub fn install(from: &Path, to: &Path) -> Result<()> {
+    let status = Command::new("install").arg("--mode=755").args([from, to]).status().context("install")?;
+    anyhow::ensure!(status.success(), "install {} {}: {status}", from.display(), to.display());
+    Ok(())
+}
+
 /// Appends a name to `Place` commands so that a lab's folder tells where things run.
 pub(crate) fn record(folder: &Path, place: &Place) -> Result<()> {
     let resolver = place.resolver().map(|file| format!("{}\n", file.display())).unwrap_or_default();
