@@ -2,6 +2,7 @@
 
 use dataplane_tests::lab::{self, Answer, Client, Failure, Family, Options, PodNetwork, PodOptions, at};
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -230,8 +231,8 @@ fn two_labs_stand_side_by_side() {
 /// Whatever carries the lab's id.
 fn traces(id: &str) -> Vec<String> {
     let cgroups = std::fs::read_to_string("/proc/mounts").unwrap();
-    let cgroup = cgroups.lines().find(|line| line.starts_with("cgroup2 ")).unwrap();
-    let folders = ["/run/netns", "/run/portolan-lab", "/sys/fs/bpf/portolan-lab"].map(str::to_owned);
+    let cgroup = cgroups.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).unwrap();
+    let folders = ["/run/netns", "/run/portolan", lab::LABS].map(str::to_owned);
     let cgroups = format!("{}/portolan-lab", cgroup.split(' ').nth(1).unwrap());
     folders
         .into_iter()
@@ -239,7 +240,8 @@ fn traces(id: &str) -> Vec<String> {
         .flat_map(|folder| std::fs::read_dir(folder).into_iter().flatten().flatten())
         .filter(|entry| {
             let name = entry.file_name().to_string_lossy().into_owned();
-            name == id || name.starts_with(&format!("{id}-"))
+            // Agents have files for people in folders that are called as the folder of their pins.
+            name == id || name.starts_with(&format!("{id}-")) || name.contains(&id.replace('-', "\\x2d"))
         })
         .map(|entry| entry.path().display().to_string())
         .collect()
@@ -300,6 +302,45 @@ fn the_next_lab_removes_what_a_killed_one_left() {
     let lab = Options::default().nodes(1).create().unwrap();
     assert_eq!(traces(&id), Vec::<String>::new());
     drop(lab);
+}
+
+/// In a mount namespace of its own, whose `/run` is empty: other labs of this machine share theirs.
+#[test]
+fn the_last_lab_takes_away_what_labs_share() {
+    let script = "mount -t tmpfs none /run && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script, "sh", env!("CARGO_BIN_EXE_portolan-lab"), "up"]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line)
+        .unwrap();
+    assert!(line.ends_with("is up\n"), "{line}");
+    let inside = std::fs::File::open(format!("/proc/{}/ns/mnt", child.id())).unwrap();
+    let inside = format!("--mount=/proc/{}/fd/{}", std::process::id(), inside.as_raw_fd());
+    let inside = |command: &[&str]| {
+        let output = Command::new("nsenter").arg(&inside).arg("--").args(command).output().unwrap();
+        String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
+    };
+    assert!(inside(&["find", "/run"]).lines().count() > 10);
+    // SAFETY: a system call on our own child.
+    unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+    assert!(child.wait().unwrap().success());
+    assert_eq!(inside(&["find", "/run"]), "/run\n");
+    assert_eq!(inside(&["umount", "/run"]), "", "nothing is mounted there");
+}
+
+#[test]
+fn settings_of_interfaces_are_the_kernel_s_whatever_the_machine_s_are() {
+    let lab = Options::default().nodes(1).create().unwrap();
+    let read = |setting: &str| {
+        let path = format!("/proc/sys/net/ipv4/conf/{setting}");
+        lab.client().enter(|| std::fs::read_to_string(path).unwrap()).unwrap()
+    };
+    for scope in ["all", "default", "lo", "eth0"] {
+        for (name, value) in [("rp_filter", "0"), ("accept_redirects", "1"), ("forwarding", "0")] {
+            assert_eq!(read(&format!("{scope}/{name}")).trim(), value, "{scope} {name}");
+        }
+    }
 }
 
 #[test]

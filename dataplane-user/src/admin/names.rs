@@ -6,11 +6,11 @@ use crate::compile::ServicePortName;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind::NotFound};
 use std::path::{Path, PathBuf};
 
 /// Where the files lie, in a folder for each pin folder. It is gone after a reboot, as the pins are.
-const RUN_FOLDER: &str = "/run/portolan";
+pub const RUN_FOLDER: &str = "/run/portolan";
 
 /// Names of service ports (`namespace/name:port`) by their ids.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,20 +45,21 @@ impl Names {
     }
 
     fn write_to(&self, path: &Path) -> io::Result<()> {
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
-        }
-        let new = path.with_extension("new");
-        fs::write(&new, serde_json::to_vec(self)?)?;
+        let (new, text) = (path.with_extension("new"), serde_json::to_vec(self)?);
+        let make_folder = || path.parent().map_or(Ok(()), fs::create_dir_all);
+        // Another agent's cleanup may remove the folder above at any moment in which it is empty.
+        make_folder().or_else(|error| if error.kind() == NotFound { make_folder() } else { Err(error) })?;
+        fs::write(&new, text)?;
         fs::rename(&new, path)
     }
 
-    /// Removes the file that belongs to a pin folder, and its folder.
+    /// Removes the file that belongs to a pin folder, its folder, and the one above if nobody else has a file there.
     pub fn remove(bpffs: &Path) {
         let path = path(bpffs);
         // What cannot be removed does no harm: it is read only together with pinned maps.
         let _ = fs::remove_file(&path);
         let _ = path.parent().map(fs::remove_dir);
+        let _ = fs::remove_dir(RUN_FOLDER);
     }
 
     /// The name of an id, else the id itself.

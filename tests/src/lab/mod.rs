@@ -27,19 +27,22 @@ mod network;
 mod node;
 mod place;
 mod process;
+mod roots;
 pub mod server;
+mod settings;
 pub mod tunnel;
 pub(crate) mod xdp;
 
 pub use agent::{Agent, AgentOptions, Source, portolan};
 pub use client::{Answer, Asked, Client, Failure, Stream, ask_datagram, at, next_source};
-pub use leftovers::{LABS, labs, on_signal_exit_with, sweep};
+pub use leftovers::{labs, on_signal_exit_with, sweep};
 pub use manifests::{Endpoint, Manifests, Service, documents};
 pub use network::{Addresses, Family, PodNetwork};
 pub use node::{Node, Pod, PodOptions};
 pub use place::Place;
 pub(crate) use process::last_lines;
 pub use process::{Process, install, program};
+pub use roots::LABS;
 
 use anyhow::{Context, Result, bail};
 use leftovers::Traces;
@@ -186,6 +189,7 @@ fn node_addresses(options: &Options, number: u8) -> Addresses {
 
 impl Lab {
     fn create(options: Options) -> Result<Self> {
+        process::open_many_files();
         sweep()?;
         let traces = Traces::claim()?;
         // From here on, dropping what is there takes away what was made.
@@ -445,7 +449,7 @@ fn make_place(traces: &Traces, name: &str, cgroup: &Path) -> Result<Place> {
     let place = Place::new(name, &traces.namespace(name), &traces.cgroup.join(cgroup));
     fs::create_dir_all(place.cgroup()).with_context(|| place.cgroup().display().to_string())?;
     network::ip_batch(None, &[format!("netns add {}", place.namespace())])?;
-    place.sysctls(&network::IPV6_SETTINGS)?;
+    place.sysctls(&settings::of_a_new_namespace())?;
     process::record(&traces.folder, &place)?;
     Ok(place)
 }
