@@ -1,5 +1,7 @@
 //! The laboratory tested by itself, without any agent: what it makes, what its clients see, what it leaves behind.
 
+mod ground;
+
 use dataplane_tests::lab::{self, Answer, Client, Failure, Family, Options, PodNetwork, PodOptions, at};
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd as _;

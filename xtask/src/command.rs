@@ -20,6 +20,16 @@ impl CommandLine {
         Self { variables: Vec::new(), words: words.split(' ').map(str::to_owned).collect() }
     }
 
+    /// A program by its path.
+    pub(crate) fn of(program: &Path) -> Self {
+        Self { variables: Vec::new(), words: vec![program.display().to_string()] }
+    }
+
+    /// With more arguments, whatever they hold.
+    pub(crate) fn args(self, words: &[&str]) -> Self {
+        words.iter().fold(self, |command, word| command.arg(*word))
+    }
+
     /// With one more argument, whatever it holds.
     pub(crate) fn arg(mut self, word: impl Into<String>) -> Self {
         self.words.push(word.into());
@@ -41,8 +51,8 @@ impl CommandLine {
     }
 
     /// The same command as the arguments of another.
-    pub(crate) fn within(mut self, outer: &str) -> Self {
-        self.words.splice(0..0, outer.split(' ').map(str::to_owned));
+    pub(crate) fn within(mut self, outer: impl IntoIterator<Item = String>) -> Self {
+        self.words.splice(0..0, outer);
         self
     }
 

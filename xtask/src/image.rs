@@ -18,10 +18,19 @@ const DEFAULT_NAME: &str = concat!("localhost/portolan:", env!("CARGO_PKG_VERSIO
 /// What lies in `licenses` of the image.
 const LICENCES: [&str; 3] = ["LICENSE-APACHE", "LICENSE-MIT", "dataplane-ebpf/LICENSE-GPL2"];
 
+/// How the agent in the image is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Profile {
+    /// For use.
+    Release,
+    /// For tests: as all else that they start, so that nothing is compiled twice.
+    Debug,
+}
+
 /// Builds the agent, writes `image/portolan.tar` below the target folder, and says where it lies and what it is called.
-pub(crate) fn image(name: Option<&str>) -> Result<String> {
+pub(crate) fn image(name: Option<&str>, profile: Profile) -> Result<String> {
     let name = name.unwrap_or(DEFAULT_NAME);
-    let (archive, digest) = archive(name, &layer()?)?;
+    let (archive, digest) = archive(name, &layer(profile)?)?;
     let path = all_targets()?.join("image/portolan.tar");
     fs::create_dir_all(path.parent().context("the target folder lies nowhere")?)?;
     fs::write(&path, &archive).with_context(|| format!("cannot write {}", path.display()))?;
@@ -32,7 +41,7 @@ pub(crate) fn image(name: Option<&str>) -> Result<String> {
 
 /// Builds the image here and from a copy of the source in another folder, and compares them.
 pub(crate) fn image_twice(name: Option<&str>) -> Result<()> {
-    let here = image(name)?;
+    let here = image(name, Profile::Release)?;
     let copy = env::temp_dir().join(format!("portolan-twice-{}", std::process::id()));
     let there = copy_source(&copy).and_then(|()| digest_of(&copy, name));
     fs::remove_dir_all(&copy).with_context(|| format!("cannot remove {}", copy.display()))?;
@@ -68,7 +77,29 @@ fn digest_of(folder: &Path, name: Option<&str>) -> Result<String> {
 }
 
 /// Builds the agent with glibc in it, which resolves names by `/etc/hosts` and DNS without any library.
-fn agent() -> Result<Vec<u8>> {
+///
+/// For use, with no path of this machine in it. For tests only the last crate is told how to be linked: the others are the same that
+/// every other build has.
+fn agent(profile: Profile) -> Result<Vec<u8>> {
+    let folder = match profile {
+        Profile::Release => {
+            build_for_use()?;
+            all_targets()?.join(target()).join("release")
+        }
+        Profile::Debug => {
+            let build = CommandLine::new("cargo rustc --locked --package dataplane-user --bin portolan");
+            build
+                .args(&["--", "-C", "target-feature=+crt-static", "-C", "strip=debuginfo"])
+                .with_revision()
+                .run()?;
+            all_targets()?.join("debug")
+        }
+    };
+    let path = folder.join("portolan");
+    fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn build_for_use() -> Result<()> {
     let target = target();
     let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned()];
     // Paths get into panics and names of symbols. The last that fits counts: the target folder may lie in the workspace.
@@ -82,9 +113,7 @@ fn agent() -> Result<Vec<u8>> {
         .arg("--config")
         .arg("profile.release.strip=\"debuginfo\"")
         .with_revision()
-        .run()?;
-    let path = all_targets()?.join(target).join("release/portolan");
-    fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+        .run()
 }
 
 fn target() -> String {
@@ -92,10 +121,10 @@ fn target() -> String {
 }
 
 /// The one layer of the image: an archive of its files.
-fn layer() -> Result<Vec<u8>> {
+fn layer(profile: Profile) -> Result<Vec<u8>> {
     let mut files = Files::default();
     files.folder("bin")?;
-    files.file("bin/portolan", 0o755, &agent()?)?;
+    files.file("bin/portolan", 0o755, &agent(profile)?)?;
     files.file("sbom.cdx.json", 0o644, &sbom(&target(), env!("CARGO_PKG_VERSION"))?)?;
     files.folder("licenses")?;
     for licence in LICENCES {

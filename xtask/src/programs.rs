@@ -9,6 +9,11 @@ use std::path::{Path, PathBuf};
 /// Builds the agent and the laboratory's program, and becomes the latter.
 pub(crate) fn lab(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     build_programs()?;
+    become_lab(args)
+}
+
+/// Becomes the laboratory's program, which was built.
+pub(crate) fn become_lab(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     become_program(&target_folder()?.join("portolan-lab"), args)
 }
 
