@@ -2,6 +2,7 @@
 
 mod capabilities;
 mod interfaces;
+mod lasting;
 mod refusals;
 
 use dataplane_common::backend::Backend;

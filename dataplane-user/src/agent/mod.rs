@@ -28,7 +28,7 @@ use crate::kernel::links::{self, Interfaces};
 use crate::kernel::maps::KernelMaps;
 use crate::kernel::object::{Object, Options, ProgramLog};
 use crate::kernel::pins::{self, Pins};
-use crate::kernel::{capability, probe};
+use crate::kernel::{capability, lasting, probe};
 use crate::memory;
 use crate::metrics::Metrics;
 use crate::model::Change;
@@ -80,8 +80,17 @@ async fn serve(args: AgentArgs) -> Result<()> {
         SocketLb::All | SocketLb::Host => Some(probe::cgroup(args.cgroup.as_deref())?),
     };
     let pins = Pins::new(&args.bpffs);
-    if let Some(at) = pins.prepare()? {
+    let mounted = pins.prepare()?;
+    if let Some(at) = &mounted {
         tracing::info!("mounted a BPF file system at {}; pins last as long as this mount", at.display());
+    }
+    let private_pins = lasting::is_private(pins.root(), mounted.is_some());
+    if private_pins {
+        tracing::warn!(
+            "pins end with this agent, and with them the traffic of Services: nobody else has the BPF file system of {}. Mount \
+             one on the machine itself (`mount -t bpf bpf /sys/fs/bpf`), and in a container the machine's /sys/fs/bpf",
+            pins.root().display()
+        );
     }
     let _held = pins.hold(pins::ENDING)?;
 
@@ -99,6 +108,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
 
     let health = Arc::new(Health::new(args.healthy_within));
     let metrics = Arc::new(Metrics::default());
+    metrics.private_pins.set(u64::from(private_pins));
     let health_checks = Arc::new(HealthChecks::default());
     let scrape = Scrape {
         maps: maps.clone(),

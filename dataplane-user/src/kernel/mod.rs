@@ -10,6 +10,7 @@ mod clsact;
 pub mod conntrack;
 mod enlarge;
 pub mod hook;
+pub mod lasting;
 pub mod link;
 pub mod links;
 pub mod maps;

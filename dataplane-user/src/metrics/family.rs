@@ -108,6 +108,8 @@ families! {
         "Service ranges with a route to Portolan's own device, for what the node itself sends";
     SERVICE_ROUTES_RESTORED = "portolan_service_routes_restored_total", Counter, [],
         "Routes for service ranges that something removed and that were made again";
+    PRIVATE_PINS = "portolan_private_pins", Gauge, [],
+        "1 if pins, and with them programs and flows, end with the agent: no other process has their BPF file system; else 0";
     SERVICE_PORTS = "portolan_service_ports", Gauge, [],
         "Service ports in the kernel, IPv4 and IPv6 counted apart";
     BACKENDS = "portolan_backends", Gauge, [],

@@ -101,6 +101,8 @@ pub struct Metrics {
     pub routes_restored: Number,
     /// 1 while another proxy's connections may run.
     pub taking_over: Number,
+    /// 1 if pins end with the agent.
+    pub private_pins: Number,
     /// How full the tables are.
     pub fill: Fill,
     /// The service ports whose counters are told.
@@ -184,6 +186,7 @@ impl Metrics {
             (&family::TAKING_OVER, &self.taking_over),
             (&family::SERVICE_ROUTES, &self.routes),
             (&family::SERVICE_ROUTES_RESTORED, &self.routes_restored),
+            (&family::PRIVATE_PINS, &self.private_pins),
             (&family::SERVICE_PORTS, ports),
             (&family::BACKENDS, backends),
             (&family::FRONTENDS, frontends),
