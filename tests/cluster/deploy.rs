@@ -39,7 +39,7 @@ fn kubectl(cluster: &Cluster, arguments: &[&str]) -> String {
 
 /// Waits until each node has a pod of the DaemonSet that is ready.
 fn wait_for(cluster: &Cluster, daemon_set: &str) {
-    kubectl(cluster, &["rollout", "status", "daemonset", daemon_set, "--timeout=90s"]);
+    kubectl(cluster, &["rollout", "status", "daemonset", daemon_set, "--timeout=300s"]);
 }
 
 /// What `portolan services` says on a node.
@@ -331,6 +331,10 @@ fn a_cluster_goes_over_from_kube_proxy_and_no_connection_fails() {
         Process::start(&cluster.lab.logs(), &format!("kube-proxy-{}", node.name()), command).unwrap()
     };
     for node in cluster.lab.nodes() {
+        // A rule that asks for the state of connections has the kernel load conntrack, and with it its settings.
+        let load =
+            "add table inet t; add chain inet t c; add rule inet t c ct state new; delete table inet t";
+        node.place().run("nft", &[load]).unwrap();
         node.place().sysctl("net/netfilter/nf_conntrack_tcp_timeout_time_wait", "1").unwrap();
         // What any pod network that masquerades has: a rule, for a chain alone has netfilter translate nothing.
         for what in [

@@ -146,7 +146,7 @@ fn options_reach_the_interfaces() {
 fn failures_are_told_apart() {
     let lab = Options::default().nodes(1).create().unwrap();
     let pod = lab.add_pod("web-0", 0, &PodOptions::default()).unwrap();
-    let client = Client::at(lab.node(0).place()).timeout(SHORT);
+    let client = Client::at(lab.node(0).place());
     assert_eq!(client.tcp(at(pod.address(), 1)), Err(Failure::Refused));
     assert_eq!(client.udp(at(pod.address(), 1)), Err(Failure::Refused));
     pod.place().ip(&["route add blackhole 192.168.100.0/24".into()]).unwrap();
@@ -184,7 +184,7 @@ fn sockets_belong_to_the_cgroup_of_their_place() {
 #[test]
 fn a_draining_server_goes_on_for_its_time() {
     let lab = Options::default().nodes(1).create().unwrap();
-    let options = PodOptions::default().drain(Duration::from_secs(1));
+    let options = PodOptions::default().drain(Duration::from_secs(4));
     let pod = lab.add_pod("web-0", 0, &options).unwrap();
     let client = Client::at(lab.node(0).place());
     let mut stream = client.connect(at(pod.address(), 8080)).unwrap();
@@ -192,7 +192,7 @@ fn a_draining_server_goes_on_for_its_time() {
     std::thread::sleep(SHORT);
     assert_eq!(stream.ask().unwrap().pod, "web-0");
     assert_eq!(client.tcp(at(pod.address(), 8080)).unwrap().pod, "web-0");
-    assert!(pod.server().unwrap().wait(Duration::from_secs(5)).unwrap().success());
+    assert!(pod.server().unwrap().wait(Duration::from_secs(60)).unwrap().success());
     assert_eq!(client.tcp(at(pod.address(), 8080)), Err(Failure::Refused));
 }
 

@@ -3,13 +3,10 @@
 
 use crate::world::eventually;
 use dataplane_tests::api_server::{ApiServer, Treatment, kubeconfig};
-use dataplane_tests::lab::{
-    AgentOptions, Client, Failure, Lab, Node, Options, PodOptions, Service, Source, at,
-};
+use dataplane_tests::lab::{self, AgentOptions, Client, Lab, Node, Options, PodOptions, Service, Source, at};
 use serde_json::{Value, json};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 const KEPT: Ipv4Addr = Ipv4Addr::new(10, 96, 8, 1);
@@ -85,7 +82,12 @@ impl Scene {
     }
 
     fn serves(&self, address: Ipv4Addr) -> bool {
-        self.shell().timeout(Duration::from_millis(300)).tcp(at(address, PORT)).is_ok()
+        self.shell().tcp(at(address, PORT)).is_ok()
+    }
+
+    /// Whether nobody answers there for a moment.
+    fn is_silent(&self, address: Ipv4Addr) -> bool {
+        self.shell().timeout(Duration::from_millis(300)).tcp(at(address, PORT)).is_err()
     }
 }
 
@@ -136,7 +138,7 @@ fn an_unknown_node_name_is_answered_with_those_there_are() {
     scene.server.put(node_object("other-2"));
     scene.launch();
     scene.says(&["there is no Node \"node-1\" (there are: other-1, other-2)", "--node-name", "waiting"]);
-    assert!(!scene.is_ready() && !scene.serves(KEPT));
+    assert!(!scene.is_ready() && scene.is_silent(KEPT));
     scene.server.put(node_object("node-1"));
     scene.node().wait_for_agent().unwrap();
     assert!(scene.serves(KEPT));
@@ -144,23 +146,7 @@ fn an_unknown_node_name_is_answered_with_those_there_are() {
 
 /// New connections while something is done: how many there were, none of which failed.
 fn under_new_connections(scene: &Scene, disturb: impl FnOnce()) -> usize {
-    let (end, made) = (AtomicBool::new(false), AtomicUsize::new(0));
-    std::thread::scope(|scope| {
-        let client = scene.shell();
-        let (end, made) = (&end, &made);
-        let connecting = scope.spawn(move || {
-            while !end.load(Ordering::Relaxed) {
-                client.tcp(at(KEPT, PORT))?;
-                made.fetch_add(1, Ordering::Relaxed);
-            }
-            Ok::<_, Failure>(())
-        });
-        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(disturb));
-        end.store(true, Ordering::Relaxed);
-        ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        connecting.join().unwrap().unwrap();
-    });
-    made.into_inner()
+    lab::under_new_connections(&[(scene.shell(), at(KEPT, PORT))], disturb).unwrap()
 }
 
 /// What the API server does to its clients, one after the other: nothing that is served is given up, and what changed
@@ -184,7 +170,7 @@ fn disturbs_nothing(ills: &[(&str, Treatment)]) -> String {
         assert!(scene.serves(Ipv4Addr::new(10, 96, 8, 2)), "nobody said that it is gone");
         scene.server.relent();
         eventually("what came meanwhile is served", || scene.serves(Ipv4Addr::new(10, 96, 8, 3)));
-        eventually("what went meanwhile is gone", || !scene.serves(Ipv4Addr::new(10, 96, 8, 2)));
+        eventually("what went meanwhile is gone", || scene.is_silent(Ipv4Addr::new(10, 96, 8, 2)));
     });
     assert!(made > 20, "{made} connections say nothing");
     scene.log()
@@ -237,7 +223,7 @@ fn a_history_that_is_forgotten_is_listed_again_and_flushes_nothing() {
         scene.server.forget();
         scene.server.relent();
         scene.says(&["watch services: too long ago", "(410): listing again"]);
-        eventually("what went meanwhile is gone", || !scene.serves(Ipv4Addr::new(10, 96, 8, 9)));
+        eventually("what went meanwhile is gone", || scene.is_silent(Ipv4Addr::new(10, 96, 8, 9)));
     });
     assert!(made > 20, "{made} connections say nothing");
     // Slices are listed by themselves, and may have been first.

@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 /// How long a change may take until it is told.
-const PATIENCE: Duration = Duration::from_secs(25);
+const PATIENCE: Duration = Duration::from_secs(60);
 const HEALTH: u16 = 10_256;
 const METRICS: u16 = 10_249;
 const CHECK: u16 = 32_100;

@@ -1,6 +1,6 @@
 //! Tables that fill up: told before it hurts, and when it does what was there stays; and Services that are large.
 
-use crate::world::eventually;
+use crate::world::{eventually, metric};
 use dataplane_tests::lab::{AgentOptions, Client, Endpoint, Lab, Node, Options, PodOptions, Service, at};
 use serde_json::{Value, json};
 use std::net::Ipv4Addr;
@@ -8,7 +8,6 @@ use std::time::Duration;
 
 const PORT: u16 = 80;
 const TARGET: u16 = 8080;
-const METRICS: u16 = 10_249;
 
 /// A node with two pods, one of which is a client; no agent yet.
 fn lab() -> Lab {
@@ -20,12 +19,6 @@ fn lab() -> Lab {
 
 fn shell(lab: &Lab) -> Client {
     Client::at(lab.pod("shell").unwrap().place())
-}
-
-fn metric(node: &Node, line: &str) -> Option<f64> {
-    let mut stream = Client::at(node.place()).connect(at(Ipv4Addr::LOCALHOST, METRICS)).ok()?;
-    let (_, text) = stream.get("/metrics").ok()?;
-    text.lines().find_map(|other| other.strip_prefix(line)?.trim().parse().ok())
 }
 
 fn log(node: &Node) -> String {
@@ -50,9 +43,7 @@ const SMALL: [(&str, u32); 4] = [("frontends", 40), ("services", 20), ("backends
 fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
     let lab = lab();
     let node = lab.node(0);
-    let serves = |number: u8| {
-        shell(&lab).timeout(Duration::from_millis(400)).tcp(at(cluster_ip(number), PORT)).is_ok()
-    };
+    let serves = |number: u8| shell(&lab).tcp(at(cluster_ip(number), PORT)).is_ok();
     for (table, room) in SMALL {
         let before = node.agent().map_or(0, |_| log(node).len());
         let said = || log(node)[before..].to_owned();

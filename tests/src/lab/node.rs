@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How long a program of the lab may take to listen.
-const START_TIME: Duration = Duration::from_secs(20);
+const START_TIME: Duration = Duration::from_secs(60);
 
 /// A node: a namespace with an uplink `eth0`, a cgroup, a pin folder and room for an agent.
 #[derive(Debug)]
