@@ -2,6 +2,7 @@
 //!
 //! A flag that means what a flag of kube-proxy means has its name.
 
+use crate::expire::LONGEST_IDLE;
 use crate::pattern::Pattern;
 use crate::watch::cluster::ApiServer;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -178,10 +179,10 @@ pub struct AgentArgs {
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     pub metrics_max_series: usize,
     /// Idle time after which an established TCP flow is forgotten.
-    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = idle_time)]
     pub conntrack_tcp_timeout_established: Duration,
     /// Idle time after which an answered UDP flow is forgotten.
-    #[arg(long, value_name = "TIME", default_value = "3m", value_parser = duration)]
+    #[arg(long, value_name = "TIME", default_value = "3m", value_parser = idle_time)]
     pub conntrack_udp_timeout_stream: Duration,
     /// Time between two audits of the kernel's tables; 0 for none.
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
@@ -484,6 +485,18 @@ fn duration(text: &str) -> Result<Duration, String> {
     if text.is_empty() { Err(wrong()) } else { Ok(total) }
 }
 
+/// A length of time after which a flow may be removed.
+fn idle_time(text: &str) -> Result<Duration, String> {
+    let time = duration(text)?;
+    if time > LONGEST_IDLE {
+        return Err(format!(
+            "the longest idle time is {} h: the kernel's clock of flows goes round",
+            LONGEST_IDLE.as_secs() / 3_600
+        ));
+    }
+    Ok(time)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -540,6 +553,7 @@ mod tests {
             ["--map-size", "nothing=10"],
             ["--audit-period", "5 minutes"],
             ["--healthz-bind-address", "10256"],
+            ["--conntrack-tcp-timeout-established", "961h"],
         ] {
             assert!(agent(&flags).is_err(), "{flags:?}");
         }

@@ -48,19 +48,23 @@ impl Default for IdleTimes {
 /// A direction without its partner is removed only when it is older: the partner may just be on its way.
 const ALONE: Duration = Duration::from_secs(5);
 
+/// The longest time after which a flow may be removed: what is older than 49 days looks younger than it is at 1000 Hz
+/// ([`ticks_since`]), and an agent may be away for some days.
+pub const LONGEST_IDLE: Duration = Duration::from_secs(40 * 24 * 3_600);
+
 /// The kernel's clock, as the programs write it into flows.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     /// The tick now ([`dataplane_common::flow::tick`]).
     pub now: u32,
-    /// Ticks in a second; about one at 250 Hz.
-    pub ticks_per_second: f64,
+    /// The time from one tick to the next; about a second at 250 Hz.
+    pub tick: Duration,
 }
 
 impl Clock {
     /// How long ago a tick was. A flow that was written after the clock was read has no age.
     pub fn since(&self, tick: u32) -> Duration {
-        Duration::from_secs_f64(f64::from(ticks_since(tick, self.now)) / self.ticks_per_second)
+        self.tick.saturating_mul(ticks_since(tick, self.now))
     }
 }
 
@@ -217,7 +221,7 @@ mod tests {
     }
 
     fn swept(maps: &MemoryMaps) -> Swept {
-        let clock = Clock { now: NOW, ticks_per_second: 1.0 };
+        let clock = Clock { now: NOW, tick: Duration::from_secs(1) };
         sweep(maps, &IdleTimes::default(), clock, &mut LingeringBits::default(), &mut OldMarks::default())
             .unwrap()
     }
@@ -277,9 +281,76 @@ mod tests {
         assert_eq!(swept(&maps), Swept { half_open: 3, alone: 1, ..Swept::default() });
     }
 
+    /// What the clock says after so many jiffies since the start, at so many in a second.
+    fn clock(jiffies: u64, hz: u64) -> Clock {
+        let tick = crate::kernel::clock::tick_length(Duration::from_nanos(1_000_000_000 / hz));
+        Clock { now: moment(jiffies, hz), tick }
+    }
+
+    /// What a program writes into a flow at that moment.
+    fn moment(jiffies: u64, hz: u64) -> u32 {
+        // Jiffies begin five minutes before their lower half wraps (`INITIAL_JIFFIES`).
+        dataplane_common::flow::tick(jiffies.wrapping_sub(300 * hz) as u32)
+    }
+
+    /// Moments of a hundred years, in jiffies: around every wrap of the ticks, and between.
+    fn a_century(hz: u64) -> impl Iterator<Item = u64> {
+        const DAY: u64 = 24 * 3_600;
+        let wraps = (0..100 * 366 * DAY * hz >> 32).map(move |wrap| (wrap << 32) + 300 * hz);
+        let around = [0, 1, 255, 256, 10 * hz, 60 * hz, 3_600 * hz, DAY * hz, 20 * DAY * hz];
+        let sides = around.into_iter().flat_map(|after| [after as i64, -(after as i64)]);
+        // An uptime of more than the longest idle time.
+        let begin = 60 * DAY * hz;
+        wraps
+            .flat_map(move |wrap| sides.clone().filter_map(move |by| wrap.checked_add_signed(by)))
+            .filter(move |at| *at > begin)
+    }
+
+    #[test]
+    fn the_clock_is_right_for_a_hundred_years() {
+        for hz in [100, 250, 300, 1_000] {
+            for at in a_century(hz) {
+                let clock = clock(at, hz);
+                for seconds in [0, 1, 10, 30, 60, 3_600, 86_400, LONGEST_IDLE.as_secs(), 49 * 86_400] {
+                    let told = clock.since(moment(at - seconds * hz, hz)).as_secs_f64();
+                    let tick = clock.tick.as_secs_f64();
+                    let allowed = tick + seconds as f64 * 1e-6;
+                    assert!(
+                        (told - seconds as f64).abs() <= allowed,
+                        "{hz} Hz, {at}: {told} s, not {seconds}"
+                    );
+                }
+                for seconds in [1, 15, 3_600] {
+                    assert_eq!(clock.since(moment(at + seconds * hz, hz)), Duration::ZERO, "{hz} Hz, {at}");
+                }
+            }
+        }
+    }
+
+    /// C4
+    #[test]
+    fn a_sweep_removes_what_is_idle_and_nothing_else_for_a_hundred_years() {
+        for hz in [100, 250, 300, 1_000] {
+            for at in a_century(hz) {
+                let maps = MemoryMaps::default();
+                for (port, proto, seconds) in
+                    [(1, TCP, 10), (2, TCP, 86_000), (3, UDP, 170), (4, TCP, 87_000), (5, UDP, 190)]
+                {
+                    let mut entries = flow(port, proto, [0, 0], Flow::CONFIRMED | Flow::ANSWERED);
+                    entries.iter_mut().for_each(|(_, flow)| flow.last_seen = moment(at - seconds * hz, hz));
+                    maps.write::<Flows>(&entries).unwrap();
+                }
+                let (mut bits, mut marks) = (LingeringBits::default(), OldMarks::default());
+                let swept =
+                    sweep(&maps, &IdleTimes::default(), clock(at, hz), &mut bits, &mut marks).unwrap();
+                assert_eq!(swept, Swept { established: 6, idle: 4, ..Swept::default() }, "{hz} Hz, {at}");
+            }
+        }
+    }
+
     #[test]
     fn a_flow_seen_after_the_clock_was_read_is_not_idle() {
-        let clock = Clock { now: 5, ticks_per_second: 0.5 };
+        let clock = Clock { now: 5, tick: Duration::from_secs(2) };
         assert_eq!(clock.since(6), Duration::ZERO);
         assert_eq!(clock.since(0), Duration::from_secs(10));
         assert_eq!(clock.since(dataplane_common::flow::TICK_MASK), Duration::from_secs(12));

@@ -27,7 +27,7 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::os::fd::AsFd as _;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 fn key(n: u32) -> FrontendKey {
     FrontendKey::new(Addr::from_v4(n.to_be_bytes()), Port::new(80), 6)
@@ -255,7 +255,7 @@ fn idle_flows_leave_the_table() {
         entries.push((forward.partner(6), reply));
     }
     maps.write::<tables::Flows>(&entries).unwrap();
-    let (mut bits, clock) = (LingeringBits::default(), Clock { now: 100_000, ticks_per_second: 1.0 });
+    let (mut bits, clock) = (LingeringBits::default(), Clock { now: 100_000, tick: Duration::from_secs(1) });
     let swept = sweep(&maps, &IdleTimes::default(), clock, &mut bits, &mut OldMarks::default()).unwrap();
     assert_eq!(swept, Swept { idle: 30_000, established: 10_000, ..Swept::default() });
     assert_eq!(maps.count(tables::Flows::NAME).unwrap(), 10_000);

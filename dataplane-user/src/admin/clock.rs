@@ -1,29 +1,44 @@
-//! The kernel's clock without a program: jiffies as `/proc/timer_list` tells them, which only root can read.
+//! The kernel's clock without a program: jiffies as `/proc/timer_list` tells them to root, or as they follow from the time
+//! since the start. Containers are not shown that file.
 
 use crate::expire::Clock;
-use dataplane_common::flow::{TICK_SHIFT, tick};
+use crate::kernel::clock::{jiffy, tick_length};
+use dataplane_common::flow::tick;
+use std::io;
+use std::time::Duration;
 
-/// Values of `CONFIG_HZ`: jiffies in a second.
-const RATES: [i64; 4] = [100, 250, 300, 1_000];
-/// Jiffies begin so many seconds before they have 2^32 (`INITIAL_JIFFIES`).
-const BEGIN_SECONDS: i64 = 300;
+/// Jiffies begin so long before their lower 32 bits wrap (`INITIAL_JIFFIES`).
+const BEGIN: Duration = Duration::from_secs(300);
 
 /// The clock now, if it can be read.
 pub(super) fn read() -> Option<Clock> {
-    parse(&std::fs::read_to_string("/proc/timer_list").ok()?)
+    let jiffy = jiffy().ok()?;
+    let told = || parse(&std::fs::read_to_string("/proc/timer_list").ok()?);
+    let jiffies = told().or_else(|| Some(since_start(uptime().ok()?, jiffy)))?;
+    Some(Clock { now: tick(jiffies), tick: tick_length(jiffy) })
 }
 
-fn parse(text: &str) -> Option<Clock> {
-    let number = |before: &str, after: &str| -> Option<i64> {
-        text.lines().find_map(|line| line.strip_prefix(before)?.strip_suffix(after)?.trim().parse().ok())
-    };
-    let jiffies = number("jiffies:", "")?;
-    let nanoseconds = number("now at ", " nsecs")?;
-    // Of the possible rates, the one that fits the time since the start.
-    let should_be = |rate: &i64| (1 << 32) - BEGIN_SECONDS * rate + nanoseconds / 1_000 * rate / 1_000_000;
-    let rate = RATES.into_iter().min_by_key(|rate| (should_be(rate) - jiffies).abs())?;
-    let ticks_per_second = rate as f64 / f64::from(1 << TICK_SHIFT);
-    Some(Clock { now: tick(jiffies as u32), ticks_per_second })
+/// The low 32 bits of jiffies, as the file tells them.
+fn parse(text: &str) -> Option<u32> {
+    let jiffies = text.lines().find_map(|line| line.strip_prefix("jiffies:")?.trim().parse::<u64>().ok());
+    jiffies.map(|jiffies| jiffies as u32)
+}
+
+/// The low 32 bits of jiffies that there should be so long after the start. They begin to count a moment later than the clock
+/// does.
+fn since_start(uptime: Duration, jiffy: Duration) -> u32 {
+    let jiffies = |time: Duration| (time.as_nanos() / jiffy.as_nanos()) as u32;
+    jiffies(uptime).wrapping_sub(jiffies(BEGIN))
+}
+
+/// The time since the start, without that in which the machine slept.
+fn uptime() -> io::Result<Duration> {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is as long as the kernel expects and outlives the call.
+    if unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Duration::new(now.tv_sec.try_into().unwrap_or_default(), now.tv_nsec.try_into().unwrap_or_default()))
 }
 
 #[cfg(test)]
@@ -31,11 +46,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rate_is_found_from_the_time_since_the_start() {
+    fn jiffies_are_read_from_the_kernels_list() {
         let text = "Timer List Version: v0.10\nnow at 3907980000000 nsecs\n\njiffies: 4295869229\n";
-        let clock = parse(text).unwrap();
-        assert_eq!(clock.now, (4_295_869_229_u64 as u32) >> TICK_SHIFT);
-        assert!((clock.ticks_per_second - 250.0 / 256.0).abs() < 1e-9);
-        assert!(parse("nothing").is_none());
+        assert_eq!(parse(text), Some(4_295_869_229_u64 as u32));
+        assert_eq!(parse("nothing"), None);
+    }
+
+    /// The numbers are those of a real machine with 250 Hz.
+    #[test]
+    fn without_the_list_jiffies_follow_from_the_time_since_the_start() {
+        let estimate = since_start(Duration::from_nanos(3_907_980_000_000), Duration::from_millis(4));
+        let lag = estimate.wrapping_sub(4_295_869_229_u64 as u32);
+        assert!(lag < 250, "{lag} jiffies");
+        let years = Duration::from_secs(100 * 365 * 24 * 3_600);
+        let jiffies = 100_u128 * 365 * 24 * 3_600 * 1_000 - 300_000;
+        assert_eq!(since_start(years, Duration::from_millis(1)), jiffies as u32);
     }
 }

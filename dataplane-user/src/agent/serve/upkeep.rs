@@ -92,7 +92,7 @@ impl Service {
         // Programs of another version, if they could not be replaced, may mark no cells.
         let are_marked = self.health.is_attached();
         self.sweeping = Some(tokio::task::spawn_blocking(move || {
-            let now = Clock { now: clock.tick(), ticks_per_second: clock.ticks_per_second() };
+            let now = Clock { now: clock.tick(), tick: clock.tick_length() };
             let cells = maps.map().and_then(|table| CallerCells::map(&table));
             let cells =
                 cells.inspect_err(|error| tracing::warn!("the filter of replies is not cleared: {error}"));
