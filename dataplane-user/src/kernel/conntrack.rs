@@ -29,6 +29,26 @@ pub enum ConntrackError {
     Netlink(#[from] io::Error),
 }
 
+impl ConntrackError {
+    /// Whether another look comes to the same: the kernel has no conntrack, or does not tell of it. nfnetlink(7) of kernels
+    /// without the module `nf_conntrack_netlink` says `EINVAL`.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Map(_) => false,
+            Self::Netlink(error) => matches!(
+                error.raw_os_error(),
+                Some(
+                    libc::EINVAL
+                        | libc::EOPNOTSUPP
+                        | libc::EPROTONOSUPPORT
+                        | libc::EAFNOSUPPORT
+                        | libc::EPERM
+                )
+            ),
+        }
+    }
+}
+
 /// A TCP connection to a Service whose destination netfilter translates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Translated {
@@ -204,5 +224,17 @@ mod tests {
         };
         assert_eq!(translated(&message(Status::Assured | Status::DstNat)), Some(expected));
         assert_eq!(translated(&message(Status::Assured)), None, "its destination is what was called");
+    }
+
+    /// C5
+    #[test]
+    fn only_a_kernel_without_conntrack_ends_the_search() {
+        let is_final = |error: io::Error| ConntrackError::from(error).is_final();
+        for passing in [libc::EINTR, libc::ENOBUFS, libc::ENOMEM, libc::EMFILE, libc::EAGAIN] {
+            assert!(!is_final(io::Error::from_raw_os_error(passing)), "{passing}");
+        }
+        assert!(!is_final(io::ErrorKind::TimedOut.into()));
+        assert!(is_final(io::Error::from_raw_os_error(libc::EINVAL)));
+        assert!(is_final(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT)));
     }
 }
