@@ -21,3 +21,4 @@ pub mod probe;
 mod rtnetlink_dump;
 pub mod service_route;
 pub mod sockets;
+mod xdp;
