@@ -3,10 +3,11 @@
 //! A flag that means what a flag of kube-proxy means has its name.
 
 use crate::expire::LONGEST_IDLE;
+use crate::kernel::pins::is_layout;
 use crate::pattern::Pattern;
 use crate::watch::cluster::ApiServer;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dataplane_common::tables::{self, Closing, Flows, HalfOpen, Table as _};
+use dataplane_common::tables::{self, Closing, Flows, HalfOpen, LAYOUT, Table as _};
 use ipnet::IpNet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -147,6 +148,12 @@ pub struct AgentArgs {
     /// How tc programs are attached: `clsact` is what kernels before 6.6 get, for tests.
     #[arg(long, value_enum, default_value_t = TcMode::Auto, hide = true)]
     pub tc: TcMode,
+    /// Further drivers on which `--xdp auto` is native, for tests.
+    #[arg(long, value_name = "DRIVER", value_delimiter = ',', hide = true)]
+    pub xdp_driver: Vec<String>,
+    /// The name of the maps' layout, for tests of an upgrade that changes it.
+    #[arg(long, value_name = "vN", default_value = LAYOUT, value_parser = layout, hide = true)]
+    pub map_layout: String,
     /// Ports that translated sources get; no local socket may use them.
     #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
     pub snat_ports: PortRange,
@@ -187,13 +194,17 @@ pub struct AgentArgs {
     /// Time between two audits of the kernel's tables; 0 for none.
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
     pub audit_period: Duration,
-    /// How long an update may wait for the kernel before the node calls itself unhealthy.
+    /// How long an update may wait for the kernel before /healthz and health check ports say that the node cannot serve.
     #[arg(long, value_name = "TIME", default_value = "2m", value_parser = duration)]
     pub healthy_within: Duration,
     /// Time after which TCP connections are no longer left to another proxy whose netfilter rules translate them; 0: when the
     /// last of them has ended. Those that live then break.
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = duration)]
     pub take_over_limit: Duration,
+    /// How long the event loop may be busy with one thing before /livez says that the agent hangs; jobs beside it may take five
+    /// times as long.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub alive_within: Duration,
     /// Folder for what must outlive a reboot: the objects that the API server told last. With --manifests nothing is kept
     /// there, for the manifests are on a disk themselves.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
@@ -483,6 +494,10 @@ fn duration(text: &str) -> Result<Duration, String> {
         rest = &rest[unit..];
     }
     if text.is_empty() { Err(wrong()) } else { Ok(total) }
+}
+
+fn layout(text: &str) -> Result<String, String> {
+    if is_layout(text) { Ok(text.to_owned()) } else { Err(format!("`{text}` is no layout such as {LAYOUT}")) }
 }
 
 /// A length of time after which a flow may be removed.

@@ -6,6 +6,7 @@ use dataplane_user::admin::{self, View};
 use dataplane_user::agent;
 use dataplane_user::causes::causes;
 use dataplane_user::config::{Cli, Command, NoteArgs, ShowArgs};
+use dataplane_user::heartbeat::Log;
 use dataplane_user::kernel::capability;
 use dataplane_user::kernel::cleanup::cleanup;
 use dataplane_user::kernel::pins::Pins;
@@ -17,6 +18,7 @@ use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
+    end_at_a_panic();
     // Here and not in the library: a new commit compiles this file alone again.
     version::set_revision(option_env!("PORTOLAN_REVISION"));
     let command = Cli::command().version(version::text());
@@ -83,6 +85,15 @@ fn note_api_server(args: &NoteArgs) -> Result<()> {
     Ok(())
 }
 
+/// A task that panicked would be missing in silence. In release builds there is nothing else; here it is the same in all.
+fn end_at_a_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        std::process::abort();
+    }));
+}
+
 /// A reader that stops reading, such as `head`, is no error.
 fn show(view: View, args: &ShowArgs) -> Result<()> {
     let text = admin::show(view, args)?;
@@ -96,7 +107,7 @@ fn show(view: View, args: &ShowArgs) -> Result<()> {
 fn log_to_stderr(filter: &str) -> Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_new(format!("{},{filter}", dataplane_user::watch::LOG_FILTER))?)
-        .with_writer(std::io::stderr)
+        .with_writer(|| Log)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();

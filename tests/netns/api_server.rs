@@ -9,13 +9,13 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
-const KEPT: Ipv4Addr = Ipv4Addr::new(10, 96, 8, 1);
+pub(crate) const KEPT: Ipv4Addr = Ipv4Addr::new(10, 96, 8, 1);
 const PORT: u16 = 80;
 
 /// A node with an agent to be, and an API server on it that knows the Node and one Service.
-struct Scene {
-    server: ApiServer,
-    lab: Lab,
+pub(crate) struct Scene {
+    pub(crate) server: ApiServer,
+    pub(crate) lab: Lab,
 }
 
 fn node_object(name: &str) -> Value {
@@ -23,7 +23,7 @@ fn node_object(name: &str) -> Value {
 }
 
 impl Scene {
-    fn set(node_name: &str) -> Self {
+    pub(crate) fn set(node_name: &str) -> Self {
         let lab = Options::default().nodes(1).create().unwrap();
         lab.add_pod("web", 0, &PodOptions::default()).unwrap();
         lab.add_pod("shell", 0, &PodOptions::client()).unwrap();
@@ -38,19 +38,19 @@ impl Scene {
         scene
     }
 
-    fn service(&self, name: &str, address: Ipv4Addr) -> Service {
+    pub(crate) fn service(&self, name: &str, address: Ipv4Addr) -> Service {
         Service::new(name, address).tcp(PORT, 8080).endpoints([self.lab.pod("web").unwrap().endpoint()])
     }
 
-    fn put(&self, service: &Service) {
+    pub(crate) fn put(&self, service: &Service) {
         service.objects().into_iter().for_each(|object| self.server.put(object));
     }
 
-    fn node(&self) -> &Node {
+    pub(crate) fn node(&self) -> &Node {
         self.lab.node(0)
     }
 
-    fn launch(&self) {
+    pub(crate) fn launch(&self) {
         self.launch_with(&self.server.kubeconfig(self.lab.folder()).unwrap());
     }
 
@@ -59,13 +59,19 @@ impl Scene {
         self.node().launch_agent(&options).unwrap();
     }
 
-    fn log(&self) -> String {
+    /// Such an agent, with these flags as well.
+    pub(crate) fn options(&self, arguments: &[&str]) -> AgentOptions {
+        let kubeconfig = self.server.kubeconfig(self.lab.folder()).unwrap();
+        AgentOptions::default().source(Source::Kubeconfig(kubeconfig)).arguments(arguments)
+    }
+
+    pub(crate) fn log(&self) -> String {
         self.node().agent().unwrap().process().log()
     }
 
     /// Waits until the log says so; no line before it said that the agent is ready.
     #[track_caller]
-    fn says(&self, words: &[&str]) {
+    pub(crate) fn says(&self, words: &[&str]) {
         let found = || {
             let log = self.log();
             log.lines().any(|line| words.iter().all(|word| line.contains(word)))
@@ -73,7 +79,7 @@ impl Scene {
         eventually(&format!("the log says {words:?}"), found);
     }
 
-    fn is_ready(&self) -> bool {
+    pub(crate) fn is_ready(&self) -> bool {
         self.node().agent().unwrap().process().output().lines().any(|line| line == "ready")
     }
 
@@ -81,7 +87,7 @@ impl Scene {
         Client::at(self.lab.pod("shell").unwrap().place())
     }
 
-    fn serves(&self, address: Ipv4Addr) -> bool {
+    pub(crate) fn serves(&self, address: Ipv4Addr) -> bool {
         self.shell().tcp(at(address, PORT)).is_ok()
     }
 
@@ -145,7 +151,7 @@ fn an_unknown_node_name_is_answered_with_those_there_are() {
 }
 
 /// New connections while something is done: how many there were, none of which failed.
-fn under_new_connections(scene: &Scene, disturb: impl FnOnce()) -> usize {
+pub(crate) fn under_new_connections(scene: &Scene, disturb: impl FnOnce()) -> usize {
     lab::under_new_connections(&[(scene.shell(), at(KEPT, PORT))], disturb).unwrap()
 }
 

@@ -37,7 +37,7 @@ fn service(lab: &Lab, number: u8) -> Service {
 /// What is nearly full after eighteen Services, and has no room for four more.
 const SMALL: [(&str, u32); 4] = [("frontends", 40), ("services", 20), ("backends", 20), ("slots", 20)];
 
-/// H3, Z5: a warning and a metric before a table is full; when it is, its name and how to enlarge it; what was served goes on,
+/// H2, H3, Z5: a warning and a metric before a table is full; when it is, its name and how to enlarge it; what was served goes on,
 /// and who waits comes in when there is room.
 #[test]
 fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
@@ -51,7 +51,7 @@ fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
             lab.manifests().apply(&service(&lab, number)).unwrap();
         }
         let size = format!("--map-size={table}={room}");
-        node.start_agent(&AgentOptions::default().arguments(&[&size])).unwrap();
+        node.start_agent(&AgentOptions::default().arguments(&[&size, "--healthy-within=1s"])).unwrap();
         let nearly_full = format!("portolan_table_nearly_full{{table=\"{table}\"}} ");
         eventually("a metric tells that it is nearly full", || metric(node, &nearly_full) == Some(1.0));
         assert!(said().contains(&format!("the table {table} is 9")), "{}", said());
@@ -64,6 +64,12 @@ fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
         let full = format!("map `{table}` is full with {room} entries: enlarge it with --map-size {table}=N");
         assert!(said().contains(&full), "{}", said());
         assert!((1..=18).all(serves), "what was served goes on");
+        std::thread::sleep(Duration::from_millis(1_500));
+        assert_eq!(
+            metric(node, "portolan_healthy "),
+            Some(1.0),
+            "packets are served, so load balancers may come"
+        );
         (1..=6).for_each(|number| lab.manifests().delete(&service(&lab, number)).unwrap());
         eventually("who waited is served", || (7..=22).all(serves));
 

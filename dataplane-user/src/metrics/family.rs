@@ -73,7 +73,7 @@ families! {
     LIVEZ = "kubeproxy_proxy_livez_total", Counter, ["code"],
         "Answers to /livez by HTTP status";
     HEALTHY = "portolan_healthy", Gauge, [],
-        "1 if /livez says that this node serves its Services, else 0";
+        "1 if the node can serve what it was told, as /healthz has it, else 0";
     SYNC_CALLS = "portolan_sync_bpf_calls_total", Counter, [],
         "Calls of bpf(2) that changes took";
     SYNC_OPS = "portolan_sync_ops_total", Counter, [],
@@ -92,6 +92,8 @@ families! {
         "Services whose changes found no room in a table";
     HEALTH_CHECK_PORTS = "portolan_health_check_ports_unbound", Gauge, [],
         "Health check ports that cannot be had, counted per address: something else listens there";
+    UNATTACHED = "portolan_unattached_programs", Gauge, [],
+        "Programs that should be attached and are not, each at each place: the log says why";
     REATTACHED = "portolan_reattached_total", Counter, [],
         "Programs that somebody detached and that were attached again";
     SNAPSHOT_KEPT = "portolan_snapshot_timestamp_seconds", Gauge, [],

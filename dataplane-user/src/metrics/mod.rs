@@ -114,8 +114,10 @@ pub struct Metrics {
 /// What is looked up at the moment somebody asks.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
-    /// Whether `/livez` is 200.
+    /// Whether the node can serve what it was told (H2).
     pub healthy: bool,
+    /// Programs that should be attached and are not.
+    pub unattached: usize,
     /// Health check ports that cannot be had.
     pub unbound: usize,
     /// How often each reason occurred.
@@ -222,6 +224,7 @@ impl Metrics {
         }
         text.single(&family::HEALTHY, u8::from(observed.healthy));
         text.single(&family::HEALTH_CHECK_PORTS, observed.unbound);
+        text.single(&family::UNATTACHED, observed.unattached);
     }
 
     fn complaints(&self) -> Vec<(&'static str, u64)> {

@@ -60,7 +60,7 @@ pub async fn watch(
     kubeconfig: Option<&Path>,
     servers: Servers,
     options: Options,
-    changes: Changes,
+    changes: impl Into<Changes>,
 ) -> Result<Watch, ClusterError> {
     let mut config = match kubeconfig {
         Some(file) => from_file(file).await?,
@@ -103,7 +103,8 @@ pub fn servers_of(kubeconfig: &Path) -> Result<Vec<String>, ClusterError> {
     Ok(clusters.collect())
 }
 
-fn start(client: Client, server: String, options: Options, changes: Changes) -> Watch {
+fn start(client: Client, server: String, options: Options, changes: impl Into<Changes>) -> Watch {
+    let changes = changes.into();
     let status = Status::default();
     let (events, publisher) = Events::to(client.clone(), &options.node_name);
     let following = |labels: Option<String>, fields: Option<String>| Following {

@@ -1,6 +1,6 @@
 //! Taking over from another proxy: the TCP connections that its netfilter rules translate are left to them until they end (C5).
 
-use super::Service;
+use super::{JOB, Service};
 use crate::kernel::conntrack::{self, ConntrackError};
 use crate::kernel::maps::MapError;
 use crate::sync::Maps;
@@ -22,11 +22,13 @@ pub(super) struct TakeOver {
     looking: Option<JoinHandle<Result<bool, ConntrackError>>>,
     /// Some were seen, and told of.
     seen: bool,
+    /// A look failed, and that was told.
+    failed: bool,
 }
 
 impl TakeOver {
     pub(super) fn new(begun: Instant, limit: Duration) -> Self {
-        Self { begun, limit, looked: None, looking: None, seen: false }
+        Self { begun, limit, looked: None, looking: None, seen: false, failed: false }
     }
 
     /// Whether those that live have had their time.
@@ -71,18 +73,27 @@ impl Service {
                         tracing::info!("the last TCP connection that another proxy translated has ended");
                     }
                     Ok(Ok(false)) => {}
-                    Ok(Err(error)) => {
-                        tracing::warn!("no TCP connection is left to another proxy any more: {error}");
+                    Ok(Err(error)) if error.is_final() => {
+                        tracing::info!("no TCP connection is left to another proxy: {error}");
                     }
-                    Err(error) => tracing::error!("looking for another proxy's connections: {error}"),
+                    // Nobody knows: those that there may be are left to it until somebody does.
+                    Ok(Err(error)) => {
+                        if !std::mem::replace(&mut state.failed, true) {
+                            tracing::warn!("looking again for another proxy's connections: {error}");
+                        }
+                        return;
+                    }
+                    Err(error) => return tracing::error!("looking for another proxy's connections: {error}"),
                 }
                 self.end_take_over();
             }
             // Before the programs see them all, the other proxy goes on making connections.
-            None if due && self.health.is_attached() => {
+            None if due && self.health.is_attached() && self.hooks.is_none() => {
                 state.looked = Some(Instant::now());
                 let maps = self.dataplane.mirror().1.clone();
+                let beat = self.health.heartbeat().part("the look into conntrack", JOB);
                 state.looking = Some(tokio::task::spawn_blocking(move || {
+                    let _at_work = beat;
                     conntrack::translates_tcp_to(&maps.map::<Frontends>()?)
                 }));
             }
