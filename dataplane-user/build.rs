@@ -33,7 +33,7 @@ fn main() -> Result<()> {
         .args(["build", "--package", "dataplane-ebpf", "--bin", "portolan-ebpf", "--release", "--locked"])
         .args(["--target", "bpfel-unknown-none", "--target-dir"])
         .arg(&target_dir)
-        .env("CARGO_ENCODED_RUSTFLAGS", rustflags())
+        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(workspace, &target_dir))
         .env("CARGO_PROFILE_RELEASE_DEBUG", "2")
         .env("CARGO_PROFILE_RELEASE_PANIC", "abort")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
@@ -69,12 +69,24 @@ fn without_dwarf(object: &[u8]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Flags of the BPF target; the separator is the one cargo asks for.
-fn rustflags() -> OsString {
+/// Flags of the BPF target; the separator is the one cargo asks for. BTF says from which line of which file each instruction is,
+/// and must not say in which folder of this machine that lies.
+fn rustflags(workspace: &Path, target_dir: &Path) -> OsString {
     let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
-    [&format!("--cfg=bpf_target_arch=\"{arch}\""), "-Cdebuginfo=2", "-Ctarget-cpu=v2", "-Clink-arg=--btf"]
-        .join("\x1f")
-        .into()
+    let mut flags = vec![format!("--cfg=bpf_target_arch=\"{arch}\"")];
+    flags.extend(["-Cdebuginfo=2", "-Ctarget-cpu=v2", "-Clink-arg=--btf"].map(str::to_owned));
+    for (folder, name) in
+        [(Some(workspace), "portolan"), (cargo_home().as_deref(), "cargo"), (Some(target_dir), "target")]
+    {
+        flags.extend(folder.map(|folder| format!("--remap-path-prefix={}=/{name}", folder.display())));
+    }
+    flags.join("\x1f").into()
+}
+
+/// Cargo's own folder.
+fn cargo_home() -> Option<PathBuf> {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    home.or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo")))
 }
 
 /// What a program prints in one line.
@@ -125,9 +137,8 @@ fn toolchain() -> Option<(Command, String)> {
 
 /// `bpf-linker` from PATH, else from cargo's own bin folder.
 fn linker() -> Option<PathBuf> {
-    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
-    let home = home.or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo")));
-    let candidates = [Some(PathBuf::from("bpf-linker")), home.map(|home| home.join("bin/bpf-linker"))];
+    let candidates =
+        [Some(PathBuf::from("bpf-linker")), cargo_home().map(|home| home.join("bin/bpf-linker"))];
     candidates.into_iter().flatten().find(|linker| {
         Command::new(linker)
             .arg("--version")

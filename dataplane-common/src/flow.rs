@@ -156,11 +156,14 @@ pub const fn ticks_between(earlier: u32, now: u32) -> u32 {
     now.wrapping_sub(earlier) & TICK_MASK
 }
 
-/// How many ticks passed since `earlier`; none if it is after `now`, as what is written meanwhile may be.
+/// By how many ticks something can be after the moment at which the clock was read: hours, far longer than a sweep lasts.
+const AHEAD: u32 = 1 << 16;
+
+/// How many ticks passed since `earlier`; none if it is after `now`, as what is written meanwhile may be. What is older than
+/// 2^24 ticks less 2^16 (49 days at 1000 Hz) looks younger than it is.
 #[inline(always)]
 pub const fn ticks_since(earlier: u32, now: u32) -> u32 {
-    let ticks = ticks_between(earlier, now);
-    if ticks > ticks_between(now, earlier) { 0 } else { ticks }
+    if ticks_between(now, earlier) < AHEAD { 0 } else { ticks_between(earlier, now) }
 }
 
 impl Flow {
@@ -274,6 +277,16 @@ mod tests {
     fn ticks_go_on_after_they_wrap() {
         assert_eq!(ticks_between(tick(u32::MAX), tick(0)), 1);
         assert_eq!(ticks_between(5, 12), 7);
+    }
+
+    #[test]
+    fn what_is_written_after_the_clock_was_read_has_no_age_and_what_is_weeks_old_has_one() {
+        for now in [0, 7, TICK_MASK / 2, TICK_MASK] {
+            let at = |ticks: u32| now.wrapping_add(ticks) & TICK_MASK;
+            assert_eq!([0, 1, AHEAD - 1].map(|ticks| ticks_since(at(ticks), now)), [0; 3]);
+            assert_eq!(ticks_since(at(AHEAD), now), TICK_MASK + 1 - AHEAD, "the oldest that can be told");
+            assert_eq!(ticks_since(at(TICK_MASK), now), 1);
+        }
     }
 
     #[test]

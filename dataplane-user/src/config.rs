@@ -2,9 +2,12 @@
 //!
 //! A flag that means what a flag of kube-proxy means has its name.
 
+use crate::expire::LONGEST_IDLE;
+use crate::kernel::pins::is_layout;
 use crate::pattern::Pattern;
+use crate::watch::cluster::ApiServer;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dataplane_common::tables::{self, Closing, Flows, HalfOpen, Table as _};
+use dataplane_common::tables::{self, Closing, Flows, HalfOpen, LAYOUT, Table as _};
 use ipnet::IpNet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,6 +16,9 @@ use std::time::Duration;
 
 /// Where maps and links are pinned unless `--bpffs` says otherwise.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/portolan";
+
+/// Where what outlives a reboot is kept unless `--state-dir` says otherwise.
+pub const DEFAULT_STATE: &str = "/var/lib/portolan";
 
 /// A Kubernetes Service dataplane for one node, in the place of kube-proxy.
 #[derive(Debug, Parser)]
@@ -39,7 +45,17 @@ pub struct Cli {
 pub enum Command {
     /// Run the node agent in the foreground.
     Agent(Box<AgentArgs>),
-    /// Remove every program, map and pin, and say what was removed.
+    /// Mount a BPF file system if the pin folder lies on none, and make that folder.
+    ///
+    /// For nodes whose init system mounts none, such as those of kind: an init container runs it before the agent, which has no
+    /// right to mount. Where there is one, nothing is mounted.
+    MountBpffs(PinArgs),
+    /// Note where the kubelet finds the API server, for an agent that may not read the kubelet's kubeconfig.
+    ///
+    /// For an init container: the kubeconfig names credentials, and of these nothing is noted. Where there is no such file, or none
+    /// that can be read, nothing is done.
+    NoteApiServer(NoteArgs),
+    /// Remove every program, map and pin, and what is kept on disk, and say what was removed.
     ///
     /// Services are then served no more on this node, and connections through them break. An agent that runs must be stopped
     /// first. On kernels before 6.6, run it in the agent's network namespace: the tc filters are found there.
@@ -66,6 +82,11 @@ pub enum Command {
     /// Reads the pinned maps: needs root, but no agent. The table has the reasons that occurred since the maps were made; JSON
     /// has all of them.
     Drops(ShowArgs),
+    /// The TCP connections to Services that are left to another proxy, whose netfilter rules translated them before.
+    ///
+    /// Reads the pinned maps and the node's conntrack: needs root and the node's network namespace, but no agent. EXPIRES is the
+    /// time after which conntrack forgets a connection if nothing comes.
+    TakeOver(ShowArgs),
 }
 
 /// Flags of `portolan agent`.
@@ -77,6 +98,19 @@ pub struct AgentArgs {
     /// Credentials for the API server; without it and without --manifests, those of the pod this runs in.
     #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
     pub kubeconfig: Option<PathBuf>,
+    /// Where API servers are, as HOST, HOST:PORT or URL: the first that answers is asked. `auto`: the one of --kubeconfig; in a pod,
+    /// the endpoints of the cluster's own Service as they were last, proxies on this node (127.0.0.1:7445 and :6444), what
+    /// note-api-server has written, and what the environment of the pod says, in this order.
+    #[arg(
+        long,
+        env = "PORTOLAN_API_SERVER",
+        value_name = "SERVER|auto",
+        default_value = "auto",
+        value_delimiter = ',',
+        num_args = 1..,
+        conflicts_with = "manifests"
+    )]
+    pub api_server: Vec<ServerChoice>,
     /// Read the objects from the YAML files of this folder, watched live, instead of an API server.
     #[arg(long, value_name = "DIR")]
     pub manifests: Option<PathBuf>,
@@ -114,6 +148,12 @@ pub struct AgentArgs {
     /// How tc programs are attached: `clsact` is what kernels before 6.6 get, for tests.
     #[arg(long, value_enum, default_value_t = TcMode::Auto, hide = true)]
     pub tc: TcMode,
+    /// Further drivers on which `--xdp auto` is native, for tests.
+    #[arg(long, value_name = "DRIVER", value_delimiter = ',', hide = true)]
+    pub xdp_driver: Vec<String>,
+    /// The name of the maps' layout, for tests of an upgrade that changes it.
+    #[arg(long, value_name = "vN", default_value = LAYOUT, value_parser = layout, hide = true)]
+    pub map_layout: String,
     /// Ports that translated sources get; no local socket may use them.
     #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
     pub snat_ports: PortRange,
@@ -146,20 +186,28 @@ pub struct AgentArgs {
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     pub metrics_max_series: usize,
     /// Idle time after which an established TCP flow is forgotten.
-    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = idle_time)]
     pub conntrack_tcp_timeout_established: Duration,
     /// Idle time after which an answered UDP flow is forgotten.
-    #[arg(long, value_name = "TIME", default_value = "3m", value_parser = duration)]
+    #[arg(long, value_name = "TIME", default_value = "3m", value_parser = idle_time)]
     pub conntrack_udp_timeout_stream: Duration,
     /// Time between two audits of the kernel's tables; 0 for none.
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
     pub audit_period: Duration,
-    /// How long an update may wait for the kernel before the node calls itself unhealthy.
+    /// How long an update may wait for the kernel before /healthz and health check ports say that the node cannot serve.
     #[arg(long, value_name = "TIME", default_value = "2m", value_parser = duration)]
     pub healthy_within: Duration,
+    /// Time after which TCP connections are no longer left to another proxy whose netfilter rules translate them; 0: when the
+    /// last of them has ended. Those that live then break.
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = duration)]
+    pub take_over_limit: Duration,
+    /// How long the event loop may be busy with one thing before /livez says that the agent hangs; jobs beside it may take five
+    /// times as long.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub alive_within: Duration,
     /// Folder for what must outlive a reboot: the objects that the API server told last. With --manifests nothing is kept
     /// there, for the manifests are on a disk themselves.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/portolan")]
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
     pub state_dir: PathBuf,
     /// How old those objects may be to be served after a boot while the API server is away; 0: none are kept and none
     /// served.
@@ -170,12 +218,37 @@ pub struct AgentArgs {
     pub dry_run: bool,
 }
 
+/// Flags of `portolan mount-bpffs`.
+#[derive(Clone, Debug, Args)]
+pub struct PinArgs {
+    /// Folder of the pins.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    pub bpffs: PathBuf,
+}
+
+/// Flags of `portolan note-api-server`.
+#[derive(Clone, Debug, Args)]
+pub struct NoteArgs {
+    /// The kubelet's kubeconfig.
+    #[arg(long, value_name = "FILE", default_value = "/etc/kubernetes/kubelet.conf")]
+    pub kubelet_kubeconfig: PathBuf,
+    /// Folder of what outlives a reboot.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
+    pub state_dir: PathBuf,
+}
+
 /// Flags of `portolan cleanup`.
 #[derive(Clone, Debug, Args)]
 pub struct CleanupArgs {
     /// Folder of the pins.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
     pub bpffs: PathBuf,
+    /// Folder of what outlives a reboot.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
+    pub state_dir: PathBuf,
+    /// Leave what is in the state folder.
+    #[arg(long)]
+    pub keep_state: bool,
 }
 
 /// Flags of the verbs that show what the kernel holds.
@@ -248,6 +321,34 @@ pub enum FromOutside {
     Allow,
     /// Refused (P10).
     Refuse,
+}
+
+/// One entry of `--api-server`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServerChoice {
+    /// It is looked for.
+    Auto,
+    /// This one.
+    Server(ApiServer),
+}
+
+impl FromStr for ServerChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Server) }
+    }
+}
+
+impl AgentArgs {
+    /// The API servers that were named; none: one is looked for.
+    pub fn named_servers(&self) -> Vec<ApiServer> {
+        let named = self.api_server.iter().filter_map(|choice| match choice {
+            ServerChoice::Auto => None,
+            ServerChoice::Server(server) => Some(server.clone()),
+        });
+        named.collect()
+    }
 }
 
 /// One entry of `--nodeport-addresses`.
@@ -399,19 +500,30 @@ fn duration(text: &str) -> Result<Duration, String> {
     if text.is_empty() { Err(wrong()) } else { Ok(total) }
 }
 
+fn layout(text: &str) -> Result<String, String> {
+    if is_layout(text) { Ok(text.to_owned()) } else { Err(format!("`{text}` is no layout such as {LAYOUT}")) }
+}
+
+/// A length of time after which a flow may be removed.
+fn idle_time(text: &str) -> Result<Duration, String> {
+    let time = duration(text)?;
+    if time > LONGEST_IDLE {
+        return Err(format!(
+            "the longest idle time is {} h: the kernel's clock of flows goes round",
+            LONGEST_IDLE.as_secs() / 3_600
+        ));
+    }
+    Ok(time)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn agent(flags: &[&str]) -> Result<AgentArgs, clap::Error> {
-        match Cli::try_parse_from(["portolan", "agent"].iter().chain(flags))?.command {
-            Command::Agent(args) => Ok(*args),
-            Command::Cleanup(_)
-            | Command::Services(_)
-            | Command::Backends(_)
-            | Command::Flows(_)
-            | Command::Drops(_) => panic!("not the agent"),
-        }
+        let cli = Cli::try_parse_from(["portolan", "agent"].iter().chain(flags))?;
+        let Command::Agent(args) = cli.command else { panic!("not the agent") };
+        Ok(*args)
     }
 
     #[test]
@@ -460,6 +572,7 @@ mod tests {
             ["--map-size", "nothing=10"],
             ["--audit-period", "5 minutes"],
             ["--healthz-bind-address", "10256"],
+            ["--conntrack-tcp-timeout-established", "961h"],
         ] {
             assert!(agent(&flags).is_err(), "{flags:?}");
         }

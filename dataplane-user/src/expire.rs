@@ -10,8 +10,8 @@ use crate::sync::{LingeringBits, Maps};
 use dataplane_common::Protocol;
 use dataplane_common::flow::{Flow, FlowKey, Stage, ticks_since};
 use dataplane_common::tables::Flows;
+use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
-use std::collections::{HashMap, HashSet};
 use std::hash::BuildHasher as _;
 use std::time::Duration;
 
@@ -48,19 +48,23 @@ impl Default for IdleTimes {
 /// A direction without its partner is removed only when it is older: the partner may just be on its way.
 const ALONE: Duration = Duration::from_secs(5);
 
+/// The longest time after which a flow may be removed: what is older than 49 days looks younger than it is at 1000 Hz
+/// ([`ticks_since`]), and an agent may be away for some days.
+pub const LONGEST_IDLE: Duration = Duration::from_secs(40 * 24 * 3_600);
+
 /// The kernel's clock, as the programs write it into flows.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     /// The tick now ([`dataplane_common::flow::tick`]).
     pub now: u32,
-    /// Ticks in a second; about one at 250 Hz.
-    pub ticks_per_second: f64,
+    /// The time from one tick to the next; about a second at 250 Hz.
+    pub tick: Duration,
 }
 
 impl Clock {
     /// How long ago a tick was. A flow that was written after the clock was read has no age.
     pub fn since(&self, tick: u32) -> Duration {
-        Duration::from_secs_f64(f64::from(ticks_since(tick, self.now)) / self.ticks_per_second)
+        self.tick.saturating_mul(ticks_since(tick, self.now))
     }
 }
 
@@ -96,6 +100,8 @@ impl Swept {
 
 /// Sweeps the table of flows once. Of `bits` and `marks`, those remain that no flow needs: they can be cleared.
 ///
+/// It walks the table twice, and holds two bytes for each entry that there is room for, and what it removes.
+///
 /// # Errors
 /// If the table cannot be read or written.
 pub fn sweep<M: Maps>(
@@ -105,24 +111,30 @@ pub fn sweep<M: Maps>(
     bits: &mut LingeringBits,
     marks: &mut OldMarks,
 ) -> Result<Swept, MapError> {
-    let mut census = Census::of(maps, clock, bits, marks)?;
-    let (mut idle, mut alone) = (Vec::new(), Vec::new());
-    for (key, candidate) in &census.candidates {
-        if let Some(partner) = census.candidates.get(&candidate.partner) {
-            // Both directions say the same of themselves, so both are found here.
-            if candidate.age.min(partner.age) >= times.limit(key.proto(), candidate.flags | partner.flags) {
-                idle.push(*key);
-            }
-        } else if !census.present.contains(&census.hasher.hash_one(candidate.partner))
-            && maps.get::<Flows>(&candidate.partner)?.is_none()
-        {
-            alone.push(*key);
-        }
+    sweep_at_most(MOST, maps, times, clock, bits, marks)
+}
+
+/// How many entries a sweep looks at closely, which may be idle or alone; those past that have their turn in the next.
+const MOST: usize = 1 << 18;
+
+fn sweep_at_most<M: Maps>(
+    most: usize,
+    maps: &M,
+    times: &IdleTimes,
+    clock: Clock,
+    bits: &mut LingeringBits,
+    marks: &mut OldMarks,
+) -> Result<Swept, MapError> {
+    let mut census = Census::of(maps, times, clock, bits, marks, most)?;
+    let idle = census.idle(maps, times, clock)?;
+    let alone = census.alone(maps, clock, most)?;
+    for (_, stage) in idle.iter().chain(&alone) {
+        let count = census.remain.of_stage(*stage);
+        *count = count.saturating_sub(1);
     }
-    for key in idle.iter().chain(&alone) {
-        *census.remain.of_stage(Flow::with_flags(census.candidates[key].flags).stage()) -= 1;
-    }
-    Ok(Swept { idle: maps.remove::<Flows>(&idle)?, alone: maps.remove::<Flows>(&alone)?, ..census.remain })
+    let keys = |entries: Vec<(FlowKey, Stage)>| entries.into_iter().map(|(key, _)| key).collect::<Vec<_>>();
+    let (idle, alone) = (maps.remove::<Flows>(&keys(idle))?, maps.remove::<Flows>(&keys(alone))?);
+    Ok(Swept { idle, alone, ..census.remain })
 }
 
 impl IdleTimes {
@@ -141,52 +153,145 @@ impl IdleTimes {
             Stage::Closing => self.closing,
         }
     }
+
+    /// The shortest time after which an entry with these flags may be idle, whatever its partner's are: where each has missed the
+    /// other's FIN, both together have ended.
+    fn least(&self, proto: u8, flags: u16) -> Duration {
+        let own = self.limit(proto, flags);
+        if flags & (Flow::CLIENT_FIN | Flow::ENDPOINT_FIN) != 0 { own.min(self.closing) } else { own }
+    }
 }
 
-/// What is kept of an entry that may have to go.
+/// What is kept of an entry that may be idle.
 struct Candidate {
     partner: FlowKey,
     flags: u16,
     age: Duration,
 }
 
-/// The table as far as a sweep needs it.
-struct Census {
-    /// How many entries there are of each stage.
-    remain: Swept,
-    /// Hashes of all keys: enough to see whether a partner may be there.
-    present: HashSet<u64>,
-    candidates: HashMap<FlowKey, Candidate>,
+impl Candidate {
+    fn of(key: &FlowKey, flow: &Flow, clock: Clock) -> Self {
+        Self { partner: flow.partner(key.proto()), flags: flow.flags(), age: clock.since(flow.last_seen) }
+    }
+}
+
+/// Which keys are in the table: what is not in here is not there; what is in here mostly is, but for one in sixteen at worst, each
+/// time another one.
+struct Present {
+    bits: Vec<u64>,
     hasher: RandomState,
 }
 
+impl Present {
+    /// Bits for each entry that there is room for.
+    const BITS: usize = 16;
+
+    fn with_room(entries: usize) -> Self {
+        let words = (entries * Self::BITS).div_ceil(u64::BITS as usize).max(1);
+        Self { bits: vec![0; words], hasher: RandomState::new() }
+    }
+
+    fn place(&self, key: &FlowKey) -> (usize, u64) {
+        let hash = self.hasher.hash_one(key);
+        let word = (hash >> 32) as usize % self.bits.len();
+        (word, 1 << (hash % u64::from(u64::BITS)))
+    }
+
+    fn insert(&mut self, key: &FlowKey) {
+        let (word, bit) = self.place(key);
+        self.bits[word] |= bit;
+    }
+
+    fn may_have(&self, key: &FlowKey) -> bool {
+        let (word, bit) = self.place(key);
+        self.bits[word] & bit != 0
+    }
+}
+
+/// The table as far as a sweep needs it.
+struct Census {
+    /// How many entries there are of each stage. One that is seen twice while the table changes counts twice.
+    remain: Swept,
+    present: Present,
+    candidates: HashMap<FlowKey, Candidate>,
+}
+
 impl Census {
-    /// Reads the table. A candidate is old enough to be alone; what is younger stays in any case.
+    /// Reads the table. What is no candidate has a partner that is one, or is not idle.
     fn of<M: Maps>(
         maps: &M,
+        times: &IdleTimes,
         clock: Clock,
         bits: &mut LingeringBits,
         marks: &mut OldMarks,
+        most: usize,
     ) -> Result<Self, MapError> {
-        let (mut present, mut candidates, mut remain) = (HashSet::new(), HashMap::new(), Swept::default());
-        let hasher = RandomState::new();
+        let mut present = Present::with_room(maps.capacity::<Flows>()?);
+        let (mut candidates, mut remain) = (HashMap::new(), Swept::default());
         maps.visit::<Flows>(|key, flow| {
             bits.keep_for(&key);
             if flow.has(Flow::REPLY) {
                 marks.keep_for(&key);
             }
-            // An entry that is seen twice may be in two stages: it is counted, and judged, by the first.
-            if !present.insert(hasher.hash_one(key)) {
-                return;
-            }
+            present.insert(&key);
             *remain.of_stage(flow.stage()) += 1;
-            let age = clock.since(flow.last_seen);
-            if age >= ALONE {
-                let candidate = Candidate { partner: flow.partner(key.proto()), flags: flow.flags(), age };
+            let candidate = Candidate::of(&key, &flow, clock);
+            if candidate.age >= times.least(key.proto(), flow.flags()) && candidates.len() < most {
                 candidates.insert(key, candidate);
             }
         })?;
-        Ok(Self { remain, present, candidates, hasher })
+        Ok(Self { remain, present, candidates })
+    }
+
+    /// Both directions of the flows that are idle, and the stage that each says.
+    fn idle<M: Maps>(
+        &self,
+        maps: &M,
+        times: &IdleTimes,
+        clock: Clock,
+    ) -> Result<Vec<(FlowKey, Stage)>, MapError> {
+        let mut idle = Vec::new();
+        for (key, candidate) in &self.candidates {
+            let read;
+            let (partner, is_candidate) = match self.candidates.get(&candidate.partner) {
+                Some(partner) => (partner, true),
+                None => {
+                    let Some(flow) = maps.get::<Flows>(&candidate.partner)? else { continue };
+                    read = Candidate::of(&candidate.partner, &flow, clock);
+                    (&read, false)
+                }
+            };
+            if candidate.age.min(partner.age) < times.limit(key.proto(), candidate.flags | partner.flags) {
+                continue;
+            }
+            idle.push((*key, Flow::with_flags(candidate.flags).stage()));
+            // One that is a candidate comes to the same by itself.
+            if !is_candidate {
+                idle.push((candidate.partner, Flow::with_flags(partner.flags).stage()));
+            }
+        }
+        Ok(idle)
+    }
+
+    /// Reads the table again: directions that are old enough and have no partner.
+    fn alone<M: Maps>(&self, maps: &M, clock: Clock, most: usize) -> Result<Vec<(FlowKey, Stage)>, MapError> {
+        let mut suspects = Vec::new();
+        if self.remain.entries() > 0 {
+            maps.visit::<Flows>(|key, flow| {
+                let partner = flow.partner(key.proto());
+                let is_old = clock.since(flow.last_seen) >= ALONE;
+                if is_old && !self.present.may_have(&partner) && suspects.len() < most {
+                    suspects.push((key, partner, flow.stage()));
+                }
+            })?;
+        }
+        let mut alone = Vec::new();
+        for (key, partner, stage) in suspects {
+            if maps.get::<Flows>(&partner)?.is_none() {
+                alone.push((key, stage));
+            }
+        }
+        Ok(alone)
     }
 }
 
@@ -217,7 +322,7 @@ mod tests {
     }
 
     fn swept(maps: &MemoryMaps) -> Swept {
-        let clock = Clock { now: NOW, ticks_per_second: 1.0 };
+        let clock = Clock { now: NOW, tick: Duration::from_secs(1) };
         sweep(maps, &IdleTimes::default(), clock, &mut LingeringBits::default(), &mut OldMarks::default())
             .unwrap()
     }
@@ -267,6 +372,66 @@ mod tests {
         assert_eq!(swept(&maps), Swept { half_open: 1, established: 1, ..Swept::default() });
     }
 
+    /// C4: flags are set in both directions, one after the other.
+    #[test]
+    fn one_direction_that_is_idle_by_its_own_flags_takes_the_other_with_it() {
+        let maps = MemoryMaps::default();
+        let [mut forward, mut reply] = flow(1, TCP, [100, 100], Flow::CONFIRMED);
+        forward.1.set(Flow::CLOSING);
+        maps.write::<Flows>(&[forward, reply]).unwrap();
+        assert_eq!(swept(&maps), Swept { idle: 2, ..Swept::default() });
+        // Each missed the other's FIN.
+        [forward, reply] = flow(2, TCP, [100, 100], Flow::CONFIRMED);
+        forward.1.set(Flow::CLIENT_FIN);
+        reply.1.set(Flow::ENDPOINT_FIN);
+        maps.write::<Flows>(&[forward, reply]).unwrap();
+        assert_eq!(swept(&maps), Swept { idle: 2, ..Swept::default() });
+        // One of them was seen a moment ago.
+        [forward, reply] = flow(3, TCP, [100, 10], Flow::CONFIRMED);
+        forward.1.set(Flow::CLOSING);
+        maps.write::<Flows>(&[forward, reply]).unwrap();
+        assert_eq!(swept(&maps), Swept { established: 1, closing: 1, ..Swept::default() });
+    }
+
+    #[test]
+    fn a_sweep_of_the_largest_table_holds_two_bytes_for_each_entry() {
+        const ENTRIES: usize = 2 * 16_777_216;
+        let present = Present::with_room(ENTRIES);
+        assert_eq!(size_of_val(present.bits.as_slice()), 2 * ENTRIES);
+    }
+
+    #[test]
+    fn what_is_in_a_table_is_known_and_most_of_what_is_not() {
+        let key = |number: u32| {
+            FlowKey::new(Addr::from_v4(number.to_be_bytes()), Port::new(1), CLIENT, Port::new(2), TCP)
+        };
+        let mut present = Present::with_room(1_000);
+        (0..1_000).for_each(|number| present.insert(&key(number)));
+        assert!((0..1_000).all(|number| present.may_have(&key(number))));
+        let others = (1_000..11_000).filter(|number| present.may_have(&key(*number))).count();
+        assert!(others < 1_000, "{others} of 10,000");
+    }
+
+    /// C4
+    #[test]
+    fn what_one_sweep_has_no_room_for_the_next_removes() {
+        let maps = MemoryMaps::default();
+        for port in 1..=10 {
+            let entries = flow(port, UDP, [1_000, 1_000], 0);
+            maps.write::<Flows>(if port > 6 { &entries[..1] } else { &entries }).unwrap();
+        }
+        let clock = Clock { now: NOW, tick: Duration::from_secs(1) };
+        let (mut bits, mut marks) = (LingeringBits::default(), OldMarks::default());
+        let mut sweeps = 0;
+        let mut left = 16;
+        while left > 0 {
+            let swept = sweep_at_most(3, &maps, &IdleTimes::default(), clock, &mut bits, &mut marks).unwrap();
+            assert!(swept.entries() < left && swept.idle <= 6 && swept.alone <= 3, "{swept:?}");
+            (left, sweeps) = (swept.entries(), sweeps + 1);
+        }
+        assert!(sweeps > 1);
+    }
+
     /// C4
     #[test]
     fn a_direction_whose_partner_is_gone_is_removed() {
@@ -277,9 +442,76 @@ mod tests {
         assert_eq!(swept(&maps), Swept { half_open: 3, alone: 1, ..Swept::default() });
     }
 
+    /// What the clock says after so many jiffies since the start, at so many in a second.
+    fn clock(jiffies: u64, hz: u64) -> Clock {
+        let tick = crate::kernel::clock::tick_length(Duration::from_nanos(1_000_000_000 / hz));
+        Clock { now: moment(jiffies, hz), tick }
+    }
+
+    /// What a program writes into a flow at that moment.
+    fn moment(jiffies: u64, hz: u64) -> u32 {
+        // Jiffies begin five minutes before their lower half wraps (`INITIAL_JIFFIES`).
+        dataplane_common::flow::tick(jiffies.wrapping_sub(300 * hz) as u32)
+    }
+
+    /// Moments of a hundred years, in jiffies: around every wrap of the ticks, and between.
+    fn a_century(hz: u64) -> impl Iterator<Item = u64> {
+        const DAY: u64 = 24 * 3_600;
+        let wraps = (0..(100 * 366 * DAY * hz) >> 32).map(move |wrap| (wrap << 32) + 300 * hz);
+        let around = [0, 1, 255, 256, 10 * hz, 60 * hz, 3_600 * hz, DAY * hz, 20 * DAY * hz];
+        let sides = around.into_iter().flat_map(|after| [after as i64, -(after as i64)]);
+        // An uptime of more than the longest idle time.
+        let begin = 60 * DAY * hz;
+        wraps
+            .flat_map(move |wrap| sides.clone().filter_map(move |by| wrap.checked_add_signed(by)))
+            .filter(move |at| *at > begin)
+    }
+
+    #[test]
+    fn the_clock_is_right_for_a_hundred_years() {
+        for hz in [100, 250, 300, 1_000] {
+            for at in a_century(hz) {
+                let clock = clock(at, hz);
+                for seconds in [0, 1, 10, 30, 60, 3_600, 86_400, LONGEST_IDLE.as_secs(), 49 * 86_400] {
+                    let told = clock.since(moment(at - seconds * hz, hz)).as_secs_f64();
+                    let tick = clock.tick.as_secs_f64();
+                    let allowed = tick + seconds as f64 * 1e-6;
+                    assert!(
+                        (told - seconds as f64).abs() <= allowed,
+                        "{hz} Hz, {at}: {told} s, not {seconds}"
+                    );
+                }
+                for seconds in [1, 15, 3_600] {
+                    assert_eq!(clock.since(moment(at + seconds * hz, hz)), Duration::ZERO, "{hz} Hz, {at}");
+                }
+            }
+        }
+    }
+
+    /// C4
+    #[test]
+    fn a_sweep_removes_what_is_idle_and_nothing_else_for_a_hundred_years() {
+        for hz in [100, 250, 300, 1_000] {
+            for at in a_century(hz) {
+                let maps = MemoryMaps::with_capacities([("flows", 64)]);
+                for (port, proto, seconds) in
+                    [(1, TCP, 10), (2, TCP, 86_000), (3, UDP, 170), (4, TCP, 87_000), (5, UDP, 190)]
+                {
+                    let mut entries = flow(port, proto, [0, 0], Flow::CONFIRMED | Flow::ANSWERED);
+                    entries.iter_mut().for_each(|(_, flow)| flow.last_seen = moment(at - seconds * hz, hz));
+                    maps.write::<Flows>(&entries).unwrap();
+                }
+                let (mut bits, mut marks) = (LingeringBits::default(), OldMarks::default());
+                let swept =
+                    sweep(&maps, &IdleTimes::default(), clock(at, hz), &mut bits, &mut marks).unwrap();
+                assert_eq!(swept, Swept { established: 6, idle: 4, ..Swept::default() }, "{hz} Hz, {at}");
+            }
+        }
+    }
+
     #[test]
     fn a_flow_seen_after_the_clock_was_read_is_not_idle() {
-        let clock = Clock { now: 5, ticks_per_second: 0.5 };
+        let clock = Clock { now: 5, tick: Duration::from_secs(2) };
         assert_eq!(clock.since(6), Duration::ZERO);
         assert_eq!(clock.since(0), Duration::from_secs(10));
         assert_eq!(clock.since(dataplane_common::flow::TICK_MASK), Duration::from_secs(12));

@@ -206,6 +206,7 @@ fn pages(checks: &Arc<HealthChecks>, health: &Arc<Health>, (service, address): &
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::health::Unattached;
     use crate::http::client::{free_port, get, try_get};
     use crate::model::samples::name;
     use std::time::Duration;
@@ -219,7 +220,8 @@ mod tests {
     }
 
     fn started() -> (Arc<HealthChecks>, Arc<Health>, Arc<Mutex<Vec<String>>>) {
-        let (checks, health) = (Arc::new(HealthChecks::default()), Arc::new(Health::new(Duration::MAX)));
+        let (checks, health) =
+            (Arc::new(HealthChecks::default()), Arc::new(Health::new(Duration::MAX, Duration::MAX)));
         health.serving();
         let told = Arc::new(Mutex::new(Vec::new()));
         let tell = {
@@ -273,12 +275,13 @@ mod tests {
         assert!(try_get(at("::1", port), "/").await.is_none(), "the Service has no IPv6");
         checks.set([(name("web"), check(port, Some(3), None))]);
         assert_eq!(get(at("127.0.0.1", port), "/").await.status, 200);
-        health.detached(BTreeSet::from(["connect4".to_owned()]));
+        let deaf = BTreeSet::from(["tc_uplink_in".to_owned()]);
+        health.unattached(Unattached { all: deaf.clone(), deafening: deaf });
         let answer = get(at("127.0.0.1", port), "/").await;
         assert_eq!((answer.status, answer.json()["serviceProxyHealthy"].as_bool()), (503, Some(false)));
         assert_eq!(answer.json()["localEndpoints"].as_u64(), Some(3));
         // S4 asks for the agent's health, not for the Node's stay (H1).
-        health.detached(BTreeSet::new());
+        health.unattached(Unattached::default());
         health.eligible(false);
         assert_eq!(get(at("127.0.0.1", port), "/").await.status, 200);
     }

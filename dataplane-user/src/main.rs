@@ -1,19 +1,28 @@
 //! `portolan`: the node agent and its command line.
 
-use anyhow::Result;
-use clap::Parser as _;
+use anyhow::{Context as _, Result};
+use clap::{CommandFactory as _, FromArgMatches as _};
 use dataplane_user::admin::{self, View};
 use dataplane_user::agent;
 use dataplane_user::causes::causes;
-use dataplane_user::config::{Cli, Command, ShowArgs};
+use dataplane_user::config::{Cli, Command, NoteArgs, ShowArgs};
+use dataplane_user::heartbeat::Log;
 use dataplane_user::kernel::capability;
 use dataplane_user::kernel::cleanup::cleanup;
+use dataplane_user::kernel::pins::Pins;
+use dataplane_user::snapshot;
+use dataplane_user::version;
+use dataplane_user::watch;
 use std::io::{ErrorKind, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    end_at_a_panic();
+    // Here and not in the library: a new commit compiles this file alone again.
+    version::set_revision(option_env!("PORTOLAN_REVISION"));
+    let command = Cli::command().version(version::text());
+    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     match log_to_stderr(&cli.log).and_then(|()| run(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -26,14 +35,26 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Agent(args) => agent::run(*args),
+        Command::MountBpffs(args) => {
+            match Pins::new(&args.bpffs).prepare()? {
+                Some(at) => println!("mounted a BPF file system at {}", at.display()),
+                None => println!("{} lies on a BPF file system already", args.bpffs.display()),
+            }
+            Ok(())
+        }
+        Command::NoteApiServer(args) => note_api_server(&args),
         Command::Cleanup(args) => {
             capability::check()?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let mut count = 0;
-            runtime.block_on(cleanup(&args.bpffs, |removed| {
+            let mut removed = |what: String| {
                 count += 1;
-                println!("removed {removed}");
-            }))?;
+                println!("removed {what}");
+            };
+            runtime.block_on(cleanup(&args.bpffs, &mut removed))?;
+            if !args.keep_state {
+                snapshot::remove(&args.state_dir, &mut removed)?;
+            }
             if count == 0 {
                 println!("nothing to remove at {} and on the interfaces here", args.bpffs.display());
             }
@@ -43,7 +64,34 @@ fn run(command: Command) -> Result<()> {
         Command::Backends(args) => show(View::Backends, &args),
         Command::Flows(args) => show(View::Flows, &args),
         Command::Drops(args) => show(View::Drops, &args),
+        Command::TakeOver(args) => show(View::TakeOver, &args),
     }
+}
+
+fn note_api_server(args: &NoteArgs) -> Result<()> {
+    let file = args.kubelet_kubeconfig.display();
+    // One source of several: an agent that finds the API server elsewhere must not wait for it.
+    let servers = watch::cluster::servers_of(&args.kubelet_kubeconfig).unwrap_or_else(|error| {
+        eprintln!("portolan: {error}; nothing is noted");
+        Vec::new()
+    });
+    if servers.is_empty() {
+        println!("{file} names no API server");
+        return Ok(());
+    }
+    snapshot::servers::write(&args.state_dir, snapshot::servers::Source::Kubelet, &servers)
+        .with_context(|| format!("cannot write to --state-dir {}", args.state_dir.display()))?;
+    println!("{file} names {}", servers.join(", "));
+    Ok(())
+}
+
+/// A task that panicked would be missing in silence. In release builds there is nothing else; here it is the same in all.
+fn end_at_a_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        std::process::abort();
+    }));
 }
 
 /// A reader that stops reading, such as `head`, is no error.
@@ -59,7 +107,7 @@ fn show(view: View, args: &ShowArgs) -> Result<()> {
 fn log_to_stderr(filter: &str) -> Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_new(format!("{},{filter}", dataplane_user::watch::LOG_FILTER))?)
-        .with_writer(std::io::stderr)
+        .with_writer(|| Log)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();

@@ -16,7 +16,7 @@ fn a_rollout_fails_no_connection() {
     let before = uids();
     let made = cluster.under_new_connections(to, || {
         cluster.plane.kubectl(&["rollout", "restart", "statefulset", "rolled"], "").unwrap();
-        let arguments = ["rollout", "status", "statefulset", "rolled", "--timeout=90s"];
+        let arguments = ["rollout", "status", "statefulset", "rolled", "--timeout=300s"];
         cluster.plane.kubectl(&arguments, "").unwrap();
     });
     assert!(made > 100, "{made} connections say nothing");

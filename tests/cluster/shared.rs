@@ -4,11 +4,10 @@
 
 use crate::world::eventually;
 use dataplane_tests::controlplane::ControlPlane;
-use dataplane_tests::lab::{AgentOptions, Client, Failure, Lab, Options, PodOptions, Source};
+use dataplane_tests::lab::{self, AgentOptions, Client, Lab, Options, PodOptions, Source};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -16,7 +15,7 @@ use std::time::Duration;
 pub(crate) const PORT: u16 = 80;
 pub(crate) const POD_PORT: u16 = 8080;
 /// How long controllers, kubelet and agents may take together.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// The cluster. The control plane ends before the lab.
 pub(crate) struct Cluster {
@@ -46,7 +45,12 @@ impl Cluster {
 
     /// A new one whose nodes have no agents.
     pub(crate) fn without_agents() -> Self {
-        let lab = Options::default().create().unwrap();
+        Self::without_agents_on(&Options::default())
+    }
+
+    /// The same, in a lab of three nodes or more.
+    pub(crate) fn without_agents_on(options: &Options) -> Self {
+        let lab = options.clone().create().unwrap();
         let plane = ControlPlane::start(&lab).unwrap();
         lab.add_pod("shell", 2, &PodOptions::client()).unwrap();
         Self { plane, lab }
@@ -77,26 +81,8 @@ impl Cluster {
     /// Makes new connections, from the shell to a ClusterIP and from outside to a node port, while something is done. None may
     /// fail; says how many there were.
     pub(crate) fn under_new_connections(&self, to: [SocketAddr; 2], disturb: impl FnOnce()) -> usize {
-        let (end, made) = (AtomicBool::new(false), AtomicUsize::new(0));
-        std::thread::scope(|scope| {
-            let clients = [self.shell(), self.outside()];
-            let running: Vec<_> = (clients.into_iter().zip(to))
-                .map(|(client, to)| {
-                    let (end, made) = (&end, &made);
-                    scope.spawn(move || {
-                        while !end.load(Ordering::Relaxed) {
-                            client.tcp(to).map_err(|failure| (to, failure))?;
-                            made.fetch_add(1, Ordering::Relaxed);
-                        }
-                        Ok::<_, (SocketAddr, Failure)>(())
-                    })
-                })
-                .collect();
-            disturb();
-            end.store(true, Ordering::Relaxed);
-            running.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
-        });
-        made.into_inner()
+        let calls = [(self.shell(), to[0]), (self.outside(), to[1])];
+        lab::under_new_connections(&calls, disturb).unwrap()
     }
 
     /// The uids of the pods with a label, of all namespaces.

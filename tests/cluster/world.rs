@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 /// How long a change may take to come through API server, controllers and agent.
-const ARRIVAL: Duration = Duration::from_secs(60);
+const ARRIVAL: Duration = Duration::from_secs(180);
 const METRICS: u16 = 10_249;
 
 /// Waits until something is so.

@@ -1,7 +1,9 @@
 //! Real maps: what `bpf(2)` really does with what the agent asks of it. Needs root; no packet is sent.
 
+mod capabilities;
 mod clock;
 mod interfaces;
+mod lasting;
 mod refusals;
 
 use dataplane_common::backend::Backend;
@@ -23,9 +25,10 @@ use dataplane_user::kernel::object::{self, Object};
 use dataplane_user::model::ObjectName;
 use dataplane_user::sync::{LingeringBits, Maps, MemoryMaps, Mirror, REST};
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 fn key(n: u32) -> FrontendKey {
     FrontendKey::new(Addr::from_v4(n.to_be_bytes()), Port::new(80), 6)
@@ -87,25 +90,50 @@ fn a_map_of_another_layout_is_refused() {
     assert!(matches!(maps.map::<tables::Slots>(), Err(MapError::Missing("slots"))));
 }
 
-/// A bpffs of this thread's own mount namespace.
-fn private_bpffs() -> PathBuf {
-    let folder = std::env::temp_dir().join(format!("portolan-kernel-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    let path = std::ffi::CString::new(folder.to_str().unwrap()).unwrap();
+/// Gives this thread a mount namespace of its own.
+fn leave_mounts() {
     let null = std::ptr::null();
-    // SAFETY: the strings are closed and outlive the calls; only this thread's mount namespace changes.
+    // SAFETY: the string is closed and outlives the call; only this thread's mount namespace changes.
     unsafe {
         assert_eq!(libc::unshare(libc::CLONE_NEWNS), 0);
         assert_eq!(libc::mount(null, c"/".as_ptr(), null, libc::MS_REC | libc::MS_PRIVATE, null.cast()), 0);
-        assert_eq!(libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, null.cast()), 0);
     }
-    folder
+}
+
+/// A BPF file system of this thread's own mount namespace.
+struct PrivateBpffs(CString);
+
+impl PrivateBpffs {
+    fn new() -> Self {
+        let folder = std::env::temp_dir().join(format!("portolan-kernel-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = CString::new(folder.to_str().unwrap()).unwrap();
+        leave_mounts();
+        // SAFETY: the strings are closed and outlive the call; only this thread's mount namespace changes.
+        let mounted =
+            unsafe { libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null()) };
+        assert_eq!(mounted, 0);
+        Self(path)
+    }
+
+    fn folder(&self) -> &Path {
+        Path::new(self.0.to_str().unwrap())
+    }
+}
+
+impl Drop for PrivateBpffs {
+    fn drop(&mut self) {
+        // SAFETY: the string is closed and outlives the call.
+        unsafe { libc::umount2(self.0.as_ptr(), libc::MNT_DETACH) };
+        let _ = std::fs::remove_dir(self.folder());
+    }
 }
 
 #[test]
 fn pinned_maps_are_found_by_name() {
-    let folder = private_bpffs();
-    let error = KernelMaps::open(&folder).unwrap_err();
+    let bpffs = PrivateBpffs::new();
+    let folder = bpffs.folder();
+    let error = KernelMaps::open(folder).unwrap_err();
     assert!(error.to_string().contains("--bpffs"), "{error}");
     let maps = KernelMaps::create(&[("flows", 64)]).unwrap();
     for (name, map) in maps.iter() {
@@ -113,7 +141,7 @@ fn pinned_maps_are_found_by_name() {
         assert_eq!(map.memlock().unwrap() > 0, name != tables::SourceRanges::NAME, "{name}");
         bpf::obj_pin(map.as_fd(), &folder.join(name)).unwrap();
     }
-    let again = KernelMaps::open(&folder).unwrap();
+    let again = KernelMaps::open(folder).unwrap();
     // All but the programs' own working memory, and what must have BTF.
     let left_out = [tables::Scratch::NAME, tables::SocketNames::NAME];
     let shared = tables::ALL.iter().filter(|(name, ..)| !left_out.contains(name));
@@ -228,7 +256,7 @@ fn idle_flows_leave_the_table() {
         entries.push((forward.partner(6), reply));
     }
     maps.write::<tables::Flows>(&entries).unwrap();
-    let (mut bits, clock) = (LingeringBits::default(), Clock { now: 100_000, ticks_per_second: 1.0 });
+    let (mut bits, clock) = (LingeringBits::default(), Clock { now: 100_000, tick: Duration::from_secs(1) });
     let swept = sweep(&maps, &IdleTimes::default(), clock, &mut bits, &mut OldMarks::default()).unwrap();
     assert_eq!(swept, Swept { idle: 30_000, established: 10_000, ..Swept::default() });
     assert_eq!(maps.count(tables::Flows::NAME).unwrap(), 10_000);

@@ -1,7 +1,8 @@
 //! What keeps the real agent from starting: each is named, with what to do about it, before anything is touched.
 
-use dataplane_tests::lab::portolan;
-use std::fs;
+use dataplane_tests::lab::{install, portolan};
+use std::fs::{self, File};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -44,7 +45,7 @@ fn an_ordinary_user_is_told_which_capabilities_are_missing() {
     let folder = folder("user");
     // The build folder may be root's alone.
     let copy = folder.join("portolan");
-    fs::copy(portolan().unwrap(), &copy).unwrap();
+    install(&portolan().unwrap(), &copy).unwrap();
     let output = Command::new(copy).args(flags(&folder)).uid(NOBODY).gid(NOBODY).output().unwrap();
     let text = refusal("user", output);
     assert!(
@@ -128,6 +129,23 @@ fn a_kubeconfig_that_is_none_is_named() {
     assert!(text.contains("kubeconfig /none/kubeconfig: "), "{text}");
 }
 
+/// The network and mount namespaces of a process, which this keeps when it has ended: what an agent mounted is seen there alone.
+struct Namespaces([File; 2]);
+
+impl Namespaces {
+    fn of(pid: u32) -> Self {
+        Self(["mnt", "net"].map(|kind| File::open(format!("/proc/{pid}/ns/{kind}")).unwrap()))
+    }
+
+    /// Runs `portolan` inside.
+    fn portolan(&self, arguments: &[&str]) -> Output {
+        let path = |namespace: &File| format!("/proc/{}/fd/{}", std::process::id(), namespace.as_raw_fd());
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--mount={}", path(&self.0[0]))).arg(format!("--net={}", path(&self.0[1])));
+        command.arg("--").arg(portolan().unwrap()).args(arguments).output().unwrap()
+    }
+}
+
 /// An agent in network and mount namespaces of its own, in which the kernel's own types cannot be found. It attaches nothing
 /// outside of them.
 #[test]
@@ -140,30 +158,34 @@ fn a_kernel_without_its_own_types_serves_and_is_named() {
         .arg(portolan().unwrap())
         .args(flags(&folder))
         .arg("--socket-lb=off")
-        .stdout(fs::File::create(&output).unwrap())
-        .stderr(fs::File::create(folder.join("log")).unwrap())
+        .stdout(File::create(&output).unwrap())
+        .stderr(File::create(folder.join("log")).unwrap())
         .spawn()
         .unwrap();
     let end = Instant::now() + Duration::from_secs(60);
     while fs::read_to_string(&output).unwrap() != "ready\n" && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(20));
     }
+    let inside = Namespaces::of(agent.id());
     // SAFETY: a system call on our own child, which has not been waited for.
     unsafe { libc::kill(agent.id() as libc::pid_t, libc::SIGTERM) };
     let status = agent.wait().unwrap();
     let (ready, log) =
         (fs::read_to_string(&output).unwrap(), fs::read_to_string(folder.join("log")).unwrap());
     let pins = flags(&folder).pop().unwrap();
-    let cleanup = Command::new(portolan().unwrap()).args(["cleanup", "--bpffs", &pins]).output().unwrap();
+    let cleanup = || {
+        let output = inside.portolan(&["cleanup", "--keep-state", "--bpffs", &pins]);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let removed = [cleanup(), cleanup()];
     let _ = fs::remove_dir_all(&folder);
     assert!(status.success() && ready == "ready\n", "{status}: {log}");
     assert!(
         log.contains("no BTF of the kernel (no /sys/kernel/btf/vmlinux; CONFIG_DEBUG_INFO_BTF)"),
         "{log}"
     );
-    let removed = String::from_utf8_lossy(&cleanup.stdout).into_owned();
-    assert!(removed.ends_with(&format!("removed folder {pins}\n")), "{removed}");
-    assert!(!PathBuf::from(&pins).exists());
+    assert!(removed[0].ends_with(&format!("removed folder {pins}\n")), "{}", removed[0]);
+    assert!(removed[1].starts_with("nothing to remove"), "{}", removed[1]);
 }
 
 #[test]
@@ -180,7 +202,7 @@ fn what_was_never_there_is_neither_shown_nor_removed() {
         assert!(text.contains("no maps of Portolan are pinned in /sys/fs/bpf/portolan-none/"), "{text}");
         assert!(text.contains("no agent has run with this --bpffs folder"), "{text}");
     }
-    let (ok, text) = run(&["cleanup"]);
+    let (ok, text) = run(&["cleanup", "--keep-state"]);
     assert!(ok && text.starts_with("nothing to remove at /sys/fs/bpf/portolan-none"), "{text}");
 }
 
@@ -189,7 +211,7 @@ fn an_ordinary_user_is_not_told_that_there_is_nothing_to_remove() {
     let folder = folder("user-cleanup");
     // The build folder may be root's alone.
     let copy = folder.join("portolan");
-    fs::copy(portolan().unwrap(), &copy).unwrap();
+    install(&portolan().unwrap(), &copy).unwrap();
     let output = Command::new(copy).arg("cleanup").uid(NOBODY).gid(NOBODY).output().unwrap();
     let text = refusal("user-cleanup", output);
     assert!(text.contains("this process lacks CAP_BPF, CAP_NET_ADMIN"), "{text}");

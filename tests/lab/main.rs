@@ -1,7 +1,10 @@
 //! The laboratory tested by itself, without any agent: what it makes, what its clients see, what it leaves behind.
 
+mod ground;
+
 use dataplane_tests::lab::{self, Answer, Client, Failure, Family, Options, PodNetwork, PodOptions, at};
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -143,7 +146,7 @@ fn options_reach_the_interfaces() {
 fn failures_are_told_apart() {
     let lab = Options::default().nodes(1).create().unwrap();
     let pod = lab.add_pod("web-0", 0, &PodOptions::default()).unwrap();
-    let client = Client::at(lab.node(0).place()).timeout(SHORT);
+    let client = Client::at(lab.node(0).place());
     assert_eq!(client.tcp(at(pod.address(), 1)), Err(Failure::Refused));
     assert_eq!(client.udp(at(pod.address(), 1)), Err(Failure::Refused));
     pod.place().ip(&["route add blackhole 192.168.100.0/24".into()]).unwrap();
@@ -181,7 +184,7 @@ fn sockets_belong_to_the_cgroup_of_their_place() {
 #[test]
 fn a_draining_server_goes_on_for_its_time() {
     let lab = Options::default().nodes(1).create().unwrap();
-    let options = PodOptions::default().drain(Duration::from_secs(1));
+    let options = PodOptions::default().drain(Duration::from_secs(4));
     let pod = lab.add_pod("web-0", 0, &options).unwrap();
     let client = Client::at(lab.node(0).place());
     let mut stream = client.connect(at(pod.address(), 8080)).unwrap();
@@ -189,7 +192,7 @@ fn a_draining_server_goes_on_for_its_time() {
     std::thread::sleep(SHORT);
     assert_eq!(stream.ask().unwrap().pod, "web-0");
     assert_eq!(client.tcp(at(pod.address(), 8080)).unwrap().pod, "web-0");
-    assert!(pod.server().unwrap().wait(Duration::from_secs(5)).unwrap().success());
+    assert!(pod.server().unwrap().wait(Duration::from_secs(60)).unwrap().success());
     assert_eq!(client.tcp(at(pod.address(), 8080)), Err(Failure::Refused));
 }
 
@@ -230,8 +233,8 @@ fn two_labs_stand_side_by_side() {
 /// Whatever carries the lab's id.
 fn traces(id: &str) -> Vec<String> {
     let cgroups = std::fs::read_to_string("/proc/mounts").unwrap();
-    let cgroup = cgroups.lines().find(|line| line.starts_with("cgroup2 ")).unwrap();
-    let folders = ["/run/netns", "/run/portolan-lab", "/sys/fs/bpf/portolan-lab"].map(str::to_owned);
+    let cgroup = cgroups.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).unwrap();
+    let folders = ["/run/netns", "/run/portolan", lab::LABS].map(str::to_owned);
     let cgroups = format!("{}/portolan-lab", cgroup.split(' ').nth(1).unwrap());
     folders
         .into_iter()
@@ -239,7 +242,8 @@ fn traces(id: &str) -> Vec<String> {
         .flat_map(|folder| std::fs::read_dir(folder).into_iter().flatten().flatten())
         .filter(|entry| {
             let name = entry.file_name().to_string_lossy().into_owned();
-            name == id || name.starts_with(&format!("{id}-"))
+            // Agents have files for people in folders that are called as the folder of their pins.
+            name == id || name.starts_with(&format!("{id}-")) || name.contains(&id.replace('-', "\\x2d"))
         })
         .map(|entry| entry.path().display().to_string())
         .collect()
@@ -300,6 +304,45 @@ fn the_next_lab_removes_what_a_killed_one_left() {
     let lab = Options::default().nodes(1).create().unwrap();
     assert_eq!(traces(&id), Vec::<String>::new());
     drop(lab);
+}
+
+/// In a mount namespace of its own, whose `/run` is empty: other labs of this machine share theirs.
+#[test]
+fn the_last_lab_takes_away_what_labs_share() {
+    let script = "mount -t tmpfs none /run && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script, "sh", env!("CARGO_BIN_EXE_portolan-lab"), "up"]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line)
+        .unwrap();
+    assert!(line.ends_with("is up\n"), "{line}");
+    let inside = std::fs::File::open(format!("/proc/{}/ns/mnt", child.id())).unwrap();
+    let inside = format!("--mount=/proc/{}/fd/{}", std::process::id(), inside.as_raw_fd());
+    let inside = |command: &[&str]| {
+        let output = Command::new("nsenter").arg(&inside).arg("--").args(command).output().unwrap();
+        String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
+    };
+    assert!(inside(&["find", "/run"]).lines().count() > 10);
+    // SAFETY: a system call on our own child.
+    unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+    assert!(child.wait().unwrap().success());
+    assert_eq!(inside(&["find", "/run"]), "/run\n");
+    assert_eq!(inside(&["umount", "/run"]), "", "nothing is mounted there");
+}
+
+#[test]
+fn settings_of_interfaces_are_the_kernel_s_whatever_the_machine_s_are() {
+    let lab = Options::default().nodes(1).create().unwrap();
+    let read = |setting: &str| {
+        let path = format!("/proc/sys/net/ipv4/conf/{setting}");
+        lab.client().enter(|| std::fs::read_to_string(path).unwrap()).unwrap()
+    };
+    for scope in ["all", "default", "lo", "eth0"] {
+        for (name, value) in [("rp_filter", "0"), ("accept_redirects", "1"), ("forwarding", "0")] {
+            assert_eq!(read(&format!("{scope}/{name}")).trim(), value, "{scope} {name}");
+        }
+    }
 }
 
 #[test]

@@ -3,22 +3,19 @@
 
 use crate::world::eventually;
 use dataplane_tests::api_server::{ApiServer, Treatment, kubeconfig};
-use dataplane_tests::lab::{
-    AgentOptions, Client, Failure, Lab, Node, Options, PodOptions, Service, Source, at,
-};
+use dataplane_tests::lab::{self, AgentOptions, Client, Lab, Node, Options, PodOptions, Service, Source, at};
 use serde_json::{Value, json};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-const KEPT: Ipv4Addr = Ipv4Addr::new(10, 96, 8, 1);
+pub(crate) const KEPT: Ipv4Addr = Ipv4Addr::new(10, 96, 8, 1);
 const PORT: u16 = 80;
 
 /// A node with an agent to be, and an API server on it that knows the Node and one Service.
-struct Scene {
-    server: ApiServer,
-    lab: Lab,
+pub(crate) struct Scene {
+    pub(crate) server: ApiServer,
+    pub(crate) lab: Lab,
 }
 
 fn node_object(name: &str) -> Value {
@@ -26,7 +23,7 @@ fn node_object(name: &str) -> Value {
 }
 
 impl Scene {
-    fn set(node_name: &str) -> Self {
+    pub(crate) fn set(node_name: &str) -> Self {
         let lab = Options::default().nodes(1).create().unwrap();
         lab.add_pod("web", 0, &PodOptions::default()).unwrap();
         lab.add_pod("shell", 0, &PodOptions::client()).unwrap();
@@ -41,19 +38,19 @@ impl Scene {
         scene
     }
 
-    fn service(&self, name: &str, address: Ipv4Addr) -> Service {
+    pub(crate) fn service(&self, name: &str, address: Ipv4Addr) -> Service {
         Service::new(name, address).tcp(PORT, 8080).endpoints([self.lab.pod("web").unwrap().endpoint()])
     }
 
-    fn put(&self, service: &Service) {
+    pub(crate) fn put(&self, service: &Service) {
         service.objects().into_iter().for_each(|object| self.server.put(object));
     }
 
-    fn node(&self) -> &Node {
+    pub(crate) fn node(&self) -> &Node {
         self.lab.node(0)
     }
 
-    fn launch(&self) {
+    pub(crate) fn launch(&self) {
         self.launch_with(&self.server.kubeconfig(self.lab.folder()).unwrap());
     }
 
@@ -62,13 +59,19 @@ impl Scene {
         self.node().launch_agent(&options).unwrap();
     }
 
-    fn log(&self) -> String {
+    /// Such an agent, with these flags as well.
+    pub(crate) fn options(&self, arguments: &[&str]) -> AgentOptions {
+        let kubeconfig = self.server.kubeconfig(self.lab.folder()).unwrap();
+        AgentOptions::default().source(Source::Kubeconfig(kubeconfig)).arguments(arguments)
+    }
+
+    pub(crate) fn log(&self) -> String {
         self.node().agent().unwrap().process().log()
     }
 
     /// Waits until the log says so; no line before it said that the agent is ready.
     #[track_caller]
-    fn says(&self, words: &[&str]) {
+    pub(crate) fn says(&self, words: &[&str]) {
         let found = || {
             let log = self.log();
             log.lines().any(|line| words.iter().all(|word| line.contains(word)))
@@ -76,7 +79,7 @@ impl Scene {
         eventually(&format!("the log says {words:?}"), found);
     }
 
-    fn is_ready(&self) -> bool {
+    pub(crate) fn is_ready(&self) -> bool {
         self.node().agent().unwrap().process().output().lines().any(|line| line == "ready")
     }
 
@@ -84,8 +87,13 @@ impl Scene {
         Client::at(self.lab.pod("shell").unwrap().place())
     }
 
-    fn serves(&self, address: Ipv4Addr) -> bool {
-        self.shell().timeout(Duration::from_millis(300)).tcp(at(address, PORT)).is_ok()
+    pub(crate) fn serves(&self, address: Ipv4Addr) -> bool {
+        self.shell().tcp(at(address, PORT)).is_ok()
+    }
+
+    /// Whether nobody answers there for a moment.
+    fn is_silent(&self, address: Ipv4Addr) -> bool {
+        self.shell().timeout(Duration::from_millis(300)).tcp(at(address, PORT)).is_err()
     }
 }
 
@@ -136,31 +144,15 @@ fn an_unknown_node_name_is_answered_with_those_there_are() {
     scene.server.put(node_object("other-2"));
     scene.launch();
     scene.says(&["there is no Node \"node-1\" (there are: other-1, other-2)", "--node-name", "waiting"]);
-    assert!(!scene.is_ready() && !scene.serves(KEPT));
+    assert!(!scene.is_ready() && scene.is_silent(KEPT));
     scene.server.put(node_object("node-1"));
     scene.node().wait_for_agent().unwrap();
     assert!(scene.serves(KEPT));
 }
 
 /// New connections while something is done: how many there were, none of which failed.
-fn under_new_connections(scene: &Scene, disturb: impl FnOnce()) -> usize {
-    let (end, made) = (AtomicBool::new(false), AtomicUsize::new(0));
-    std::thread::scope(|scope| {
-        let client = scene.shell();
-        let (end, made) = (&end, &made);
-        let connecting = scope.spawn(move || {
-            while !end.load(Ordering::Relaxed) {
-                client.tcp(at(KEPT, PORT))?;
-                made.fetch_add(1, Ordering::Relaxed);
-            }
-            Ok::<_, Failure>(())
-        });
-        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(disturb));
-        end.store(true, Ordering::Relaxed);
-        ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        connecting.join().unwrap().unwrap();
-    });
-    made.into_inner()
+pub(crate) fn under_new_connections(scene: &Scene, disturb: impl FnOnce()) -> usize {
+    lab::under_new_connections(&[(scene.shell(), at(KEPT, PORT))], disturb).unwrap()
 }
 
 /// What the API server does to its clients, one after the other: nothing that is served is given up, and what changed
@@ -184,7 +176,7 @@ fn disturbs_nothing(ills: &[(&str, Treatment)]) -> String {
         assert!(scene.serves(Ipv4Addr::new(10, 96, 8, 2)), "nobody said that it is gone");
         scene.server.relent();
         eventually("what came meanwhile is served", || scene.serves(Ipv4Addr::new(10, 96, 8, 3)));
-        eventually("what went meanwhile is gone", || !scene.serves(Ipv4Addr::new(10, 96, 8, 2)));
+        eventually("what went meanwhile is gone", || scene.is_silent(Ipv4Addr::new(10, 96, 8, 2)));
     });
     assert!(made > 20, "{made} connections say nothing");
     scene.log()
@@ -237,7 +229,7 @@ fn a_history_that_is_forgotten_is_listed_again_and_flushes_nothing() {
         scene.server.forget();
         scene.server.relent();
         scene.says(&["watch services: too long ago", "(410): listing again"]);
-        eventually("what went meanwhile is gone", || !scene.serves(Ipv4Addr::new(10, 96, 8, 9)));
+        eventually("what went meanwhile is gone", || scene.is_silent(Ipv4Addr::new(10, 96, 8, 9)));
     });
     assert!(made > 20, "{made} connections say nothing");
     // Slices are listed by themselves, and may have been first.

@@ -1,11 +1,13 @@
 //! The real agent killed at a given call of `bpf(2)`: traffic through what was there never meets a half-written Service, and
 //! the next agent ends where it should.
 
-use crate::world::eventually;
-use dataplane_tests::lab::{AgentOptions, Client, Failure, Lab, Node, Options, PodOptions, Service, at};
+use crate::world::{eventually, metric};
+use dataplane_tests::lab::client::TIMEOUT;
+use dataplane_tests::lab::{
+    AgentOptions, Client, Failure, Lab, Node, Options, PodOptions, Service, at, install,
+};
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::fs::PermissionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -45,11 +47,12 @@ fn strace(call: usize) -> Vec<String> {
 /// A program that is the agent, until it dies at that call.
 fn mortal(lab: &Lab, call: usize) -> PathBuf {
     let program = lab.folder().join(format!("mortal-{call}"));
+    let script = program.with_extension("sh");
     let portolan = dataplane_tests::lab::portolan().unwrap();
     let text =
         format!("#!/bin/sh\nexec strace -D {} -- {} \"$@\"\n", strace(call).join(" "), portolan.display());
-    fs::write(&program, text).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(&script, text).unwrap();
+    install(&script, &program).unwrap();
     program
 }
 
@@ -154,6 +157,7 @@ fn a_start_that_is_cut_short_anywhere_leaves_whole_services_or_none() {
         node.start_agent(&AgentOptions::default()).unwrap();
     });
     assert!(died >= 8, "only {died} starts were cut short");
+    let client = client.timeout(TIMEOUT);
     for address in [STEADY, CHANGING] {
         assert_eq!(client.tcp(at(address, PORT)).unwrap().pod, "web-1");
     }
@@ -201,8 +205,10 @@ fn an_update_and_a_deletion_that_are_cut_short_are_recovered_from() {
         }
     });
     let audited = node.agent().unwrap();
+    let audits = || metric(node, "portolan_audits_total ");
+    let before = audits().unwrap();
     audited.process().signal(libc::SIGHUP);
-    std::thread::sleep(Duration::from_millis(300));
+    eventually("the tables are audited", || audits().is_some_and(|count| count > before));
     let log = audited.process().log();
     assert!(!log.contains("audit: repaired"), "{log}");
 }

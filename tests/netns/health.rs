@@ -6,20 +6,20 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 /// How long a change may take until it is told.
-const PATIENCE: Duration = Duration::from_secs(25);
-const HEALTH: u16 = 10_256;
+const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const HEALTH: u16 = 10_256;
 const METRICS: u16 = 10_249;
 const CHECK: u16 = 32_100;
 
 /// A status and what came with it.
 #[derive(Debug)]
-struct Answer {
-    status: u16,
-    text: String,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) text: String,
 }
 
 impl Answer {
-    fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(self.text.split_once("\r\n\r\n").unwrap().1).unwrap()
     }
 
@@ -29,7 +29,7 @@ impl Answer {
 }
 
 /// GET over a connection from somewhere in the lab; `None` if nobody listens.
-fn get(place: &dataplane_tests::lab::Place, address: SocketAddr, path: &str) -> Option<Answer> {
+pub(crate) fn get(place: &dataplane_tests::lab::Place, address: SocketAddr, path: &str) -> Option<Answer> {
     let ask = || {
         use std::io::{Read as _, Write as _};
         let mut stream = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(2)).ok()?;
@@ -44,7 +44,7 @@ fn get(place: &dataplane_tests::lab::Place, address: SocketAddr, path: &str) -> 
 }
 
 #[track_caller]
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < end, "after {PATIENCE:?} it is not so that {what}");
@@ -53,7 +53,7 @@ fn until(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// The value of a line of the metrics of a node.
-fn metric(lab: &Lab, node: usize, line: &str) -> Option<f64> {
+pub(crate) fn metric(lab: &Lab, node: usize, line: &str) -> Option<f64> {
     let place = lab.node(node).place();
     let answer = get(place, at(Ipv4Addr::LOCALHOST, METRICS), "/metrics")?;
     answer.text.lines().find_map(|other| other.strip_prefix(line)?.trim().parse().ok())
@@ -154,7 +154,7 @@ fn a_health_check_port_that_is_taken_is_tried_again() {
     assert!(Client::at(lab.client()).tcp(at(node.address(), 32_101)).is_ok(), "all else is served");
 }
 
-/// H1
+/// H1, H5
 #[test]
 fn a_node_that_is_about_to_go_gets_no_new_connections() {
     let lab = lab(&[]);
@@ -175,7 +175,7 @@ fn a_node_that_is_about_to_go_gets_no_new_connections() {
     }
 }
 
-/// H1, H2: with clsact filters, which have no link to tell of their end.
+/// H2: with clsact filters, which have no link to tell of their end.
 #[test]
 fn programs_that_somebody_detaches_are_found_and_attached_again() {
     let lab = lab(&["--tc=clsact"]);

@@ -2,47 +2,23 @@
 //! (C2, C3).
 
 use crate::world::{AT_ONCE, World, pods};
-use dataplane_tests::lab::{AgentOptions, Client, Failure, PodOptions, Stream};
-use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use dataplane_tests::lab::{self, AgentOptions, PodOptions, Stream};
 use std::time::{Duration, Instant};
 
 /// Open connections, half of them through each kind of address.
 const STREAMS: usize = 1_000;
 
-/// New connections, one after the other, until it is told to end: how many were made.
-fn keep_connecting(
-    client: &Client,
-    to: SocketAddr,
-    end: &AtomicBool,
-    made: &AtomicUsize,
-) -> Result<(), Failure> {
-    while !end.load(Ordering::Relaxed) {
-        client.tcp(to)?;
-        made.fetch_add(1, Ordering::Relaxed);
-    }
-    Ok(())
-}
-
 /// Does something while new connections are made through both kinds of address, none of which may fail.
 fn under_new_connections(world: &World, node: usize, disturb: impl FnOnce()) {
-    let (end, made) = (AtomicBool::new(false), AtomicUsize::new(0));
-    std::thread::scope(|scope| {
-        let clients =
-            [(world.in_pod("shell-1"), world.frontend(0)), (world.outside(), world.node_frontend(node, 0))];
-        let running = clients.map(|(client, to)| {
-            let (end, made) = (&end, &made);
-            scope.spawn(move || keep_connecting(&client, to, end, made).map_err(|failure| (to, failure)))
-        });
-        let begun = Instant::now();
+    let calls =
+        [(world.in_pod("shell-1"), world.frontend(0)), (world.outside(), world.node_frontend(node, 0))];
+    let begun = Instant::now();
+    let made = lab::under_new_connections(&calls, || {
         disturb();
         std::thread::sleep(Duration::from_secs(2).saturating_sub(begun.elapsed()));
-        end.store(true, Ordering::Relaxed);
-        for thread in running {
-            thread.join().unwrap().unwrap();
-        }
     });
-    assert!(made.load(Ordering::Relaxed) > 20, "{made:?} connections say nothing");
+    let made = made.unwrap();
+    assert!(made > 20, "{made} connections say nothing");
 }
 
 fn streams(world: &World) -> Vec<Stream> {

@@ -3,7 +3,9 @@
 //! One file per behaviour. Tests share laboratories of one kind but no Service; see [`world`].
 
 mod affinity;
+mod alive;
 mod api_server;
+mod attached;
 mod death;
 mod errors;
 mod flows;
@@ -19,4 +21,5 @@ mod refusals;
 mod road;
 mod room;
 mod sockets;
+mod start;
 mod world;

@@ -3,7 +3,6 @@
 use crate::world::eventually;
 use dataplane_tests::lab::{AgentOptions, Client, Failure, Lab, Options, PodOptions, Service, at};
 use std::net::Ipv4Addr;
-use std::time::Duration;
 
 const KEPT: Ipv4Addr = Ipv4Addr::new(10, 96, 11, 1);
 const EMPTY: Ipv4Addr = Ipv4Addr::new(10, 96, 11, 2);
@@ -27,7 +26,7 @@ fn kept(lab: &Lab, port: u32) -> String {
 }
 
 fn ask(lab: &Lab, address: Ipv4Addr) -> Result<String, Failure> {
-    let client = Client::at(lab.pod("shell").unwrap().place()).timeout(Duration::from_millis(500));
+    let client = Client::at(lab.pod("shell").unwrap().place());
     client.tcp(at(address, PORT)).map(|answer| answer.pod)
 }
 

@@ -24,16 +24,20 @@ use std::time::{Duration, Instant};
 pub(crate) const TARGET: u16 = 8080;
 /// The port of servers in the nodes' own networks.
 pub(crate) const HOST_TARGET: u16 = 9000;
+/// Where agents tell metrics.
+const METRICS: u16 = 10_249;
 /// The port of every Service.
 pub(crate) const PORT: u16 = 80;
 /// How long silence must last to count as a drop.
 pub(crate) const SILENCE: Duration = Duration::from_millis(400);
 /// What is refused at once is refused within this time: less than the second after which a SYN is sent again.
 pub(crate) const AT_ONCE: Duration = Duration::from_millis(800);
+/// How often a machine may be too busy for that.
+const TRIES: usize = 3;
 /// How long a client waits for an answer that must come.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a change may take to arrive in every kernel.
-const ARRIVAL: Duration = Duration::from_secs(20);
+const ARRIVAL: Duration = Duration::from_secs(60);
 /// Requests from which the spread over two endpoints is told: one is missed once in 2^23 runs.
 pub(crate) const MANY: usize = 24;
 
@@ -258,9 +262,25 @@ pub(crate) fn assert_refused(client: &Client, to: SocketAddr) {
 /// Asserts that one of them is refused at once.
 #[track_caller]
 pub(crate) fn assert_transport_refused(client: &Client, transport: Transport, to: SocketAddr) {
-    let begun = Instant::now();
-    assert_eq!(ask(client, transport, to), Err(Failure::Refused), "{transport:?} {to}");
-    assert!(begun.elapsed() < AT_ONCE, "{transport:?} {to} was refused after {:?}", begun.elapsed());
+    at_once(&format!("the refusal over {transport:?} by {to}"), || {
+        assert_eq!(ask(client, transport, to), Err(Failure::Refused), "{transport:?} {to}");
+    });
+}
+
+/// Does what must be done within [`AT_ONCE`]. Again if need be: a machine that is busy is slow now and then, and what waits for
+/// another SYN is slow always.
+#[track_caller]
+pub(crate) fn at_once(what: &str, mut act: impl FnMut()) {
+    let mut times = Vec::new();
+    while times.len() < TRIES {
+        let begun = Instant::now();
+        act();
+        match begun.elapsed() {
+            time if time < AT_ONCE => return,
+            time => times.push(time),
+        }
+    }
+    panic!("{what} took {times:?}");
 }
 
 /// Asserts that nothing answers, neither TCP nor UDP.
@@ -482,8 +502,15 @@ impl World {
         self.settle();
     }
 
-    /// Waits until every kernel has what was written before: a Service written last has arrived.
+    /// Waits until every kernel has what was written before, and has no more what was removed.
     pub(crate) fn settle(&self) {
+        // A marker's frontend comes before the removals of the same update, and after those of the one before.
+        self.mark();
+        self.mark();
+    }
+
+    /// Writes a Service and waits until every kernel has it.
+    fn mark(&self) {
         let port = self.changes.fetch_add(1, Ordering::Relaxed) + 1;
         let marker = Service::new(&format!("t{}-zz-marker", self.number), self.cluster_ip(200));
         self.lab.manifests().apply(&marker.tcp(port, TARGET)).unwrap();
@@ -494,8 +521,6 @@ impl World {
                 eventually(&what, || has_frontend(node, self.cluster_ip(200), port));
             }
         }
-        // The marker's frontend comes before the deletions of the same update.
-        std::thread::sleep(Duration::from_millis(15));
     }
 
     /// How often a reason was counted on a node.
@@ -605,6 +630,13 @@ pub(crate) fn has_frontend(node: &Node, address: IpAddr, port: u16) -> bool {
     let Ok(map) = Map::<tables::Frontends>::open(&Pins::new(&node.bpffs()).maps()) else { return false };
     let key = FrontendKey::new(address.into(), Port::new(port), Protocol::Tcp as u8);
     map.get(&key).is_ok_and(|found| found.is_some())
+}
+
+/// The value of a line of the metrics of a node's agent.
+pub(crate) fn metric(node: &Node, line: &str) -> Option<f64> {
+    let mut stream = Client::at(node.place()).connect(at(Ipv4Addr::LOCALHOST, METRICS)).ok()?;
+    let (_, text) = stream.get("/metrics").ok()?;
+    text.lines().find_map(|other| other.strip_prefix(line)?.trim().parse().ok())
 }
 
 /// A laboratory with agents and the pods that all tests know.

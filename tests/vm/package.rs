@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use std::fs;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -50,7 +51,8 @@ pub(crate) fn unpacked(name: &str) -> Result<PathBuf> {
     let work = folder.with_extension("new");
     let _ = fs::remove_dir_all(&work);
     fs::create_dir_all(&work)?;
-    println!("downloading {name}");
+    // Past libtest's capture: it takes a while.
+    writeln!(io::stdout(), "downloading {name}")?;
     output("apt-get", &["download", "--quiet", name], &work)?;
     let archive = fs::read_dir(&work)?.flatten().next().context("apt-get downloaded nothing")?.path();
     let archive = archive.to_str().context("path")?;

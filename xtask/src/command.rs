@@ -20,6 +20,16 @@ impl CommandLine {
         Self { variables: Vec::new(), words: words.split(' ').map(str::to_owned).collect() }
     }
 
+    /// A program by its path.
+    pub(crate) fn of(program: &Path) -> Self {
+        Self { variables: Vec::new(), words: vec![program.display().to_string()] }
+    }
+
+    /// With more arguments, whatever they hold.
+    pub(crate) fn args(self, words: &[&str]) -> Self {
+        words.iter().fold(self, |command, word| command.arg(*word))
+    }
+
     /// With one more argument, whatever it holds.
     pub(crate) fn arg(mut self, word: impl Into<String>) -> Self {
         self.words.push(word.into());
@@ -32,9 +42,17 @@ impl CommandLine {
         self
     }
 
+    /// With the revision of the workspace, which the agent then tells with its version.
+    pub(crate) fn with_revision(self) -> Self {
+        match revision() {
+            Some(revision) => self.variable(REVISION, revision),
+            None => self,
+        }
+    }
+
     /// The same command as the arguments of another.
-    pub(crate) fn within(mut self, outer: &str) -> Self {
-        self.words.splice(0..0, outer.split(' ').map(str::to_owned));
+    pub(crate) fn within(mut self, outer: impl IntoIterator<Item = String>) -> Self {
+        self.words.splice(0..0, outer);
         self
     }
 
@@ -88,6 +106,24 @@ fn quoted(word: &str) -> String {
 pub(crate) fn workspace() -> PathBuf {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     package.parent().unwrap_or(package).to_owned()
+}
+
+/// The variable by which whoever builds tells the revision.
+pub(crate) const REVISION: &str = "PORTOLAN_REVISION";
+
+/// Which commit the workspace is at, and whether it was changed since; none where there is no repository, as in an archive of the
+/// source, unless the environment tells.
+pub(crate) fn revision() -> Option<String> {
+    if let Ok(told) = env::var(REVISION) {
+        return Some(told).filter(|revision| !revision.is_empty());
+    }
+    let output = Command::new("git")
+        .current_dir(workspace())
+        .args(["describe", "--always", "--dirty", "--abbrev=12", "--tags"])
+        .output()
+        .ok()?;
+    let revision = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+    (output.status.success() && !revision.is_empty()).then_some(revision)
 }
 
 /// The folder this program was built into: the others of the same profile are beside it.

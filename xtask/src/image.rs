@@ -1,13 +1,16 @@
 //! `image`: the agent as an OCI image in one file, as `ctr images import`, `podman load`, `docker load` and `skopeo copy` take it
 //! (OCI Image Format 1.1, with the `manifest.json` that `docker load` asks for before Docker 25).
 //!
-//! The agent is linked statically, so nothing else is in the image but the licences. No time is written into it: the same source
-//! makes the same digest by the same compiler.
+//! The agent is linked statically, so nothing else is in the image but the licences and the list of what it is made of. No time and
+//! no path of this machine is written into it: the same source makes the same digest by the same compiler, in whatever folder.
 
-use crate::command::{CommandLine, all_targets, workspace};
-use anyhow::{Context as _, Result};
+use crate::command::{CommandLine, REVISION, all_targets, cargo_home, program, revision, workspace};
+use crate::sbom::sbom;
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
+use std::path::Path;
+use std::process::Stdio;
 use std::{env, fs};
 
 /// What an image is called unless it is told: a name that no registry has.
@@ -15,37 +18,114 @@ const DEFAULT_NAME: &str = concat!("localhost/portolan:", env!("CARGO_PKG_VERSIO
 /// What lies in `licenses` of the image.
 const LICENCES: [&str; 3] = ["LICENSE-APACHE", "LICENSE-MIT", "dataplane-ebpf/LICENSE-GPL2"];
 
+/// How the agent in the image is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Profile {
+    /// For use.
+    Release,
+    /// For tests: as all else that they start, so that nothing is compiled twice.
+    Debug,
+}
+
 /// Builds the agent, writes `image/portolan.tar` below the target folder, and says where it lies and what it is called.
-pub(crate) fn image(name: Option<&str>) -> Result<()> {
+pub(crate) fn image(name: Option<&str>, profile: Profile) -> Result<String> {
     let name = name.unwrap_or(DEFAULT_NAME);
-    let (archive, digest) = archive(name, &layer()?)?;
+    let (archive, digest) = archive(name, &layer(profile)?)?;
     let path = all_targets()?.join("image/portolan.tar");
     fs::create_dir_all(path.parent().context("the target folder lies nowhere")?)?;
     fs::write(&path, &archive).with_context(|| format!("cannot write {}", path.display()))?;
     println!("{}", path.display());
     println!("{name}@{digest}");
+    Ok(digest)
+}
+
+/// Builds the image here and from a copy of the source in another folder, and compares them.
+pub(crate) fn image_twice(name: Option<&str>) -> Result<()> {
+    let here = image(name, Profile::Release)?;
+    let copy = env::temp_dir().join(format!("portolan-twice-{}", std::process::id()));
+    let there = copy_source(&copy).and_then(|()| digest_of(&copy, name));
+    fs::remove_dir_all(&copy).with_context(|| format!("cannot remove {}", copy.display()))?;
+    let there = there?;
+    ensure!(here == there, "the image is {here} here and {there} in {}", copy.display());
+    println!("the same in another folder");
     Ok(())
 }
 
+/// Copies the files that git knows, as they are.
+fn copy_source(folder: &Path) -> Result<()> {
+    let listed = program("git").args(["ls-files", "-z"]).output().context("cannot run git")?;
+    ensure!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
+    for name in String::from_utf8(listed.stdout)?.split_terminator('\0') {
+        let (from, to) = (workspace().join(name), folder.join(name));
+        fs::create_dir_all(to.parent().context("a file without a folder")?)?;
+        fs::copy(&from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
+    }
+    Ok(())
+}
+
+/// What `image` says in another folder.
+fn digest_of(folder: &Path, name: Option<&str>) -> Result<String> {
+    let mut command = program("cargo");
+    command.current_dir(folder).args(["xtask", "image"]).env("CARGO_TARGET_DIR", folder.join("target"));
+    command.args(name.iter().flat_map(|name| ["--name", name]));
+    command.env(REVISION, revision().unwrap_or_default());
+    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+    ensure!(output.status.success(), "building in {} failed", folder.display());
+    let text = String::from_utf8(output.stdout)?;
+    let digest = text.trim_end().rsplit_once('@').map(|(_, digest)| digest.to_owned());
+    digest.with_context(|| format!("no digest in {text}"))
+}
+
 /// Builds the agent with glibc in it, which resolves names by `/etc/hosts` and DNS without any library.
-fn agent() -> Result<Vec<u8>> {
-    let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
-    CommandLine::new("cargo build --locked --release --package dataplane-user --bin portolan --target")
-        .arg(&target)
-        .arg("--config")
-        .arg(format!("target.{target}.rustflags=[\"-C\",\"target-feature=+crt-static\"]"))
-        .arg("--config")
-        .arg("profile.release.strip=\"debuginfo\"")
-        .run()?;
-    let path = all_targets()?.join(target).join("release/portolan");
+///
+/// For use, with no path of this machine in it. For tests only the last crate is told how to be linked: the others are the same that
+/// every other build has.
+fn agent(profile: Profile) -> Result<Vec<u8>> {
+    let folder = match profile {
+        Profile::Release => {
+            build_for_use()?;
+            all_targets()?.join(target()).join("release")
+        }
+        Profile::Debug => {
+            let build = CommandLine::new("cargo rustc --locked --package dataplane-user --bin portolan");
+            build
+                .args(&["--", "-C", "target-feature=+crt-static", "-C", "strip=debuginfo"])
+                .with_revision()
+                .run()?;
+            all_targets()?.join("debug")
+        }
+    };
+    let path = folder.join("portolan");
     fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
 }
 
+fn build_for_use() -> Result<()> {
+    let target = target();
+    let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned()];
+    // Paths get into panics and names of symbols. The last that fits counts: the target folder may lie in the workspace.
+    for (folder, name) in [(workspace(), "portolan"), (cargo_home(), "cargo"), (all_targets()?, "target")] {
+        flags.push(format!("--remap-path-prefix={}=/{name}", folder.display()));
+    }
+    CommandLine::new("cargo build --locked --release --package dataplane-user --bin portolan --target")
+        .arg(&target)
+        .arg("--config")
+        .arg(format!("target.{target}.rustflags={}", json!(flags)))
+        .arg("--config")
+        .arg("profile.release.strip=\"debuginfo\"")
+        .with_revision()
+        .run()
+}
+
+fn target() -> String {
+    format!("{}-unknown-linux-gnu", env::consts::ARCH)
+}
+
 /// The one layer of the image: an archive of its files.
-fn layer() -> Result<Vec<u8>> {
+fn layer(profile: Profile) -> Result<Vec<u8>> {
     let mut files = Files::default();
     files.folder("bin")?;
-    files.file("bin/portolan", 0o755, &agent()?)?;
+    files.file("bin/portolan", 0o755, &agent(profile)?)?;
+    files.file("sbom.cdx.json", 0o644, &sbom(&target(), env!("CARGO_PKG_VERSION"))?)?;
     files.folder("licenses")?;
     for licence in LICENCES {
         let path = workspace().join(licence);
@@ -64,6 +144,15 @@ fn archive(name: &str, layer: &[u8]) -> Result<(Vec<u8>, String)> {
         other => other,
     };
     let version = name.rsplit_once(':').map_or("latest", |(_, version)| version);
+    let mut labels = json!({
+        "org.opencontainers.image.title": "portolan",
+        "org.opencontainers.image.description": "A Kubernetes Service dataplane, in the place of kube-proxy",
+        "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
+        "org.opencontainers.image.licenses": "MIT OR Apache-2.0",
+    });
+    if let Some(revision) = revision() {
+        labels["org.opencontainers.image.revision"] = revision.into();
+    }
     let mut blobs = Vec::new();
     let layer = blob(&mut blobs, "application/vnd.oci.image.layer.v1.tar", layer.to_vec());
     let config = json!({
@@ -72,12 +161,7 @@ fn archive(name: &str, layer: &[u8]) -> Result<(Vec<u8>, String)> {
         "config": {
             "Entrypoint": ["/bin/portolan"],
             "Env": ["PATH=/bin"],
-            "Labels": {
-                "org.opencontainers.image.title": "portolan",
-                "org.opencontainers.image.description": "A Kubernetes Service dataplane, in the place of kube-proxy",
-                "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
-                "org.opencontainers.image.licenses": "MIT OR Apache-2.0",
-            },
+            "Labels": labels,
         },
         "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
     });
@@ -205,7 +289,7 @@ mod tests {
 
     #[test]
     fn a_cluster_is_told_of_the_image_by_its_name() {
-        for file in ["portolan.yaml", "cleanup.yaml"] {
+        for file in ["portolan.yaml", "cleanup.yaml", "static-pod.yaml"] {
             let text = fs::read_to_string(workspace().join("deploy").join(file)).unwrap();
             assert!(text.contains(&format!("image: {DEFAULT_NAME}\n")), "{file}");
         }

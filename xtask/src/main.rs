@@ -6,18 +6,24 @@
 mod advisories;
 mod check;
 mod command;
+mod ground;
 mod image;
 mod programs;
 mod rules;
+mod sbom;
 mod setup;
+mod steps;
 mod summary;
 mod test;
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
-use setup::Purpose;
+use ground::Ground;
+use image::Profile;
+use setup::Needs;
 use std::ffi::OsString;
 use std::process::ExitCode;
+use steps::Steps;
 
 /// Portolan's workshop.
 #[derive(Parser)]
@@ -86,17 +92,40 @@ enum Verb {
         /// What the image is called, such as `registry.example/portolan:1.0`.
         #[arg(long)]
         name: Option<String>,
+        /// Build it a second time, from a copy in another folder, and compare the digests.
+        #[arg(long)]
+        twice: bool,
+    },
+    /// Run a command where tests run, and say what it leaves there.
+    #[command(hide = true)]
+    Alone {
+        /// What its folder and its cgroup are called.
+        #[arg(long)]
+        name: String,
+        /// What is there before.
+        #[arg(long, value_enum, default_value_t = Ground::Fresh)]
+        ground: Ground,
+        /// In the machine's own network.
+        #[arg(long)]
+        network: bool,
+        /// The command and its arguments.
+        #[arg(trailing_var_arg = true, required = true, allow_hyphen_values = true)]
+        command: Vec<OsString>,
     },
 }
 
 fn main() -> Result<ExitCode> {
     match Cli::parse().verb {
-        Verb::Setup { check } => return setup::setup(Purpose::Everything, check),
+        Verb::Setup { check } => return setup::setup(Needs::EVERYTHING, check),
         Verb::Run { args } => {
             need_root(&args)?;
-            let cluster = args.iter().any(|arg| arg == "--cluster");
-            setup::ensure(if cluster { Purpose::Cluster } else { Purpose::Lab })?;
-            programs::lab(["run".into()].into_iter().chain(args))?;
+            let mut steps = Steps::new(3);
+            steps.begin("what this machine lacks");
+            setup::ensure(Needs { cluster: args.iter().any(|arg| arg == "--cluster"), ..Needs::default() })?;
+            steps.begin("building the programs");
+            programs::build_programs()?;
+            steps.begin("the laboratory");
+            programs::become_lab(["run".into()].into_iter().chain(args))?;
         }
         Verb::Lab { args } => {
             need_root(&args)?;
@@ -109,11 +138,11 @@ fn main() -> Result<ExitCode> {
             }));
         }
         Verb::Check => {
-            setup::ensure(Purpose::Everything)?;
+            setup::ensure(Needs { checks: true, ..Needs::default() })?;
             return check::check();
         }
         Verb::Advisories => {
-            setup::ensure(Purpose::Everything)?;
+            setup::ensure(Needs { checks: true, ..Needs::default() })?;
             advisories::check()?;
         }
         Verb::Bless { what } => {
@@ -126,20 +155,32 @@ fn main() -> Result<ExitCode> {
             let args = bench_of(args);
             if measures(&args) {
                 need_root(&args)?;
-                setup::ensure(Purpose::Bench)?;
+                setup::ensure(Needs { cluster: true, bench: true, ..Needs::default() })?;
             }
             programs::bench(args)?;
         }
         Verb::Build => programs::build()?,
-        Verb::Image { name } => image::image(name.as_deref())?,
+        Verb::Image { name, twice: false } => drop(image::image(name.as_deref(), Profile::Release)?),
+        Verb::Image { name, twice: true } => image::image_twice(name.as_deref())?,
+        Verb::Alone { name, ground, network, command } => {
+            return ground::alone(&name, ground, network, &command);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn test_after_checks(tiers: &[test::Tier], filter: Option<&str>, check: bool) -> Result<ExitCode> {
-    setup::ensure(Purpose::Everything)?;
-    let failed_checks = if check { check::failed_checks()? } else { Vec::new() };
-    test::test(tiers, filter, &failed_checks)
+    let mut steps = Steps::new(1 + usize::from(check) + test::steps(tiers));
+    steps.begin("what this machine lacks");
+    let has = |tier| test::chosen(tiers).contains(&tier);
+    let (cluster, vm) = (has(test::Tier::Cluster), has(test::Tier::Vm));
+    setup::ensure(Needs { cluster, vm, checks: check, ..Needs::default() })?;
+    let mut failed_checks = Vec::new();
+    if check {
+        steps.begin("checks");
+        failed_checks = check::failed_checks()?;
+    }
+    test::test(tiers, filter, &failed_checks, &mut steps)
 }
 
 /// Whether a benchmark runs, or records are only read.

@@ -9,6 +9,11 @@ use std::path::{Path, PathBuf};
 /// Builds the agent and the laboratory's program, and becomes the latter.
 pub(crate) fn lab(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     build_programs()?;
+    become_lab(args)
+}
+
+/// Becomes the laboratory's program, which was built.
+pub(crate) fn become_lab(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     become_program(&target_folder()?.join("portolan-lab"), args)
 }
 
@@ -17,13 +22,16 @@ pub(crate) fn bench(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     CommandLine::new(
         "cargo build --locked --release --package dataplane-user --package dataplane-tests --bins",
     )
+    .with_revision()
     .run()?;
     become_program(&release_folder()?.join("portolan-bench"), args)
 }
 
 /// Builds the agent with optimization and says where it lies.
 pub(crate) fn build() -> Result<()> {
-    CommandLine::new("cargo build --locked --release --package dataplane-user --bin portolan").run()?;
+    CommandLine::new("cargo build --locked --release --package dataplane-user --bin portolan")
+        .with_revision()
+        .run()?;
     println!("{}", release_folder()?.join("portolan").display());
     Ok(())
 }

@@ -27,6 +27,13 @@ impl Summary {
         Some(Self { passed: count("passed")?, failed: count("failed")?, ignored: count("ignored")? })
     }
 
+    /// The closing line of a test program with these tests.
+    pub(crate) fn closing_line(self) -> String {
+        let result = if self.failed == 0 { "ok" } else { "FAILED" };
+        let Self { passed, failed, ignored } = self;
+        format!("test result: {result}. {passed} passed; {failed} failed; {ignored} ignored")
+    }
+
     /// How many tests there were.
     pub(crate) fn tests(&self) -> u32 {
         self.passed + self.failed + self.ignored
@@ -61,6 +68,8 @@ mod tests {
         let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.10s";
         assert_eq!(Summary::of_line(line), Some(Summary { passed: 12, failed: 3, ignored: 1 }));
         assert_eq!(Summary::of_line("test t ... ok"), None);
+        let summary = Summary { passed: 2, failed: 1, ignored: 4 };
+        assert_eq!(Summary::of_line(&summary.closing_line()), Some(summary));
         assert_eq!(Summary::of_line("test result: nonsense"), None);
     }
 

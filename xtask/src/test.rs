@@ -1,15 +1,19 @@
 //! The tiers of tests, from the cheapest to the one with a real control plane.
 //!
-//! A tier that cannot run on this machine fails; it is never skipped. Each tier's own output is shown as it comes.
+//! A tier that cannot run on this machine fails; it is never skipped. Each tier's own output is shown as it comes. Each runs in
+//! namespaces of its own ([`crate::ground`]), and what it leaves there is a failure.
 
-use crate::command::{CommandLine, workspace};
+use crate::command::{CommandLine, target_folder, workspace};
+use crate::ground::{Ground, Run};
+use crate::image::{self, Profile};
+use crate::programs;
+use crate::steps::{Steps, clock};
 use crate::summary::Summary;
-use crate::{image, programs};
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, IsTerminal as _, Write as _};
-use std::process::{ExitCode, Stdio};
+use std::process::{ChildStdout, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long one tier may take where nobody is there to press Ctrl-C.
@@ -68,6 +72,9 @@ impl Tier {
         Self::Cluster,
     ];
 
+    /// Those that run once more where a machine has been used.
+    const AGAIN: [Self; 2] = [Self::Kernel, Self::Lab];
+
     /// Its name on the command line, and of its test program.
     const fn name(self) -> &'static str {
         match self {
@@ -108,21 +115,77 @@ impl Tier {
     }
 }
 
+/// What runs as one step: a tier, or some again in another place.
+struct Part {
+    name: &'static str,
+    ground: Ground,
+    /// Whether it needs no network but its own.
+    own_network: bool,
+    commands: Vec<CommandLine>,
+}
+
+impl Part {
+    fn of(tier: Tier) -> Self {
+        // Downloads kernels.
+        let own_network = tier != Tier::Vm;
+        Self { name: tier.name(), ground: Ground::Fresh, own_network, commands: tier.commands() }
+    }
+
+    /// The parts of a run: its tiers, and those again that depend most on what a machine has, where something is there already.
+    fn all(tiers: &[Tier]) -> Vec<Self> {
+        let mut parts: Vec<_> = tiers.iter().copied().map(Self::of).collect();
+        let again: Vec<_> = tiers.iter().filter(|tier| Tier::AGAIN.contains(tier)).collect();
+        if !again.is_empty() {
+            let commands = again.iter().flat_map(|tier| tier.commands()).collect();
+            parts.push(Self { name: "used", ground: Ground::Used, own_network: true, commands });
+        }
+        parts
+    }
+
+    /// What it is, for people.
+    fn title(&self) -> String {
+        match self.ground {
+            Ground::Fresh => format!("the tier {}", self.name),
+            Ground::Used => {
+                let again = Tier::AGAIN.map(Tier::name).join(", ");
+                format!("of {again} again what was asked for, where a killed laboratory has left its things")
+            }
+        }
+    }
+}
+
+/// The steps of this verb beside the checks.
+pub(crate) fn steps(tiers: &[Tier]) -> usize {
+    1 + Part::all(chosen(tiers)).len()
+}
+
+/// The tiers named, else those that run by default.
+pub(crate) fn chosen(tiers: &[Tier]) -> &[Tier] {
+    if tiers.is_empty() { &Tier::DEFAULT } else { tiers }
+}
+
 /// The verb, after checks of which some may have failed. The last line is `N passed, N failed`.
-pub(crate) fn test(tiers: &[Tier], filter: Option<&str>, failed_checks: &[&str]) -> Result<ExitCode> {
-    let tiers = if tiers.is_empty() { Tier::DEFAULT.as_slice() } else { tiers };
+pub(crate) fn test(
+    tiers: &[Tier],
+    filter: Option<&str>,
+    failed_checks: &[&str],
+    steps: &mut Steps,
+) -> Result<ExitCode> {
+    let tiers = chosen(tiers);
     let homeless = homeless_tests()?;
     let mut results = Vec::new();
+    steps.begin("building all that the tests start");
     if let Err(error) = build(tiers) {
         println!("{error:#}");
         results.push(("build", Summary::ONE_FAILURE));
     } else {
-        for tier in tiers {
-            results.push((tier.name(), run(*tier, filter)?));
+        for part in Part::all(tiers) {
+            steps.begin(part.title());
+            results.push((part.name, run(&part, filter)?));
         }
     }
     let mut total = Summary::default();
-    println!("\ntests by tier:");
+    println!("\ntests by tier, {} after the start:", steps.elapsed());
     for (name, summary) in &results {
         let note = if summary.ignored > 0 { ", the ignored ones among these" } else { "" };
         println!("  {name:<8} {summary}{note}");
@@ -143,39 +206,69 @@ pub(crate) fn test(tiers: &[Tier], filter: Option<&str>, failed_checks: &[&str])
     Ok(if total.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Builds what the tests of these tiers start.
+/// Builds the tests of these tiers and what they start, as long as there is a network.
 fn build(tiers: &[Tier]) -> Result<()> {
     programs::build_programs()?;
-    if tiers.contains(&Tier::Cluster) { image::image(None) } else { Ok(()) }
+    for command in tiers.iter().filter(|tier| **tier == Tier::Unit).flat_map(|tier| tier.commands()) {
+        command.arg("--no-run").run()?;
+    }
+    let names = tiers.iter().filter(|tier| **tier != Tier::Unit).map(|tier| tier.name());
+    let tests = names
+        .fold(CommandLine::new("cargo test --package dataplane-tests --no-run"), |command, name| {
+            command.arg("--test").arg(name)
+        });
+    if tiers != [Tier::Unit] {
+        tests.run()?;
+    }
+    if tiers.contains(&Tier::Cluster) {
+        image::image(None, Profile::Debug)?;
+        let lab = target_folder()?.join("portolan-lab");
+        CommandLine::of(&lab).arg("prepare").run()?;
+    }
+    Ok(())
 }
 
-/// Runs the commands of one tier.
-fn run(tier: Tier, filter: Option<&str>) -> Result<Summary> {
-    println!("\n=== {} ===", tier.name());
+/// Runs the commands of one part.
+fn run(part: &Part, filter: Option<&str>) -> Result<Summary> {
     let start = Instant::now();
     let mut summary = Summary::default();
-    for command in tier.commands() {
+    for command in &part.commands {
         let command = match filter {
-            Some(filter) => command.arg("--").arg(filter),
-            None => command,
+            Some(filter) => command.clone().arg("--").arg(filter),
+            None => command.clone(),
         };
-        summary += run_and_count(&command)?;
+        summary += run_and_count(part, &command)?;
     }
     if summary.tests() == 0 && filter.is_none() {
-        println!("the tier `{}` ran no test: that counts as a failure", tier.name());
+        println!("`{}` ran no test: that counts as a failure", part.name);
         summary += Summary::ONE_FAILURE;
     }
-    println!("=== {}: {summary} in {:.0} s ===", tier.name(), start.elapsed().as_secs_f32());
+    println!("=== {}: {summary} in {}", part.name, clock(start.elapsed()));
     Ok(summary)
 }
 
 /// Runs `cargo test` with its output shown, and counts. A program that dies without its closing line is one failure.
-fn run_and_count(command: &CommandLine) -> Result<Summary> {
+fn run_and_count(part: &Part, command: &CommandLine) -> Result<Summary> {
     println!("$ {command}");
-    let mut process = limited(command).command();
+    let place = Run::new();
+    let command = limited(place.wrap(command.clone(), part.ground, part.own_network)?);
+    let mut process = command.command();
     let mut child =
         process.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run `{command}`"))?;
     let stdout = child.stdout.take().context("the test program has no standard output")?;
+    let shown = std::thread::spawn(move || show_and_count(stdout));
+    let status = child.wait().with_context(|| format!("cannot wait for `{command}`"))?;
+    // Whoever still runs may hold the pipe open.
+    place.end();
+    let mut summary = shown.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    if !status.success() && summary.failed == 0 {
+        println!("`{command}` ended with {status}");
+        summary += Summary::ONE_FAILURE;
+    }
+    Ok(summary)
+}
+
+fn show_and_count(stdout: ChildStdout) -> Result<Summary> {
     let mut summary = Summary::default();
     for line in BufReader::new(stdout).split(b'\n') {
         let line = line.context("cannot read what the tests print")?;
@@ -189,20 +282,15 @@ fn run_and_count(command: &CommandLine) -> Result<Summary> {
             summary += Summary::of_line(&text[at..]).unwrap_or_default();
         }
     }
-    let status = child.wait().with_context(|| format!("cannot wait for `{command}`"))?;
-    if !status.success() && summary.failed == 0 {
-        println!("`{command}` ended with {status}");
-        summary += Summary::ONE_FAILURE;
-    }
     Ok(summary)
 }
 
 /// The command, ended with all its children after the time limit unless somebody watches.
-fn limited(command: &CommandLine) -> CommandLine {
+fn limited(command: CommandLine) -> CommandLine {
     if io::stdin().is_terminal() {
-        return command.clone();
+        return command;
     }
-    command.clone().within(&format!("timeout --kill-after=60 {}", TIME_LIMIT.as_secs()))
+    command.within(["timeout", "--kill-after=60", &TIME_LIMIT.as_secs().to_string()].map(str::to_owned))
 }
 
 /// Test programs of `dataplane-tests` that are no tier.
@@ -236,6 +324,14 @@ mod tests {
         let manifest = "[package]\nname = \"x\"\n[[test]]\nname = \"golden\"\n\n[[bin]]\nname = \"b\"\n[[test]]\n\
                         test = false\nname=\"netns\"\n";
         assert_eq!(test_names(manifest), ["golden", "netns"]);
+    }
+
+    #[test]
+    fn what_depends_on_the_machine_runs_again_where_it_was_used() {
+        let names = |tiers: &[Tier]| Part::all(tiers).iter().map(|part| part.name).collect::<Vec<_>>();
+        assert_eq!(names(&[Tier::Golden, Tier::Lab]), ["golden", "lab", "used"]);
+        assert_eq!(names(&[Tier::Golden, Tier::Netns]), ["golden", "netns"]);
+        assert_eq!(Part::all(&Tier::DEFAULT).last().unwrap().commands.len(), Tier::AGAIN.len());
     }
 
     #[test]

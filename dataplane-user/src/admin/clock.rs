@@ -1,81 +1,65 @@
-//! The kernel's coarse clock without a program and without a right: what the programs write into flows, worked out from the
-//! time since the start. `/proc/timer_list`, which tells jiffies, is masked in containers.
+//! The kernel's clock without a program: jiffies as `/proc/timer_list` tells them to root, or as they follow from the time
+//! since the start. Containers are not shown that file.
 
 use crate::expire::Clock;
-use dataplane_common::flow::{TICK_SHIFT, tick};
+use crate::kernel::clock::{jiffy, tick_length};
+use dataplane_common::flow::tick;
+use std::io;
+use std::time::Duration;
 
-/// Jiffies begin so many seconds before they have 2^32 (`INITIAL_JIFFIES`).
-const BEGIN_SECONDS: u64 = 300;
-const NANOSECONDS: u64 = 1_000_000_000;
+/// Jiffies begin so long before their lower 32 bits wrap (`INITIAL_JIFFIES`).
+const BEGIN: Duration = Duration::from_secs(300);
 
-/// The clock now, within one tick of what programs read; `None` if the kernel does not tell the time.
-///
-/// Jiffies are counted from the kernel's monotonic clock, one for each period of its timer, which is the resolution of the
-/// coarse clock (`TICK_NSEC`).
+/// The clock now, if it can be read.
 pub fn read() -> Option<Clock> {
-    let period = nanoseconds(|time| {
-        // SAFETY: `time` is a whole `timespec` that outlives the call.
-        unsafe { libc::clock_getres(libc::CLOCK_MONOTONIC_COARSE, time) }
-    })?;
-    let now = nanoseconds(|time| {
-        // SAFETY: as above.
-        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, time) }
-    })?;
-    at(now, period)
+    let jiffy = jiffy().ok()?;
+    let told = || parse(&std::fs::read_to_string("/proc/timer_list").ok()?);
+    let jiffies = told().or_else(|| Some(since_start(uptime().ok()?, jiffy)))?;
+    Some(Clock { now: tick(jiffies), tick: tick_length(jiffy) })
 }
 
-fn nanoseconds(ask: impl FnOnce(*mut libc::timespec) -> libc::c_int) -> Option<u64> {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    let (0, Ok(seconds), Ok(rest)) =
-        (ask(&raw mut time), u64::try_from(time.tv_sec), u64::try_from(time.tv_nsec))
-    else {
-        return None;
-    };
-    Some(seconds * NANOSECONDS + rest)
+/// The low 32 bits of jiffies, as the file tells them.
+fn parse(text: &str) -> Option<u32> {
+    let jiffies = text.lines().find_map(|line| line.strip_prefix("jiffies:")?.trim().parse::<u64>().ok());
+    jiffies.map(|jiffies| jiffies as u32)
 }
 
-/// The clock so many nanoseconds after the start, with a timer of this period.
-fn at(now: u64, period: u64) -> Option<Clock> {
-    let jiffies_in = |nanoseconds: u64| nanoseconds.checked_div(period);
-    // As an unsigned number of 32 bits, of which the programs take the upper ones too.
-    let begin = 0_u32.wrapping_sub(u32::try_from(BEGIN_SECONDS * rate(period)?).ok()?);
-    let jiffies = begin.wrapping_add(jiffies_in(now)? as u32);
-    let ticks_per_second = NANOSECONDS as f64 / period as f64 / f64::from(1 << TICK_SHIFT);
-    Some(Clock { now: tick(jiffies), ticks_per_second })
+/// The low 32 bits of jiffies that there should be so long after the start. They begin to count a moment later than the clock
+/// does.
+fn since_start(uptime: Duration, jiffy: Duration) -> u32 {
+    let jiffies = |time: Duration| (time.as_nanos() / jiffy.as_nanos()) as u32;
+    jiffies(uptime).wrapping_sub(jiffies(BEGIN))
 }
 
-/// `CONFIG_HZ`: the period is that of it, rounded.
-fn rate(period: u64) -> Option<u64> {
-    (NANOSECONDS + period / 2).checked_div(period)
+/// The time since the start, without that in which the machine slept.
+fn uptime() -> io::Result<Duration> {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is as long as the kernel expects and outlives the call.
+    if unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Duration::new(now.tv_sec.try_into().unwrap_or_default(), now.tv_nsec.try_into().unwrap_or_default()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dataplane_common::flow::TICK_MASK;
 
     #[test]
-    fn the_tick_is_worked_out_from_the_time_since_the_start() {
-        // From /proc/timer_list of a machine with 250 Hz: 62 jiffies less than there would be, had they begun at once.
-        let clock = at(3_907_980_000_000, 4_000_000).unwrap();
-        let there = (4_295_869_229_u64 as u32) >> TICK_SHIFT;
-        assert!(clock.now.wrapping_sub(there) & TICK_MASK <= 1, "{} {there}", clock.now);
-        assert!((clock.ticks_per_second - 250.0 / 256.0).abs() < 1e-9);
+    fn jiffies_are_read_from_the_kernels_list() {
+        let text = "Timer List Version: v0.10\nnow at 3907980000000 nsecs\n\njiffies: 4295869229\n";
+        assert_eq!(parse(text), Some(4_295_869_229_u64 as u32));
+        assert_eq!(parse("nothing"), None);
     }
 
+    /// The numbers are those of a real machine with 250 Hz.
     #[test]
-    fn every_rate_is_found_and_jiffies_may_wrap() {
-        for (hz, period) in [(100, 10_000_000), (250, 4_000_000), (300, 3_333_333), (1_000, 1_000_000)] {
-            assert_eq!(rate(period), Some(hz));
-            // They wrap for the first time after five minutes.
-            assert!(at(299 * NANOSECONDS, period).unwrap().now > TICK_MASK / 2);
-            assert!(at(302 * NANOSECONDS, period).unwrap().now <= 302 * hz as u32 / 256);
-        }
-        assert!(at(1, 0).is_none());
-    }
-
-    #[test]
-    fn the_time_is_told_without_any_right() {
-        assert!(read().is_some_and(|clock| (0.3..4.0).contains(&clock.ticks_per_second)));
+    fn without_the_list_jiffies_follow_from_the_time_since_the_start() {
+        let estimate = since_start(Duration::from_nanos(3_907_980_000_000), Duration::from_millis(4));
+        let lag = estimate.wrapping_sub(4_295_869_229_u64 as u32);
+        assert!(lag < 250, "{lag} jiffies");
+        let years = Duration::from_secs(100 * 365 * 24 * 3_600);
+        let jiffies = 100_u128 * 365 * 24 * 3_600 * 1_000 - 300_000;
+        assert_eq!(since_start(years, Duration::from_millis(1)), jiffies as u32);
     }
 }

@@ -144,6 +144,7 @@ fn row(
 mod tests {
     use super::*;
     use dataplane_common::backend::BackendStatus;
+    use std::time::Duration;
 
     const CLIENT: (Addr, Port) = (Addr::from_v4([10, 0, 0, 9]), Port::new(40_000));
     const FRONTEND: (Addr, Port) = (Addr::from_v4([192, 168, 0, 1]), Port::new(30_002));
@@ -178,7 +179,7 @@ mod tests {
     fn both_directions_are_one_row_and_one_alone_is_shown_as_such() {
         let forward = (key(CLIENT, FRONTEND), flow(Flow::CONFIRMED, SOURCE, ENDPOINT, 90));
         let reply = (key(ENDPOINT, SOURCE), flow(Flow::REPLY | Flow::CONFIRMED, FRONTEND, CLIENT, 95));
-        let clock = Some(Clock { now: 100, ticks_per_second: 1.0 });
+        let clock = Some(Clock { now: 100, tick: Duration::from_secs(1) });
         let rows = |entries: &[(FlowKey, Flow)]| {
             fold(
                 &entries.iter().copied().collect(),

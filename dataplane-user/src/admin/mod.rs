@@ -1,4 +1,4 @@
-//! `portolan services | backends | flows | drops`: what the pinned maps hold, as a table or as JSON.
+//! `portolan services | backends | flows | drops | take-over`: what the pinned maps hold, as a table or as JSON.
 //!
 //! Needs no agent and changes nothing. Names of Services are not in the kernel: they come from the file that the agent
 //! keeps ([`names`]); without it, ids are shown.
@@ -11,8 +11,10 @@ mod columns;
 mod drops;
 mod flows;
 mod services;
+mod take_over;
 
 use crate::config::{Output, ShowArgs};
+use crate::kernel::conntrack::ConntrackError;
 use crate::kernel::maps::{KernelMaps, MapError};
 use columns::Row;
 use dataplane_common::tables::LAYOUT;
@@ -23,6 +25,7 @@ pub use backends::BackendRow;
 pub use drops::DropRow;
 pub use flows::FlowRow;
 pub use services::{AddressRow, ServiceRow, TrafficRow};
+pub use take_over::{TakeOverPage, TranslatedRow};
 
 /// Which tables are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +38,8 @@ pub enum View {
     Flows,
     /// What was dropped, refused or noted, and why.
     Drops,
+    /// The connections that are left to another proxy.
+    TakeOver,
 }
 
 /// What went wrong.
@@ -43,6 +48,9 @@ pub enum AdminError {
     /// A map cannot be read.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// The node's connections cannot be read.
+    #[error(transparent)]
+    Conntrack(#[from] ConntrackError),
     /// The rows cannot be written as JSON.
     #[error("cannot write JSON: {0}")]
     Json(#[from] serde_json::Error),
@@ -74,6 +82,13 @@ pub fn render(view: View, maps: &KernelMaps, names: &Names, output: Output) -> R
                 Output::Table => rows.retain(|row| row.count > 0),
             }
             print(&rows, output)
+        }
+        View::TakeOver => {
+            let page = take_over::page(maps, names)?;
+            match output {
+                Output::Json => Ok(serde_json::to_string_pretty(&page)? + "\n"),
+                Output::Table => Ok(page.text()),
+            }
         }
     }
 }

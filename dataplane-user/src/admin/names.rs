@@ -7,12 +7,12 @@ use crate::compile::ServicePortName;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
-use std::io::{self, Write as _};
+use std::io::{self, ErrorKind::NotFound, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 /// Where the files lie, in a folder for each pin folder. It is gone after a reboot, as the pins are.
-const RUN_FOLDER: &str = "/run/portolan";
+pub const RUN_FOLDER: &str = "/run/portolan";
 
 /// Names of service ports (`namespace/name:port`) by their ids.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,11 +47,15 @@ impl Names {
     }
 
     fn write_to(&self, path: &Path) -> io::Result<()> {
-        if let Some(folder) = path.parent() {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-            // One that an earlier version made.
-            fs::set_permissions(folder, fs::Permissions::from_mode(0o700))?;
-        }
+        let make_folder = || {
+            path.parent().map_or(Ok(()), |folder| {
+                fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+                // One that an earlier version made.
+                fs::set_permissions(folder, fs::Permissions::from_mode(0o700))
+            })
+        };
+        // Another agent's cleanup may remove the folder above at any moment in which it is empty.
+        make_folder().or_else(|error| if error.kind() == NotFound { make_folder() } else { Err(error) })?;
         let new = path.with_extension("new");
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         file.set_permissions(fs::Permissions::from_mode(0o600))?;
@@ -59,12 +63,13 @@ impl Names {
         fs::rename(&new, path)
     }
 
-    /// Removes the file that belongs to a pin folder, and its folder.
+    /// Removes the file that belongs to a pin folder, its folder, and the one above if nobody else has a file there.
     pub fn remove(bpffs: &Path) {
         let path = path(bpffs);
         // What cannot be removed does no harm: it is read only together with pinned maps.
         let _ = fs::remove_file(&path);
         let _ = path.parent().map(fs::remove_dir);
+        let _ = fs::remove_dir(RUN_FOLDER);
     }
 
     /// The name of an id, else the id itself.

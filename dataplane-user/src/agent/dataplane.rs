@@ -19,13 +19,16 @@ use std::time::{Instant, SystemTime};
 
 /// The kinds that must have been listed before the first tables are written.
 const KINDS: [Kind; 4] = crate::watch::KINDS;
+/// Of how many changes of one Service's endpoints the latency is told that are written at once; a kernel that refuses for long
+/// may let more come together.
+const TRIGGERS: usize = 64;
 
 /// What a flush came to.
 #[derive(Debug, Default)]
 pub(super) struct Flushed {
     /// What `sync` says.
     pub(super) outcome: Outcome,
-    /// When the endpoints changed that are in the kernel now.
+    /// When the endpoints of Services changed that are in the kernel now.
     pub(super) triggers: Vec<SystemTime>,
     /// The health checks of the Services that may have another now (S4).
     pub(super) health_checks: Vec<(ObjectName, Option<HealthCheck>)>,
@@ -57,7 +60,8 @@ pub(super) struct Dataplane<M> {
     snapshot: bool,
     dirty: Dirty,
     complete: bool,
-    triggers: Vec<SystemTime>,
+    /// When endpoints changed that are not in the kernel yet, by Service.
+    triggers: BTreeMap<ObjectName, Vec<SystemTime>>,
     /// What objects get wrong now, by Service; without a name, the node.
     complaints: BTreeMap<Option<ObjectName>, Vec<Complaint>>,
     /// What of it nobody was told yet.
@@ -83,7 +87,7 @@ impl<M: Maps> Dataplane<M> {
             snapshot: false,
             dirty: Dirty { node: true, ..Dirty::default() },
             complete: false,
-            triggers: Vec::new(),
+            triggers: BTreeMap::new(),
             complaints: BTreeMap::new(),
             news: Vec::new(),
         })
@@ -162,18 +166,19 @@ impl<M: Maps> Dataplane<M> {
 
     /// Takes in a change; writes nothing.
     pub(super) fn take_in(&mut self, change: Change) {
-        match &change {
-            Change::Applied(Object::EndpointSlice(slice)) if self.complete => {
-                let trigger =
-                    slice.trigger_time.as_deref().and_then(|time| time.parse::<jiff::Timestamp>().ok());
-                self.triggers.extend(trigger.map(SystemTime::from));
-            }
-            Change::Replaced { kind, .. } => {
-                self.listed.insert(*kind);
-            }
-            Change::Applied(_) | Change::Deleted(_) | Change::Unreadable { .. } => {}
+        if let Change::Replaced { kind, .. } = &change {
+            self.listed.insert(*kind);
         }
-        self.dirty.merge(self.store.apply(change));
+        let trigger = if self.complete { trigger(&change) } else { None };
+        let dirty = self.store.apply(change);
+        // As kube-proxy: a slice that is as it was, or of no Service, is no change.
+        if let Some((service, time)) = trigger.filter(|(service, _)| dirty.services.contains(service)) {
+            let triggers = self.triggers.entry(service).or_default();
+            if triggers.len() < TRIGGERS {
+                triggers.push(time);
+            }
+        }
+        self.dirty.merge(dirty);
     }
 
     /// The addresses on the node's interfaces are these now.
@@ -219,9 +224,8 @@ impl<M: Maps> Dataplane<M> {
         let mut dirty = std::mem::take(&mut self.dirty);
         let result = self.write(&mut dirty, now);
         match result {
-            Ok(mut flushed) => {
+            Ok(flushed) => {
                 self.complete = true;
-                flushed.triggers = std::mem::take(&mut self.triggers);
                 Ok(Some(flushed))
             }
             Err(error) => {
@@ -272,6 +276,14 @@ impl<M: Maps> Dataplane<M> {
         let wanted =
             names.iter().map(|name| (name, tables.get(name).filter(|it| **it != ServiceTables::default())));
         let outcome = self.mirror.change(&self.maps, wanted, now)?;
+        for name in &names {
+            // A Service without a table is not ours, and one that found no room is not in the kernel.
+            let is_in = tables.get(name).is_some_and(|tables| *tables != ServiceTables::default());
+            let triggers = self.triggers.remove(name).unwrap_or_default();
+            if is_in && outcome.refused.iter().all(|refused| refused.service != *name) {
+                flushed.triggers.extend(triggers);
+            }
+        }
         flushed.outcome = add(flushed.outcome, outcome);
         Ok(flushed)
     }
@@ -359,6 +371,13 @@ impl<M: Maps> Dataplane<M> {
     }
 }
 
+/// The Service whose endpoints changed, and when, as far as the change says so.
+fn trigger(change: &Change) -> Option<(ObjectName, SystemTime)> {
+    let Change::Applied(Object::EndpointSlice(slice)) = change else { return None };
+    let time = slice.trigger_time.as_deref()?.parse::<jiff::Timestamp>().ok()?;
+    Some((slice.service.clone(), time.into()))
+}
+
 fn addrs(addresses: &[IpAddr]) -> BTreeSet<Addr> {
     addresses.iter().map(|address| Addr::from(*address)).collect()
 }
@@ -437,6 +456,36 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
         // The port, and the refusal of all other ports (P13).
         assert_eq!(frontends(&dataplane), 2);
         assert!(dataplane.is_complete());
+    }
+
+    /// H3
+    #[test]
+    fn latency_is_told_of_endpoints_that_changed_and_are_ours() {
+        let mut dataplane = dataplane(MemoryMaps::default());
+        let headless = WEB.replace("name: web", "name: none").replace("10.96.0.10", "None");
+        let headless = headless.replace("service-name: web", "service-name: none");
+        list(&mut dataplane, &KINDS, &format!("{WEB}---{headless}"));
+        dataplane.flush(Instant::now()).unwrap();
+        let told = |dataplane: &mut Dataplane<MemoryMaps>, text: &str, second: u32| {
+            let annotated = format!(
+                "annotations: {{endpoints.kubernetes.io/last-change-trigger-time: \"2026-01-01T00:00:0{second}Z\"}}, labels"
+            );
+            for object in objects(&text.replace("labels", &annotated)) {
+                dataplane.take_in(Change::Applied(object));
+            }
+            dataplane.flush(Instant::now()).unwrap().map_or(0, |flushed| flushed.triggers.len())
+        };
+        assert_eq!(told(&mut dataplane, WEB, 1), 0, "all is as it was");
+        let changed = |text: &str| text.replace("10.0.0.2", "10.0.0.3");
+        assert_eq!(told(&mut dataplane, &changed(WEB), 2), 1);
+        assert_eq!(told(&mut dataplane, &changed(WEB), 3), 0, "only the time differs");
+        assert_eq!(told(&mut dataplane, &changed(&headless), 4), 0, "it has no dataplane");
+        let strange = WEB
+            .replace("service-name: web", "service-name: strange")
+            .replace("name: web-1", "name: strange-1");
+        let slice = strange.split_once("---").unwrap().1;
+        assert_eq!(told(&mut dataplane, slice, 5), 0, "nobody knows the Service");
+        assert!(dataplane.triggers.is_empty());
     }
 
     #[test]

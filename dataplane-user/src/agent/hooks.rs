@@ -1,18 +1,24 @@
 //! Keeps the programs attached: to interfaces as they come and go, and to the cgroup. It runs beside the tables, so that a
 //! driver that takes its time never holds up an update.
 
-use crate::health::Health;
-use crate::kernel::attach::Attachments;
+use crate::health::{Health, Unattached};
+use crate::kernel::attach::{AttachError, Attachments};
 use crate::kernel::links::{Choice, Interfaces, Role};
+use crate::kernel::pins::Pins;
 use crate::kernel::probe::Cgroup;
 use crate::metrics::Metrics;
-use std::collections::{BTreeMap, BTreeSet};
+use crate::model::{Kind, ObjectName};
+use crate::watch::events::{Event, Events, Severity};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
 /// Time between two looks whether all is still attached (H2), and between tries of what failed.
 const LOOK: Duration = Duration::from_secs(10);
+/// How many times longer than one of the event loop a round may take: each new link waits for a grace period of the kernel, and
+/// there may be hundreds.
+const ROUND: u32 = 5;
 
 /// What is attached, and what should be.
 pub(super) struct Hooks {
@@ -28,24 +34,39 @@ pub(super) struct Hooks {
     pub(super) health: Arc<Health>,
     /// Where it is counted.
     pub(super) metrics: Arc<Metrics>,
-    /// What was logged last, so that it is said once.
+    /// Those who look at the Node are told as well.
+    pub(super) events: Events,
+    /// Name of the Node.
+    pub(super) node_name: Arc<str>,
+    /// What was said last, so that it is said once.
     pub(super) told: Told,
 }
 
-/// What was logged last.
+/// When programs are attached.
+pub(super) enum Start {
+    /// Before anything is written: what an earlier agent wrote is served.
+    Now(Hooks),
+    /// The programs that are attached read maps of another layout, and serve what those hold. These take their place when their
+    /// own maps hold all of it; then the other maps go.
+    AfterTheFirstSnapshot(Hooks, Pins),
+}
+
+/// What was said last.
 #[derive(Debug, Default)]
 pub(super) struct Told {
     roles: Option<BTreeMap<u32, Role>>,
-    errors: BTreeSet<String>,
+    /// Of the sockets, as it was when they were last looked at.
+    sockets: Unattached,
+    /// Of the sockets and the interfaces.
+    unattached: Unattached,
 }
 
 impl Hooks {
     /// Attaches all that is missing, for the first time before anybody is told that this node is ready.
     pub(super) fn start(&mut self) {
-        let mut errors = self.attachments.sockets(self.cgroup.as_ref());
-        errors.extend(self.attach());
+        self.attach_sockets();
+        self.attach_interfaces();
         self.attachments.settled();
-        self.tell(errors.iter().map(ToString::to_string).collect());
     }
 
     /// Follows the interfaces for ever.
@@ -53,7 +74,9 @@ impl Hooks {
         // However often interfaces come and go.
         let mut looks = tokio::time::interval_at(tokio::time::Instant::now() + LOOK, LOOK);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let beat = self.health.heartbeat().part("the task that attaches programs", ROUND);
         loop {
+            beat.beat();
             let look = tokio::select! {
                 changed = self.interfaces.changed() => match changed {
                     Ok(()) => false,
@@ -63,34 +86,39 @@ impl Hooks {
             };
             // The kernel waits for a grace period with each new link.
             tokio::task::block_in_place(|| {
-                let mut errors = if look { self.look() } else { Vec::new() };
-                errors.extend(self.attach());
-                self.tell(errors.iter().map(ToString::to_string).collect());
+                if look {
+                    self.look();
+                }
+                self.attach_interfaces();
             });
         }
     }
 
-    /// Finds what somebody detached; the socket hooks among it are attached again here.
-    fn look(&mut self) -> Vec<crate::kernel::attach::AttachError> {
+    /// Finds what somebody detached. The socket hooks among it are attached again here, and those that never could be are tried
+    /// again.
+    fn look(&mut self) {
         let lost = self.attachments.lost();
-        if lost.is_empty() {
-            return Vec::new();
+        if !lost.is_empty() {
+            tracing::warn!(
+                "no longer attached, attaching again: {}. Does something else remove them?",
+                lost.join(", ")
+            );
+            self.metrics.reattached.add(lost.len() as u64);
         }
-        tracing::warn!(
-            "no longer attached, attaching again: {}. Does something else remove them?",
-            lost.join(", ")
-        );
-        self.metrics.reattached.add(lost.len() as u64);
-        self.health.detached(lost.iter().map(|hook| format!("{hook}: somebody detached it")).collect());
-        self.attachments.sockets(self.cgroup.as_ref())
+        self.attach_sockets();
     }
 
-    fn attach(&mut self) -> Vec<crate::kernel::attach::AttachError> {
+    fn attach_sockets(&mut self) {
+        self.told.sockets = unattached(&self.attachments.sockets(self.cgroup.as_ref()));
+    }
+
+    fn attach_interfaces(&mut self) {
         let interfaces = self.interfaces.borrow_and_update().clone();
         let roles = interfaces.roles(&self.choice);
-        let errors = self.attachments.interfaces(&interfaces, &roles);
+        let mut all = unattached(&self.attachments.interfaces(&interfaces, &roles));
         self.tell_roles(&interfaces, roles);
-        errors
+        all.all.extend(self.told.sockets.all.iter().cloned());
+        self.tell(all);
     }
 
     fn tell_roles(&mut self, interfaces: &Interfaces, roles: BTreeMap<u32, Role>) {
@@ -124,14 +152,31 @@ impl Hooks {
         self.told.roles = Some(roles);
     }
 
-    fn tell(&mut self, errors: BTreeSet<String>) {
-        for error in errors.difference(&self.told.errors) {
+    fn tell(&mut self, unattached: Unattached) {
+        for error in unattached.all.difference(&self.told.unattached.all) {
             tracing::error!("{error}");
+            self.events.publish(Event {
+                kind: Kind::Node,
+                name: ObjectName::new("", self.node_name.clone()),
+                // What kubelet's Events about its Node have there, and `kubectl describe node` looks for.
+                uid: self.node_name.clone(),
+                severity: Severity::Warning,
+                reason: "ProgramNotAttached",
+                note: error.clone(),
+            });
         }
-        if errors.is_empty() && !self.told.errors.is_empty() {
-            tracing::info!("all programs are attached again");
+        if unattached.all.is_empty() && !self.told.unattached.all.is_empty() {
+            tracing::info!("all programs are attached");
         }
-        self.health.detached(errors.clone());
-        self.told.errors = errors;
+        self.health.unattached(unattached.clone());
+        self.told.unattached = unattached;
     }
+}
+
+/// Errors as health has them.
+fn unattached(errors: &[AttachError]) -> Unattached {
+    let texts = |wanted: fn(&AttachError) -> bool| {
+        errors.iter().filter(|error| wanted(error)).map(ToString::to_string).collect()
+    };
+    Unattached { all: texts(|_| true), deafening: texts(AttachError::is_deafening) }
 }

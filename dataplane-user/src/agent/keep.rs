@@ -5,7 +5,7 @@ use super::settings::Settings;
 use crate::config::AgentArgs;
 use crate::metrics::Metrics;
 use crate::model::Store;
-use crate::snapshot::{File, Loaded, Owner, SnapshotError};
+use crate::snapshot::{File, Loaded, Owner, SnapshotError, servers};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::task::JoinHandle;
@@ -97,6 +97,8 @@ pub(super) struct Keeping {
     saving: Option<Saving>,
     /// `--snapshot-max-age`.
     max_age: Duration,
+    /// The API servers that are kept.
+    servers: Vec<String>,
     /// It was said that it cannot be written.
     complained: bool,
 }
@@ -112,6 +114,7 @@ impl Keeping {
             begun: Instant::now(),
             asked: false,
             debounce: Debounce::default(),
+            servers: Vec::new(),
             saving: None,
             complained: false,
         }
@@ -155,9 +158,14 @@ impl Keeping {
         if self.saving.is_none() && self.debounce.is_due(store.revision(), Instant::now()) {
             self.debounce.begun();
             let (file, objects, revision) = (file.clone(), store.share(), store.revision());
+            let servers = servers::of(store);
+            let servers = (!servers.is_empty() && servers != self.servers).then_some(servers);
+            self.servers = servers.clone().unwrap_or_else(|| std::mem::take(&mut self.servers));
             self.saving = Some(tokio::task::spawn_blocking(move || {
                 let begun = Instant::now();
-                (revision, file.save(&objects, SystemTime::now()), begun.elapsed())
+                let servers = servers.map_or(Ok(()), |servers| file.save_servers(&servers));
+                let saved = servers.and_then(|()| file.save(&objects, SystemTime::now()));
+                (revision, saved, begun.elapsed())
             }));
         }
     }
@@ -298,6 +306,7 @@ mod tests {
             begun: Instant::now(),
             asked: false,
             debounce: Debounce::default(),
+            servers: Vec::new(),
             saving: None,
             max_age: Duration::from_secs(1),
             complained: false,

@@ -16,6 +16,7 @@ mod road;
 mod scrape;
 mod serve;
 mod settings;
+mod signals;
 
 use crate::config::{AgentArgs, ServiceRoute, SocketLb, TcMode};
 use crate::health::Health;
@@ -28,28 +29,34 @@ use crate::kernel::links::{self, Interfaces};
 use crate::kernel::maps::KernelMaps;
 use crate::kernel::object::{Object, Options, ProgramLog};
 use crate::kernel::pins::{self, Pins};
-use crate::kernel::{alone, capability, probe};
+use crate::kernel::{alone, capability, lasting, probe};
 use crate::memory;
 use crate::metrics::Metrics;
-use crate::model::Change;
-use crate::watch::{self, Watch};
+use crate::version;
+use crate::watch::cluster::Servers;
+use crate::watch::{self, Changes, Watch};
 use anyhow::{Context as _, Result};
 use dataplane::Dataplane;
 use dataplane_common::node::Node;
-use hooks::Hooks;
+use hooks::{Hooks, Start};
 use keep::Keeping;
 use scrape::Scrape;
 use serve::{Service, Told};
 use settings::Settings;
+use signals::Signals;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
 /// How many changes may wait for the loop before the sources wait for it.
 const CHANGES: usize = 1_024;
-/// Threads of the runtime: one for the loop, one for all else.
+/// Threads of the runtime, besides the one of the loop: if one hangs, health can still be told.
 const THREADS: usize = 2;
+
+/// How long jobs beside the loop may take when it has ended.
+const ENDING: Duration = Duration::from_secs(2);
 
 /// Runs until SIGTERM or SIGINT, or prints what it would do.
 ///
@@ -58,17 +65,18 @@ const THREADS: usize = 2;
 pub fn run(args: AgentArgs) -> Result<()> {
     memory::share_arena();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build()?;
-    // The loop must not share a thread with tasks that wait for it.
-    runtime.block_on(async move {
-        if args.dry_run {
-            return dry_run::print(&args).await;
-        }
-        tokio::spawn(serve(args)).await?
-    })
+    // The loop has this thread for itself: no task waits for it there, and none is held up when it hangs.
+    let result = runtime
+        .block_on(async move { if args.dry_run { dry_run::print(&args).await } else { serve(args).await } });
+    // A job that hangs does not keep the process.
+    runtime.shutdown_timeout(ENDING);
+    result
 }
 
 async fn serve(args: AgentArgs) -> Result<()> {
-    tracing::info!("Portolan {}, pins in {}", env!("CARGO_PKG_VERSION"), args.bpffs.display());
+    let signals = Signals::new()?;
+    let starting = signals::end_while_starting()?;
+    tracing::info!("Portolan {}, pins in {}", version::text(), args.bpffs.display());
     capability::check()?;
     let mut features = probe::features()?;
     features.tcx &= args.tc == TcMode::Auto;
@@ -77,9 +85,21 @@ async fn serve(args: AgentArgs) -> Result<()> {
         SocketLb::Off => None,
         SocketLb::All | SocketLb::Host => Some(probe::cgroup(args.cgroup.as_deref())?),
     };
-    let pins = Pins::new(&args.bpffs);
-    pins.prepare()?;
+    let pins = Pins::with_layout(&args.bpffs, &args.map_layout);
+    let mounted = pins.prepare()?;
+    if let Some(at) = &mounted {
+        tracing::info!("mounted a BPF file system at {}; pins last as long as this mount", at.display());
+    }
+    let private_pins = lasting::is_private(pins.root(), mounted.is_some());
+    if private_pins {
+        tracing::warn!(
+            "pins end with this agent, and with them the traffic of Services: nobody else has the BPF file system of {}. Mount \
+             one on the machine itself (`mount -t bpf bpf /sys/fs/bpf`), and in a container the machine's /sys/fs/bpf",
+            pins.root().display()
+        );
+    }
     let _held = pins.hold(pins::ENDING)?;
+    let upgrade = pins.is_upgrade()?;
 
     let log = tracing::enabled!(target: "dataplane_ebpf", tracing::Level::DEBUG);
     let mut object = Object::open(&Options { pins: Some(&pins), sizes: &args.map_sizes(), log })?;
@@ -87,14 +107,16 @@ async fn serve(args: AgentArgs) -> Result<()> {
         tokio::spawn(forward_log(object.logger().context("the programs' log")?));
     }
     let clock = Clock::new(&mut object)?;
-    let attachments = Attachments::new(object, pins.clone(), &features, args.xdp, args.socket_lb)?;
+    let attachments = Attachments::new(object, pins.clone(), &features, args.xdp, args.socket_lb)?
+        .with_xdp_drivers(args.xdp_driver.clone());
     let interfaces = links::follow().await?;
     let maps = KernelMaps::open(&pins.maps())?;
     // Before this version's programs: flows of an earlier one's may be there.
     CallerCells::map(&maps.map()?)?.mark_all(clock.tick());
 
-    let health = Arc::new(Health::new(args.healthy_within));
+    let health = Arc::new(Health::new(args.healthy_within, args.alive_within));
     let metrics = Arc::new(Metrics::default());
+    metrics.private_pins.set(u64::from(private_pins));
     let health_checks = Arc::new(HealthChecks::default());
     let scrape = Scrape {
         maps: maps.clone(),
@@ -113,55 +135,58 @@ async fn serve(args: AgentArgs) -> Result<()> {
         settings.node.flags |= Node::TAKES_OVER;
     }
     let (sender, changes) = mpsc::channel(CHANGES);
-    let watch = watch_objects(&args, &settings, sender).await?;
+    let watch = watch_objects(&args, &settings, Changes::new(sender, health.pending().clone())).await?;
     // Nobody else sets it.
     let _ = scrape.status.set(watch.status());
 
     let _alone = alone::claim()?;
     let choice = settings::choice(&args);
-    let mut hooks = Hooks {
+    let hooks = Hooks {
         attachments,
         interfaces: interfaces.clone(),
         choice: choice.clone(),
         cgroup,
         health: health.clone(),
         metrics: metrics.clone(),
+        events: watch.events(),
+        node_name: settings.node_name.clone(),
         told: hooks::Told::default(),
     };
-    hooks.start();
-    let hooks = tokio::spawn(hooks.run());
+    let hooks = if upgrade { Start::AfterTheFirstSnapshot(hooks, pins) } else { Start::Now(hooks) };
 
     let addresses = own_addresses(&interfaces.borrow(), &choice);
     let keeping = Keeping::new(&args, &settings, metrics.clone());
     let dataplane = Dataplane::open(settings, maps, addresses)?;
     let tell = health_checks::tell(watch.events());
-    tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), gate, tell));
-    let told = Told { health, health_checks, metrics: metrics.clone() };
-    let service = Service::new(dataplane, watch, keeping, told, clock, &args);
+    let checks = tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), gate, tell));
+    let told = Told { health: health.clone(), health_checks, metrics: metrics.clone() };
+    let mut service = Service::new(dataplane, watch, keeping, told, clock, &args);
+    service.look_after("the task that serves health check ports", checks);
     if args.service_route == ServiceRoute::Auto {
-        tokio::spawn(road::keep(service.road(), metrics));
+        let beat = health.heartbeat().part("the task that keeps routes", road::PATIENCE);
+        let road = tokio::spawn(road::keep(service.road(), metrics, beat));
+        service.look_after("the task that keeps routes", road);
     }
-    let result = service.run(changes, interfaces, choice).await;
-    hooks.abort();
-    result
+    service.start_hooks(hooks)?;
+    starting.abort();
+    service.run(changes, interfaces, choice, signals).await
 }
 
 fn own_addresses(interfaces: &Interfaces, choice: &links::Choice) -> Vec<std::net::IpAddr> {
     interfaces.own_addresses(&interfaces.roles(choice))
 }
 
-async fn watch_objects(
-    args: &AgentArgs,
-    settings: &Settings,
-    changes: mpsc::Sender<Change>,
-) -> Result<Watch> {
+async fn watch_objects(args: &AgentArgs, settings: &Settings, changes: impl Into<Changes>) -> Result<Watch> {
     let options = watch::Options {
         node_name: settings.node_name.clone(),
         service_proxy_name: settings.proxy_name.clone(),
     };
     match &args.manifests {
         Some(folder) => Ok(watch::manifests::watch(folder.clone(), options, changes)?),
-        None => Ok(watch::cluster::watch(args.kubeconfig.as_deref(), options, changes).await?),
+        None => {
+            let servers = Servers { named: args.named_servers(), state: args.state_dir.clone() };
+            Ok(watch::cluster::watch(args.kubeconfig.as_deref(), servers, options, changes).await?)
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Keeps the node's own road to Services: the routes that lead its packets to a program whatever its other routes say. It runs
 //! beside the tables, and is back within a second where something takes a route away.
 
+use crate::heartbeat::Beat;
 use crate::kernel::service_route::{Road, RouteError, ServiceRoutes};
 use crate::metrics::Metrics;
 use ipnet::IpNet;
@@ -11,20 +12,24 @@ use tokio::time::MissedTickBehavior;
 
 /// Time between two looks whether the routes are there.
 const LOOK: Duration = Duration::from_millis(500);
+/// How many times longer than one of the event loop a round may take.
+pub(super) const PATIENCE: u32 = 1;
 
 /// Follows what is wanted until nobody wants anything any more.
-pub(super) async fn keep(mut wanted: watch::Receiver<Road>, metrics: Arc<Metrics>) {
+pub(super) async fn keep(mut wanted: watch::Receiver<Road>, metrics: Arc<Metrics>, beat: Beat) {
     let mut routes = loop {
         match ServiceRoutes::open() {
             Ok(routes) => break routes,
             Err(error) => tracing::error!("{error}"),
         }
+        beat.beat();
         tokio::time::sleep(Duration::from_secs(1)).await;
     };
     let mut looks = tokio::time::interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut told = None;
     loop {
+        beat.beat();
         tokio::select! {
             changed = wanted.changed() => if changed.is_err() { return },
             _ = looks.tick() => {}

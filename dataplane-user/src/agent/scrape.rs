@@ -56,6 +56,7 @@ impl Scrape {
         });
         Observed {
             healthy: self.health.trouble().is_none(),
+            unattached: self.health.count_unattached(),
             unbound: self.health_checks.unbound(),
             reasons: self.reasons().unwrap_or_default(),
             // The storage of sockets has no bound.

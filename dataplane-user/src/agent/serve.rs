@@ -6,8 +6,10 @@ mod upkeep;
 mod write;
 
 use super::dataplane::Dataplane;
+use super::hooks::{Hooks, Start};
 use super::keep::Keeping;
-use super::notify::{State, notify};
+use super::notify::{self, State, notify};
+use super::signals::Signals;
 use crate::config::AgentArgs;
 use crate::expire::IdleTimes;
 use crate::health::Health;
@@ -15,17 +17,18 @@ use crate::health_checks::HealthChecks;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::{Choice, Interfaces};
 use crate::kernel::maps::{KernelMaps, MapError};
+use crate::kernel::pins::Pins;
 use crate::kernel::service_route::Road;
 use crate::metrics::{Metrics, Ports, SERIES};
-use crate::model::Change;
+use crate::model::{Change, ObjectName};
 use crate::sync::LingeringBits;
 use crate::watch::Watch;
 use anyhow::{Result, bail};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use take_over::TakeOver;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
@@ -40,6 +43,9 @@ const SWEEP: Duration = Duration::from_secs(15);
 const AUDIT_AGAIN: Duration = Duration::from_secs(10);
 /// The first and the longest wait after the kernel refused a write.
 const RETRY: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
+
+/// How many times longer than the loop for one round a job beside it may take before the agent counts as dead (H5).
+const JOB: u32 = 5;
 
 /// Filter bits that nothing needs, and how many entries each table has that was walked.
 type Sweeping = JoinHandle<Result<(LingeringBits, Vec<(&'static str, usize)>), MapError>>;
@@ -62,11 +68,22 @@ pub(super) struct Service {
     sweeping: Option<Sweeping>,
     /// The road by which the node itself calls Services.
     road: watch::Sender<Road>,
+    /// The last look through sockets, and the last writing of names: the next begins when it has ended.
+    closing: Option<JoinHandle<()>>,
+    naming: Option<JoinHandle<()>>,
+    /// Tasks that never end, by what they do.
+    tasks: Vec<(&'static str, JoinHandle<()>)>,
+    /// Programs that wait for the first snapshot.
+    hooks: Option<(Hooks, Pins)>,
     /// As long as another proxy's connections may run.
     taking_over: Option<TakeOver>,
     /// After a refusal: how long to wait, and until when.
     backoff: Option<(Duration, Instant)>,
+    /// How many changes were taken in, and when the last of them.
+    taken: (u64, Instant),
     ready: bool,
+    /// systemd waits for signs of life.
+    watched: bool,
     /// The kernel held nothing when this agent began: after a boot.
     booted: bool,
     /// The pin folder, by which the command line finds the names of service ports.
@@ -74,8 +91,8 @@ pub(super) struct Service {
     names_changed: bool,
     /// `--metrics-max-series`.
     max_series: usize,
-    /// The Services that found no room, as far as that was told.
-    refused: usize,
+    /// The Services that wait for room, as far as that was told.
+    refused: BTreeSet<ObjectName>,
     /// Something was written since Services were last counted and sockets looked through.
     endpoints_changed: bool,
 }
@@ -123,14 +140,20 @@ impl Service {
             swept: Instant::now(),
             sweeping: None,
             road: watch::Sender::default(),
-            taking_over: takes_over.then(TakeOver::default),
+            closing: None,
+            naming: None,
+            tasks: Vec::new(),
+            hooks: None,
+            taking_over: takes_over.then(|| TakeOver::new(Instant::now(), args.take_over_limit)),
             backoff: None,
+            taken: (0, Instant::now()),
             ready: false,
+            watched: notify::is_watched(),
             booted: frontends == 0,
             bpffs: args.bpffs.clone(),
             names_changed: false,
             max_series: args.metrics_max_series,
-            refused: 0,
+            refused: BTreeSet::new(),
             endpoints_changed: true,
         }
     }
@@ -140,30 +163,75 @@ impl Service {
         self.road.subscribe()
     }
 
+    /// Has the loop end with an error if the task ends, which it never should.
+    pub(super) fn look_after(&mut self, what: &'static str, task: JoinHandle<()>) {
+        self.tasks.push((what, task));
+    }
+
+    /// Attaches the programs, or has them wait.
+    ///
+    /// # Errors
+    /// If the pin folder cannot be read.
+    pub(super) fn start_hooks(&mut self, start: Start) -> Result<()> {
+        match start {
+            Start::Now(mut hooks) => {
+                hooks.start();
+                self.follow_interfaces(hooks);
+            }
+            Start::AfterTheFirstSnapshot(hooks, pins) => {
+                tracing::info!(
+                    "programs with maps of another layout are attached: they serve on until this version's maps hold all \
+                     Services; flows that they began end then"
+                );
+                if !pins.pinned_links()?.is_empty() {
+                    self.health.serving();
+                }
+                self.hooks = Some((hooks, pins));
+            }
+        }
+        Ok(())
+    }
+
+    fn follow_interfaces(&mut self, hooks: Hooks) {
+        self.look_after("the task that attaches programs", tokio::spawn(hooks.run()));
+    }
+
+    /// The first snapshot is in this layout's maps: now its programs can take the place of others, whose maps go.
+    fn finish_upgrade(&mut self) {
+        let Some((mut hooks, pins)) = self.hooks.take() else { return };
+        tokio::task::block_in_place(|| hooks.start());
+        match pins.remove_other_layouts() {
+            Ok(layouts) => {
+                layouts.iter().for_each(|layout| tracing::info!("removed the maps of layout {layout}"))
+            }
+            Err(error) => tracing::warn!("maps of another layout stay: {error}"),
+        }
+        self.follow_interfaces(hooks);
+    }
+
     /// Until SIGTERM or SIGINT.
     pub(super) async fn run(
         mut self,
         mut changes: mpsc::Receiver<Change>,
         mut interfaces: watch::Receiver<Interfaces>,
         choice: Choice,
+        mut signals: Signals,
     ) -> Result<()> {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut hangup = signal(SignalKind::hangup())?;
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
+        let beat = self.health.heartbeat().part("the event loop", 1);
         loop {
+            beat.beat();
             tokio::select! {
                 biased;
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
-                _ = hangup.recv() => {
-                    notify(State::Reloading);
-                    self.audit();
-                    notify(State::Ready);
+                _ = signals.terminate.recv() => break,
+                _ = signals.interrupt.recv() => break,
+                _ = signals.hangup.recv() => self.reload(),
+                _ = tick.tick() => {
+                    self.check_tasks()?;
+                    self.tick().await;
                 }
-                _ = tick.tick() => self.tick().await,
                 changed = interfaces.changed() => {
                     changed?;
                     let addresses = super::own_addresses(&interfaces.borrow_and_update(), &choice);
@@ -174,6 +242,7 @@ impl Service {
                     if count == 0 {
                         bail!("the source of objects ended: this is a fault of portolan");
                     }
+                    self.taken = (self.taken.0 + count as u64, Instant::now());
                     batch.drain(..).for_each(|change| self.take_in(change));
                     self.flush();
                 }
@@ -187,29 +256,50 @@ impl Service {
         Ok(())
     }
 
+    /// A task that ended would be missing in silence.
+    fn check_tasks(&self) -> Result<()> {
+        if let Some((what, _)) = self.tasks.iter().find(|(_, task)| task.is_finished()) {
+            bail!("{what} ended: this is a fault of portolan");
+        }
+        if self.watch.has_ended() {
+            bail!("a watch ended: this is a fault of portolan");
+        }
+        if self.watched && self.health.silent().is_empty() {
+            notify(State::Alive);
+        }
+        Ok(())
+    }
+
+    /// SIGHUP.
+    fn reload(&mut self) {
+        if !self.ready {
+            tracing::info!("SIGHUP: there is nothing to audit before the first snapshot is in the kernel");
+            return;
+        }
+        notify(State::Reloading);
+        self.audit();
+        notify(State::Ready);
+    }
+
+    /// Whether the kernel refused a write a moment ago: writes wait, and nothing else does.
+    fn backs_off(&self) -> bool {
+        self.backoff.is_some_and(|(_, until)| Instant::now() < until)
+    }
+
     async fn tick(&mut self) {
         if self.booted && !self.dataplane.is_complete() && !self.dataplane.is_current() {
             self.serve_snapshot();
         }
         self.flush();
-        if !self.dataplane.is_complete() || self.backoff.is_some_and(|(_, until)| Instant::now() < until) {
+        if !self.dataplane.is_complete() {
             return;
         }
-        if self.refused > 0 || self.backoff.is_some() {
-            let (mirror, maps) = self.dataplane.mirror();
-            match mirror.tick(maps, Instant::now()) {
-                Ok(outcome) => {
-                    self.backoff = None;
-                    self.account(outcome);
-                }
-                Err(error) => return self.failed(&error),
-            }
-        }
+        self.try_again();
         let due = if self.audit_soon { AUDIT_AGAIN.min(self.audit_period) } else { self.audit_period };
         if !due.is_zero() && self.audited.elapsed() >= due {
             self.audit();
         }
-        if self.names_changed {
+        if self.names_changed && !is_running(self.naming.as_ref()) {
             self.names_changed = false;
             self.write_names();
             let names = self.dataplane.mirror().0.names();
@@ -218,7 +308,8 @@ impl Service {
             self.fill(&[]);
         }
         // All Services are walked for this: once for however many changes.
-        if std::mem::take(&mut self.endpoints_changed) {
+        if self.endpoints_changed && !is_running(self.closing.as_ref()) {
+            self.endpoints_changed = false;
             let (ports, backends, frontends) = self.dataplane.mirror().0.sizes();
             for (number, size) in self.metrics.sizes.iter().zip([ports, backends, frontends]) {
                 number.set(size as u64);
@@ -235,4 +326,8 @@ impl Service {
             self.keeping.keep(self.dataplane.store()).await;
         }
     }
+}
+
+fn is_running(job: Option<&JoinHandle<()>>) -> bool {
+    job.is_some_and(|job| !job.is_finished())
 }

@@ -88,14 +88,9 @@ mod tests {
     use clap::Parser as _;
 
     fn settings(flags: &[&str]) -> Settings {
-        match Cli::try_parse_from(["portolan", "agent"].iter().chain(flags)).unwrap().command {
-            Command::Agent(args) => Settings::new(&args, 7, true),
-            Command::Cleanup(_)
-            | Command::Services(_)
-            | Command::Backends(_)
-            | Command::Flows(_)
-            | Command::Drops(_) => panic!("not the agent"),
-        }
+        let cli = Cli::try_parse_from(["portolan", "agent"].iter().chain(flags)).unwrap();
+        let Command::Agent(args) = cli.command else { panic!("not the agent") };
+        Settings::new(&args, 7, true)
     }
 
     #[test]

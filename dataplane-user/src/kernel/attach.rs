@@ -5,26 +5,17 @@
 
 use super::clsact;
 use super::hook::{Hook, SOCKET_HOOKS, SocketHook};
-use super::link::{self, Link, Target};
+use super::link::{self, Link, Target, interface_name};
 use super::links::{Interfaces, Role};
 use super::object::{Object, ObjectError, Programs};
 use super::pins::{PinError, Pins};
-use super::probe::{self, Cgroup, Features};
+use super::probe::{Cgroup, Features};
+use super::xdp;
 use crate::config::{SocketLb, XdpMode};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
-
-// linux/if_link.h.
-const XDP_GENERIC: u32 = 1 << 1;
-const XDP_NATIVE: u32 = 1 << 2;
-
-/// Drivers that run XDP without giving up segmentation and checksum offloads. veth and virtio are not among them.
-const XDP_DRIVERS: &[&str] = &["bnxt_en", "i40e", "ice", "igb", "igc", "ixgbe", "mlx5_core"];
-
-/// Drivers of devices that wrap packets and hand them on: what they carry came in on another uplink, where XDP is.
-const TUNNEL_DRIVERS: &[&str] = &["bareudp", "geneve", "gre", "ip6_gre", "ip6tnl", "ipip", "tun", "vxlan"];
 
 /// What went wrong at one hook.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +31,7 @@ pub enum AttachError {
         source: io::Error,
     },
     /// On the cgroup.
-    #[error("cannot attach {program} to the cgroup {cgroup}: {source}{}", hint(.source))]
+    #[error("cannot attach {program} to the cgroup {cgroup}: {source}{}", socket_hint(.source))]
     Socket {
         /// The program.
         program: &'static str,
@@ -66,7 +57,29 @@ fn hint(error: &io::Error) -> &'static str {
     }
 }
 
+fn socket_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => {
+            ". Is a program there that suffers no other beside it (`bpftool cgroup tree`), or is CAP_NET_ADMIN missing?"
+        }
+        Some(libc::E2BIG) => {
+            ". So many programs are there that the kernel takes no more (`bpftool cgroup tree`)"
+        }
+        _ => "",
+    }
+}
+
 impl AttachError {
+    /// Whether nothing that comes from the network is served on an interface as long as this is so.
+    pub fn is_deafening(&self) -> bool {
+        let deaf =
+            [Hook::UplinkIn, Hook::UplinkOut, Hook::BareUplinkIn, Hook::BareUplinkOut].map(Hook::program);
+        match self {
+            Self::Interface { program, .. } => deaf.contains(program),
+            Self::Socket { .. } | Self::Object(_) | Self::Pins(_) => false,
+        }
+    }
+
     /// Whether the interface is merely gone, which netlink will tell.
     fn is_gone(&self) -> bool {
         match self {
@@ -83,8 +96,15 @@ pub struct Attachments {
     pins: Pins,
     tcx: bool,
     xdp: XdpMode,
+    /// Drivers besides those known for which `--xdp auto` means native.
+    xdp_drivers: Vec<String>,
     attached: BTreeSet<(Hook, u32)>,
-    sockets: Vec<SocketHook>,
+    /// The programs that are attached to the cgroup.
+    sockets: BTreeSet<&'static str>,
+    /// Uplinks whose driver refused XDP, or that another XDP program has (`--xdp auto`).
+    without_xdp: BTreeSet<u32>,
+    /// The interfaces were looked through for what an earlier agent left.
+    swept: bool,
 }
 
 impl Attachments {
@@ -105,7 +125,23 @@ impl Attachments {
             programs.extend(SOCKET_HOOKS.iter().map(|hook| hook.program));
         }
         programs.into_iter().try_for_each(|program| object.load(program))?;
-        Ok(Self { object, pins, tcx: features.tcx, xdp, attached: BTreeSet::new(), sockets: Vec::new() })
+        Ok(Self {
+            object,
+            pins,
+            tcx: features.tcx,
+            xdp,
+            xdp_drivers: Vec::new(),
+            attached: BTreeSet::new(),
+            sockets: BTreeSet::new(),
+            without_xdp: BTreeSet::new(),
+            swept: false,
+        })
+    }
+
+    /// Names further drivers for which `--xdp auto` means native.
+    #[must_use]
+    pub fn with_xdp_drivers(self, xdp_drivers: Vec<String>) -> Self {
+        Self { xdp_drivers, ..self }
     }
 
     /// The programs that are loaded: the rare ones follow when an interface wants them.
@@ -118,20 +154,27 @@ impl Attachments {
         self.object.carry_over(&self.pins);
     }
 
-    /// Attaches the socket hooks to the cgroup; without one, removes them.
+    /// Attaches the socket hooks that are missing to the cgroup; without one, removes them all.
     pub fn sockets(&mut self, cgroup: Option<&Cgroup>) -> Vec<AttachError> {
         let mut errors = Vec::new();
-        for hook in SOCKET_HOOKS {
+        for hook in &SOCKET_HOOKS {
+            if self.sockets.contains(hook.program) {
+                continue;
+            }
             let result = match cgroup {
-                Some(cgroup) => self.socket(&hook, cgroup),
+                Some(cgroup) => self.socket(hook, cgroup),
                 None => self.pins.remove(&self.pins.socket_link(hook.program)).map_err(AttachError::from),
             };
-            errors.extend(result.err());
+            match result {
+                Ok(()) if cgroup.is_some() => drop(self.sockets.insert(hook.program)),
+                Ok(()) => {}
+                Err(error) => errors.push(error),
+            }
         }
         errors
     }
 
-    fn socket(&mut self, hook: &SocketHook, cgroup: &Cgroup) -> Result<(), AttachError> {
+    fn socket(&self, hook: &SocketHook, cgroup: &Cgroup) -> Result<(), AttachError> {
         let failed =
             |source| AttachError::Socket { program: hook.program, cgroup: cgroup.path.clone(), source };
         let program = self.object.program(hook.program)?;
@@ -156,9 +199,6 @@ impl Attachments {
                 link.pin(&pin).map_err(failed)?;
             }
         }
-        if !self.sockets.contains(hook) {
-            self.sockets.push(*hook);
-        }
         Ok(())
     }
 
@@ -173,19 +213,40 @@ impl Attachments {
                 let name = interface.name.as_str();
                 errors.extend(self.ensure(hook, index, name, |this| this.tc(hook, index, name)).err());
             }
-            if role == Role::Uplink
-                && interface.ethernet
-                && let Some(mode) = self.xdp_mode(&interface.name)
-            {
-                wanted.insert((Hook::XdpUplink, index));
-                let name = interface.name.as_str();
-                let result = self.ensure(Hook::XdpUplink, index, name, |this| this.xdp(index, name, mode));
-                errors.extend(result.err());
+            if role == Role::Uplink && interface.ethernet {
+                errors.extend(self.ensure_xdp(index, &interface.name, &mut wanted).err());
             }
         }
+        self.remove_filters(interfaces, roles, &wanted);
         errors.extend(self.remove_unwanted(&wanted).err());
+        self.without_xdp.retain(|index| interfaces.links.contains_key(index));
         errors.retain(|error| !error.is_gone());
         errors
+    }
+
+    /// XDP on an uplink that may have it. With `--xdp auto` a refusal means that tc does the work: it is said once, and not tried
+    /// again as long as the interface lives, for a driver may stop the device while it tries.
+    fn ensure_xdp(
+        &mut self,
+        index: u32,
+        name: &str,
+        wanted: &mut BTreeSet<(Hook, u32)>,
+    ) -> Result<(), AttachError> {
+        if self.without_xdp.contains(&index) {
+            return Ok(());
+        }
+        let Some(mode) = xdp::mode(self.xdp, name, &self.xdp_drivers) else { return Ok(()) };
+        match self.ensure(Hook::XdpUplink, index, name, |this| this.link_xdp(index, name, mode)) {
+            Err(error) if self.xdp == XdpMode::Auto && !error.is_gone() => {
+                tracing::warn!("no XDP on {name}, tc does its work: {error}");
+                self.without_xdp.insert(index);
+                Ok(())
+            }
+            result => {
+                wanted.insert((Hook::XdpUplink, index));
+                result
+            }
+        }
     }
 
     fn ensure(
@@ -215,23 +276,18 @@ impl Attachments {
         self.link(hook, index, name, Target::Tcx(index), attach_type, order)
     }
 
-    fn xdp(&mut self, index: u32, name: &str, mode: u32) -> Result<(), AttachError> {
-        self.link(Hook::XdpUplink, index, name, Target::Xdp(index), link::XDP, mode)
-    }
-
-    /// The mode of XDP on this uplink, which has Ethernet headers; `None` where tc does the work.
-    fn xdp_mode(&self, name: &str) -> Option<u32> {
-        let tunnel = || probe::driver(name).is_ok_and(|driver| TUNNEL_DRIVERS.contains(&driver.as_str()));
-        match self.xdp {
-            XdpMode::Off => None,
-            XdpMode::Native | XdpMode::Generic if tunnel() => None,
-            XdpMode::Native => Some(XDP_NATIVE),
-            XdpMode::Generic => Some(XDP_GENERIC),
-            XdpMode::Auto => {
-                let driver = probe::driver(name).ok()?;
-                XDP_DRIVERS.contains(&driver.as_str()).then_some(XDP_NATIVE)
+    /// A link keeps its mode for life. One of another mode goes first, for the kernel suffers no two: tc does the work meanwhile.
+    fn link_xdp(&mut self, index: u32, name: &str, mode: u32) -> Result<(), AttachError> {
+        let failed = interface_error(Hook::XdpUplink, name);
+        let pin = self.pins.link(Hook::XdpUplink.program(), index);
+        if let Some(link) = open(&self.pins, &pin, &failed)? {
+            let program = link.state().map_err(&failed)?.program;
+            // If nobody says how it runs, it stays as it is.
+            if xdp::mode_of(index, program).ok().flatten().is_some_and(|before| before != mode) {
+                self.pins.remove(&pin)?;
             }
         }
+        self.link(Hook::XdpUplink, index, name, Target::Xdp(index), link::XDP, mode)
     }
 
     /// Gives the pinned link the new program; without one, or if what it was attached to is gone, makes a new one.
@@ -259,11 +315,14 @@ impl Attachments {
         link.pin(&pin).map_err(failed)
     }
 
+    /// Links of interfaces that lost their role, and what a version left whose programs had other names.
     fn remove_unwanted(&mut self, wanted: &BTreeSet<(Hook, u32)>) -> Result<(), AttachError> {
         for name in self.pins.pinned_links()? {
-            if let Some(at) = parse(&name)
-                && !wanted.contains(&at)
-            {
+            let is_wanted = match parse(&name) {
+                Some(at) => wanted.contains(&at),
+                None => SOCKET_HOOKS.iter().any(|hook| hook.program == name),
+            };
+            if !is_wanted {
                 self.pins.remove(&self.pins.links().join(&name))?;
                 tracing::debug!("removed the pin {name}");
             }
@@ -272,7 +331,36 @@ impl Attachments {
         Ok(())
     }
 
-    /// Names what should be attached and is not any more (H2), and forgets it, so that it is attached again.
+    /// clsact filters of interfaces that lost their role: nothing else would ever take them away. The first time, all
+    /// interfaces are looked at that have none, for they may have had one when an earlier agent ran.
+    fn remove_filters(
+        &mut self,
+        interfaces: &Interfaces,
+        roles: &BTreeMap<u32, Role>,
+        wanted: &BTreeSet<(Hook, u32)>,
+    ) {
+        if self.tcx {
+            return;
+        }
+        let first = !std::mem::replace(&mut self.swept, true);
+        let dropped: BTreeSet<u32> = match first {
+            true => interfaces.links.keys().copied().filter(|index| !roles.contains_key(index)).collect(),
+            false => self.attached.difference(wanted).map(|(_, index)| *index).collect(),
+        };
+        for (index, interface) in interfaces.links.iter().filter(|(index, _)| dropped.contains(index)) {
+            // One whose role is another now has that one's programs in the same place.
+            let gone = if roles.contains_key(index) { Vec::new() } else { clsact::detach(&interface.name) };
+            for direction in gone {
+                tracing::info!(
+                    "removed the {direction} filter from {}, which is no uplink and no pod's any more",
+                    interface.name
+                );
+            }
+        }
+    }
+
+    /// Names what somebody detached (H2), and forgets all that is not attached any more, so that it is attached again. An
+    /// interface that went took its programs with it: that is no loss.
     pub fn lost(&mut self) -> Vec<String> {
         let mut lost = Vec::new();
         let (pins, object, tcx) = (&self.pins, &self.object, self.tcx);
@@ -280,21 +368,28 @@ impl Attachments {
             let there = if tcx || *hook == Hook::XdpUplink {
                 is_attached(object, &pins.link(hook.program(), *index), hook.program())
             } else {
-                // What cannot be known is not reported.
-                clsact::is_attached(*index, hook.is_egress()).unwrap_or(true)
+                has_filter(object, *hook, *index)
             };
-            if !there {
-                lost.push(format!("{}-{index}", hook.program()));
+            if !there && let Some(interface) = interface_name(*index) {
+                lost.push(format!("{} of {interface}", hook.program()));
             }
             there
         });
-        for hook in &self.sockets {
-            if !is_attached(&self.object, &self.pins.socket_link(hook.program), hook.program) {
-                lost.push(hook.program.to_owned());
+        self.sockets.retain(|program| {
+            let there = is_attached(object, &pins.socket_link(program), program);
+            if !there {
+                lost.push((*program).to_owned());
             }
-        }
+            there
+        });
         lost
     }
+}
+
+/// Whether the interface has the filter, with this agent's program. What cannot be known is not reported.
+fn has_filter(object: &Object, hook: Hook, index: u32) -> bool {
+    let Ok((program, _)) = object.program_id(hook.program()) else { return true };
+    clsact::is_attached(index, hook.is_egress(), program).unwrap_or(true)
 }
 
 fn interface_error(hook: Hook, name: &str) -> impl Fn(io::Error) -> AttachError {
@@ -323,12 +418,15 @@ fn open(
     }
 }
 
+/// Whether the link that is pinned there runs this agent's program. What cannot be known is not reported.
 fn is_attached(object: &Object, pin: &Path, program: &str) -> bool {
-    let Ok((id, _)) = object.program_id(program) else { return false };
-    matches!(
-        Link::open(pin).ok().flatten().and_then(|link| link.state().ok()),
-        Some(state) if state.program == id && !state.target.is_gone()
-    )
+    let (Ok((id, _)), Ok(link)) = (object.program_id(program), Link::open(pin)) else { return true };
+    match link.map(|link| link.state()) {
+        None => false,
+        Some(Ok(state)) => state.program == id && !state.target.is_gone(),
+        // Something else is pinned there.
+        Some(Err(error)) => error.raw_os_error() != Some(libc::EINVAL),
+    }
 }
 
 /// Hook and interface of a pin's name.

@@ -3,6 +3,7 @@
 
 use super::clsact;
 use super::hook::Hook;
+use super::link::interface_name;
 use super::links::LinksError;
 use super::pins::{self, PinError, Pins};
 use super::service_route::{self, RouteError};
@@ -68,14 +69,6 @@ fn describe(pin: &str) -> String {
         Some(interface) => format!("{pin} (interface {interface})"),
         None => pin.to_owned(),
     }
-}
-
-fn interface_name(index: u32) -> Option<String> {
-    let mut name = [0u8; libc::IF_NAMESIZE];
-    // SAFETY: the buffer has the length that the function asks for and outlives the call.
-    let found = unsafe { libc::if_indextoname(index, name.as_mut_ptr().cast()) };
-    let end = name.iter().position(|byte| *byte == 0)?;
-    (!found.is_null()).then(|| String::from_utf8_lossy(&name[..end]).into_owned())
 }
 
 fn handle() -> Result<rtnetlink::Handle, LinksError> {

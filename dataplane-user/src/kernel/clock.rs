@@ -2,24 +2,21 @@
 
 use super::bpf::{TestRun, prog_test_run};
 use super::object::{Object, ObjectError};
+use dataplane_common::flow::TICK_SHIFT;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Name of the program that returns the tick.
 const PROGRAM: &str = "clock";
-/// The fastest clock there is (1000 Hz), taken until this one has been watched for a while: nothing looks older than it is.
-const FASTEST_TICKS_PER_SECOND: f64 = 1_000.0 / (1 << dataplane_common::flow::TICK_SHIFT) as f64;
-/// How long it is watched before its speed is known well enough.
-const WATCHED: Duration = Duration::from_secs(60);
 
 /// The clock.
 #[derive(Debug)]
 pub struct Clock {
     program: OwnedFd,
-    first: (u32, Instant),
     last: Mutex<u32>,
+    tick_length: Duration,
 }
 
 impl Clock {
@@ -32,7 +29,8 @@ impl Clock {
         let failed = |source| ObjectError::Refused { what: format!("a run of {PROGRAM}"), source };
         let program = object.program(PROGRAM)?.try_clone_to_owned().map_err(failed)?;
         let tick = run(&program).map_err(failed)?;
-        Ok(Self { program, first: (tick, Instant::now()), last: Mutex::new(tick) })
+        let tick_length = tick_length(jiffy().map_err(failed)?);
+        Ok(Self { program, last: Mutex::new(tick), tick_length })
     }
 
     /// The tick now. If the program cannot be run, the last one that was seen: nothing looks older than it is.
@@ -45,16 +43,31 @@ impl Clock {
         *last
     }
 
-    /// How many ticks there are in a second on this kernel.
-    pub fn ticks_per_second(&self) -> f64 {
-        let (tick, then) = self.first;
-        let elapsed = then.elapsed();
-        if elapsed < WATCHED {
-            return FASTEST_TICKS_PER_SECOND;
-        }
-        let ticks = dataplane_common::flow::ticks_between(tick, self.tick());
-        (f64::from(ticks) / elapsed.as_secs_f64()).max(f64::MIN_POSITIVE)
+    /// The time from one tick to the next on this kernel.
+    pub fn tick_length(&self) -> Duration {
+        self.tick_length
     }
+}
+
+/// The time from one tick to the next, where a jiffy lasts so long.
+pub const fn tick_length(jiffy: Duration) -> Duration {
+    jiffy.saturating_mul(1 << TICK_SHIFT)
+}
+
+/// How long a jiffy lasts: the resolution of the coarse clocks, which is 1/`CONFIG_HZ` by definition (`KTIME_LOW_RES` in
+/// `kernel/time/posix-timers.c`). The ticks themselves cannot tell: they wrap.
+///
+/// # Errors
+/// The kernel's.
+pub fn jiffy() -> io::Result<Duration> {
+    let mut resolution = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `resolution` is as long as the kernel expects and outlives the call.
+    if unsafe { libc::clock_getres(libc::CLOCK_MONOTONIC_COARSE, &raw mut resolution) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let whole = u64::try_from(resolution.tv_sec).ok().zip(u32::try_from(resolution.tv_nsec).ok());
+    let jiffy = whole.map(|(seconds, nanoseconds)| Duration::new(seconds, nanoseconds));
+    jiffy.filter(|jiffy| !jiffy.is_zero()).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 fn run(program: &OwnedFd) -> io::Result<u32> {
@@ -62,4 +75,16 @@ fn run(program: &OwnedFd) -> io::Result<u32> {
     let result = prog_test_run(program.as_fd(), &TestRun { data: &packet, ..TestRun::default() })?;
     // The program gives the low 32 bits of jiffies.
     Ok(dataplane_common::flow::tick(result.retval))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_jiffy_is_as_long_as_a_kernel_can_have_it() {
+        let rates = [100, 250, 300, 1_000].map(|hz| Duration::from_nanos((1_000_000_000 + hz / 2) / hz));
+        let jiffy = jiffy().unwrap();
+        assert!(rates.contains(&jiffy), "{jiffy:?}");
+    }
 }

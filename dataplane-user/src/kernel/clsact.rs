@@ -13,7 +13,7 @@ use aya::programs::{ProgramError, SchedClassifier, TcAttachType, tc};
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkPayload};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::tc::TcMessage;
+use rtnetlink::packet_route::tc::{TcAttribute, TcFilterBpfOption, TcMessage, TcOption};
 use std::io;
 
 /// The handle of all filters of this agent: "PL".
@@ -57,11 +57,12 @@ pub(super) fn attach(program: &mut SchedClassifier, interface: &str, egress: boo
     Ok(())
 }
 
-/// Whether the filter is on the interface with this index (H2). An interface that is gone has lost nothing.
+/// Whether the filter is on the interface with this index, and runs the program with this id (H2). An interface that is gone
+/// has lost nothing.
 ///
 /// # Errors
 /// If netlink does not answer.
-pub(super) fn is_attached(index: u32, egress: bool) -> io::Result<bool> {
+pub(super) fn is_attached(index: u32, egress: bool, program: u32) -> io::Result<bool> {
     let netlink = netlink::connect(NETLINK_ROUTE)?;
     let mut request = TcMessage::with_index(index.try_into().map_err(io::Error::other)?);
     request.header.parent = if egress { PARENT_OUT } else { PARENT_IN }.into();
@@ -74,7 +75,8 @@ pub(super) fn is_attached(index: u32, egress: bool) -> io::Result<bool> {
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewTrafficFilter(filter)) => {
                     // The priority is the upper half of this word, the protocol the lower.
                     found |= u32::from(filter.header.handle) == HANDLE_NUMBER
-                        && filter.header.info >> 16 == u32::from(priority);
+                        && filter.header.info >> 16 == u32::from(priority)
+                        && runs(&filter, program);
                 }
                 NetlinkPayload::Error(error) if error.to_io().raw_os_error() == Some(libc::ENODEV) => {
                     return Ok(true);
@@ -85,6 +87,15 @@ pub(super) fn is_attached(index: u32, egress: bool) -> io::Result<bool> {
             }
         }
     }
+}
+
+/// Whether a filter runs the program with this id.
+fn runs(filter: &TcMessage, program: u32) -> bool {
+    let wanted = TcOption::Bpf(TcFilterBpfOption::ProgId(program));
+    filter.attributes.iter().any(|attribute| match attribute {
+        TcAttribute::Options(options) => options.contains(&wanted),
+        _ => false,
+    })
 }
 
 /// Removes both filters of an interface; says which there were.

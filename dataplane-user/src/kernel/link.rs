@@ -214,6 +214,15 @@ impl Link {
     }
 }
 
+/// The name of the interface with this index; `None` if there is none in this network namespace.
+pub(super) fn interface_name(index: u32) -> Option<String> {
+    let mut name = [0u8; libc::IF_NAMESIZE];
+    // SAFETY: the buffer has the length that the function asks for and outlives the call.
+    let found = unsafe { libc::if_indextoname(index, name.as_mut_ptr().cast()) };
+    let end = name.iter().position(|byte| *byte == 0)?;
+    (!found.is_null()).then(|| String::from_utf8_lossy(&name[..end]).into_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,7 +4,7 @@ use netlink_packet_core::{NetlinkDeserializable, NetlinkSerializable};
 use netlink_packet_core::{NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_sys::{Socket, SocketAddr};
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Room for one answer of the kernel, which packs a dump into pages.
 const ANSWER: usize = 64 * 1024;
@@ -53,10 +53,20 @@ pub(super) fn receive<M: NetlinkDeserializable>(netlink: &Socket) -> io::Result<
 fn wait_readable(netlink: &Socket) -> io::Result<()> {
     use std::os::fd::AsRawFd as _;
     let mut poll = libc::pollfd { fd: netlink.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: one valid `pollfd` for the whole call.
-    match unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as i32) } {
-        0 => Err(io::ErrorKind::TimedOut.into()),
-        ready if ready < 0 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let left = end.saturating_duration_since(Instant::now()).as_millis() as i32;
+        // SAFETY: one valid `pollfd` for the whole call.
+        match unsafe { libc::poll(&mut poll, 1, left) } {
+            0 => return Err(io::ErrorKind::TimedOut.into()),
+            ready if ready > 0 => return Ok(()),
+            _ => {
+                let error = io::Error::last_os_error();
+                // A signal, which is somebody else's.
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
     }
 }

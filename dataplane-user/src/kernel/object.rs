@@ -194,10 +194,10 @@ impl Object {
             let wanted = options.sizes.iter().rfind(|size| size.map == name);
             let wanted = wanted.map_or(capacity, |size| size.entries as usize);
             let entries = found_entries(&found, name, map_type(kind), &path)?;
+            // What an attempt to enlarge it that was cut short left.
+            pins.remove(&enlarge::new_pin(pins, name))?;
             if wanted > entries {
                 let path = enlarge::new_pin(pins, name);
-                // What an attempt that was cut short left.
-                pins.remove(&path)?;
                 loader.map_pin_path(name, path);
                 enlarged.push(Enlarged::new(name, found));
                 continue;

@@ -24,8 +24,9 @@ const SYS_FS_BPF: &str = "/sys/fs/bpf";
 pub enum PinError {
     /// No BPF file system, and none could be mounted.
     #[error(
-        "there is no BPF file system at {path}, and mounting one failed: {source}. Run as root: `mount -t bpf bpf {path}`; \
-         in a container, mount the host's {SYS_FS_BPF} there"
+        "there is no BPF file system at {path}, and mounting one failed: {source}. As root on the node, `portolan mount-bpffs` \
+         or `mount -t bpf bpf {path}` mounts one. In a cluster an init container does that: a privileged one that has the \
+         node's {SYS_FS_BPF} with `mountPropagation: Bidirectional`, as deploy/portolan.yaml has it"
     )]
     Mount {
         /// Where.
@@ -64,12 +65,18 @@ fn folder_error(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Pi
 #[derive(Clone, Debug)]
 pub struct Pins {
     root: PathBuf,
+    layout: String,
 }
 
 impl Pins {
-    /// The folder at `root`, which may not exist yet.
+    /// The folder at `root`, which may not exist yet, with maps of this version's layout.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+        Self::with_layout(root, LAYOUT)
+    }
+
+    /// The folder at `root` with maps of the layout of this name: `v` and a number.
+    pub fn with_layout(root: &Path, layout: &str) -> Self {
+        Self { root: root.to_owned(), layout: layout.to_owned() }
     }
 
     /// The folder itself.
@@ -79,7 +86,7 @@ impl Pins {
 
     /// Folder of the maps of this layout.
     pub fn maps(&self) -> PathBuf {
-        self.root.join(LAYOUT)
+        self.root.join(&self.layout)
     }
 
     /// Pin of a map.
@@ -102,20 +109,26 @@ impl Pins {
         self.links().join(program)
     }
 
-    /// Makes the folders, and mounts a BPF file system if there is none.
+    /// Makes the folders, and mounts a BPF file system if there is none; says where it mounted one.
+    ///
+    /// What counts is the kind of the file system, not whether the folder is a mount point: in a container it is one always.
     ///
     /// # Errors
     /// If it cannot be mounted, or a folder cannot be made.
-    pub fn prepare(&self) -> Result<(), PinError> {
+    pub fn prepare(&self) -> Result<Option<PathBuf>, PinError> {
         let existing = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-        if !is_bpffs(existing).map_err(folder_error("read", existing))? {
+        let mounted = if is_bpffs(existing).map_err(folder_error("read", existing))? {
+            None
+        } else {
             let under_custom = self.root.starts_with(SYS_FS_BPF) && Path::new(SYS_FS_BPF).exists();
-            mount(if under_custom { Path::new(SYS_FS_BPF) } else { &self.root })?;
-        }
+            let at = if under_custom { Path::new(SYS_FS_BPF) } else { &self.root };
+            mount(at)?;
+            Some(at.to_owned())
+        };
         for folder in [self.maps(), self.links()] {
             fs::create_dir_all(&folder).map_err(folder_error("make", &folder))?;
         }
-        Ok(())
+        Ok(mounted)
     }
 
     /// Takes the folder for this process; it is free again when the process ends, however it ends.
@@ -173,6 +186,42 @@ impl Pins {
         Ok(maps)
     }
 
+    /// The layouts besides this one of which there are maps: an upgrade or its way back is not complete.
+    ///
+    /// # Errors
+    /// If the folder cannot be read.
+    pub fn other_layouts(&self) -> Result<Vec<String>, PinError> {
+        let names = names(&self.root)?.into_iter();
+        Ok(names.filter(|name| is_layout(name) && *name != self.layout).collect())
+    }
+
+    /// Whether the programs that are attached may read maps of another layout: then they serve what this layout's maps do not
+    /// hold yet. To be asked before this layout's maps are made.
+    ///
+    /// # Errors
+    /// If a folder cannot be read.
+    pub fn is_upgrade(&self) -> Result<bool, PinError> {
+        let new = names(&self.maps())?.is_empty();
+        Ok(!self.other_layouts()?.is_empty() || new && !self.pinned_links()?.is_empty())
+    }
+
+    /// Removes the maps of all other layouts; says of which. The kernel has each map for as long as a program reads it. What is
+    /// no layout's folder is somebody else's, and stays.
+    ///
+    /// # Errors
+    /// If one cannot be removed.
+    pub fn remove_other_layouts(&self) -> Result<Vec<String>, PinError> {
+        let layouts = self.other_layouts()?;
+        for layout in &layouts {
+            let folder = self.root.join(layout);
+            for map in names(&folder)? {
+                self.remove(&folder.join(map))?;
+            }
+            fs::remove_dir(&folder).map_err(folder_error("remove", &folder))?;
+        }
+        Ok(layouts)
+    }
+
     /// Removes one pin. A pin that is gone already is no error.
     ///
     /// # Errors
@@ -199,6 +248,11 @@ impl Pins {
             Ok(()) | Err(_) => Ok(()),
         }
     }
+}
+
+/// Whether a name is that of a layout.
+pub fn is_layout(name: &str) -> bool {
+    name.strip_prefix('v').is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
 /// The right to use the pin folder, as long as this lives.
@@ -242,7 +296,6 @@ fn mount(at: &Path) -> Result<(), PinError> {
     if result != 0 {
         return Err(failed(io::Error::last_os_error()));
     }
-    tracing::info!("mounted a BPF file system at {}; pins last as long as this mount", at.display());
     Ok(())
 }
 
@@ -299,6 +352,32 @@ mod tests {
         drop(held);
         pins.hold(Duration::ZERO).unwrap();
         fs::remove_dir(&root).unwrap();
+    }
+
+    fn folder(name: &str, entries: &[&str]) -> Pins {
+        let root = std::env::temp_dir().join(format!("portolan-{name}-{}", std::process::id()));
+        let pins = Pins::with_layout(&root, "v4");
+        for entry in entries {
+            let path = root.join(entry);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        pins
+    }
+
+    #[test]
+    fn an_upgrade_is_not_complete_before_other_layouts_are_gone() {
+        let pins = folder("upgrade", &["links/connect4", "v3/flows", "v3/slots", "theirs/map", "v4/flows"]);
+        assert!(pins.is_upgrade().unwrap(), "one was cut short before");
+        assert_eq!(pins.remove_other_layouts().unwrap(), ["v3"]);
+        assert!(!pins.is_upgrade().unwrap());
+        assert!(!pins.root().join("v3").exists() && pins.root().join("theirs/map").exists());
+        fs::remove_file(pins.map("flows")).unwrap();
+        assert!(pins.is_upgrade().unwrap(), "the programs read maps that are pinned nowhere");
+        fs::remove_file(pins.socket_link("connect4")).unwrap();
+        assert!(!pins.is_upgrade().unwrap(), "there is nothing");
+        fs::remove_dir_all(pins.root()).unwrap();
+        assert!(!pins.is_upgrade().unwrap(), "there is no folder");
     }
 
     #[test]

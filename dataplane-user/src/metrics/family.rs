@@ -73,7 +73,7 @@ families! {
     LIVEZ = "kubeproxy_proxy_livez_total", Counter, ["code"],
         "Answers to /livez by HTTP status";
     HEALTHY = "portolan_healthy", Gauge, [],
-        "1 if /livez says that this node serves its Services, else 0";
+        "1 if the node can serve what it was told, as /healthz has it, else 0";
     SYNC_CALLS = "portolan_sync_bpf_calls_total", Counter, [],
         "Calls of bpf(2) that changes took";
     SYNC_OPS = "portolan_sync_ops_total", Counter, [],
@@ -92,6 +92,8 @@ families! {
         "Services whose changes found no room in a table";
     HEALTH_CHECK_PORTS = "portolan_health_check_ports_unbound", Gauge, [],
         "Health check ports that cannot be had, counted per address: something else listens there";
+    UNATTACHED = "portolan_unattached_programs", Gauge, [],
+        "Programs that should be attached and are not, each at each place: the log says why";
     REATTACHED = "portolan_reattached_total", Counter, [],
         "Programs that somebody detached and that were attached again";
     WATCH_CONNECTED_SINCE = "portolan_watch_connected_since_timestamp_seconds", Gauge, ["kind"],
@@ -116,6 +118,8 @@ families! {
         "Service ranges with a route to Portolan's own device, for what the node itself sends";
     SERVICE_ROUTES_RESTORED = "portolan_service_routes_restored_total", Counter, [],
         "Routes for service ranges that something removed and that were made again";
+    PRIVATE_PINS = "portolan_private_pins", Gauge, [],
+        "1 if pins, and with them programs and flows, end with the agent: no other process has their BPF file system; else 0";
     SERVICE_PORTS = "portolan_service_ports", Gauge, [],
         "Service ports in the kernel, IPv4 and IPv6 counted apart";
     BACKENDS = "portolan_backends", Gauge, [],
@@ -168,7 +172,7 @@ families! {
         "File descriptors of the agent";
     MAX_FDS = "process_max_fds", Gauge, [],
         "File descriptors that the agent may have";
-    BUILD = "portolan_build_info", Gauge, ["version"],
+    BUILD = "portolan_build_info", Gauge, ["version", "revision"],
         "Always 1";
 }
 

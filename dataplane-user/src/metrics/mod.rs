@@ -12,6 +12,7 @@ pub use histogram::Histogram;
 pub use traffic::{Counts, Ports, SERIES};
 
 use crate::model::Kind;
+use crate::version;
 use crate::watch::KindStatus;
 use family::Text;
 use std::collections::BTreeMap;
@@ -102,6 +103,8 @@ pub struct Metrics {
     pub routes_restored: Number,
     /// 1 while another proxy's connections may run.
     pub taking_over: Number,
+    /// 1 if pins end with the agent.
+    pub private_pins: Number,
     /// How full the tables are.
     pub fill: Fill,
     /// The service ports whose counters are told.
@@ -113,8 +116,10 @@ pub struct Metrics {
 /// What is looked up at the moment somebody asks.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
-    /// Whether `/livez` is 200.
+    /// Whether the node can serve what it was told (H2).
     pub healthy: bool,
+    /// Programs that should be attached and are not.
+    pub unattached: usize,
     /// Health check ports that cannot be had.
     pub unbound: usize,
     /// How often each reason occurred.
@@ -187,6 +192,7 @@ impl Metrics {
             (&family::TAKING_OVER, &self.taking_over),
             (&family::SERVICE_ROUTES, &self.routes),
             (&family::SERVICE_ROUTES_RESTORED, &self.routes_restored),
+            (&family::PRIVATE_PINS, &self.private_pins),
             (&family::SERVICE_PORTS, ports),
             (&family::BACKENDS, backends),
             (&family::FRONTENDS, frontends),
@@ -208,7 +214,7 @@ impl Metrics {
         runs(&mut text, &observed.runs);
         process::write(&mut text);
         text.head(&family::BUILD);
-        text.sample(&family::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
+        text.sample(&family::BUILD, &[env!("CARGO_PKG_VERSION"), version::revision()], 1);
         text.into_string()
     }
 
@@ -223,6 +229,7 @@ impl Metrics {
         }
         text.single(&family::HEALTHY, u8::from(observed.healthy));
         text.single(&family::HEALTH_CHECK_PORTS, observed.unbound);
+        text.single(&family::UNATTACHED, observed.unattached);
     }
 
     fn complaints(&self) -> Vec<(&'static str, u64)> {

@@ -1,6 +1,7 @@
 //! The file that holds the snapshot: replaced whole or not at all, and set aside where it cannot be trusted.
 
 use super::format::{self, Owner, Refusal};
+use super::servers::{self, Source};
 use crate::model::{Object, Shared};
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
@@ -14,6 +15,14 @@ const NAME: &str = "snapshot";
 const UNFINISHED: &str = "snapshot.new";
 /// What was not trusted: the last such file, for people to look at.
 const REFUSED: &str = "snapshot.refused";
+/// Why the folder may stay: there is none, it holds what is not ours, or it is mounted into a container, perhaps one whose root is
+/// read-only.
+const STAYS: [io::ErrorKind; 4] = [
+    io::ErrorKind::NotFound,
+    io::ErrorKind::DirectoryNotEmpty,
+    io::ErrorKind::ResourceBusy,
+    io::ErrorKind::ReadOnlyFilesystem,
+];
 /// Bits of a file's mode by which others than its owner may write it.
 const OTHERS_WRITE: u32 = 0o022;
 
@@ -41,6 +50,14 @@ pub enum SnapshotError {
     /// It cannot be read.
     #[error("the snapshot {} cannot be read: {error}", file.display())]
     Read {
+        /// The file.
+        file: PathBuf,
+        /// The kernel's answer.
+        error: io::Error,
+    },
+    /// It cannot be removed.
+    #[error("cannot remove {}: {error}", file.display())]
+    Remove {
         /// The file.
         file: PathBuf,
         /// The kernel's answer.
@@ -90,6 +107,15 @@ impl File {
     /// If it cannot be written; the old one is then still there.
     pub fn save(&self, objects: &Shared, taken: SystemTime) -> Result<u64, SnapshotError> {
         self.try_save(objects, taken).map_err(|error| SnapshotError::Write { file: self.path(), error })
+    }
+
+    /// Keeps where API servers are, beside the snapshot.
+    ///
+    /// # Errors
+    /// If that cannot be written; what was written before is then still there.
+    pub fn save_servers(&self, servers: &[String]) -> Result<(), SnapshotError> {
+        servers::write(&self.folder, Source::Endpoints, servers)
+            .map_err(|error| SnapshotError::Write { file: self.folder.join(Source::Endpoints.file()), error })
     }
 
     fn try_save(&self, objects: &Shared, taken: SystemTime) -> io::Result<u64> {
@@ -151,6 +177,29 @@ impl File {
             Err(_) => SnapshotError::Refused { aside: file.clone(), file, refusal },
         }
     }
+}
+
+/// Removes whatever any [`File`] has left in a folder, and where API servers were found, and the folder if it is empty then; tells each thing that it removed. A
+/// folder that is mounted into a container stays there, empty.
+///
+/// # Errors
+/// If something is there and cannot be removed.
+pub fn remove(folder: &Path, mut removed: impl FnMut(String)) -> Result<(), SnapshotError> {
+    let servers = [Source::Endpoints, Source::Kubelet].map(Source::file);
+    for name in [NAME, UNFINISHED, REFUSED].into_iter().chain(servers) {
+        let file = folder.join(name);
+        match fs::remove_file(&file) {
+            Ok(()) => removed(format!("file {}", file.display())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(SnapshotError::Remove { file, error }),
+        }
+    }
+    match fs::remove_dir(folder) {
+        Ok(()) => removed(format!("folder {}", folder.display())),
+        Err(error) if STAYS.contains(&error.kind()) => {}
+        Err(error) => return Err(SnapshotError::Remove { file: folder.to_owned(), error }),
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -244,6 +293,26 @@ mod tests {
         file.save(&Store::new("n1").share(), taken()).unwrap();
         assert_eq!(file.load().unwrap().unwrap().objects.len(), 0);
         assert_eq!(folder.names(), ["snapshot"]);
+    }
+
+    #[test]
+    fn all_that_is_left_is_removed_and_nothing_else() {
+        let folder = Folder::new("removed");
+        let removed = |folder: &Folder| {
+            let mut told = Vec::new();
+            remove(&folder.0, |what| told.push(what)).unwrap();
+            told
+        };
+        assert!(removed(&folder).is_empty(), "there is nothing yet");
+        folder.file().save(&store().share(), taken()).unwrap();
+        for name in [UNFINISHED, REFUSED, Source::Kubelet.file(), "stranger"] {
+            fs::write(folder.0.join(name), "").unwrap();
+        }
+        assert_eq!(removed(&folder).len(), 4);
+        assert_eq!(folder.names(), ["stranger"]);
+        fs::remove_file(folder.0.join("stranger")).unwrap();
+        assert_eq!(removed(&folder), [format!("folder {}", folder.0.display())]);
+        assert!(!folder.0.exists());
     }
 
     #[test]

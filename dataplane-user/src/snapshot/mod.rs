@@ -6,8 +6,9 @@
 
 mod file;
 mod format;
+pub mod servers;
 
-pub use file::{File, Loaded, SnapshotError};
+pub use file::{File, Loaded, SnapshotError, remove};
 pub use format::{Owner, Refusal, VERSION};
 #[cfg(test)]
 pub(crate) use format::{read, write};

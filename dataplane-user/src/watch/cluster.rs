@@ -15,13 +15,17 @@ mod listing;
 mod pause;
 mod proxy;
 mod seen;
+mod servers;
 
 use super::objects::{
     HEADLESS_LABEL, PROXY_NAME_LABEL, WrittenEndpointSlice, WrittenNode, WrittenService, WrittenServiceCidr,
 };
 use super::{Changes, Events, Options, Status, Watch};
+use crate::causes::causes;
 pub(super) use access::Access;
 use follow::{Following, follow};
+use kube::config::Kubeconfig;
+pub use servers::{ApiServer, Servers};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -61,21 +65,38 @@ pub enum ClusterError {
     },
 }
 
-/// Watches the API server that `kubeconfig` names; without one, that of the cluster in which this is a pod.
+/// Watches the API server that `kubeconfig` names; without one, that of the cluster in which this is a pod, which is looked for.
+/// Servers that were named come before both.
 ///
 /// Does not wait for the API server: it may come later.
 pub async fn watch(
     kubeconfig: Option<&Path>,
+    servers: Servers,
     options: Options,
-    changes: Changes,
+    changes: impl Into<Changes>,
 ) -> Result<Watch, ClusterError> {
-    let access = Access::open(kubeconfig).await?;
+    let access = Access::open(kubeconfig, servers).await?;
     let server = access.session().await.server;
     tracing::info!(server = &*server, "watching the Kubernetes API");
     Ok(start(access, options, changes))
 }
 
-fn start(access: Access, options: Options, changes: Changes) -> Watch {
+/// The API servers that a kubeconfig names; none if there is no such file.
+///
+/// # Errors
+/// If it is there and cannot be read.
+pub fn servers_of(kubeconfig: &Path) -> Result<Vec<String>, ClusterError> {
+    if !kubeconfig.exists() {
+        return Ok(Vec::new());
+    }
+    let read = Kubeconfig::read_from(kubeconfig)
+        .map_err(|error| ClusterError::Kubeconfig { file: kubeconfig.to_owned(), reason: causes(&error) })?;
+    let clusters = read.clusters.into_iter().filter_map(|cluster| cluster.cluster?.server);
+    Ok(clusters.collect())
+}
+
+fn start(access: Access, options: Options, changes: impl Into<Changes>) -> Watch {
+    let changes = changes.into();
     let status = Status::default();
     let (events, publisher) = Events::to(access.clone(), &options.node_name);
     let following = |labels: Option<String>, fields: Option<String>| Following {

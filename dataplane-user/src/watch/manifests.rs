@@ -22,10 +22,10 @@ use std::path::PathBuf;
 /// A folder or a file that others than root or the agent's user can write is not read, but named.
 ///
 /// The objects of all files are told at once. Fails only if the folder cannot be read now.
-pub fn watch(folder: PathBuf, options: Options, changes: Changes) -> Result<Watch, ManifestError> {
+pub fn watch(folder: PathBuf, options: Options, changes: impl Into<Changes>) -> Result<Watch, ManifestError> {
     let follower = Follower::new(&folder)?;
     let status = Status::default();
-    let task = tokio::spawn(run(folder, options, follower, changes, status.clone()));
+    let task = tokio::spawn(run(folder, options, follower, changes.into(), status.clone()));
     Ok(Watch { status, events: Events::none(), tasks: vec![task] })
 }
 

@@ -12,7 +12,10 @@ pub mod objects;
 pub mod status;
 
 use crate::model::{Change, Kind};
+use crate::pending::Pending;
 use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 pub use events::Events;
@@ -58,6 +61,11 @@ impl Watch {
     pub fn events(&self) -> Events {
         self.events.clone()
     }
+
+    /// Whether a part of the source has ended, which none ever should.
+    pub fn has_ended(&self) -> bool {
+        self.tasks.iter().any(JoinHandle::is_finished)
+    }
 }
 
 impl Drop for Watch {
@@ -68,5 +76,38 @@ impl Drop for Watch {
     }
 }
 
-/// Where the changes go.
-pub type Changes = tokio::sync::mpsc::Sender<Change>;
+/// Where the changes go; clones lead to the same place.
+#[derive(Clone, Debug)]
+pub struct Changes {
+    sender: mpsc::Sender<Change>,
+    pending: Pending,
+}
+
+/// Nobody listens any more.
+#[derive(Debug)]
+pub struct Closed;
+
+impl Changes {
+    /// Through this channel; `pending` is told of each change before it is sent.
+    pub fn new(sender: mpsc::Sender<Change>, pending: Pending) -> Self {
+        Self { sender, pending }
+    }
+
+    /// Sends a change, when there is room.
+    ///
+    /// # Errors
+    /// [`Closed`].
+    pub async fn send(&self, change: Change) -> Result<(), Closed> {
+        // What waits for room was not sent: what is in the way is older.
+        let permit = self.sender.reserve().await.map_err(|_| Closed)?;
+        self.pending.sent(Instant::now());
+        permit.send(change);
+        Ok(())
+    }
+}
+
+impl From<mpsc::Sender<Change>> for Changes {
+    fn from(sender: mpsc::Sender<Change>) -> Self {
+        Self::new(sender, Pending::default())
+    }
+}

@@ -257,7 +257,7 @@ impl<'a> Bench<'a> {
             inside.push(milliseconds.context("the agent does not tell how long its first tables took")?);
             if round + 1 < rounds {
                 agent.stop()?;
-                self.node().portolan(&["cleanup"])?;
+                self.node().portolan(&["cleanup", "--keep-state"])?;
                 fs::remove_dir_all(self.node().state_folder())?;
                 fs::create_dir_all(self.node().state_folder())?;
             }

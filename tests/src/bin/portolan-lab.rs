@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use dataplane_tests::controlplane::Binaries;
 use dataplane_tests::{lab, tour};
 use std::process::ExitCode;
 
@@ -37,6 +38,9 @@ enum Verb {
         #[arg(long, default_value_t = 1)]
         nodes: u8,
     },
+    /// Find or build the programs of the control plane, so that no test waits for that.
+    #[command(hide = true)]
+    Prepare,
     /// Remove what killed labs left behind.
     Clean,
 }
@@ -64,6 +68,9 @@ fn run() -> Result<ExitCode> {
             loop {
                 std::thread::park();
             }
+        }
+        Verb::Prepare => {
+            Binaries::find_or_build()?.find_or_build_dns()?;
         }
         Verb::Clean => match lab::sweep()?.as_slice() {
             [] => println!("nothing to remove"),

@@ -11,6 +11,7 @@ mod etcd;
 mod forward;
 mod kubelet;
 mod objects;
+mod privileged;
 mod scheduler;
 
 pub use binaries::{Binaries, FOLDER_VARIABLE, target_folder};
@@ -19,10 +20,11 @@ pub(crate) use etcd::Stored;
 use crate::lab::{Lab, Node, Place, Process, at};
 use anyhow::{Context, Result, ensure};
 use kube::Client;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fs;
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -79,6 +81,9 @@ impl ControlPlane {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let forwarder = runtime.block_on(forward::listen(place.clone(), at(API_SERVER.0, API_SERVER.1)))?;
         write_kubeconfigs(&folder, forwarder)?;
+        for node in lab.nodes() {
+            write_kubelet_kubeconfig(node)?;
+        }
         let client = runtime.block_on(client(&folder.join("kubelet.kubeconfig")))?;
         let plane = Self {
             place,
@@ -137,6 +142,11 @@ impl ControlPlane {
     /// Has the lab's kubelet know the image of an OCI archive, and says by which name.
     pub fn load_image(&self, archive: &Path) -> Result<String> {
         container::load(archive, &self.images())
+    }
+
+    /// Has it know an image that holds one program of this machine, and the folders of this machine by which that works.
+    pub fn make_image(&self, name: &str, program: &Path, at: &str) -> Result<()> {
+        container::make(&self.images().join(name), program, at)
     }
 
     /// Where `kubectl` is.
@@ -328,12 +338,26 @@ fn start_api_server(binaries: &Binaries, place: &Place, folder: &Path, logs: &Pa
         command.arg(flag).arg(folder.join(file));
     }
     command.args([
+        // As kubeadm starts it: kube-proxy's own pods are privileged.
+        "--allow-privileged=true",
         "--authorization-mode=RBAC",
         "--service-account-issuer=https://kubernetes.default.svc",
         "--disable-admission-plugins=ServiceAccount,DefaultTolerationSeconds",
     ]);
     command.arg(format!("--service-cluster-ip-range={}", crate::lab::SERVICE_RANGES));
     Process::start(logs, "kube-apiserver", command)
+}
+
+/// What kubeadm writes for the kubelet of a node, without its credentials: the lab's kubelet is none of the node's programs.
+fn write_kubelet_kubeconfig(node: &Node) -> Result<()> {
+    let server = format!("https://{}:{}", API_SERVER.0, API_SERVER.1);
+    let config = json!({
+        "apiVersion": "v1", "kind": "Config", "clusters": [{ "name": "lab", "cluster": { "server": server } }],
+    });
+    fs::create_dir_all(node.etc("kubernetes"))?;
+    let file = node.etc("kubernetes").join("kubelet.conf");
+    fs::write(&file, config.to_string())?;
+    Ok(fs::set_permissions(file, fs::Permissions::from_mode(0o600))?)
 }
 
 /// A kubeconfig for each user: for agents and controllers with the address in the lab, for others the forwarder's.

@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a client waits unless it is told.
-pub const TIMEOUT: Duration = Duration::from_secs(2);
+pub const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a pod server answered.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,28 +1,24 @@
 //! What a lab leaves behind, and how it is taken away: by the lab itself, by the signal watch, and by the next lab if the
 //! owner was killed.
 //!
-//! All that a lab makes is found by its id alone: its folder below [`LABS`], its cgroups, its pins and its namespaces. A lab
-//! is a leftover when the process that its folder names is gone. Nothing else is ever touched.
+//! All that a lab makes is found by its id alone: its folder below [`LABS`] with a BPF file system in it, its cgroups, the names
+//! that its agents keep for people, and its namespaces. A lab is a leftover when the process that its folder names is gone.
+//! Nothing else is ever touched, but for what labs share ([`Roots`]).
 
+use super::mounts;
 use super::place::NAMESPACES;
+use super::roots::{self, LABS, Roots, unmount};
 use anyhow::{Context, Result};
+use dataplane_user::admin::names;
 use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::sync::{Mutex, Once};
 use std::time::{Duration, Instant};
-
-/// One folder per lab: its owner, its places, its manifests, its logs.
-pub const LABS: &str = "/run/portolan-lab";
-/// Where pins are made; mounted if it is not, and left mounted.
-const BPFFS: &str = "/sys/fs/bpf";
-/// The name of the folder of all labs' cgroups and of all labs' pins.
-const FOLDER: &str = "portolan-lab";
 
 /// The names of everything that belongs to one lab.
 #[derive(Clone, Debug)]
@@ -32,24 +28,22 @@ pub(crate) struct Traces {
     pub(crate) folder: PathBuf,
     /// The cgroup above all cgroups of the lab.
     pub(crate) cgroup: PathBuf,
-    /// The folder above all pin folders of the lab.
+    /// The folder above all pin folders of the lab, where a BPF file system is mounted.
     pub(crate) pins: PathBuf,
 }
 
 impl Traces {
     pub(crate) fn of(id: &str) -> Result<Self> {
-        Ok(Self {
-            id: id.into(),
-            folder: Path::new(LABS).join(id),
-            cgroup: cgroup2()?.join(FOLDER).join(id),
-            pins: Path::new(BPFFS).join(FOLDER).join(id),
-        })
+        let folder = Path::new(LABS).join(id);
+        let pins = folder.join("bpf");
+        Ok(Self { id: id.into(), folder, cgroup: roots::cgroup()?.join(id), pins })
     }
 
     /// Makes the folders of a new lab that this process owns.
     pub(crate) fn claim() -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(1);
-        mount_bpffs()?;
+        let roots = Roots::hold()?;
+        roots.note()?;
         let pid = std::process::id();
         let traces = Self::of(&format!("pl-{pid}-{}", COUNT.fetch_add(1, Ordering::Relaxed)))?;
         let start = start_time(pid).context("this process is not in /proc")?;
@@ -59,10 +53,15 @@ impl Traces {
         fs::write(new.join("owner"), format!("{pid} {start}\n"))?;
         fs::rename(&new, &traces.folder)?;
         register(&traces.id);
-        for folder in [&traces.cgroup, &traces.pins] {
+        traces.make_folders().inspect_err(|_| drop(traces.remove_all_but_roots()))?;
+        Ok(traces)
+    }
+
+    fn make_folders(&self) -> Result<()> {
+        for folder in [&self.cgroup, &self.pins] {
             fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         }
-        Ok(traces)
+        mount_bpffs(&self.pins)
     }
 
     /// The name of a namespace of the lab.
@@ -72,8 +71,16 @@ impl Traces {
 
     /// Takes everything away that carries the lab's id. What is gone already is no error.
     pub(crate) fn remove(&self) -> Result<()> {
+        self.remove_all_but_roots()?;
+        Roots::hold()?.leave()
+    }
+
+    fn remove_all_but_roots(&self) -> Result<()> {
         end_processes(&self.cgroup);
+        remove_names(&self.pins);
+        // Pins go by themselves only with the last mount of their file system, and a copy of it may be in another namespace.
         remove_tree(&self.pins);
+        unmount(&self.pins);
         let prefix = format!("{}-", self.id);
         for entry in fs::read_dir(NAMESPACES).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(&prefix) {
@@ -81,6 +88,7 @@ impl Traces {
             }
         }
         remove_cgroups(&self.cgroup);
+        mounts::unmount_below(&self.folder);
         remove_tree(&self.folder);
         forget(&self.id);
         let left: Vec<_> =
@@ -110,18 +118,16 @@ pub fn labs() -> Vec<(String, bool)> {
 
 /// Removes the labs whose owner is gone; returns their ids.
 pub fn sweep() -> Result<Vec<String>> {
-    fs::create_dir_all(LABS).with_context(|| format!("{LABS}: are you root?"))?;
-    let lock = fs::File::create(Path::new(LABS).join("lock"))?;
-    // SAFETY: a system call on a descriptor that lives to the end of this function.
-    unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) };
+    let roots = Roots::hold()?;
     let mut removed = Vec::new();
     for (id, lives) in labs() {
         if !lives {
-            Traces::of(&id)?.remove()?;
+            Traces::of(&id)?.remove_all_but_roots()?;
             remove_tree(&Path::new(LABS).join(format!(".{id}")));
             removed.push(id);
         }
     }
+    roots.leave()?;
     Ok(removed)
 }
 
@@ -150,31 +156,24 @@ fn start_time(pid: u32) -> Option<String> {
     if matches!(state, "Z" | "X") { None } else { fields.nth(18).map(str::to_owned) }
 }
 
-/// The first cgroup2 mount.
-pub(crate) fn cgroup2() -> Result<PathBuf> {
-    let mounts = fs::read_to_string("/proc/mounts")?;
-    let mut words = mounts.lines().map(|line| line.split(' '));
-    words
-        .find_map(|mut words| {
-            let place = words.nth(1)?;
-            (words.next()? == "cgroup2").then(|| PathBuf::from(place))
-        })
-        .context("no cgroup2 is mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
-}
-
-fn mount_bpffs() -> Result<()> {
-    let mounted = fs::read_to_string("/proc/mounts")?
-        .lines()
-        .any(|line| line.split(' ').nth(1) == Some(BPFFS) && line.split(' ').nth(2) == Some("bpf"));
-    if mounted {
-        return Ok(());
-    }
-    let place = CString::new(BPFFS)?;
+fn mount_bpffs(folder: &Path) -> Result<()> {
+    let place = CString::new(folder.as_os_str().as_bytes())?;
     // SAFETY: all pointers are strings that outlive the call.
     let result =
         unsafe { libc::mount(c"bpf".as_ptr(), place.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null()) };
-    anyhow::ensure!(result == 0, "mount -t bpf bpf {BPFFS}: {}", io::Error::last_os_error());
+    anyhow::ensure!(result == 0, "mount -t bpf bpf {}: {}", folder.display(), io::Error::last_os_error());
     Ok(())
+}
+
+/// Removes what agents with pins below a folder wrote for people to read.
+fn remove_names(pins: &Path) {
+    let of_folder = names::path(pins);
+    let Some(prefix) = of_folder.parent().and_then(Path::file_name) else { return };
+    for entry in fs::read_dir(names::RUN_FOLDER).into_iter().flatten().flatten() {
+        if entry.file_name().as_bytes().starts_with(prefix.as_bytes()) {
+            remove_tree(&entry.path());
+        }
+    }
 }
 
 /// Ends every process of a cgroup and of those below it, and waits until they are gone.
@@ -208,10 +207,7 @@ pub(crate) fn remove_cgroups(cgroup: &Path) {
 
 /// What `ip netns del` does.
 pub(crate) fn remove_namespace(path: &Path) {
-    if let Ok(name) = CString::new(path.as_os_str().as_bytes()) {
-        // SAFETY: the pointer is a string that outlives the call.
-        unsafe { libc::umount2(name.as_ptr(), libc::MNT_DETACH) };
-    }
+    unmount(path);
     let _ = fs::remove_file(path);
 }
 

@@ -20,25 +20,31 @@
 
 mod agent;
 pub mod client;
+mod connecting;
 mod leftovers;
 pub mod manifests;
+mod mounts;
 mod network;
 mod node;
 mod place;
 mod process;
+mod roots;
 pub mod server;
+mod settings;
 pub mod tunnel;
 pub(crate) mod xdp;
 
 pub use agent::{Agent, AgentOptions, Source, portolan};
 pub use client::{Answer, Asked, Client, Failure, Stream, ask_datagram, at, next_source};
-pub use leftovers::{LABS, labs, on_signal_exit_with, sweep};
+pub use connecting::under_new_connections;
+pub use leftovers::{labs, on_signal_exit_with, sweep};
 pub use manifests::{Endpoint, Manifests, Service, documents};
 pub use network::{Addresses, Family, PodNetwork};
 pub use node::{Node, Pod, PodOptions};
 pub use place::Place;
 pub(crate) use process::last_lines;
-pub use process::{Process, program};
+pub use process::{Process, install, program};
+pub use roots::LABS;
 
 use anyhow::{Context, Result, bail};
 use leftovers::Traces;
@@ -66,6 +72,7 @@ pub struct Options {
     strict_rp_filter: bool,
     tx_checksums: bool,
     xdp: bool,
+    bpffs: bool,
     zones: Vec<String>,
 }
 
@@ -78,6 +85,7 @@ impl Default for Options {
             strict_rp_filter: false,
             tx_checksums: true,
             xdp: false,
+            bpffs: true,
             zones: Vec::new(),
         }
     }
@@ -116,6 +124,14 @@ impl Options {
     #[must_use]
     pub fn tx_checksums(mut self, on: bool) -> Self {
         self.tx_checksums = on;
+        self
+    }
+
+    /// Whether the nodes have a BPF file system where it is by custom (the default). A node without one has an empty folder there
+    /// in which nothing can be made, as sysfs is where no init system mounted one.
+    #[must_use]
+    pub fn bpffs(mut self, mounted: bool) -> Self {
+        self.bpffs = mounted;
         self
     }
 
@@ -175,6 +191,7 @@ fn node_addresses(options: &Options, number: u8) -> Addresses {
 
 impl Lab {
     fn create(options: Options) -> Result<Self> {
+        process::open_many_files();
         sweep()?;
         let traces = Traces::claim()?;
         // From here on, dropping what is there takes away what was made.
@@ -434,7 +451,7 @@ fn make_place(traces: &Traces, name: &str, cgroup: &Path) -> Result<Place> {
     let place = Place::new(name, &traces.namespace(name), &traces.cgroup.join(cgroup));
     fs::create_dir_all(place.cgroup()).with_context(|| place.cgroup().display().to_string())?;
     network::ip_batch(None, &[format!("netns add {}", place.namespace())])?;
-    place.sysctls(&network::IPV6_SETTINGS)?;
+    place.sysctls(&settings::of_a_new_namespace())?;
     process::record(&traces.folder, &place)?;
     Ok(place)
 }

@@ -74,18 +74,6 @@ impl PodNetwork {
     }
 }
 
-/// IPv6 in a new namespace: usable at once, without a wait for other owners of an address, and no router is asked for, so that
-/// nothing of the kind is among the packets that tests count.
-pub(crate) const IPV6_SETTINGS: [(&str, &str); 7] = [
-    ("net/ipv6/conf/all/disable_ipv6", "0"),
-    ("net/ipv6/conf/default/disable_ipv6", "0"),
-    ("net/ipv6/conf/all/accept_dad", "0"),
-    ("net/ipv6/conf/default/accept_dad", "0"),
-    ("net/ipv6/conf/all/accept_ra", "0"),
-    ("net/ipv6/conf/default/accept_ra", "0"),
-    ("net/ipv6/conf/default/router_solicitations", "0"),
-];
-
 /// What makes a router of a namespace.
 pub(crate) const FORWARDING: [(&str, &str); 2] =
     [("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")];

@@ -2,6 +2,7 @@
 
 use super::agent::{Agent, AgentOptions};
 use super::leftovers::{Traces, end_processes, remove_cgroups, remove_namespace};
+use super::mounts;
 use super::network::{self, Addresses, Family, PodNetwork};
 use super::place::{NAMESPACES, Place};
 use super::process::{Process, program};
@@ -17,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How long a program of the lab may take to listen.
-const START_TIME: Duration = Duration::from_secs(20);
+const START_TIME: Duration = Duration::from_secs(60);
 
 /// A node: a namespace with an uplink `eth0`, a cgroup, a pin folder and room for an agent.
 #[derive(Debug)]
@@ -65,6 +66,9 @@ impl Node {
             node.place.ip(&network::pod_bridge(node.gateways()))?;
         }
         fs::create_dir_all(node.bpffs())?;
+        if !options.bpffs {
+            mounts::mount_bare(&node.bpffs())?;
+        }
         fs::create_dir_all(node.state_folder())?;
         Ok(node)
     }
@@ -179,14 +183,29 @@ impl Node {
         &self.cgroup
     }
 
-    /// Its pin folder: the agent's `--bpffs`.
+    /// Its pin folder: the agent's `--bpffs`, and `/sys/fs/bpf` of containers.
     pub fn bpffs(&self) -> PathBuf {
-        self.traces.pins.join(self.name())
+        if self.options.bpffs {
+            self.traces.pins.join(self.name())
+        } else {
+            self.traces.folder.join("bpffs").join(self.name())
+        }
+    }
+
+    /// Takes away the BPF file system that somebody mounted on a node that had none, as a restart does.
+    pub fn unmount_bpffs(&self) -> Result<()> {
+        ensure!(!self.options.bpffs, "{} shares the machine's BPF file system", self.name());
+        mounts::unmount(&self.bpffs())
     }
 
     /// The agent's `--state-dir`.
     pub fn state_folder(&self) -> PathBuf {
         self.traces.folder.join("state").join(self.name())
+    }
+
+    /// What its containers have as a folder of `/etc`.
+    pub fn etc(&self, name: &str) -> PathBuf {
+        self.traces.folder.join("etc").join(self.name()).join(name)
     }
 
     /// What agents in containers have as `/run/portolan`.

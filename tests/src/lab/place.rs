@@ -132,7 +132,7 @@ impl Place {
     }
 
     /// Writes several settings, in order.
-    pub fn sysctls(&self, settings: &[(&str, &str)]) -> Result<()> {
+    pub fn sysctls<Key: AsRef<Path> + Sync>(&self, settings: &[(Key, &str)]) -> Result<()> {
         self.enter(|| {
             settings.iter().try_for_each(|(key, value)| {
                 let path = Path::new("/proc/sys").join(key);

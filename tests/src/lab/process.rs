@@ -141,6 +141,29 @@ pub fn program(name: &str, variable: &str) -> Result<PathBuf> {
         })
 }
 
+/// Copies a file to where anybody may run it as a program.
+///
+/// A process of its own writes the copy. Were it open for writing in this one, another thread might fork at that moment: until
+/// that child has become another program it holds the file open too, and to run it fails with `ETXTBSY`.
+pub fn install(from: &Path, to: &Path) -> Result<()> {
+    let status = Command::new("install").arg("--mode=755").args([from, to]).status().context("install")?;
+    anyhow::ensure!(status.success(), "install {} {}: {status}", from.display(), to.display());
+    Ok(())
+}
+
+/// Lets this process, and those that it starts from now on, have as many files open as the machine allows: most begin with 1,024,
+/// and there are tests with more connections than that.
+pub(crate) fn open_many_files() {
+    // SAFETY: all zero is a valid `rlimit`, which outlives both calls.
+    unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+}
+
 /// Appends a name to `Place` commands so that a lab's folder tells where things run.
 pub(crate) fn record(folder: &Path, place: &Place) -> Result<()> {
     let resolver = place.resolver().map(|file| format!("{}\n", file.display())).unwrap_or_default();

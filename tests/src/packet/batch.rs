@@ -62,7 +62,7 @@ impl World {
         }
         let later = now + dataplane_user::sync::REST;
         let mut bits = self.mirror.lingering_bits(later);
-        let clock = Clock { now: 0, ticks_per_second: 1.0 };
+        let clock = Clock { now: 0, tick: Duration::from_secs(1) };
         expire::sweep(&self.maps, &NEVER, clock, &mut bits, &mut OldMarks::default())?;
         self.mirror.clear_bits(&self.maps, &bits, later)?;
         Ok(errors.iter().map(ToString::to_string).collect())
@@ -79,7 +79,7 @@ impl World {
             table.entries()?.into_iter().map(|(_, mark)| mark).filter(|mark| *mark != 0).collect();
         let cells = CallerCells::map(&table)?;
         let last = marks.iter().map(|mark| caller_tick(*mark)).max().unwrap_or_default();
-        let clock = Clock { now: (last + 100) & TICK_MASK, ticks_per_second: 1.0 };
+        let clock = Clock { now: (last + 100) & TICK_MASK, tick: Duration::from_secs(1) };
         let mut old = cells.old(clock.now);
         expire::sweep(&self.maps, &NEVER, clock, &mut LingeringBits::default(), &mut old)?;
         cells.clear(&old);

@@ -1,7 +1,7 @@
 //! What this machine has. Only looks: a few files, and the versions of programs that are there.
 
-use super::Purpose;
-use super::plan::{BENCH_PACKAGES, PACKAGES, Probe};
+use super::Needs;
+use super::plan::{BENCH_PACKAGES, PACKAGES, Probe, VM_PACKAGES};
 use crate::command::{find_program, home, workspace};
 use std::collections::BTreeSet;
 use std::env;
@@ -26,7 +26,9 @@ pub(super) struct Machine {
     pub(super) apt: bool,
     /// Rust comes by rustup.
     pub(super) rustup: bool,
-    /// Names of entries of [`PACKAGES`] that are there already.
+    /// apt has lists of what it could install.
+    pub(super) apt_lists: bool,
+    /// Names of entries of the lists of packages in [`super::plan`] that are there already.
     pub(super) packages: BTreeSet<&'static str>,
     /// Components of the stable toolchain that are missing.
     pub(super) components: Vec<&'static str>,
@@ -47,18 +49,20 @@ pub(super) struct Machine {
 }
 
 impl Machine {
-    /// Looks at everything that `purpose` needs.
-    pub(super) fn observe(purpose: Purpose) -> Self {
+    /// Looks at everything that is needed.
+    pub(super) fn observe(needs: Needs) -> Self {
         let nightly = nightly_with_source();
         let llvm = if nightly { nightly_llvm().unwrap_or(DEBIAN_LLVM) } else { DEBIAN_LLVM };
-        let (go, new_go) = if purpose >= Purpose::Cluster { observe_go() } else { (true, true) };
+        let (go, new_go) = if needs.cluster { observe_go() } else { (true, true) };
         Self {
             root: is_root(),
             apt: find_program("apt-get").is_some(),
+            apt_lists: has_apt_lists(),
             rustup: find_program("rustup").is_some(),
             packages: PACKAGES
                 .iter()
                 .chain(BENCH_PACKAGES)
+                .chain(VM_PACKAGES)
                 .filter(|p| is_there(p.probe))
                 .map(|p| p.name)
                 .collect(),
@@ -79,6 +83,12 @@ fn is_there(probe: Probe) -> bool {
         Probe::Program(name) => find_program(name).is_some(),
         Probe::File(path) => Path::new(path).exists(),
     }
+}
+
+/// Images of containers come without.
+fn has_apt_lists() -> bool {
+    let mut lists = std::fs::read_dir("/var/lib/apt/lists").into_iter().flatten().flatten();
+    lists.any(|list| list.file_name().to_string_lossy().contains("_Packages"))
 }
 
 /// Whether the effective user is root: `/proc/self` belongs to it.

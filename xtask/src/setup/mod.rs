@@ -13,23 +13,28 @@ use machine::Machine;
 use plan::Step;
 use std::process::ExitCode;
 
-/// What the machine is to be good for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Purpose {
-    /// Building everything and raising a laboratory.
-    Lab,
-    /// The same with the real control plane, which is compiled from Go modules.
-    Cluster,
-    /// The same with what benchmarks compare with: kube-proxy's iptables, and another load tool.
-    Bench,
-    /// What `Cluster` has, and all checks.
-    Everything,
+/// What the machine is to be good for, beside building everything and raising a laboratory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Needs {
+    /// The real control plane, which is compiled from Go modules.
+    pub(crate) cluster: bool,
+    /// What benchmarks compare with: kube-proxy's iptables, and another load tool.
+    pub(crate) bench: bool,
+    /// Emulated machines with other kernels.
+    pub(crate) vm: bool,
+    /// All checks.
+    pub(crate) checks: bool,
+}
+
+impl Needs {
+    /// What the verb `setup` brings: what the other verbs need unless they are asked for benchmarks or the tier `vm`.
+    pub(crate) const EVERYTHING: Self = Self { cluster: true, bench: false, vm: false, checks: true };
 }
 
 /// The verb: says what is there and what is missing, and installs it unless `check_only`.
-pub(crate) fn setup(purpose: Purpose, check_only: bool) -> Result<ExitCode> {
-    let machine = Machine::observe(purpose);
-    let steps = plan::plan(&machine, purpose);
+pub(crate) fn setup(needs: Needs, check_only: bool) -> Result<ExitCode> {
+    let machine = Machine::observe(needs);
+    let steps = plan::plan(&machine, needs);
     if steps.is_empty() {
         println!("setup: nothing is missing");
         return Ok(ExitCode::SUCCESS);
@@ -43,7 +48,7 @@ pub(crate) fn setup(purpose: Purpose, check_only: bool) -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     install(&machine, &steps)?;
-    let left = plan::plan(&Machine::observe(purpose), purpose);
+    let left = plan::plan(&Machine::observe(needs), needs);
     if let Some(missing) = left.iter().flat_map(|step| &step.missing).next() {
         bail!("everything was installed, and yet `{}` is not found: is its folder in PATH?", missing.name);
     }
@@ -52,9 +57,9 @@ pub(crate) fn setup(purpose: Purpose, check_only: bool) -> Result<ExitCode> {
 }
 
 /// What the other verbs call: silent where nothing is missing.
-pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
-    if !plan::plan(&Machine::observe(purpose), purpose).is_empty() {
-        setup(purpose, false)?;
+pub(crate) fn ensure(needs: Needs) -> Result<()> {
+    if !plan::plan(&Machine::observe(needs), needs).is_empty() {
+        setup(needs, false)?;
     }
     Ok(())
 }
@@ -68,9 +73,9 @@ fn install(machine: &Machine, steps: &[Step]) -> Result<()> {
         print_commands(machine, steps);
         bail!("installing packages needs root: run the above, or call this as root");
     }
-    for step in steps {
+    for (number, step) in (1..).zip(steps) {
         for command in &step.commands {
-            println!("setup: {command}");
+            println!("setup, {number} of {}: {command}", steps.len());
             command.run().map_err(|error| error.context(step.advice))?;
         }
     }

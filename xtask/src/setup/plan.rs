@@ -1,6 +1,6 @@
 //! What to do about what is missing: pure, so that it can be tested for machines that are not this one.
 
-use super::Purpose;
+use super::Needs;
 use super::machine::{Machine, go_module_cache, go_toolchain, go_toolchain_version};
 use crate::command::CommandLine;
 
@@ -99,6 +99,16 @@ pub(super) const BENCH_PACKAGES: &[Package] = &[
     },
 ];
 
+/// What the tier `vm` needs besides.
+pub(super) const VM_PACKAGES: &[Package] = &[
+    Package {
+        name: "qemu-system-x86",
+        probe: Probe::Program("qemu-system-x86_64"),
+        why: "emulates the machines of the tier `vm`",
+    },
+    Package { name: "xz-utils", probe: Probe::Program("xz"), why: "unpacks the modules of Debian's kernels" },
+];
+
 /// Something that is missing, and what it is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Missing {
@@ -131,31 +141,35 @@ impl Step {
 }
 
 /// The steps in their order; none if nothing is missing.
-pub(super) fn plan(machine: &Machine, purpose: Purpose) -> Vec<Step> {
+pub(super) fn plan(machine: &Machine, needs: Needs) -> Vec<Step> {
     let mut steps = Vec::new();
-    if purpose >= Purpose::Everything && !machine.components.is_empty() {
+    if needs.checks && !machine.components.is_empty() {
         steps.push(components(machine));
     }
-    let packages = packages(machine, purpose);
+    let packages = packages(machine, needs);
     if !packages.is_empty() {
         steps.push(apt(packages));
+    } else if needs.vm && !machine.apt_lists {
+        steps.push(apt_lists());
     }
     if !machine.bpf_linker {
         steps.push(bpf_linker(machine.llvm));
     }
-    if purpose >= Purpose::Everything && !machine.cargo_deny {
+    if needs.checks && !machine.cargo_deny {
         steps.push(cargo_deny());
     }
-    if purpose >= Purpose::Cluster && !machine.new_go {
+    if needs.cluster && !machine.new_go {
         steps.push(go());
     }
     steps
 }
 
 /// Debian packages that are missing, in the order of their names.
-fn packages(machine: &Machine, purpose: Purpose) -> Vec<Missing> {
-    let of_benches = BENCH_PACKAGES.iter().filter(|_| purpose == Purpose::Bench);
-    let absent = PACKAGES.iter().chain(of_benches).filter(|p| !machine.packages.contains(p.name));
+fn packages(machine: &Machine, needs: Needs) -> Vec<Missing> {
+    let of_benches = BENCH_PACKAGES.iter().filter(|_| needs.bench);
+    let of_vm = VM_PACKAGES.iter().filter(|_| needs.vm);
+    let absent =
+        PACKAGES.iter().chain(of_benches).chain(of_vm).filter(|p| !machine.packages.contains(p.name));
     let mut missing: Vec<_> = absent.map(|p| Missing { name: p.name.to_owned(), why: p.why }).collect();
     let mut add = |name: &str, why| missing.push(Missing { name: name.to_owned(), why });
     if !machine.bpf_compiler {
@@ -166,7 +180,7 @@ fn packages(machine: &Machine, purpose: Purpose) -> Vec<Missing> {
     if !machine.bpf_linker && !machine.llvm_dev {
         add(&format!("llvm-{}-dev", machine.llvm), "what bpf-linker is built with");
     }
-    if purpose >= Purpose::Cluster && !machine.go {
+    if needs.cluster && !machine.go {
         add("golang-go", "fetches the Go that compiles the control plane");
     }
     missing.sort_by(|a, b| a.name.cmp(&b.name));
@@ -185,6 +199,17 @@ fn apt(missing: Vec<Missing>) -> Step {
         advice: "installing Debian packages failed. If one cannot be located: rustc-web with its BPF library and \
                  LLVM 22 come from Debian's security archive (bookworm-security or later), which must be among apt's \
                  sources",
+    }
+}
+
+/// The tier `vm` downloads kernels without installing them.
+fn apt_lists() -> Step {
+    let missing = Missing { name: "lists of packages".to_owned(), why: "name the kernels of the tier `vm`" };
+    Step {
+        missing: vec![missing],
+        commands: vec![CommandLine::new("apt-get update")],
+        needs_root: true,
+        advice: "apt could not fetch its lists: does it reach its servers?",
     }
 }
 
@@ -272,6 +297,7 @@ mod tests {
         Machine {
             root: true,
             apt: true,
+            apt_lists: true,
             rustup: true,
             packages: ["ca-certificates", "gcc", "libc6-dev"].into(),
             components: vec!["rustfmt", "clippy"],
@@ -299,24 +325,44 @@ mod tests {
         }
     }
 
+    const CLUSTER: Needs = Needs { cluster: true, bench: false, vm: false, checks: false };
+    const BENCH: Needs = Needs { bench: true, ..CLUSTER };
+    const VM: Needs = Needs { vm: true, cluster: false, ..CLUSTER };
+
     fn names(steps: &[Step]) -> Vec<&str> {
         steps.iter().flat_map(|step| &step.missing).map(|missing| missing.name.as_str()).collect()
     }
 
     #[test]
     fn nothing_is_done_where_nothing_is_missing() {
-        assert_eq!(plan(&complete(), Purpose::Everything), []);
+        assert_eq!(plan(&complete(), Needs::EVERYTHING), []);
     }
 
     #[test]
     fn benchmarks_need_their_rivals_and_nothing_else_does() {
-        assert_eq!(names(&plan(&complete(), Purpose::Bench)), ["iptables", "wrk"]);
-        assert_eq!(plan(&complete(), Purpose::Cluster), []);
+        assert_eq!(names(&plan(&complete(), BENCH)), ["iptables", "wrk"]);
+        assert_eq!(plan(&complete(), CLUSTER), []);
+    }
+
+    #[test]
+    fn other_kernels_need_an_emulator_and_an_apt_that_knows_them() {
+        assert_eq!(names(&plan(&complete(), VM)), ["qemu-system-x86", "xz-utils"]);
+        let packages = complete().packages.into_iter().chain(VM_PACKAGES.iter().map(|package| package.name));
+        let ready = Machine { packages: packages.collect(), ..complete() };
+        assert_eq!(plan(&ready, VM), []);
+        assert_eq!(names(&plan(&Machine { apt_lists: false, ..ready.clone() }, VM)), ["lists of packages"]);
+        assert_eq!(plan(&Machine { apt_lists: false, ..ready }, CLUSTER), []);
+    }
+
+    #[test]
+    fn tests_need_no_checkers() {
+        let steps = plan(&bare(), CLUSTER);
+        assert!(!names(&steps).iter().any(|name| ["cargo-deny", "clippy", "rustfmt"].contains(name)));
     }
 
     #[test]
     fn a_bare_machine_gets_everything_once_and_in_order() {
-        let steps = plan(&bare(), Purpose::Everything);
+        let steps = plan(&bare(), Needs::EVERYTHING);
         let expected = [
             "rustfmt",
             "clippy",
@@ -347,24 +393,24 @@ mod tests {
         let machine = Machine { packages: complete().packages, ..bare() };
         let machine = Machine { bpf_compiler: true, bpf_linker: true, go: true, ..machine };
         assert_eq!(
-            names(&plan(&machine, Purpose::Everything)),
+            names(&plan(&machine, Needs::EVERYTHING)),
             ["rustfmt", "clippy", "cargo-deny", "go 1.26.8"]
         );
-        assert!(plan(&machine, Purpose::Everything).iter().all(|step| !step.needs_root));
+        assert!(plan(&machine, Needs::EVERYTHING).iter().all(|step| !step.needs_root));
     }
 
     #[test]
     fn a_laboratory_without_a_cluster_needs_neither_go_nor_the_checkers() {
         let machine =
             Machine { cargo_deny: false, go: false, new_go: false, components: vec!["clippy"], ..complete() };
-        assert_eq!(plan(&machine, Purpose::Lab), []);
-        assert_eq!(names(&plan(&machine, Purpose::Cluster)), ["golang-go", "go 1.26.8"]);
+        assert_eq!(plan(&machine, Needs::default()), []);
+        assert_eq!(names(&plan(&machine, CLUSTER)), ["golang-go", "go 1.26.8"]);
     }
 
     #[test]
     fn the_linker_is_built_for_the_llvm_of_the_compiler() {
         let machine = Machine { bpf_linker: false, llvm: 23, llvm_dev: false, ..complete() };
-        let steps = plan(&machine, Purpose::Lab);
+        let steps = plan(&machine, Needs::default());
         assert_eq!(names(&steps), ["llvm-23-dev", "bpf-linker"]);
         let command = steps[1].commands[0].to_string();
         assert!(command.starts_with("PATH=/usr/lib/llvm-23/bin:$PATH cargo install bpf-linker"), "{command}");
@@ -373,7 +419,7 @@ mod tests {
 
     #[test]
     fn no_package_is_ever_removed_for_another() {
-        for command in plan(&bare(), Purpose::Everything).iter().flat_map(|step| &step.commands) {
+        for command in plan(&bare(), Needs::EVERYTHING).iter().flat_map(|step| &step.commands) {
             let command = command.to_string();
             assert!(!command.contains("apt-get install") || command.contains("--no-remove"), "{command}");
         }
@@ -381,7 +427,7 @@ mod tests {
 
     #[test]
     fn without_apt_the_way_round_debians_compiler_is_named() {
-        let steps = plan(&bare(), Purpose::Lab);
+        let steps = plan(&bare(), Needs::default());
         let packages = steps.iter().find(|step| step.needs_root).unwrap();
         let text = packages.without_apt();
         assert!(

@@ -60,7 +60,7 @@ impl Service {
     }
 
     /// Publishes an Event about an object that somebody got wrong (Z5).
-    fn tell_about(&self, object: &Reference, reason: &'static str, note: String) {
+    pub(super) fn tell_about(&self, object: &Reference, reason: &'static str, note: String) {
         let service = self.dataplane.store().service(&object.name);
         let uid = service.filter(|_| object.kind == Kind::Service).map(|service| service.uid.clone());
         self.watch.events().publish(Event {

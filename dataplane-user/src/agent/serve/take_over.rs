@@ -1,6 +1,6 @@
 //! Taking over from another proxy: the TCP connections that its netfilter rules translate are left to them until they end (C5).
 
-use super::Service;
+use super::{JOB, Service};
 use crate::kernel::conntrack::{self, ConntrackError};
 use crate::kernel::maps::MapError;
 use crate::sync::Maps;
@@ -13,12 +13,28 @@ use tokio::task::JoinHandle;
 const LOOK: Duration = Duration::from_secs(15);
 
 /// What is known of another proxy's connections, as long as there may be some.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct TakeOver {
+    begun: Instant,
+    /// `--take-over-limit`; zero: none.
+    limit: Duration,
     looked: Option<Instant>,
     looking: Option<JoinHandle<Result<bool, ConntrackError>>>,
     /// Some were seen, and told of.
     seen: bool,
+    /// A look failed, and that was told.
+    failed: bool,
+}
+
+impl TakeOver {
+    pub(super) fn new(begun: Instant, limit: Duration) -> Self {
+        Self { begun, limit, looked: None, looking: None, seen: false, failed: false }
+    }
+
+    /// Whether those that live have had their time.
+    fn is_out_of_time(&self, now: Instant) -> bool {
+        !self.limit.is_zero() && now.duration_since(self.begun) >= self.limit
+    }
 }
 
 /// Whether there may be some: no agent has written here before, or the last one still saw some.
@@ -34,6 +50,12 @@ impl Service {
     /// Looks from time to time, beside the loop, and ends it when there are none.
     pub(super) async fn take_over(&mut self) {
         let Some(state) = &mut self.taking_over else { return };
+        if state.is_out_of_time(Instant::now()) {
+            tracing::warn!(
+                "TCP connections are no longer left to another proxy: --take-over-limit has passed"
+            );
+            return self.end_take_over();
+        }
         let due = state.looked.is_none_or(|looked| looked.elapsed() >= LOOK);
         match state.looking.take() {
             Some(looking) if !looking.is_finished() => state.looking = Some(looking),
@@ -51,18 +73,27 @@ impl Service {
                         tracing::info!("the last TCP connection that another proxy translated has ended");
                     }
                     Ok(Ok(false)) => {}
-                    Ok(Err(error)) => {
-                        tracing::warn!("no TCP connection is left to another proxy any more: {error}");
+                    Ok(Err(error)) if error.is_final() => {
+                        tracing::info!("no TCP connection is left to another proxy: {error}");
                     }
-                    Err(error) => tracing::error!("looking for another proxy's connections: {error}"),
+                    // Nobody knows: those that there may be are left to it until somebody does.
+                    Ok(Err(error)) => {
+                        if !std::mem::replace(&mut state.failed, true) {
+                            tracing::warn!("looking again for another proxy's connections: {error}");
+                        }
+                        return;
+                    }
+                    Err(error) => return tracing::error!("looking for another proxy's connections: {error}"),
                 }
                 self.end_take_over();
             }
             // Before the programs see them all, the other proxy goes on making connections.
-            None if due && self.health.is_attached() => {
+            None if due && self.health.is_attached() && self.hooks.is_none() => {
                 state.looked = Some(Instant::now());
                 let maps = self.dataplane.mirror().1.clone();
+                let beat = self.health.heartbeat().part("the look into conntrack", JOB);
                 state.looking = Some(tokio::task::spawn_blocking(move || {
+                    let _at_work = beat;
                     conntrack::translates_tcp_to(&maps.map::<Frontends>()?)
                 }));
             }
@@ -83,6 +114,16 @@ mod tests {
     use super::*;
     use crate::sync::MemoryMaps;
     use bytemuck::Zeroable as _;
+
+    /// C5
+    #[test]
+    fn connections_are_left_to_another_proxy_without_end_or_until_a_limit() {
+        let (begun, day) = (Instant::now(), Duration::from_secs(86_400));
+        assert!(!TakeOver::new(begun, Duration::ZERO).is_out_of_time(begun + 365 * day), "no limit");
+        let limited = TakeOver::new(begun, day);
+        assert!(!limited.is_out_of_time(begun + day - Duration::from_nanos(1)));
+        assert!(limited.is_out_of_time(begun + day));
+    }
 
     /// C5
     #[test]

@@ -1,6 +1,6 @@
 //! What is due from time to time, most of it beside the loop: audits, sweeps of the flow tables, names, sockets.
 
-use super::{SWEEP, Service};
+use super::{JOB, SWEEP, Service};
 use crate::admin::names::Names;
 use crate::expire::{self, Clock, Swept};
 use crate::kernel::callers::CallerCells;
@@ -17,7 +17,9 @@ impl Service {
     /// Beside the loop: a node's own UDP sockets do not follow their endpoints by themselves (C1).
     pub(super) fn close_orphans(&mut self) {
         let maps = self.dataplane.mirror().1.clone();
-        tokio::task::spawn_blocking(move || {
+        let beat = self.health.heartbeat().part("the look through sockets", JOB);
+        self.closing = Some(tokio::task::spawn_blocking(move || {
+            let _at_work = beat;
             let closed = maps
                 .map::<SocketPeers>()
                 .and_then(|peers| Ok((peers, maps.map::<Backends>()?)))
@@ -28,18 +30,20 @@ impl Service {
                 Ok(closed) => tracing::info!("closed {closed} UDP sockets whose endpoint is gone"),
                 Err(error) => tracing::warn!("{error}"),
             }
-        });
+        }));
     }
 
     /// Beside the loop, and not for every change: people read it.
     pub(super) fn write_names(&mut self) {
         let names = Names::new(self.dataplane.mirror().0.names());
         let bpffs = self.bpffs.clone();
-        tokio::task::spawn_blocking(move || {
+        let beat = self.health.heartbeat().part("the writing of names", JOB);
+        self.naming = Some(tokio::task::spawn_blocking(move || {
+            let _at_work = beat;
             if let Err(error) = names.write(&bpffs) {
                 tracing::warn!("cannot write the names of Services for the command line: {error}");
             }
-        });
+        }));
     }
 
     /// Reads the kernel's tables again and repairs what differs (H2).
@@ -90,9 +94,11 @@ impl Service {
         let (mut bits, maps) = (mirror.lingering_bits(Instant::now()), maps.clone());
         let (idle, clock) = (self.idle, self.clock.clone());
         // Programs of another version, if they could not be replaced, may mark no cells.
-        let are_marked = self.health.is_attached();
+        let are_marked = self.health.is_attached() && self.hooks.is_none();
+        let beat = self.health.heartbeat().part("the sweep of the flow tables", JOB);
         self.sweeping = Some(tokio::task::spawn_blocking(move || {
-            let now = Clock { now: clock.tick(), ticks_per_second: clock.ticks_per_second() };
+            let _at_work = beat;
+            let now = Clock { now: clock.tick(), tick: clock.tick_length() };
             let cells = maps.map().and_then(|table| CallerCells::map(&table));
             let cells =
                 cells.inspect_err(|error| tracing::warn!("the filter of replies is not cleared: {error}"));

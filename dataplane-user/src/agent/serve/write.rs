@@ -5,17 +5,21 @@ use crate::agent::dataplane::Flushed;
 use crate::agent::notify::{State, notify};
 use crate::kernel::maps::MapError;
 use crate::memory;
-use crate::sync::Outcome;
+use crate::model::{Kind, ObjectName, Reference};
+use crate::sync::{Outcome, Refused};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime};
+
+/// How many Services that find no room at the same time are named.
+const NAMED: usize = 10;
 
 impl Service {
     /// Writes what waits, unless the kernel refused a moment ago.
     pub(super) fn flush(&mut self) {
-        if self.backoff.is_some_and(|(_, until)| Instant::now() < until) {
+        if self.backs_off() {
             return;
         }
         if self.dataplane.is_writable() && self.dataplane.is_dirty() {
-            self.health.queued();
             self.metrics.queued.set_now();
         }
         let begun = Instant::now();
@@ -23,6 +27,10 @@ impl Service {
             Ok(None) => {}
             Ok(Some(flushed)) => self.flushed(flushed, begun.elapsed()),
             Err(error) => self.failed(&error),
+        }
+        if self.dataplane.is_complete() && !self.dataplane.is_dirty() {
+            let (taken, at) = self.taken;
+            self.health.updated(taken, at);
         }
         if !self.dataplane.is_dirty() {
             self.metrics.service_changes_pending.set(0);
@@ -60,6 +68,7 @@ impl Service {
         self.account(flushed.outcome);
         self.count_complaints();
         if !self.ready {
+            self.finish_upgrade();
             self.ready = true;
             self.names_changed = true;
             let (ports, backends, frontends) = self.dataplane.mirror().0.sizes();
@@ -67,7 +76,7 @@ impl Service {
                 "{ports} service ports, {backends} backends and {frontends} frontends in {} ms",
                 took.as_millis()
             );
-            self.health.serving();
+            self.health.following();
             // Lists and their tables were whole in memory.
             memory::give_back();
             println!("ready");
@@ -82,25 +91,40 @@ impl Service {
         self.metrics.repairs.add(outcome.repaired as u64);
         self.metrics.synced.set_now();
         self.names_changed |= outcome.names_changed;
-        let waiting = self.dataplane.mirror().0.waiting().count();
-        self.metrics.waiting.set(waiting as u64);
-        if waiting > self.refused {
-            for refused in outcome.refused.iter().take(10) {
-                tracing::error!(
-                    "Service {} waits: {}; what was served of it goes on",
-                    refused.service,
-                    refused.error
-                );
-            }
-            if outcome.refused.len() > 10 {
-                tracing::error!("{} Services wait for room", outcome.refused.len());
-            }
+        let waiting: BTreeSet<_> = self.dataplane.mirror().0.waiting().cloned().collect();
+        self.metrics.waiting.set(waiting.len() as u64);
+        self.health.waiting(waiting.len());
+        self.tell_who_waits(&outcome.refused, waiting);
+    }
+
+    /// Tells each Service that finds no room once: what the node serves beside it does not suffer (Z5), so health does not either.
+    fn tell_who_waits(&mut self, refused: &[Refused], waiting: BTreeSet<ObjectName>) {
+        let news: Vec<_> =
+            refused.iter().filter(|refused| !self.refused.contains(&refused.service)).collect();
+        for Refused { service, error } in news.iter().take(NAMED) {
+            let note = format!("{error}; what was served of it goes on");
+            tracing::error!("Service {service} waits: {note}");
+            let object = Reference { kind: Kind::Service, name: service.clone() };
+            self.tell_about(&object, "NoRoom", format!("its changes wait: {note}"));
+        }
+        if news.len() > NAMED {
+            tracing::error!("{} Services wait for room", waiting.len());
         }
         self.refused = waiting;
-        match outcome.refused.first() {
-            Some(refused) => self.health.fault(refused.error.to_string()),
-            None if waiting == 0 => self.health.updated(),
-            None => {}
+    }
+
+    /// Tries again what found no room, and after a refusal everything.
+    pub(super) fn try_again(&mut self) {
+        if self.backs_off() || (self.refused.is_empty() && self.backoff.is_none()) {
+            return;
+        }
+        let (mirror, maps) = self.dataplane.mirror();
+        match mirror.tick(maps, Instant::now()) {
+            Ok(outcome) => {
+                self.backoff = None;
+                self.account(outcome);
+            }
+            Err(error) => self.failed(&error),
         }
     }
 
@@ -109,7 +133,7 @@ impl Service {
         let wait = self.backoff.map_or(first, |(wait, _)| (wait * 2).min(longest));
         self.backoff = Some((wait, Instant::now() + wait));
         self.metrics.sync_errors.add(1);
-        self.health.fault(error.to_string());
+        self.health.refused(error.to_string());
         tracing::error!("{error}; trying again in {} ms, what is in the kernel stays", wait.as_millis());
     }
 }

@@ -5,6 +5,7 @@
 //! clock: nothing else needs them. What cannot be read is told, and what was there before is used on.
 
 use super::pause::Pause;
+use super::servers::{self, Servers};
 use super::{ClusterError, SILENCE, kubeconfig, proxy};
 use crate::causes::causes;
 use k8s_openapi::jiff::Timestamp;
@@ -45,27 +46,30 @@ struct State {
 pub(in crate::watch) struct Access {
     /// Without one, the credentials are those of the pod.
     kubeconfig: Option<Arc<Path>>,
+    /// Which servers may be asked, where the kubeconfig does not say it alone.
+    servers: Option<Servers>,
     state: Arc<Mutex<State>>,
     pub(super) pause: Pause,
 }
 
 impl Access {
-    pub(super) async fn open(file: Option<&Path>) -> Result<Self, ClusterError> {
+    pub(super) async fn open(file: Option<&Path>, servers: Servers) -> Result<Self, ClusterError> {
         let (kubeconfig, pause) = (file.map(Arc::from), Pause::default());
-        let (session, fingerprint) = make(kubeconfig.clone(), pause.clone()).await?;
+        let servers = (kubeconfig.is_none() || !servers.named.is_empty()).then_some(servers);
+        let (session, fingerprint) = make(kubeconfig.clone(), servers.clone(), pause.clone()).await?;
         let now = Instant::now();
         let state = State { session, fingerprint, looked: now, made: now, refusals: 0, complaint: None };
-        Ok(Self { kubeconfig, state: Arc::new(Mutex::new(state)), pause })
+        Ok(Self { kubeconfig, servers, state: Arc::new(Mutex::new(state)), pause })
     }
 
     #[cfg(test)]
     pub(super) fn fixed(config: Config) -> Self {
         let (now, pause) = (Instant::now(), Pause::default());
-        let session = client(config, None, &pause).unwrap();
+        let session = client(config, None, None, &pause).unwrap();
         // Never looked at again.
         let looked = now + Duration::from_secs(1 << 20);
         let state = State { session, fingerprint: 0, looked, made: looked, refusals: 0, complaint: None };
-        Self { kubeconfig: None, state: Arc::new(Mutex::new(state)), pause }
+        Self { kubeconfig: None, servers: None, state: Arc::new(Mutex::new(state)), pause }
     }
 
     /// The client to ask with now.
@@ -93,7 +97,7 @@ impl Access {
 
     async fn make_anew(&self, state: &mut State, changed: bool) {
         (state.made, state.refusals) = (Instant::now(), 0);
-        match make(self.kubeconfig.clone(), self.pause.clone()).await {
+        match make(self.kubeconfig.clone(), self.servers.clone(), self.pause.clone()).await {
             Ok((session, fingerprint)) => {
                 if changed {
                     tracing::info!(
@@ -125,7 +129,11 @@ impl Access {
 }
 
 /// Makes a client; plugins may run meanwhile.
-async fn make(file: Option<Arc<Path>>, pause: Pause) -> Result<(Session, u64), ClusterError> {
+async fn make(
+    file: Option<Arc<Path>>,
+    servers: Option<Servers>,
+    pause: Pause,
+) -> Result<(Session, u64), ClusterError> {
     let made = tokio::task::spawn_blocking(move || {
         // Before they are read: what changes in between is met again.
         let fingerprint = file.as_deref().map_or(0, kubeconfig::fingerprint);
@@ -133,7 +141,7 @@ async fn make(file: Option<Arc<Path>>, pause: Pause) -> Result<(Session, u64), C
             Some(file) => kubeconfig::load(file)?,
             None => of_the_pod()?,
         };
-        Ok((client(config, proxy, &pause)?, fingerprint))
+        Ok((client(config, servers, proxy, &pause)?, fingerprint))
     });
     made.await.unwrap_or_else(|error| {
         Err(ClusterError::Client {
@@ -151,7 +159,12 @@ fn of_the_pod() -> Result<(Config, Option<String>), ClusterError> {
     Ok((config, words))
 }
 
-fn client(mut config: Config, proxy: Option<String>, pause: &Pause) -> Result<Session, ClusterError> {
+fn client(
+    mut config: Config,
+    servers: Option<Servers>,
+    proxy: Option<String>,
+    pause: &Pause,
+) -> Result<Session, ClusterError> {
     config.read_timeout = Some(SILENCE);
     config.reset_reader_on_write = true;
     // The watches try again themselves, and say why.
@@ -160,7 +173,12 @@ fn client(mut config: Config, proxy: Option<String>, pause: &Pause) -> Result<Se
     if let Some(proxy) = proxy {
         server = format!("{server} by {proxy}");
     }
-    let builder = ClientBuilder::try_from(config)
+    // Whether the certificates and the token can be used does not hang on the server.
+    let builder = ClientBuilder::try_from(config.clone())
         .map_err(|error| ClusterError::Client { server: server.clone(), reason: causes(&error) })?;
+    if let Some(servers) = servers {
+        let client = servers::client(config, servers, pause.clone());
+        return Ok(Session { client, server: "the API server".into() });
+    }
     Ok(Session { client: builder.with_layer(pause).build(), server: server.into() })
 }

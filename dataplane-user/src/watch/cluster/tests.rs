@@ -173,7 +173,7 @@ impl Source {
     async fn of_kubeconfig(file: &Path) -> Self {
         let (sender, changes) = mpsc::channel(100);
         let options = Options { node_name: "n1".into(), service_proxy_name: None };
-        Self { watch: watch(Some(file), options, sender).await.unwrap(), changes }
+        Self { watch: watch(Some(file), Servers::default(), options, sender).await.unwrap(), changes }
     }
 
     /// The next change of this kind, in words; others are left out.
@@ -518,6 +518,9 @@ async fn an_api_server_that_is_away_tells_nothing() {
 async fn a_kubeconfig_that_is_none_is_named() {
     let (sender, _changes) = mpsc::channel(1);
     let options = Options { node_name: "n1".into(), service_proxy_name: None };
-    let error = watch(Some(Path::new("/none/kubeconfig")), options, sender).await.unwrap_err().to_string();
+    let error = watch(Some(Path::new("/none/kubeconfig")), Servers::default(), options, sender)
+        .await
+        .unwrap_err()
+        .to_string();
     assert!(error.starts_with("kubeconfig /none/kubeconfig: "), "{error}");
 }

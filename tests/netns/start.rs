@@ -1,0 +1,130 @@
+//! How an agent begins: what it is told meanwhile, what it tells systemd, and what it finds of a version with other maps.
+
+use crate::api_server::{KEPT, Scene, under_new_connections};
+use crate::health::{HEALTH, get, until};
+use dataplane_tests::api_server::Treatment;
+use dataplane_tests::lab::{AgentOptions, at, portolan};
+use dataplane_user::kernel::pins::Pins;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const CAME: Ipv4Addr = Ipv4Addr::new(10, 96, 8, 40);
+
+/// C3
+#[test]
+fn a_signal_ends_an_agent_that_is_still_starting() {
+    let scene = Scene::set("node-1");
+    for (number, signal) in [libc::SIGTERM, libc::SIGINT].into_iter().enumerate() {
+        scene.launch();
+        until("it has begun", || scene.log().matches("pins in").count() == number + 1);
+        let agent = scene.node().agent().unwrap();
+        agent.process().signal(signal);
+        let status = agent.process().wait(Duration::from_secs(5)).unwrap();
+        assert!(status.success() && !scene.is_ready(), "{status}: {}", scene.log());
+    }
+    scene.node().start_agent(&scene.options(&[])).unwrap();
+    assert!(scene.serves(KEPT));
+}
+
+/// A program that is the agent as systemd starts it.
+fn under_systemd(scene: &Scene, socket: &Path) -> PathBuf {
+    let program = scene.lab.folder().join("under-systemd");
+    let text = format!(
+        "#!/bin/sh\nexport NOTIFY_SOCKET={} WATCHDOG_USEC=4000000\nexec {} \"$@\"\n",
+        socket.display(),
+        portolan().unwrap().display()
+    );
+    fs::write(&program, text).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    program
+}
+
+/// H5
+#[test]
+fn systemd_is_told_what_is_so_and_when() {
+    let scene = Scene::set("node-1");
+    let path = scene.lab.folder().join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let read = || {
+        let mut bytes = [0; 1_024];
+        let length = socket.recv(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes[..length]).trim().to_owned()
+    };
+    // Signs of life come all the time.
+    let next = || loop {
+        let told = read();
+        if told != "WATCHDOG=1" {
+            return told;
+        }
+    };
+    scene.server.treat("list services", Treatment::Silence);
+    let options: AgentOptions = scene.options(&[]).program(&under_systemd(&scene, &path));
+    scene.node().launch_agent(&options).unwrap();
+    scene.says(&["watching the Kubernetes API"]);
+    scene.node().agent().unwrap().process().signal(libc::SIGHUP);
+    scene.says(&["SIGHUP", "nothing to audit"]);
+    assert_eq!(read(), "WATCHDOG=1", "it lives, and is not ready");
+    assert!(!scene.is_ready());
+    scene.server.relent();
+    scene.node().wait_for_agent().unwrap();
+    assert_eq!(next(), "READY=1\nSTATUS=serving");
+    scene.node().agent().unwrap().process().signal(libc::SIGHUP);
+    let reloading = next();
+    assert!(reloading.starts_with("RELOADING=1\nMONOTONIC_USEC="), "{reloading}");
+    assert_eq!(next(), "READY=1\nSTATUS=serving");
+    scene.node().agent().unwrap().stop().unwrap();
+    assert_eq!(next(), "STOPPING=1");
+}
+
+/// C3, H2: to a version with another layout of the maps, and back: what is served goes on until the new maps hold all, and what was
+/// true before is not served again. So it is if the first attempt is cut short.
+#[test]
+fn another_layout_takes_over_when_its_maps_hold_everything() {
+    let scene = Scene::set("node-1");
+    scene.node().start_agent(&scene.options(&[])).unwrap();
+    let layouts = [Pins::new(&scene.node().bpffs()), Pins::with_layout(&scene.node().bpffs(), "v999")];
+    let maps = || layouts.each_ref().map(|pins| pins.map("frontends").exists());
+    let healthy = || {
+        let to = at(scene.node().address(), HEALTH);
+        get(scene.lab.client(), to, "/healthz").is_some_and(|answer| answer.status == 200)
+    };
+    assert_eq!(maps(), [true, false]);
+    for (arguments, after) in [(&["--map-layout=v999"][..], [false, true]), (&[][..], [true, false])] {
+        scene.node().agent().unwrap().stop().unwrap();
+        let made = under_new_connections(&scene, || {
+            scene.server.treat("list endpointslices", Treatment::Silence);
+            // The first attempt dies in the middle.
+            for _ in 0..2 {
+                scene.node().launch_agent(&scene.options(arguments)).unwrap();
+                scene.says(&["programs with maps of another layout are attached"]);
+                until("health is told", healthy);
+                std::thread::sleep(Duration::from_secs(1));
+                assert_eq!(maps(), [true, true]);
+                assert!(!scene.is_ready());
+                scene.node().agent().unwrap().kill();
+                until("it is gone", || scene.node().agent().unwrap().process().exit_status().is_some());
+            }
+            scene.node().launch_agent(&scene.options(arguments)).unwrap();
+            scene.server.relent();
+            scene.node().wait_for_agent().unwrap();
+        });
+        assert!(made > 20, "{made} connections say nothing");
+        assert_eq!(maps(), after, "{}", scene.log());
+        // The programs that are attached read what is written now.
+        let came = scene.service("came", CAME);
+        scene.put(&came);
+        until("what came is served", || scene.serves(CAME));
+        came.objects().iter().for_each(|object| scene.server.remove(object));
+        until("what went is gone", || !scene.serves(CAME));
+    }
+    scene.node().agent().unwrap().stop().unwrap();
+    // A new start of the same version is none of all that.
+    let told = scene.log().matches("another layout").count();
+    scene.node().start_agent(&scene.options(&[])).unwrap();
+    assert_eq!(scene.log().matches("another layout").count(), told, "{}", scene.log());
+}
