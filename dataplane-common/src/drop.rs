@@ -94,7 +94,7 @@ reasons! {
     UnsupportedProtocol = 22, "unsupported-protocol", Dropped;
     /// Two flows would have had the same reply; the new one got a translated source port (P12).
     ReplyCollision = 23, "reply-collision", Noted;
-    /// A TCP reset to a Service that belongs to no flow.
+    /// A TCP reset (SCTP: an ABORT) to a Service's own address that belongs to no flow (P22).
     StrayReset = 24, "stray-reset", Dropped;
     /// The source is in none of the Service's `loadBalancerSourceRanges` (S2): intended, or add the client's range.
     SourceNotAllowed = 25, "source-not-allowed", Dropped;
@@ -105,6 +105,8 @@ reasons! {
     /// An ICMP error about a flow, or a fragment after the first, that could not be sent on (too long for the way, or its time to
     /// live ended) and that must not be answered by an ICMP error (RFC 1122 section 3.2.2).
     Unanswerable = 28, "unanswerable", Dropped;
+    /// A TCP SYN-ACK, or what is of an SCTP association and opens none, to a Service's own address that belongs to no flow (P22).
+    StrayAnswer = 29, "stray-answer", Dropped;
 }
 
 /// Length of the `reasons` array: one more than the largest number, rounded up for those to come.

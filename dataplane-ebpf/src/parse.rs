@@ -201,6 +201,13 @@ impl Packet {
         self.tcp(tcp::RST, tcp::RST) || self.sctp(sctp::ABORT)
     }
 
+    /// Both ports, the source's first, as they stand in the packet.
+    #[inline(always)]
+    pub const fn ports(&self) -> u32 {
+        let ([a, b], [c, d]) = (self.src_port.bytes(), self.dst_port.bytes());
+        u32::from_ne_bytes([a, b, c, d])
+    }
+
     /// Whether it is an IPv4 packet.
     #[inline(always)]
     pub fn is_v4(&self) -> bool {

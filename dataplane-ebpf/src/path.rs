@@ -15,7 +15,7 @@ use crate::scratch::{Opening, Scratch, SourceRule};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use crate::verdict::{Code, Exit, Verdict, Way};
-use crate::{interest, nat, uplink};
+use crate::{interest, nat, outgoing, uplink};
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
@@ -113,6 +113,9 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     if known != Code::BEGIN {
         return known.verdict();
     }
+    if interest.outgoing {
+        outgoing::note(&walk.s.packet, &walk.s.key);
+    }
     if interest.frontend {
         let admitted = walk.admit();
         if admitted != Code::BEGIN {
@@ -193,12 +196,8 @@ impl<F: Frame> Walk<'_, F> {
         let (status, service) = select::owner(self.s.flow.backend);
         let known = status.generation() == self.s.flow.generation;
         let stage = self.s.flow.stage();
-        let ends = if reply {
-            self.answers_another(stage)
-        } else {
-            self.begins_anew(stage, known && status.has(BackendStatus::SERVING))
-        };
-        if ends {
+        let serving = known && status.has(BackendStatus::SERVING);
+        if self.answers_another(stage) || !reply && self.begins_anew(stage, serving) {
             flow::remove(&self.s.key, &self.s.flow);
             return Verdict::Begin;
         }
@@ -249,12 +248,12 @@ impl<F: Frame> Walk<'_, F> {
         !serving
     }
 
-    /// Whether an endpoint's packet accepts a connection that is not the flow's. One to the Service would have ended the flow as
-    /// it began: the client has called the endpoint itself, from the port that it had for the flow. From a translated one nobody
-    /// calls (P12).
+    /// Whether a packet accepts a connection that is not the flow's. One to the Service would have ended the flow as it began: the
+    /// client has called the endpoint itself, from the port that it had for the flow, or somebody masquerades a connection by that
+    /// port.
     #[inline(always)]
     fn answers_another(&self, stage: Stage) -> bool {
-        stage == Stage::Closing && !self.s.flow.has(Flow::SOURCE_TRANSLATED) && self.s.packet.accepts()
+        stage == Stage::Closing && self.s.packet.accepts()
     }
 
     /// How a packet of the flow leaves this hook.
@@ -395,8 +394,8 @@ impl<F: Frame> Walk<'_, F> {
         if source != Source::Node && packet.continues() && set(Node::TAKES_OVER) {
             return Verdict::Pass;
         }
-        if packet.resets() {
-            return Verdict::Drop(Reason::StrayReset);
+        if let Some(verdict) = self.opens_nothing() {
+            return verdict;
         }
         let inside_only = set(Node::CLUSTER_IP_INSIDE_ONLY);
         if inside_only && source == Source::Outside && destination.kind == FrontendKind::ClusterIp {
@@ -419,6 +418,30 @@ impl<F: Frame> Walk<'_, F> {
             Err(Reason::NoEndpoints) => Verdict::Refuse(Reason::NoEndpoints),
             Err(reason) => Verdict::Drop(reason),
         }
+    }
+
+    /// What becomes of a packet that may not begin a flow (P22); `None` if it may.
+    #[inline(always)]
+    fn opens_nothing(&self) -> Option<Verdict> {
+        let packet = &self.s.packet;
+        if packet.opens() {
+            return None;
+        }
+        let at_node = service::node_address(&packet.dst).is_some();
+        if packet.resets() || packet.accepts() || packet.proto == Protocol::Sctp as u8 {
+            // It is of a connection of somebody else, whom the node's stack knows.
+            return Some(match packet.resets() {
+                _ if at_node => Verdict::Pass,
+                true => Verdict::Drop(Reason::StrayReset),
+                false => Verdict::Drop(Reason::StrayAnswer),
+            });
+        }
+        // What else is of a connection was picked up in its middle, if nobody here has it.
+        let of_others = || {
+            outgoing::is_answered_by(&self.s.key)
+                || packet.proto == Protocol::Tcp as u8 && outgoing::has_socket(self.frame, packet)
+        };
+        (at_node && of_others()).then_some(Verdict::Pass)
     }
 
     /// A ClusterIP on a port that no Service has (P13).

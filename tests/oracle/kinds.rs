@@ -108,6 +108,8 @@ pub(crate) fn of(place: Place, headers: &Headers, alternative: &Alternative, kin
         (is(Why::Unanswerable), "error or fragment that must not be answered"),
         (is(Why::SourceNotAllowed), "source not allowed"),
         (alternative.left, "left to another proxy"),
+        (alternative.others, "of others at a node port"),
+        (is(Why::StrayAnswer), "stray answer dropped"),
         (alternative.bound, "client bound to its endpoint"),
         (alternative.rebalanced, "datagram that chose anew"),
         (alternative.collided, "two flows with one reply"),

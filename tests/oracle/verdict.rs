@@ -56,6 +56,7 @@ fn reason(why: Why) -> Reason {
         Why::Flawed(Flaw::Protocol) => Reason::UnsupportedProtocol,
         Why::StrayReset => Reason::StrayReset,
         Why::SourceNotAllowed => Reason::SourceNotAllowed,
+        Why::StrayAnswer => Reason::StrayAnswer,
         Why::OrphanFragment => Reason::OrphanFragment,
         Why::Unanswerable => Reason::Unanswerable,
         Why::NoRoute => Reason::NoRoute,

@@ -139,24 +139,6 @@ fn a_port_that_is_used_again_without_the_service_is_left_alone() {
     });
 }
 
-/// From a translated port nobody calls an endpoint itself: a late SYN-ACK is the flow's own, whose client knows what to do with it.
-#[test]
-fn a_late_syn_ack_to_a_translated_port_is_still_restored() {
-    for_both(|f| {
-        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
-        let to_service = |flags| tcp_packet((f.client, 40_000), (f.node, 30_080), flags);
-        let port = f.source_port(&world.send(Hook::UplinkIn, &to_service(tcp::SYN)).unwrap().packet);
-        let answer = tcp_packet((f.remote, 8080), (f.node, port), tcp::SYN | tcp::ACK).numbers(5_000, 1_001);
-        let restored = world.send(Hook::UplinkIn, &answer).unwrap();
-        world.send(Hook::UplinkIn, &to_service(tcp::ACK).numbers(1_001, 5_001)).unwrap();
-        world.send(Hook::UplinkIn, &to_service(tcp::RST)).unwrap();
-        assert_eq!(world.flow_counts().unwrap(), [0, 0, 2]);
-        assert_eq!(world.send(Hook::UplinkIn, &answer).unwrap().packet, restored.packet);
-        assert_ne!(restored.packet, answer.bytes());
-        assert_eq!(world.flow_counts().unwrap(), [0, 0, 2]);
-    });
-}
-
 /// A connection that the endpoint refuses leaves nothing behind.
 #[test]
 fn a_refused_connection_leaves_no_flow() {

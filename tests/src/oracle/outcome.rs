@@ -29,6 +29,8 @@ pub enum Why {
     StrayReset,
     /// S2.
     SourceNotAllowed,
+    /// P22: a SYN-ACK, or what is of SCTP and opens nothing, that belongs to no flow.
+    StrayAnswer,
     /// P20: its first fragment was refused or dropped.
     OrphanFragment,
     /// P19, P20: it cannot be sent on, and must not be answered.
@@ -132,6 +134,10 @@ pub struct Alternative {
     pub bound: bool,
     /// The packet is left to another proxy.
     pub left: bool,
+    /// P22: the packet is of somebody else's connection.
+    pub others: bool,
+    /// P22: this would answer it, and whether that is certainly remembered.
+    pub notes: Option<(Tuple, bool)>,
     /// The client that comes back to this service port gets one of these again (S1).
     pub remembers: Option<(IpAddr, PortId, BTreeSet<SocketAddr>)>,
 }
@@ -154,6 +160,8 @@ impl Alternative {
             collided: false,
             bound: false,
             left: false,
+            others: false,
+            notes: None,
             remembers: None,
         }
     }

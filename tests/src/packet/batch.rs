@@ -99,7 +99,15 @@ impl World {
         Ok(before)
     }
 
-    /// Removes all flows, and all that is remembered of clients and datagrams.
+    /// How many connections of others are noted, of which packets left from a node port.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn outgoing(&self) -> Result<usize> {
+        Ok(self.maps.map::<tables::Outgoings>()?.entries()?.len())
+    }
+
+    /// Removes all flows, and all that is remembered of clients, datagrams and what left.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -109,6 +117,9 @@ impl World {
         flows.remove_batch(&keys)?;
         let (affinities, fragments) =
             (self.maps.map::<tables::Affinities>()?, self.maps.map::<tables::Fragments>()?);
+        let outgoings = self.maps.map::<tables::Outgoings>()?;
+        let answers: Vec<_> = outgoings.entries()?.into_iter().map(|(key, _)| key).collect();
+        outgoings.remove_batch(&answers)?;
         let clients: Vec<_> = affinities.entries()?.into_iter().map(|(key, _)| key).collect();
         let datagrams: Vec<_> = fragments.entries()?.into_iter().map(|(key, _)| key).collect();
         affinities.remove_batch(&clients)?;
