@@ -6,6 +6,7 @@ use crate::select::{self, Chosen};
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use dataplane_common::affinity::{Affinity, AffinityKey, Choice};
 use dataplane_common::drop::Reason;
+use dataplane_common::read_word;
 use dataplane_common::service::EndpointSet;
 
 /// No backend's id.
@@ -42,9 +43,8 @@ fn recall(key: &AffinityKey, set: EndpointSet, seconds: u32) -> u32 {
     let Some(entry) = AFFINITIES.get_ptr_mut(key) else { return NONE };
     // SAFETY: an element of a map, valid until the program ends; each word is read and written whole. If the element is
     // used anew meanwhile, the words are of two clients: their backends are held against the set all the same.
-    let (choice, last_used): (Choice, u64) = unsafe {
-        ((&raw const (*entry).choice).read_volatile(), (&raw const (*entry).last_used).read_volatile())
-    };
+    let (choice, last_used): (Choice, u64) =
+        unsafe { (read_word(&raw const (*entry).choice), read_word(&raw const (*entry).last_used)) };
     let now = nanoseconds();
     if now.saturating_sub(last_used) > seconds as u64 * SECOND {
         return NONE;

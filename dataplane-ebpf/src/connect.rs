@@ -19,7 +19,7 @@ use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::Node;
 use dataplane_common::service::{EndpointSet, Policy};
 use dataplane_common::socket::{SocketChoice, SocketChoiceKey, SocketName, SocketPeer, SocketPeerKey};
-use dataplane_common::{Addr, Port, Protocol};
+use dataplane_common::{Addr, Port, Protocol, read_word};
 
 const ECONNREFUSED: i32 = 111;
 
@@ -150,8 +150,8 @@ pub fn send<S: SocketAddress>(mut socket: S) -> i32 {
         return PROCEED;
     }
     let key = SocketChoiceKey::new(cookie(&socket), destination.service);
-    // SAFETY: the value is one word and copied at once.
-    let kept = unsafe { SOCKET_CHOICES.get(&key) }.copied().and_then(still_serves);
+    // SAFETY: an element of a map, valid until the program ends.
+    let kept = SOCKET_CHOICES.get_ptr(&key).and_then(|choice| still_serves(unsafe { read_word(choice) }));
     let (chosen, new) = match kept {
         Some(chosen) => (chosen, false),
         None => {

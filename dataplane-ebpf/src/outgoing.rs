@@ -10,8 +10,8 @@ use crate::parse::{Obstacle, Packet};
 use crate::service;
 use aya_ebpf::bindings::{BPF_ANY, bpf_sock_tuple};
 use aya_ebpf::helpers::{bpf_sk_release, bpf_skc_lookup_tcp};
-use dataplane_common::Protocol;
 use dataplane_common::flow::FlowKey;
+use dataplane_common::{Protocol, read_word};
 
 /// How long a datagram that left is answered: as long as conntrack knows a stream of UDP that pauses
 /// (`nf_conntrack_udp_timeout_stream`).
@@ -49,8 +49,8 @@ pub fn note(packet: &Packet, key: &FlowKey) {
 #[inline(never)]
 pub fn is_answered_by(key: &FlowKey) -> bool {
     let Some(last) = OUTGOINGS.get_ptr(key) else { return false };
-    // SAFETY: an element of a map, valid until the program ends; one aligned word.
-    let last = unsafe { last.read_volatile() };
+    // SAFETY: an element of a map, valid until the program ends.
+    let last = unsafe { read_word(last) };
     // A TCP connection says when it ends, and may rest for days.
     key.proto() == Protocol::Tcp as u8 || nanoseconds().saturating_sub(last) <= UDP_ANSWERED_WITHIN
 }

@@ -4,8 +4,8 @@ use crate::{expect, expect_untouched};
 use dataplane_common::drop::Reason;
 use dataplane_common::node::Node;
 use dataplane_tests::packet::build::{Packet, tcp, tcp_packet, udp_packet};
-use dataplane_tests::packet::family::{Family, for_both};
-use dataplane_tests::packet::{Hook, Outcome, Verdict, World, reason};
+use dataplane_tests::packet::family::{Family, V4, for_both};
+use dataplane_tests::packet::{Hook, Outcome, Verdict, World, in_namespace, reason};
 use std::time::Duration;
 
 fn syn(f: &Family) -> Packet {
@@ -469,5 +469,21 @@ fn a_connection_that_another_proxy_translates_is_left_to_it() {
             goes_on.bytes(),
             "the flag is what does it"
         );
+    });
+}
+
+/// T4: an endpoint set is read as it was written, while the agent turns it to another: a packet sees the old set or the new one.
+#[test]
+fn an_endpoint_set_is_never_mixed_of_two() {
+    const PACKETS: u32 = 2_000_000;
+    let f = &V4;
+    in_namespace(move || {
+        // Nothing is begun and nothing written, so that each run chooses anew.
+        let world = World::new(&f.web("", &[(f.lost, "there", "ready: true")])).unwrap();
+        let sent = udp_packet((f.client, 40_000), (f.node, 30_080), b"question");
+        let moved = world.run_while_sets_turn(Hook::Xdp, &sent.bytes(), PACKETS, 64).unwrap();
+        // Of the run's end: what lies behind the one slot is nobody's.
+        assert_eq!(moved.keys().collect::<Vec<_>>(), [&Reason::NoRoute], "{moved:?}");
+        assert_eq!(moved[&Reason::NoRoute], u64::from(PACKETS));
     });
 }
