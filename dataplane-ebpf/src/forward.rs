@@ -2,11 +2,12 @@
 
 use crate::frame::Frame;
 use crate::parse::Packet;
-use crate::service::node;
+use crate::service::{node, node_address};
 use crate::verdict::Way;
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
-    BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup,
+    BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE,
+    BPF_FIB_LKUP_RET_UNSUPP_LWT, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup,
 };
 use aya_ebpf::helpers::bpf_fib_lookup as helper;
 use dataplane_common::Addr;
@@ -27,6 +28,8 @@ pub enum Route {
     Local,
     /// The packet is longer than the way takes; `way.mtu` says how long it may be.
     TooBig,
+    /// There is no way, as the kernel would tell the sender.
+    Unreachable,
     /// There is no way.
     None(Reason),
 }
@@ -85,13 +88,16 @@ pub fn route<F: Frame>(
             };
             Route::Via
         }
-        BPF_FIB_LKUP_RET_NOT_FWDED => Route::Local,
+        // What is not forwarded is the node's own, or there is no route at all: the kernel says the same of both.
+        BPF_FIB_LKUP_RET_NOT_FWDED if node_address(dst).is_some() => Route::Local,
+        BPF_FIB_LKUP_RET_NOT_FWDED | BPF_FIB_LKUP_RET_UNREACHABLE => Route::Unreachable,
         BPF_FIB_LKUP_RET_FRAG_NEEDED => {
             // SAFETY: as above.
             way.mtu = unsafe { fib.__bindgen_anon_1.mtu_result };
             Route::TooBig
         }
         BPF_FIB_LKUP_RET_FWD_DISABLED => Route::None(Reason::ForwardingDisabled),
+        BPF_FIB_LKUP_RET_UNSUPP_LWT => Route::None(Reason::UnsupportedRoute),
         _ => Route::None(Reason::NoRoute),
     }
 }

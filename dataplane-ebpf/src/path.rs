@@ -143,6 +143,8 @@ fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Cod
         Some(IcmpError::TIME_EXCEEDED)
     } else if reason == Reason::TooBig {
         Some(IcmpError::too_big(scratch.way.mtu))
+    } else if reason == Reason::Unreachable {
+        Some(IcmpError::NO_ROUTE)
     } else {
         None
     };
@@ -315,6 +317,7 @@ impl<F: Frame> Walk<'_, F> {
                 if sent { Verdict::HandUp } else { Verdict::Pass }
             }
             Route::TooBig => Verdict::Refuse(Reason::TooBig),
+            Route::Unreachable => Verdict::Refuse(Reason::Unreachable),
             Route::None(reason) => Verdict::Drop(reason),
         };
         verdict.into()

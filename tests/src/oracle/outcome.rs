@@ -35,8 +35,10 @@ pub enum Why {
     OrphanFragment,
     /// P19, P20: it cannot be sent on, and must not be answered.
     Unanswerable,
-    /// There is no way to the endpoint.
+    /// There is no way for a client of the link.
     NoRoute,
+    /// P23: there is no way to the endpoint, and the sender is told.
+    Unreachable,
     /// Its time to live ended here.
     TtlExceeded,
     /// It is longer than the way takes.
@@ -52,6 +54,8 @@ pub enum Answer {
     Reset,
     /// ICMP (or ICMPv6) port unreachable, from the address that was called.
     PortUnreachable,
+    /// Net unreachable (ICMPv6: no route), from an address of the node.
+    NoRoute,
     /// Time exceeded, from an address of the node.
     TimeExceeded,
     /// Fragmentation needed, or packet too big, with the bytes that the way takes.

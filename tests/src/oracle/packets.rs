@@ -166,7 +166,7 @@ impl Model {
         }
         match way {
             Way::Here => Ok(if sent { Exit::HandUp(headers.link) } else { Exit::Stack }),
-            Way::None => Err(Outcome::Drop(Why::NoRoute)),
+            Way::None => Err(Outcome::Reject(Why::Unreachable, Answer::NoRoute)),
             Way::Out { mtu, .. } if headers.length > mtu => {
                 Err(Outcome::Reject(Why::TooBig, Answer::TooBig(mtu)))
             }
