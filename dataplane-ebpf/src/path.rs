@@ -94,6 +94,10 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     if hook == Hook::UplinkIngress && (packet.src.is_loopback() || packet.dst.is_loopback()) {
         return Verdict::Drop(Reason::Loopback);
     }
+    // Z4: an interface that listens to all takes in what is for other hosts as well.
+    if hook == Hook::UplinkIngress && frame.is_for_another_host() {
+        return Verdict::Pass;
+    }
     let mut walk = Walk { frame, hook, s: scratch };
     if walk.s.packet.obstacle != Obstacle::None {
         let followed = walk.with_obstacle();
@@ -173,7 +177,11 @@ fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Cod
 #[inline(never)]
 fn way_back<F: Frame>(frame: &F, scratch: &mut Scratch) -> Code {
     let Scratch { packet, fib, way, .. } = scratch;
-    let elsewhere = forward::route(frame, packet, &packet.src, Origin::Sent, fib, way) == Route::Via
+    // The answer's own ends and length: rules of routing may ask for both.
+    (packet.src, packet.dst) = (packet.dst, packet.src);
+    (packet.src_port, packet.dst_port) = (packet.dst_port, packet.src_port);
+    packet.length = frame.length() - packet.l3();
+    let elsewhere = forward::route(frame, packet, &packet.dst, Origin::Sent, fib, way) == Route::Via
         && way.ifindex != frame.ifindex();
     if elsewhere { Verdict::Forward } else { Verdict::Answer }.into()
 }
@@ -623,10 +631,12 @@ impl<F: Frame> Walk<'_, F> {
 }
 
 /// Whether XDP can send a packet on: by the interface it came in on, untagged, to a known neighbour. Any other may be a veth,
-/// a tunnel or a VLAN, where what XDP redirects is lost or arrives as something else.
+/// a tunnel or a VLAN, where what XDP redirects is lost or arrives as something else. And only if it was sent to that interface's
+/// own address (Z4).
 #[inline(always)]
-fn back_out<F: Frame>(frame: &F, packet: &Packet, way: &Way) -> bool {
-    way.resolved && way.ifindex == frame.ifindex() && !frame.is_tagged(packet.l3())
+fn back_out<F: Frame>(frame: &mut F, packet: &Packet, way: &Way) -> bool {
+    let by_same = way.resolved && way.ifindex == frame.ifindex() && !frame.is_tagged(packet.l3());
+    by_same && frame.link_destination() == way.source_mac
 }
 
 /// The rule by which a flow's source address is kept or translated (P4, P5, P7, P9, P10).

@@ -138,7 +138,7 @@ pub fn in_namespace(test: impl FnOnce() + Send + 'static) {
 /// queues for XDP, one of which a test run's context names, only while a program is attached: the links are to it.
 fn set_up() -> Result<Vec<OwnedFd>> {
     let interfaces = "link set lo up
-         link add up0 type veth peer name up1
+         link add up0 address 02:00:00:00:00:01 type veth peer name up1
          link add pod0 type veth peer name pod1
          link set up0 up
          link set up1 up
