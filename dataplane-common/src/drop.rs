@@ -70,7 +70,7 @@ reasons! {
     Malformed = 9, "malformed", Dropped;
     /// All translated source ports that were tried are taken (P12): widen `--snat-ports`.
     PortsExhausted = 10, "ports-exhausted", Dropped;
-    /// No route to the chosen endpoint: check the pod network's routes on this node.
+    /// No route to the chosen endpoint that its sender would be told of: a black hole, or a client whose address is link-local.
     NoRoute = 11, "no-route", Dropped;
     /// The packet would have to be routed on, but forwarding is off on the interface it came in on: set `ip_forward`.
     ForwardingDisabled = 12, "forwarding-disabled", Dropped;
@@ -94,7 +94,7 @@ reasons! {
     UnsupportedProtocol = 22, "unsupported-protocol", Dropped;
     /// Two flows would have had the same reply; the new one got a translated source port (P12).
     ReplyCollision = 23, "reply-collision", Noted;
-    /// A TCP reset to a Service that belongs to no flow.
+    /// A TCP reset (SCTP: an ABORT) to a Service's own address that belongs to no flow (P22).
     StrayReset = 24, "stray-reset", Dropped;
     /// The source is in none of the Service's `loadBalancerSourceRanges` (S2): intended, or add the client's range.
     SourceNotAllowed = 25, "source-not-allowed", Dropped;
@@ -105,6 +105,13 @@ reasons! {
     /// An ICMP error about a flow, or a fragment after the first, that could not be sent on (too long for the way, or its time to
     /// live ended) and that must not be answered by an ICMP error (RFC 1122 section 3.2.2).
     Unanswerable = 28, "unanswerable", Dropped;
+    /// A TCP SYN-ACK, or what is of an SCTP association and opens none, to a Service's own address that belongs to no flow (P22).
+    StrayAnswer = 29, "stray-answer", Dropped;
+    /// The route to the endpoint has an encapsulation of its own (`ip route … encap`), which the way past the stack cannot give: let
+    /// a tunnel device have it.
+    UnsupportedRoute = 30, "unsupported-route", Dropped;
+    /// No route to the chosen endpoint; an ICMP net unreachable was sent (P23): check the pod network's routes on this node.
+    Unreachable = 31, "unreachable", Rejected;
 }
 
 /// Length of the `reasons` array: one more than the largest number, rounded up for those to come.

@@ -25,5 +25,7 @@ pub mod service;
 pub mod socket;
 pub mod tables;
 pub mod uplink;
+pub mod word;
 
 pub use addr::{Addr, Port, Protocol};
+pub use word::read_word;

@@ -122,6 +122,9 @@ tables! {
     Closing = "closing", Queue<(), Ended>, 8_192;
     /// How far a CPU has given out the translated source ports, one element.
     PortTurns = "port_turn", PerCpuArray<u32, PortTurn>, 1;
+    /// What left the node from the number of one of its node ports and is of no flow: the five-tuple of its answers, and when the
+    /// last of it left, in nanoseconds of the coarse monotonic clock.
+    Outgoings = "outgoing", LruHash<FlowKey, u64>, 8_192;
     /// The link-layer addresses of the uplinks by which the node itself calls Services, by index.
     Uplinks = "uplinks", LruHash<u32, Uplink>, 128;
     /// The endpoint that each client of a service port with affinity had last.

@@ -1,14 +1,13 @@
 //! Session affinity: a client comes back to the endpoint it had, as long as that is one of those it may have (S1).
 
+use crate::clock::{SECOND, nanoseconds};
 use crate::maps::AFFINITIES;
 use crate::select::{self, Chosen};
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use dataplane_common::affinity::{Affinity, AffinityKey, Choice};
 use dataplane_common::drop::Reason;
+use dataplane_common::read_word;
 use dataplane_common::service::EndpointSet;
-
-const NANOSECONDS: u64 = 1_000_000_000;
 
 /// No backend's id.
 const NONE: u32 = 0;
@@ -44,11 +43,10 @@ fn recall(key: &AffinityKey, set: EndpointSet, seconds: u32) -> u32 {
     let Some(entry) = AFFINITIES.get_ptr_mut(key) else { return NONE };
     // SAFETY: an element of a map, valid until the program ends; each word is read and written whole. If the element is
     // used anew meanwhile, the words are of two clients: their backends are held against the set all the same.
-    let (choice, last_used): (Choice, u64) = unsafe {
-        ((&raw const (*entry).choice).read_volatile(), (&raw const (*entry).last_used).read_volatile())
-    };
-    let now = now();
-    if now.saturating_sub(last_used) > seconds as u64 * NANOSECONDS {
+    let (choice, last_used): (Choice, u64) =
+        unsafe { (read_word(&raw const (*entry).choice), read_word(&raw const (*entry).last_used)) };
+    let now = nanoseconds();
+    if now.saturating_sub(last_used) > seconds as u64 * SECOND {
         return NONE;
     }
     if select::status(choice.backend).generation() != choice.generation
@@ -65,11 +63,5 @@ fn recall(key: &AffinityKey, set: EndpointSet, seconds: u32) -> u32 {
 #[inline(never)]
 fn remember(key: &AffinityKey, chosen: &Chosen, flags: u64) -> bool {
     let choice = Choice { backend: chosen.id, generation: chosen.status.generation() };
-    AFFINITIES.insert(key, &Affinity { choice, last_used: now() }, flags).is_ok()
-}
-
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: a helper without arguments.
-    unsafe { bpf_ktime_get_coarse_ns() }
+    AFFINITIES.insert(key, &Affinity { choice, last_used: nanoseconds() }, flags).is_ok()
 }

@@ -1,7 +1,7 @@
 //! The socket hooks: a TCP connection's endpoint is chosen when it is opened, at no cost per packet.
 //!
 //! A hook that would have to drop in silence, or that does not know enough, leaves the address alone: the packet path
-//! decides. UDP is served here for the node's own node ports only, which have no packet path.
+//! decides. UDP is served here only where the node calls an address of its own, which has no packet path.
 
 use crate::affinity;
 use crate::count;
@@ -19,7 +19,7 @@ use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::Node;
 use dataplane_common::service::{EndpointSet, Policy};
 use dataplane_common::socket::{SocketChoice, SocketChoiceKey, SocketName, SocketPeer, SocketPeerKey};
-use dataplane_common::{Addr, Port, Protocol};
+use dataplane_common::{Addr, Port, Protocol, read_word};
 
 const ECONNREFUSED: i32 = 111;
 
@@ -115,8 +115,7 @@ fn context_port(port: u32) -> Port {
 /// A call of `connect(2)`.
 #[inline(always)]
 pub fn connect<S: SocketAddress>(mut socket: S) -> i32 {
-    // SAFETY: the context the kernel handed to the program.
-    let proto = unsafe { (*socket.context()).protocol } as u8;
+    let proto = protocol(&socket);
     let (addr, port) = socket.read();
     forget_name(&socket);
     let Some(source) = source(&socket, proto) else { return PROCEED };
@@ -150,8 +149,8 @@ pub fn send<S: SocketAddress>(mut socket: S) -> i32 {
         return PROCEED;
     }
     let key = SocketChoiceKey::new(cookie(&socket), destination.service);
-    // SAFETY: the value is one word and copied at once.
-    let kept = unsafe { SOCKET_CHOICES.get(&key) }.copied().and_then(still_serves);
+    // SAFETY: an element of a map, valid until the program ends.
+    let kept = SOCKET_CHOICES.get_ptr(&key).and_then(|choice| still_serves(unsafe { read_word(choice) }));
     let (chosen, new) = match kept {
         Some(chosen) => (chosen, false),
         None => {
@@ -173,9 +172,7 @@ pub fn send<S: SocketAddress>(mut socket: S) -> i32 {
 /// called, not the endpoint's.
 #[inline(always)]
 pub fn name<S: SocketAddress>(mut socket: S) -> i32 {
-    // SAFETY: the context the kernel handed to the program.
-    let proto = unsafe { (*socket.context()).protocol } as u8;
-    if proto != Protocol::Tcp as u8 {
+    if protocol(&socket) != Protocol::Tcp as u8 {
         return receive(socket);
     }
     // SAFETY: the context's socket; the value is the socket's own.
@@ -204,6 +201,25 @@ pub fn receive<S: SocketAddress>(mut socket: S) -> i32 {
     PROCEED
 }
 
+/// What the socket speaks.
+#[inline(always)]
+fn protocol<S: SocketAddress>(socket: &S) -> u8 {
+    // SAFETY: the context the kernel handed to the program.
+    spoken(unsafe { (*socket.context()).protocol })
+}
+
+/// What a socket of this protocol number speaks on the wire; 0 for what no packet can have.
+#[inline(always)]
+const fn spoken(protocol: u32) -> u8 {
+    /// `IPPROTO_MPTCP`, whose subflows are TCP.
+    const MPTCP: u32 = 262;
+    match protocol {
+        MPTCP => Protocol::Tcp as u8,
+        0..=0xff => protocol as u8,
+        _ => 0,
+    }
+}
+
 /// Where the socket is; `None` if sockets of this protocol there are left alone: of UDP the node's alone are served.
 #[inline(always)]
 fn source<S: SocketAddress>(socket: &S, proto: u8) -> Option<Source> {
@@ -214,14 +230,20 @@ fn source<S: SocketAddress>(socket: &S, proto: u8) -> Option<Source> {
     (proto == Protocol::Tcp as u8 && node.has(Node::SOCKET_LB_PODS)).then_some(Source::Pod)
 }
 
-/// Whether the hooks serve this call of a socket that has a [`source`]: TCP to any frontend; UDP to a node port on an own address.
+/// Whether the hooks serve this call of a socket that has a [`source`]: TCP to any frontend; UDP to an address of the node itself, but
+/// for a ClusterIP: one that the node has on an interface is left to the node (P13).
 #[inline(always)]
 fn serves(proto: u8, addr: &Addr, destination: Destination, source: Source) -> bool {
     if proto == Protocol::Tcp as u8 {
         // A pod's loopback is its own: node ports on it are the node's only (P18).
         return source == Source::Node || !addr.is_loopback();
     }
-    proto == Protocol::Udp as u8 && destination.kind == FrontendKind::NodePort
+    let of_node = match destination.kind {
+        FrontendKind::NodePort => true,
+        FrontendKind::ExternalIp | FrontendKind::LoadBalancerIp => service::node_address(addr).is_some(),
+        FrontendKind::ClusterIp | FrontendKind::ClosedPort => false,
+    };
+    proto == Protocol::Udp as u8 && of_node
 }
 
 /// The endpoint of a new connection (S1).
@@ -309,11 +331,18 @@ fn translate<S: SocketAddress>(
                 (kept.addr, kept.port) = (addr, port);
             }
         }
-    } else if new {
+    } else {
         let generation = chosen.status.generation();
         let key = SocketPeerKey::new(cookie(socket), chosen.addr, chosen.port, proto);
-        let peer = SocketPeer::new(addr, port, destination.service, chosen.id, generation);
-        let _ = SOCKET_PEERS.insert(&key, &peer, BPF_ANY as u64);
+        // An answer comes from the address that was called last: one socket can call several, and what it called is forgotten first
+        // where there is no room.
+        // SAFETY: written by this socket's own calls, which do not race each other to different frontends.
+        let known =
+            unsafe { SOCKET_PEERS.get(&key) }.is_some_and(|peer| (peer.addr, peer.port) == (addr, port));
+        if new || !known {
+            let peer = SocketPeer::new(addr, port, destination.service, chosen.id, generation);
+            let _ = SOCKET_PEERS.insert(&key, &peer, BPF_ANY as u64);
+        }
     }
     if new {
         count::new_flow(destination.service, chosen.id);
@@ -347,4 +376,14 @@ fn netns_cookie<S: SocketAddress>(socket: &S) -> u64 {
 fn cookie<S: SocketAddress>(socket: &S) -> u64 {
     // SAFETY: the context the kernel handed to the program.
     unsafe { bpf_get_socket_cookie(socket.context().cast()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_of_mptcp_speaks_tcp() {
+        assert_eq!([6, 17, 132, 262, 256 + 17].map(spoken), [6, 17, 132, 6, 0]);
+    }
 }

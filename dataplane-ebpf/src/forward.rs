@@ -2,11 +2,12 @@
 
 use crate::frame::Frame;
 use crate::parse::Packet;
-use crate::service::node;
+use crate::service::{node, node_address};
 use crate::verdict::Way;
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
-    BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup,
+    BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE,
+    BPF_FIB_LKUP_RET_UNSUPP_LWT, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup,
 };
 use aya_ebpf::helpers::bpf_fib_lookup as helper;
 use dataplane_common::Addr;
@@ -27,6 +28,8 @@ pub enum Route {
     Local,
     /// The packet is longer than the way takes; `way.mtu` says how long it may be.
     TooBig,
+    /// There is no way, as the kernel would tell the sender.
+    Unreachable,
     /// There is no way.
     None(Reason),
 }
@@ -85,13 +88,16 @@ pub fn route<F: Frame>(
             };
             Route::Via
         }
-        BPF_FIB_LKUP_RET_NOT_FWDED => Route::Local,
+        // What is not forwarded is the node's own, or there is no route at all: the kernel says the same of both.
+        BPF_FIB_LKUP_RET_NOT_FWDED if node_address(dst).is_some() => Route::Local,
+        BPF_FIB_LKUP_RET_NOT_FWDED | BPF_FIB_LKUP_RET_UNREACHABLE => Route::Unreachable,
         BPF_FIB_LKUP_RET_FRAG_NEEDED => {
             // SAFETY: as above.
             way.mtu = unsafe { fib.__bindgen_anon_1.mtu_result };
             Route::TooBig
         }
         BPF_FIB_LKUP_RET_FWD_DISABLED => Route::None(Reason::ForwardingDisabled),
+        BPF_FIB_LKUP_RET_UNSUPP_LWT => Route::None(Reason::UnsupportedRoute),
         _ => Route::None(Reason::NoRoute),
     }
 }
@@ -131,9 +137,20 @@ fn wire_length<F: Frame>(frame: &F, packet: &Packet) -> u16 {
     } else if segment == 0 {
         packet.length
     } else {
-        segment + packet.network_header() + packet.transport_header()
+        segment + packet.network_header() - jumbo_header(packet) + packet.transport_header()
     };
     if length > u16::MAX as u32 { u16::MAX } else { length as u16 }
+}
+
+/// Bytes of the hop-by-hop header that the kernel itself gives to a segment train longer than an IPv6 header can say ("BIG TCP",
+/// Linux 5.19 to 6.19) and takes away from its segments.
+#[inline(always)]
+fn jumbo_header(packet: &Packet) -> u32 {
+    const JUMBO: u32 = 8;
+    const IPV6_HEADER: u32 = 40;
+    let longest = u16::MAX as u32 + IPV6_HEADER;
+    let has_one = !packet.is_v4() && packet.length > longest && packet.network_header() > IPV6_HEADER;
+    if has_one { JUMBO } else { 0 }
 }
 
 /// An address as the parameters of helpers hold it: IPv4 in the first word.
@@ -151,4 +168,27 @@ fn address(v4: bool, words: [u32; 4]) -> Addr {
         return Addr::from_v4(words[0].to_ne_bytes());
     }
     Addr::from_bytes(bytemuck::cast(words))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::sample;
+    use crate::parse::{parse, tcp};
+
+    #[test]
+    fn the_header_that_the_kernel_gives_to_a_long_train_is_on_no_wire() {
+        // Behind the network header: what follows, no more words, a jumbo payload of four bytes (RFC 2675).
+        let mut frame = sample::Family::V6.tcp(tcp::ACK, b"");
+        frame.bytes.splice(54..54, [6, 0, 0xc2, 4, 0, 1, 0, 0]);
+        (frame.bytes[19], frame.bytes[20]) = (frame.bytes[19] + 8, 0);
+        let mut packet = crate::parse::Packet::EMPTY;
+        assert!(parse(&mut frame, &mut packet));
+        assert_eq!((packet.network_header(), jumbo_header(&packet)), (48, 0), "one of the sender's own");
+        packet.length = 100_000;
+        assert_eq!(jumbo_header(&packet), 8);
+        assert!(parse(&mut sample::Family::V6.tcp(tcp::ACK, b""), &mut packet));
+        packet.length = 100_000;
+        assert_eq!(jumbo_header(&packet), 0, "none is there");
+    }
 }

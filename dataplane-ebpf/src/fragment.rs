@@ -5,6 +5,7 @@ use crate::maps::FRAGMENTS;
 use crate::parse::Packet;
 use aya_ebpf::bindings::BPF_ANY;
 use dataplane_common::fragment::{FragmentKey, FragmentPorts};
+use dataplane_common::read_word;
 
 /// Remembers the ports of a first fragment.
 #[inline(always)]
@@ -23,9 +24,8 @@ pub fn forget(packet: &Packet) {
 /// The ports of the datagram that `packet` is a fragment of; `None` if its first fragment was not seen.
 #[inline(always)]
 pub fn lookup(packet: &Packet) -> Option<FragmentPorts> {
-    let word = FRAGMENTS.get_ptr(&key(packet))?.cast::<u64>();
-    // SAFETY: an element of a map, valid until the program ends, read as it was written: as one word.
-    let ports: FragmentPorts = bytemuck::cast(unsafe { word.read_volatile() });
+    // SAFETY: an element of a map, valid until the program ends.
+    let ports = unsafe { read_word(FRAGMENTS.get_ptr(&key(packet))?) };
     ports.is_fresh(flow::now()).then_some(ports)
 }
 

@@ -14,13 +14,15 @@ pub struct Interest {
     pub frontend: bool,
     /// Its source may be a backend, and the hook is one where such a packet may have to be restored.
     pub reply: bool,
+    /// It leaves, and its source may be a node port of this node.
+    pub outgoing: bool,
 }
 
 impl Interest {
     /// Whether nothing about it can be ours.
     #[inline(always)]
     pub const fn none(&self) -> bool {
-        !(self.frontend || self.reply)
+        !(self.frontend || self.reply || self.outgoing)
     }
 }
 
@@ -35,14 +37,17 @@ pub fn of(packet: &Packet, hook: Hook) -> Interest {
         Hook::UplinkIngress | Hook::PodIngress => {
             let (service, to_node) = destination(&packet.dst);
             if !to_node {
-                return Interest { frontend: service, reply: false };
+                return Interest { frontend: service, reply: false, outgoing: false };
             }
             let node_port = || test(FilterBit::node_port(&packet.dst, packet.dst_port, proto));
             // Replies of flows whose source was translated, and of the node's own, are addressed to the node.
-            Interest { frontend: service || node_port(), reply: reply() }
+            Interest { frontend: service || node_port(), reply: reply(), outgoing: false }
         }
-        Hook::UplinkEgress => Interest { frontend: destination(&packet.dst).0, reply: reply() },
-        Hook::PodEgress => Interest { frontend: false, reply: reply() },
+        Hook::UplinkEgress | Hook::PodEgress => Interest {
+            frontend: hook == Hook::UplinkEgress && destination(&packet.dst).0,
+            reply: reply(),
+            outgoing: test(FilterBit::node_port(&packet.src, packet.src_port, proto)),
+        },
     }
 }
 

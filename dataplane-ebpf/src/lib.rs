@@ -12,6 +12,7 @@
 extern crate std;
 
 pub mod affinity;
+pub mod clock;
 pub mod connect;
 pub mod count;
 pub mod flow;
@@ -22,6 +23,7 @@ pub mod icmp;
 pub mod interest;
 pub mod maps;
 pub mod nat;
+pub mod outgoing;
 pub mod parse;
 pub mod path;
 pub mod reject;

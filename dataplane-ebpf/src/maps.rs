@@ -61,6 +61,7 @@ maps! {
     HALF_OPEN: Queue = "half_open", HalfOpen;
     CLOSING: Queue = "closing", Closing;
     PORT_TURN: PerCpuArray = "port_turn", PortTurns;
+    OUTGOINGS: LruHashMap = "outgoing", Outgoings;
     UPLINKS: LruHashMap = "uplinks", Uplinks;
     AFFINITIES: LruHashMap = "affinity", Affinities;
     FRAGMENTS: LruHashMap = "fragments", Fragments;

@@ -201,6 +201,13 @@ impl Packet {
         self.tcp(tcp::RST, tcp::RST) || self.sctp(sctp::ABORT)
     }
 
+    /// Both ports, the source's first, as they stand in the packet.
+    #[inline(always)]
+    pub const fn ports(&self) -> u32 {
+        let ([a, b], [c, d]) = (self.src_port.bytes(), self.dst_port.bytes());
+        u32::from_ne_bytes([a, b, c, d])
+    }
+
     /// Whether it is an IPv4 packet.
     #[inline(always)]
     pub fn is_v4(&self) -> bool {
@@ -245,6 +252,7 @@ pub fn parse<F: Frame>(frame: &mut F, packet: &mut Packet) -> bool {
     let Some((l3, ethertype)) = frame.network() else { return false };
     packet.l3 = l3 as u8;
     (packet.src_port, packet.dst_port, packet.flags) = (Port::ANY, Port::ANY, 0);
+    packet.transport_header = 0;
     let network = match ethertype {
         ETHERTYPE_IPV4 => ipv4(frame, packet),
         ETHERTYPE_IPV6 => ipv6(frame, packet),
@@ -576,6 +584,17 @@ mod tests {
         assert_eq!((packet.src_port.number(), packet.dst_port.number()), (40_000, 80));
         assert_eq!((packet.flags, packet.seq, packet.ack), (tcp::SYN, 1_000, 2_000));
         assert_eq!((packet.proto, packet.ttl, packet.length, packet.obstacle), (6, 64, 60, Obstacle::None));
+    }
+
+    #[test]
+    fn nothing_of_the_packet_before_is_left() {
+        let mut packet = Packet::EMPTY;
+        assert!(parse(&mut sample::Family::V6.tcp(tcp::SYN, b""), &mut packet));
+        assert_eq!(packet.transport_header(), TCP_HEADER);
+        let mut gre = sample::udp(b"", true);
+        gre.bytes[23] = 47;
+        assert!(parse(&mut gre, &mut packet));
+        assert_eq!((packet.transport_header(), packet.flags, packet.src_port), (0, 0, Port::ANY));
     }
 
     #[test]

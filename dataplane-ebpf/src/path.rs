@@ -15,7 +15,7 @@ use crate::scratch::{Opening, Scratch, SourceRule};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use crate::verdict::{Code, Exit, Verdict, Way};
-use crate::{interest, nat, uplink};
+use crate::{interest, nat, outgoing, uplink};
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
@@ -94,6 +94,10 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     if hook == Hook::UplinkIngress && (packet.src.is_loopback() || packet.dst.is_loopback()) {
         return Verdict::Drop(Reason::Loopback);
     }
+    // Z4: an interface that listens to all takes in what is for other hosts as well.
+    if hook == Hook::UplinkIngress && frame.is_for_another_host() {
+        return Verdict::Pass;
+    }
     let mut walk = Walk { frame, hook, s: scratch };
     if walk.s.packet.obstacle != Obstacle::None {
         let followed = walk.with_obstacle();
@@ -112,6 +116,9 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     let known = walk.known();
     if known != Code::BEGIN {
         return known.verdict();
+    }
+    if interest.outgoing {
+        outgoing::note(&walk.s.packet, &walk.s.key);
     }
     if interest.frontend {
         let admitted = walk.admit();
@@ -140,6 +147,8 @@ fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Cod
         Some(IcmpError::TIME_EXCEEDED)
     } else if reason == Reason::TooBig {
         Some(IcmpError::too_big(scratch.way.mtu))
+    } else if reason == Reason::Unreachable {
+        Some(IcmpError::NO_ROUTE)
     } else {
         None
     };
@@ -168,7 +177,11 @@ fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Cod
 #[inline(never)]
 fn way_back<F: Frame>(frame: &F, scratch: &mut Scratch) -> Code {
     let Scratch { packet, fib, way, .. } = scratch;
-    let elsewhere = forward::route(frame, packet, &packet.src, Origin::Sent, fib, way) == Route::Via
+    // The answer's own ends and length: rules of routing may ask for both.
+    (packet.src, packet.dst) = (packet.dst, packet.src);
+    (packet.src_port, packet.dst_port) = (packet.dst_port, packet.src_port);
+    packet.length = frame.length() - packet.l3();
+    let elsewhere = forward::route(frame, packet, &packet.dst, Origin::Sent, fib, way) == Route::Via
         && way.ifindex != frame.ifindex();
     if elsewhere { Verdict::Forward } else { Verdict::Answer }.into()
 }
@@ -193,12 +206,8 @@ impl<F: Frame> Walk<'_, F> {
         let (status, service) = select::owner(self.s.flow.backend);
         let known = status.generation() == self.s.flow.generation;
         let stage = self.s.flow.stage();
-        let ends = if reply {
-            self.answers_another(stage)
-        } else {
-            self.begins_anew(stage, known && status.has(BackendStatus::SERVING))
-        };
-        if ends {
+        let serving = known && status.has(BackendStatus::SERVING);
+        if self.answers_another(stage) || !reply && self.begins_anew(stage, serving) {
             flow::remove(&self.s.key, &self.s.flow);
             return Verdict::Begin;
         }
@@ -249,12 +258,12 @@ impl<F: Frame> Walk<'_, F> {
         !serving
     }
 
-    /// Whether an endpoint's packet accepts a connection that is not the flow's. One to the Service would have ended the flow as
-    /// it began: the client has called the endpoint itself, from the port that it had for the flow. From a translated one nobody
-    /// calls (P12).
+    /// Whether a packet accepts a connection that is not the flow's. One to the Service would have ended the flow as it began: the
+    /// client has called the endpoint itself, from the port that it had for the flow, or somebody masquerades a connection by that
+    /// port.
     #[inline(always)]
     fn answers_another(&self, stage: Stage) -> bool {
-        stage == Stage::Closing && !self.s.flow.has(Flow::SOURCE_TRANSLATED) && self.s.packet.accepts()
+        stage == Stage::Closing && self.s.packet.accepts()
     }
 
     /// How a packet of the flow leaves this hook.
@@ -316,6 +325,7 @@ impl<F: Frame> Walk<'_, F> {
                 if sent { Verdict::HandUp } else { Verdict::Pass }
             }
             Route::TooBig => Verdict::Refuse(Reason::TooBig),
+            Route::Unreachable => Verdict::Refuse(Reason::Unreachable),
             Route::None(reason) => Verdict::Drop(reason),
         };
         verdict.into()
@@ -395,8 +405,8 @@ impl<F: Frame> Walk<'_, F> {
         if source != Source::Node && packet.continues() && set(Node::TAKES_OVER) {
             return Verdict::Pass;
         }
-        if packet.resets() {
-            return Verdict::Drop(Reason::StrayReset);
+        if let Some(verdict) = self.opens_nothing() {
+            return verdict;
         }
         let inside_only = set(Node::CLUSTER_IP_INSIDE_ONLY);
         if inside_only && source == Source::Outside && destination.kind == FrontendKind::ClusterIp {
@@ -419,6 +429,30 @@ impl<F: Frame> Walk<'_, F> {
             Err(Reason::NoEndpoints) => Verdict::Refuse(Reason::NoEndpoints),
             Err(reason) => Verdict::Drop(reason),
         }
+    }
+
+    /// What becomes of a packet that may not begin a flow (P22); `None` if it may.
+    #[inline(always)]
+    fn opens_nothing(&self) -> Option<Verdict> {
+        let packet = &self.s.packet;
+        if packet.opens() {
+            return None;
+        }
+        let at_node = service::node_address(&packet.dst).is_some();
+        if packet.resets() || packet.accepts() || packet.proto == Protocol::Sctp as u8 {
+            // It is of a connection of somebody else, whom the node's stack knows.
+            return Some(match packet.resets() {
+                _ if at_node => Verdict::Pass,
+                true => Verdict::Drop(Reason::StrayReset),
+                false => Verdict::Drop(Reason::StrayAnswer),
+            });
+        }
+        // What else is of a connection was picked up in its middle, if nobody here has it.
+        let of_others = || {
+            outgoing::is_answered_by(&self.s.key)
+                || packet.proto == Protocol::Tcp as u8 && outgoing::has_socket(self.frame, packet)
+        };
+        (at_node && of_others()).then_some(Verdict::Pass)
     }
 
     /// A ClusterIP on a port that no Service has (P13).
@@ -597,10 +631,12 @@ impl<F: Frame> Walk<'_, F> {
 }
 
 /// Whether XDP can send a packet on: by the interface it came in on, untagged, to a known neighbour. Any other may be a veth,
-/// a tunnel or a VLAN, where what XDP redirects is lost or arrives as something else.
+/// a tunnel or a VLAN, where what XDP redirects is lost or arrives as something else. And only if it was sent to that interface's
+/// own address (Z4).
 #[inline(always)]
-fn back_out<F: Frame>(frame: &F, packet: &Packet, way: &Way) -> bool {
-    way.resolved && way.ifindex == frame.ifindex() && !frame.is_tagged(packet.l3())
+fn back_out<F: Frame>(frame: &mut F, packet: &Packet, way: &Way) -> bool {
+    let by_same = way.resolved && way.ifindex == frame.ifindex() && !frame.is_tagged(packet.l3());
+    by_same && frame.link_destination() == way.source_mac
 }
 
 /// The rule by which a flow's source address is kept or translated (P4, P5, P7, P9, P10).

@@ -30,6 +30,8 @@ pub struct IcmpError {
 impl IcmpError {
     /// Destination unreachable: port unreachable.
     pub const PORT_UNREACHABLE: Self = Self { v4: [3, 3], v6: [1, 4], mtu: 0 };
+    /// Destination unreachable: net unreachable, or no route to it.
+    pub const NO_ROUTE: Self = Self { v4: [3, 0], v6: [1, 0], mtu: 0 };
     /// Time to live (hop limit) exceeded in transit.
     pub const TIME_EXCEEDED: Self = Self { v4: [11, 0], v6: [3, 0], mtu: 0 };
 

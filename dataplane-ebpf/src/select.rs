@@ -6,7 +6,7 @@ use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::drop::Reason;
 use dataplane_common::service::EndpointSet;
-use dataplane_common::{Addr, Port};
+use dataplane_common::{Addr, Port, read_word};
 
 /// An endpoint that was chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,9 +86,8 @@ impl Steps for IdSearch {
 #[inline(always)]
 pub fn backend(id: u32) -> Option<Chosen> {
     let backend = BACKENDS.get_ptr(id)?;
-    // SAFETY: array elements stay; the status is one word.
-    let backend: &Backend = unsafe { &*backend };
-    let status = backend.status();
+    // SAFETY: array elements stay; the status comes first.
+    let (status, backend): (BackendStatus, &Backend) = unsafe { (read_word(backend.cast()), &*backend) };
     if status.generation() == 0 {
         return None;
     }
@@ -106,6 +105,6 @@ pub fn status(id: u32) -> BackendStatus {
 #[inline(always)]
 pub fn owner(id: u32) -> (BackendStatus, u32) {
     let Some(backend) = BACKENDS.get_ptr(id) else { return (BackendStatus::default(), 0) };
-    // SAFETY: array elements stay; the status, which comes first, is one word.
-    unsafe { (backend.cast::<BackendStatus>().read_volatile(), (*backend).service()) }
+    // SAFETY: array elements stay; the status comes first.
+    unsafe { (read_word(backend.cast::<BackendStatus>()), (*backend).service()) }
 }

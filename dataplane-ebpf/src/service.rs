@@ -7,7 +7,7 @@ use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress};
 use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::{EndpointSet, Policy};
-use dataplane_common::{Addr, Port};
+use dataplane_common::{Addr, Port, read_word};
 
 /// Where a client is, as far as policies ask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,8 +38,8 @@ pub fn node() -> Option<&'static Node> {
 /// What the node's address `addr` is for; `None` if it is no address of the node.
 #[inline(always)]
 pub fn node_address(addr: &Addr) -> Option<NodeAddress> {
-    // SAFETY: the value is one word and copied at once.
-    unsafe { NODE_ADDRS.get(addr) }.copied()
+    // SAFETY: an element of a map, valid until the program ends.
+    NODE_ADDRS.get_ptr(addr).map(|address| unsafe { read_word(address) })
 }
 
 /// The service port that a destination leads to.
@@ -83,8 +83,8 @@ pub fn in_service_range(addr: &Addr) -> bool {
 #[inline(always)]
 pub fn policy(service: u32) -> Result<Policy, Reason> {
     let service = SERVICES.get_ptr(service).ok_or(Reason::CorruptTable)?;
-    // SAFETY: array elements stay; each word is read once, as it was written.
-    Ok(unsafe { (&raw const (*service).policy).read_volatile() })
+    // SAFETY: array elements stay.
+    Ok(unsafe { read_word(&raw const (*service).policy) })
 }
 
 /// Whether only some sources may call this address (S2).
@@ -126,14 +126,9 @@ pub fn endpoints(destination: Destination, source: Source, policy: Policy) -> Re
     } else {
         policy.has(Policy::INTERNAL_LOCAL)
     };
-    // SAFETY: array elements stay; each word is read once, as it was written.
-    let set: EndpointSet = unsafe {
-        if local {
-            (&raw const (*service).local).read_volatile()
-        } else {
-            (&raw const (*service).cluster).read_volatile()
-        }
-    };
+    // SAFETY: array elements stay.
+    let set =
+        unsafe { read_word(if local { &raw const (*service).local } else { &raw const (*service).cluster }) };
     if set.count() == 0 {
         // P1 against P2 and P3.
         return Err(if policy.has(Policy::HAS_ENDPOINTS) {
@@ -155,9 +150,8 @@ pub fn keeps_source(destination: Destination, source: Source, policy: Policy) ->
 
 #[inline(always)]
 fn exact(key: &FrontendKey) -> Option<Frontend> {
-    // SAFETY: the value is one word and copied at once.
-    let word: u64 = unsafe { FRONTENDS.get_ptr(key)?.cast::<u64>().read_volatile() };
-    Some(bytemuck::cast(word))
+    // SAFETY: an element of a map, valid until the program ends.
+    FRONTENDS.get_ptr(key).map(|frontend| unsafe { read_word(frontend) })
 }
 
 #[inline(always)]

@@ -4,6 +4,7 @@
 mod allocations;
 mod record;
 mod stack;
+mod words;
 
 use dataplane_tests::bench::record::kernel;
 use dataplane_tests::bench_prog::{ALL, MAP_MEMORY_LIMIT, VERIFIED_LIMIT, map_memory, verified_instructions};
@@ -40,6 +41,21 @@ fn the_stack_of_no_program_is_deeper_than_recorded() {
         depths.insert(program.to_owned(), stack::deepest(id).unwrap());
     }
     hold("bytes of stack", &format!("{}, {TOOLCHAIN}", linux()), &depths, Some(stack::STACK));
+}
+
+/// An endpoint set is where it begins and how long it is: read in halves, it could be of two sets.
+#[test]
+fn what_must_agree_of_a_service_is_loaded_at_once() {
+    let mut object = Object::open(&Options::default()).unwrap();
+    let services = words::map_id(&object.map("services").unwrap()).unwrap();
+    for program in ["connect4", "connect6", "sendmsg4", "sendmsg6", "xdp_uplink", "tc_uplink_in", "tc_pod_in"]
+    {
+        object.load(program).unwrap();
+        let (id, _) = object.program_id(program).unwrap();
+        let loads = words::loads(id, services).unwrap();
+        assert!(!loads.is_empty(), "{program} loads nothing of a Service");
+        assert!(loads.iter().all(|(bytes, _)| *bytes == 8), "{program}: {loads:?}");
+    }
 }
 
 #[test]

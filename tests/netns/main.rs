@@ -14,6 +14,7 @@ mod health;
 mod load;
 mod load_balancers;
 mod manifests;
+mod others;
 mod own;
 mod policies;
 mod pressure;

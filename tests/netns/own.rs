@@ -1,10 +1,10 @@
 //! The node's own node ports, and clients that are their own endpoints: P11, P18.
 
 use crate::world::{
-    BOTH, HOST_TARGET, PORT, SILENCE, Tcp, Udp, ask, ask_many, assert_silent, at_once, everywhere,
-    on_both_paths,
+    BOTH, HOST_TARGET, PATIENCE, PORT, SILENCE, Tcp, Udp, ask, ask_many, assert_silent, at_once, eventually,
+    everywhere, in_kinds, on_both_paths,
 };
-use dataplane_tests::lab::at;
+use dataplane_tests::lab::{ask_datagram, at, next_source};
 
 everywhere! {
     /// P11: a pod reaches itself through its ClusterIP, and sees an address of its node.
@@ -111,5 +111,43 @@ everywhere! {
         // P13: and on a ClusterIP it is a port that no Service has.
         crate::world::assert_refused(&world.in_pod("shell-1"), at(world.cluster_ip(0), world.node_port(0)));
         assert_silent(&world.in_pod("shell-1"), at(world.cluster_ip(150), PORT));
+    }
+}
+
+in_kinds! {
+    plain Plain
+    bridge_without_checksums_sockets_of_hosts BridgeHostSockets;
+    /// P15, P6: an LB IP or external IP that the node has on an interface of its own, as where something announces it, is reached by
+    /// the node's own TCP and UDP, which leave by no interface.
+    fn a_node_reaches_a_balanced_address_on_its_own_interface(world) {
+        world.apply(&world.balanced_service(0).endpoints(world.webs()));
+        let client = world.on_node(1).timeout(SILENCE);
+        for ip in [world.lb_ip(0), world.external_ip(0)] {
+            let (bits, to) = (if ip.is_ipv4() { 32 } else { 128 }, at(ip, PORT));
+            world.node(1).place().ip(&[format!("addr add {ip}/{bits} dev lo")]).unwrap();
+            for transport in BOTH {
+                eventually(&format!("{transport:?} reaches {to}"), || ask(&client, transport, to).is_ok());
+                assert_eq!(crate::world::pods(&ask_many(&world.on_node(1), transport, to)).len(), 2);
+            }
+            assert!(client.udp_unconnected(to).is_ok(), "{to}");
+            world.node(1).place().ip(&[format!("addr del {ip}/{bits} dev lo")]).unwrap();
+        }
+    }
+}
+
+in_kinds! {
+    plain Plain
+    bridge_without_checksums_sockets_of_hosts BridgeHostSockets;
+    /// P18: one socket of the node that calls several addresses of a node port is answered from the one that it called.
+    fn one_socket_calls_several_addresses_of_a_node_port(world) {
+        world.apply(&world.node_port_service(0).endpoints([world.pod("web-1").endpoint()]));
+        let place = world.node(1).place();
+        let socket = place.udp_socket(Some(next_source(place, world.family()))).unwrap();
+        for _ in 0..2 {
+            for ip in [world.node_ip(1), world.gateway(1), world.loopback()] {
+                let answer = ask_datagram(&socket, Some(at(ip, world.node_port(0))), PATIENCE);
+                assert_eq!(answer.unwrap().pod, "web-1");
+            }
+        }
     }
 }

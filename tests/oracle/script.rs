@@ -82,6 +82,7 @@ pub(crate) fn random(random: &mut Random) -> Script {
                     }
                     author.resume(random, &client);
                 }
+                8 if random.chance(40) => author.outgoing(random),
                 _ => author.stray(random),
             }
         }
@@ -281,6 +282,28 @@ impl Author {
         if random.chance(50) {
             let flags = random.of(&[flag::ACK, flag::SYN | flag::ACK, flag::RST, flag::FIN | flag::ACK]);
             self.reply(random, id, client.proto, flags);
+        }
+    }
+
+    /// The node, or whoever is masqueraded, calls somebody from the number of a node port, and is answered.
+    fn outgoing(&mut self, random: &mut Random) {
+        let places = Places::of(random.chance(50));
+        let theirs = if random.chance(30) { random.of(&places.pods) } else { random.of(&places.outside) };
+        let theirs = SocketAddr::new(theirs.parse().unwrap(), 40_000 + random.below(12) as u16);
+        let own = SocketAddr::new(random.of(&places.node).parse().unwrap(), random.of(&NODE_PORTS));
+        let (out, back) = if is_pod(theirs.ip()) {
+            (Place::ToPod, Place::FromPod)
+        } else {
+            (Place::ToNetwork, random.of(&[Place::FromNetwork, Place::Early]))
+        };
+        let proto = random.of(&[TCP, TCP, UDP, UDP, SCTP]);
+        let flags = random.of(&[flag::SYN, flag::SYN, flag::ACK, flag::RST]);
+        self.send(random, &Client { place: out, src: own, dst: theirs, proto }, flags, 77);
+        let answers = Client { place: back, src: theirs, dst: own, proto };
+        for flags in [flag::SYN | flag::ACK, flag::ACK, flag::FIN | flag::ACK, flag::RST] {
+            if random.chance(60) {
+                self.send(random, &answers, flags, ISS + 1);
+            }
         }
     }
 

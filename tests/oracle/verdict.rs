@@ -56,9 +56,11 @@ fn reason(why: Why) -> Reason {
         Why::Flawed(Flaw::Protocol) => Reason::UnsupportedProtocol,
         Why::StrayReset => Reason::StrayReset,
         Why::SourceNotAllowed => Reason::SourceNotAllowed,
+        Why::StrayAnswer => Reason::StrayAnswer,
         Why::OrphanFragment => Reason::OrphanFragment,
         Why::Unanswerable => Reason::Unanswerable,
         Why::NoRoute => Reason::NoRoute,
+        Why::Unreachable => Reason::Unreachable,
         Why::TtlExceeded => Reason::TtlExceeded,
         Why::TooBig => Reason::TooBig,
         Why::PortsExhausted => Reason::PortsExhausted,
@@ -185,10 +187,10 @@ fn check_answer(model: &Model, answer: Answer, headers: &Headers, seen: &Seen<'_
     let from = match answer {
         Answer::Reset | Answer::PortUnreachable => Some(headers.dst.ip()),
         // To the node itself its own address would be a martian.
-        Answer::TimeExceeded | Answer::TooBig(_) if model.node().has(headers.src.ip()) => {
+        Answer::TimeExceeded | Answer::TooBig(_) | Answer::NoRoute if model.node().has(headers.src.ip()) => {
             Some(headers.dst.ip())
         }
-        Answer::TimeExceeded | Answer::TooBig(_) => model.node().source(headers.is_v6()),
+        Answer::TimeExceeded | Answer::TooBig(_) | Answer::NoRoute => model.node().source(headers.is_v6()),
     };
     if Some(out.src.ip()) != from {
         return wrong("source is wrong");
@@ -196,6 +198,7 @@ fn check_answer(model: &Model, answer: Answer, headers: &Headers, seen: &Seen<'_
     match answer {
         Answer::Reset => check_reset(headers, &out, seen),
         Answer::PortUnreachable => check_error(seen, &out, (3, 3), (1, 4), 0),
+        Answer::NoRoute => check_error(seen, &out, (3, 0), (1, 0), 0),
         Answer::TimeExceeded => check_error(seen, &out, (11, 0), (3, 0), 0),
         Answer::TooBig(mtu) => check_error(seen, &out, (3, 4), (2, 0), mtu),
     }

@@ -4,8 +4,9 @@ use crate::{expect, expect_untouched};
 use dataplane_common::drop::Reason;
 use dataplane_common::node::Node;
 use dataplane_tests::packet::build::{Packet, tcp, tcp_packet, udp_packet};
-use dataplane_tests::packet::family::{Family, for_both};
-use dataplane_tests::packet::{Hook, Outcome, Verdict, World, reason};
+use dataplane_tests::packet::family::{Family, V4, for_both};
+use dataplane_tests::packet::{Hook, Outcome, Verdict, World, in_namespace, reason};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 fn syn(f: &Family) -> Packet {
@@ -136,24 +137,6 @@ fn a_port_that_is_used_again_without_the_service_is_left_alone() {
         expect_untouched(&world, Hook::PodIn, &direct);
         expect_untouched(&world, Hook::PodOut, &syn_ack(f));
         assert_eq!(world.flow_counts().unwrap(), [0, 0, 0]);
-    });
-}
-
-/// From a translated port nobody calls an endpoint itself: a late SYN-ACK is the flow's own, whose client knows what to do with it.
-#[test]
-fn a_late_syn_ack_to_a_translated_port_is_still_restored() {
-    for_both(|f| {
-        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
-        let to_service = |flags| tcp_packet((f.client, 40_000), (f.node, 30_080), flags);
-        let port = f.source_port(&world.send(Hook::UplinkIn, &to_service(tcp::SYN)).unwrap().packet);
-        let answer = tcp_packet((f.remote, 8080), (f.node, port), tcp::SYN | tcp::ACK).numbers(5_000, 1_001);
-        let restored = world.send(Hook::UplinkIn, &answer).unwrap();
-        world.send(Hook::UplinkIn, &to_service(tcp::ACK).numbers(1_001, 5_001)).unwrap();
-        world.send(Hook::UplinkIn, &to_service(tcp::RST)).unwrap();
-        assert_eq!(world.flow_counts().unwrap(), [0, 0, 2]);
-        assert_eq!(world.send(Hook::UplinkIn, &answer).unwrap().packet, restored.packet);
-        assert_ne!(restored.packet, answer.bytes());
-        assert_eq!(world.flow_counts().unwrap(), [0, 0, 2]);
     });
 }
 
@@ -487,5 +470,20 @@ fn a_connection_that_another_proxy_translates_is_left_to_it() {
             goes_on.bytes(),
             "the flag is what does it"
         );
+    });
+}
+
+/// T4: an endpoint set is read as it was written, while the agent turns it to another: a packet sees the old set or the new one.
+#[test]
+fn an_endpoint_set_is_never_mixed_of_two() {
+    const PACKETS: u32 = 2_000_000;
+    let f = &V4;
+    in_namespace(move || {
+        // Nothing is begun and nothing written, so that each run chooses anew.
+        let world = World::new(&f.web("", &[(f.lost, "there", "ready: true")])).unwrap();
+        let sent = udp_packet((f.client, 40_000), (f.node, 30_080), b"question");
+        let moved = world.run_while_sets_turn(Hook::Xdp, &sent.bytes(), PACKETS, 64).unwrap();
+        // Of the run's end: what lies behind the one slot is nobody's.
+        assert_eq!(moved, BTreeMap::from([(Reason::XdpLeftToTc, u64::from(PACKETS))]), "no route");
     });
 }

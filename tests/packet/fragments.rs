@@ -7,7 +7,7 @@ use dataplane_tests::packet::family::for_both;
 use dataplane_tests::packet::{Hook, Verdict, World, reason};
 
 /// Bytes of transport in each fragment but the last.
-const PIECE: usize = 40;
+pub(crate) const PIECE: usize = 40;
 /// Bytes of an IPv6 fragment header.
 const FRAGMENT_HEADER: usize = 8;
 

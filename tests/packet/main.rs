@@ -11,6 +11,7 @@ mod load_balancers;
 mod policies;
 mod refusals;
 mod sctp;
+mod strays;
 mod translation;
 mod untouched;
 

@@ -85,17 +85,6 @@ fn an_unknown_service_address_does_not_leave_the_node() {
     });
 }
 
-/// P1: a RST is never answered by another.
-#[test]
-fn a_stray_reset_is_dropped() {
-    for_both(|f| {
-        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
-        let sent = tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::RST);
-        expect_drop(&world, Hook::UplinkIn, &sent, Reason::StrayReset);
-        assert_eq!(world.flow_counts().unwrap(), [0, 0, 0], "no insert on RST");
-    });
-}
-
 /// Z3: nothing is forwarded from a link-local address. What stays here keeps its source, and goes the stack's way.
 #[test]
 fn a_link_local_client_is_forwarded_nowhere() {

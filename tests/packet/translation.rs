@@ -1,6 +1,6 @@
 //! What a translated packet looks like, in both directions.
 
-use crate::{expect, expect_drop, expect_untouched};
+use crate::{expect, expect_untouched};
 use dataplane_common::drop::Reason;
 use dataplane_common::node::Node;
 use dataplane_common::{Addr, Port};
@@ -323,17 +323,34 @@ fn a_train_of_segments_that_fit_the_way_is_not_too_long() {
     });
 }
 
+/// P23: an endpoint to which the routing table knows no way: by a route that says so, or because there is none.
 #[test]
-fn an_endpoint_without_a_route_is_a_counted_drop() {
+fn an_endpoint_without_a_route_is_told_to_the_client() {
     for_both(|f| {
-        let lost = (f.lost, "there", "ready: true");
-        let world = World::new(&f.web("", &[lost])).unwrap();
-        expect_drop(
-            &world,
-            Hook::UplinkIn,
-            &tcp_packet((f.client, 1), (f.node, 30_080), tcp::SYN),
-            Reason::NoRoute,
-        );
+        for (endpoint, default_route) in [(f.lost, true), (f.elsewhere, false)] {
+            let world = World::new(&f.web("", &[(endpoint, "there", "ready: true")])).unwrap();
+            if !default_route {
+                let family = if f.header == 20 { "-4" } else { "-6" };
+                let deleted =
+                    std::process::Command::new("ip").args([family, "route", "del", "default"]).status();
+                assert!(deleted.unwrap().success());
+            }
+            let calls =
+                [(Hook::UplinkIn, f.client, f.node, 30_080), (Hook::UplinkOut, f.node, f.cluster_ip, 80)];
+            for (hook, from, to, port) in calls {
+                for sent in
+                    [tcp_packet((from, 1), (to, port), tcp::SYN), udp_packet((from, 1), (to, port), b"?")]
+                {
+                    // To the node itself its own address would be a martian.
+                    let teller = if from == f.node { to } else { f.node };
+                    let answer = icmp_error(teller, &sent, f.no_route, 0);
+                    expect(&world, hook, &sent, Verdict::Redirect, &answer, &reason(Reason::Unreachable));
+                }
+            }
+            let sent = tcp_packet((f.client, 1), (f.node, 30_080), tcp::SYN);
+            expect(&world, Hook::Xdp, &sent, Verdict::Pass, &sent, &reason(Reason::XdpLeftToTc));
+            assert_eq!(world.flow_counts().unwrap(), [0, 0, 0]);
+        }
     });
 }
 

@@ -1,8 +1,8 @@
 //! What is left alone, and what is dropped because it cannot be translated whole.
 
-use crate::{expect_drop, expect_untouched, hex};
+use crate::{expect, expect_drop, expect_untouched, hex};
 use dataplane_common::drop::Reason;
-use dataplane_tests::packet::build::{Packet, Transport, packet, tcp, tcp_packet, udp_packet};
+use dataplane_tests::packet::build::{LINK_FROM, Packet, Transport, packet, tcp, tcp_packet, udp_packet};
 use dataplane_tests::packet::family::{V4, V6, for_both};
 use dataplane_tests::packet::{Hook, Verdict, World, in_namespace, reason};
 
@@ -200,5 +200,34 @@ fn lengths_that_lie_are_counted_drops() {
                 }
             }
         }
+    });
+}
+
+/// Z4: a frame for another host, which an interface that listens to all takes in, is neither served nor answered. XDP does not know
+/// yet whom it is for: what it would send on it leaves to tc, where the kernel knows.
+#[test]
+fn a_frame_for_another_host_is_left_to_it() {
+    for_both(|f| {
+        let others = [2, 0, 0, 0, 0, 0x77];
+        for endpoints in [&[f.local_endpoint()][..], &[f.remote_endpoint()], &[]] {
+            let world = World::new(&f.load_balancer("", endpoints)).unwrap();
+            for to in [(f.node, 30_080), (f.lb_ip, 80), (f.cluster_ip, 80), (f.cluster_ip, 81)] {
+                for sent in
+                    [tcp_packet((f.client, 40_000), to, tcp::SYN), udp_packet((f.client, 40_000), to, b"?")]
+                {
+                    let sent = sent.link(others, LINK_FROM);
+                    expect_untouched(&world, Hook::UplinkIn, &sent);
+                    assert_eq!(world.flow_counts().unwrap(), [0, 0, 0]);
+                }
+            }
+            // Behind a bridge of pods no frame is for the interface.
+            let from_pod =
+                udp_packet((f.other_pod, 40_000), (f.cluster_ip, 80), b"?").link(others, LINK_FROM);
+            assert!(!world.send(Hook::PodIn, &from_pod).unwrap().moved.is_empty());
+        }
+        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let sent = udp_packet((f.client, 40_000), (f.node, 30_080), b"?").link(others, LINK_FROM);
+        expect(&world, Hook::Xdp, &sent, Verdict::Pass, &sent, &reason(Reason::XdpLeftToTc));
+        assert_eq!(world.flow_counts().unwrap(), [0, 0, 0]);
     });
 }

@@ -15,6 +15,8 @@ use dataplane_common::checksum::Sum;
 pub const ETHERNET: u32 = 14;
 /// Offset of the EtherType in it.
 const ETHERTYPE: u32 = 12;
+/// Offset of the destination address in it.
+const LINK_DESTINATION: u32 = 0;
 /// Offset of the source address in it.
 const LINK_SOURCE: u32 = 6;
 
@@ -37,6 +39,12 @@ pub trait Frame {
 
     /// Whether its packets have VLAN tags, or the like, in front of that header: a route's link-layer header does not fit.
     fn is_tagged(&self, l3: u32) -> bool;
+
+    /// Whether the kernel found it to be addressed to another host of its link. XDP comes before that is found out.
+    fn is_for_another_host(&self) -> bool;
+
+    /// The link-layer destination address; all zero where there is none.
+    fn link_destination(&mut self) -> [u8; 6];
 
     /// The link-layer source address; all zero where there is none.
     fn link_source(&mut self) -> [u8; 6];

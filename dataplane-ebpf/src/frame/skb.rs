@@ -1,7 +1,7 @@
 //! The frame of tc: a socket buffer. Written through helpers only, so that a clone is copied when, and only when, the
 //! packet is really changed, and checksums left to the device stay right.
 
-use super::{ETHERNET, ETHERTYPE, Even, Frame, LINK_SOURCE, Refused};
+use super::{ETHERNET, ETHERTYPE, Even, Frame, LINK_DESTINATION, LINK_SOURCE, Refused};
 use crate::forward;
 use crate::verdict::{Verdict, Way};
 use aya_ebpf::bindings::{
@@ -136,6 +136,19 @@ impl<const LINK: u32> Frame for SkbFrame<LINK> {
     #[inline(always)]
     fn is_tagged(&self, _l3: u32) -> bool {
         false
+    }
+
+    #[inline(always)]
+    fn is_for_another_host(&self) -> bool {
+        /// `PACKET_OTHERHOST`.
+        const OTHER_HOST: u32 = 3;
+        // SAFETY: `new` promises a valid context.
+        LINK == ETHERNET && unsafe { (*self.skb).pkt_type } == OTHER_HOST
+    }
+
+    #[inline(always)]
+    fn link_destination(&mut self) -> [u8; 6] {
+        if LINK == ETHERNET { self.read(LINK_DESTINATION).unwrap_or_default() } else { [0; 6] }
     }
 
     #[inline(always)]

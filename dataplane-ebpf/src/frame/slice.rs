@@ -1,6 +1,6 @@
 //! A frame over bytes in memory, for tests on the host.
 
-use super::{ETHERNET, ETHERTYPE, Frame, LINK_SOURCE, Refused};
+use super::{ETHERNET, ETHERTYPE, Frame, LINK_DESTINATION, LINK_SOURCE, Refused};
 use crate::verdict::{Verdict, Way};
 use core::ffi::c_void;
 use dataplane_common::checksum::{Sum, update};
@@ -31,6 +31,14 @@ impl Frame for SliceFrame {
 
     fn is_tagged(&self, l3: u32) -> bool {
         l3 != ETHERNET
+    }
+
+    fn is_for_another_host(&self) -> bool {
+        false
+    }
+
+    fn link_destination(&mut self) -> [u8; 6] {
+        self.read(LINK_DESTINATION).unwrap_or_default()
     }
 
     fn link_source(&mut self) -> [u8; 6] {

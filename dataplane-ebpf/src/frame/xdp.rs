@@ -1,6 +1,6 @@
 //! The frame of XDP: plain memory, with every access checked against its end.
 
-use super::{ETHERNET, ETHERTYPE, Even, Frame, LINK_SOURCE, Refused};
+use super::{ETHERNET, ETHERTYPE, Even, Frame, LINK_DESTINATION, LINK_SOURCE, Refused};
 use crate::verdict::{Verdict, Way};
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::bpf_xdp_adjust_tail;
@@ -71,6 +71,16 @@ impl Frame for XdpFrame {
     #[inline(always)]
     fn is_tagged(&self, l3: u32) -> bool {
         l3 != ETHERNET
+    }
+
+    #[inline(always)]
+    fn is_for_another_host(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn link_destination(&mut self) -> [u8; 6] {
+        self.read(LINK_DESTINATION).unwrap_or_default()
     }
 
     #[inline(always)]

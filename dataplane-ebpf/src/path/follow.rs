@@ -6,7 +6,7 @@ use crate::count::{self, Direction};
 use crate::frame::Frame;
 use crate::parse::{self, Obstacle};
 use crate::verdict::{Code, Exit, Verdict};
-use crate::{flow, fragment, icmp, interest, nat, select, service};
+use crate::{flow, fragment, icmp, interest, nat, outgoing, select, service};
 use dataplane_common::drop::Reason;
 use dataplane_common::flow::{Flow, FlowKey};
 
@@ -86,8 +86,11 @@ impl<F: Frame> Walk<'_, F> {
     #[inline(always)]
     fn orphan_fragment(&self) -> Verdict {
         let packet = &self.s.packet;
+        // P22: at a node's own address it may be an answer.
         let serves = |packet: &parse::Packet| {
-            !matches!(service::lookup(&packet.dst, packet.dst_port, packet.proto), Ok(None))
+            let answers =
+                service::node_address(&packet.dst).is_some() && outgoing::is_answered_by(&self.s.key);
+            !answers && !matches!(service::lookup(&packet.dst, packet.dst_port, packet.proto), Ok(None))
         };
         if self.is_from_client() && (serves(packet) || service::is_closed(&packet.dst)) {
             return if F::LEAVES_TO_TC { Verdict::LeaveToTc } else { Verdict::Drop(Reason::OrphanFragment) };

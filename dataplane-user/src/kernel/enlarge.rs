@@ -18,10 +18,11 @@ pub(super) struct Enlarged {
 }
 
 /// The tables that programs write on their own.
-const WRITTEN_BY_PROGRAMS: [&str; 8] = [
+const WRITTEN_BY_PROGRAMS: [&str; 9] = [
     tables::Flows::NAME,
     tables::HalfOpen::NAME,
     tables::Closing::NAME,
+    tables::Outgoings::NAME,
     tables::Uplinks::NAME,
     tables::Affinities::NAME,
     tables::Fragments::NAME,

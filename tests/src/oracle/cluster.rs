@@ -184,6 +184,12 @@ impl State {
         Some((&self.ports[*index], Kind::NodePort))
     }
 
+    /// Whether an address and port are a node port that answers.
+    pub(super) fn is_node_port(&self, at: SocketAddr, proto: u8, node: &ThisNode) -> bool {
+        self.node_ports_answer_at(at.ip(), node)
+            && self.node_ports.contains_key(&(at.is_ipv6(), at.port(), proto))
+    }
+
     /// Whether an address is a Service's.
     pub(super) fn is_services(&self, ip: IpAddr) -> bool {
         self.cluster_ips.contains(&ip) || self.frontends.keys().any(|(frontend, ..)| *frontend == ip)

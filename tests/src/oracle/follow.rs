@@ -64,11 +64,16 @@ impl Model {
         // Its first fragment was refused or dropped.
         let ours = self.state.is_closed(headers.dst.ip(), &self.node)
             || self.state.frontend(tuple.dst, tuple.proto, &self.node).is_some();
-        vec![Alternative::new(if ours && self.client(place, headers).is_some() {
-            Outcome::Drop(Why::OrphanFragment)
-        } else {
-            self.nobodys(place, headers)
-        })]
+        let nobodys = Alternative::new(self.nobodys(place, headers));
+        let orphan = Alternative::new(Outcome::Drop(Why::OrphanFragment));
+        // P22.
+        let answers = self.outgoing.get(&tuple).filter(|_| self.node.has(headers.dst.ip()));
+        match answers {
+            _ if !ours || self.client(place, headers).is_none() => vec![nobodys],
+            Some(true) => vec![nobodys],
+            Some(false) => vec![nobodys, orphan],
+            None => vec![orphan],
+        }
     }
 
     /// A packet whose port cannot be told (P20, P21). What is a Service's alone is never forwarded untranslated. That an

@@ -27,7 +27,7 @@ pub use outcome::{Alternative, Answer, Outcome, Then, Why};
 
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
@@ -156,6 +156,8 @@ pub struct Model {
     flows: flows::Flows,
     affinities: affinity::Affinities,
     fragments: follow::Fragments,
+    /// What answers a packet that left from a port of the node and is of no flow (P22); true if that certainly was noted.
+    outgoing: BTreeMap<Tuple, bool>,
     /// Addresses that flows were called by when the cluster last changed.
     lately: BTreeSet<IpAddr>,
 }
@@ -170,6 +172,7 @@ impl Model {
             flows: flows::Flows::default(),
             affinities: affinity::Affinities::default(),
             fragments: follow::Fragments::default(),
+            outgoing: BTreeMap::new(),
             lately: BTreeSet::new(),
         }
     }

@@ -29,12 +29,16 @@ pub enum Why {
     StrayReset,
     /// S2.
     SourceNotAllowed,
+    /// P22: a SYN-ACK, or what is of SCTP and opens nothing, that belongs to no flow.
+    StrayAnswer,
     /// P20: its first fragment was refused or dropped.
     OrphanFragment,
     /// P19, P20: it cannot be sent on, and must not be answered.
     Unanswerable,
-    /// There is no way to the endpoint.
+    /// There is no way for a client of the link.
     NoRoute,
+    /// P23: there is no way to the endpoint, and the sender is told.
+    Unreachable,
     /// Its time to live ended here.
     TtlExceeded,
     /// It is longer than the way takes.
@@ -50,6 +54,8 @@ pub enum Answer {
     Reset,
     /// ICMP (or ICMPv6) port unreachable, from the address that was called.
     PortUnreachable,
+    /// Net unreachable (ICMPv6: no route), from an address of the node.
+    NoRoute,
     /// Time exceeded, from an address of the node.
     TimeExceeded,
     /// Fragmentation needed, or packet too big, with the bytes that the way takes.
@@ -132,6 +138,10 @@ pub struct Alternative {
     pub bound: bool,
     /// The packet is left to another proxy.
     pub left: bool,
+    /// P22: the packet is of somebody else's connection.
+    pub others: bool,
+    /// P22: this would answer it, and whether that is certainly remembered.
+    pub notes: Option<(Tuple, bool)>,
     /// The client that comes back to this service port gets one of these again (S1).
     pub remembers: Option<(IpAddr, PortId, BTreeSet<SocketAddr>)>,
 }
@@ -154,6 +164,8 @@ impl Alternative {
             collided: false,
             bound: false,
             left: false,
+            others: false,
+            notes: None,
             remembers: None,
         }
     }

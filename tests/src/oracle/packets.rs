@@ -36,6 +36,8 @@ impl Model {
             alternatives.push(Alternative::new(self.nobodys(place, &headers)));
             alternatives.push(Alternative::new(Outcome::Drop(Why::Flawed(Flaw::Lengths))));
         }
+        let notes = self.notes(place, &headers);
+        alternatives.iter_mut().for_each(|alternative| alternative.notes = notes);
         if place == Place::Early {
             for alternative in &mut alternatives {
                 if self.leaves_to_tc(&headers, &alternative.outcome) {
@@ -89,11 +91,7 @@ impl Model {
         if !is_translated_at(flow, sender, place) {
             return vec![Alternative::new(Outcome::Pass)];
         }
-        let is_over = match sender {
-            Sender::Client => chooses_anew(flow, headers),
-            Sender::Endpoint => answers_another(flow, headers),
-        };
-        if is_over {
+        if is_over(flow, sender, headers) {
             let mut alternatives = self.first(place, headers);
             for alternative in &mut alternatives {
                 alternative.ends = Some(flow.client);
@@ -168,7 +166,7 @@ impl Model {
         }
         match way {
             Way::Here => Ok(if sent { Exit::HandUp(headers.link) } else { Exit::Stack }),
-            Way::None => Err(Outcome::Drop(Why::NoRoute)),
+            Way::None => Err(Outcome::Reject(Why::Unreachable, Answer::NoRoute)),
             Way::Out { mtu, .. } if headers.length > mtu => {
                 Err(Outcome::Reject(Why::TooBig, Answer::TooBig(mtu)))
             }
@@ -191,9 +189,26 @@ impl Model {
             return vec![Alternative::new(self.no_service(place, headers))];
         };
         if let Some(outcome) = self.refused(client, port, kind, headers) {
-            let left = outcome == Outcome::Pass;
-            return vec![Alternative { left, ..Alternative::new(outcome) }];
+            let passes = outcome == Outcome::Pass;
+            let left = passes && self.node.takes_over;
+            return vec![Alternative { left, others: passes && !left, ..Alternative::new(outcome) }];
         }
+        let mut alternatives = self.served(place, headers, client, port, kind);
+        if self.answers_others(headers).is_some() {
+            alternatives.push(Alternative { others: true, ..Alternative::new(Outcome::Pass) });
+        }
+        alternatives
+    }
+
+    /// A packet that may begin a flow.
+    fn served(
+        &self,
+        place: Place,
+        headers: &Headers,
+        client: Client,
+        port: &ServicePort,
+        kind: Kind,
+    ) -> Vec<Alternative> {
         let endpoints = match chosen_from(port, kind, client) {
             Ok(endpoints) => endpoints,
             Err(Why::NoEndpoints) => {
@@ -247,8 +262,8 @@ impl Model {
         if self.node.takes_over && client != Client::Node && continues {
             return Some(Outcome::Pass);
         }
-        if headers.resets() {
-            return Some(Outcome::Drop(Why::StrayReset));
+        if let Some(outcome) = self.begins_nothing(headers) {
+            return Some(outcome);
         }
         // P10.
         if self.node.cluster_ip_inside_only && client == Client::Outside && kind == Kind::ClusterIp {
@@ -265,6 +280,38 @@ impl Model {
             return Some(Outcome::Drop(Why::SourceNotAllowed));
         }
         None
+    }
+
+    /// P22: what becomes of a packet that certainly begins no flow.
+    fn begins_nothing(&self, headers: &Headers) -> Option<Outcome> {
+        let never = headers.resets() || headers.accepts() || headers.proto == wire::SCTP;
+        if !headers.opens() && never {
+            let why = if headers.resets() { Why::StrayReset } else { Why::StrayAnswer };
+            let at_node = self.node.has(headers.dst.ip());
+            return Some(if at_node { Outcome::Pass } else { Outcome::Drop(why) });
+        }
+        (self.answers_others(headers) == Some(true)).then_some(Outcome::Pass)
+    }
+
+    /// P22: whether a packet is of a connection that left the node from the port that it comes to; true if that is certain.
+    fn answers_others(&self, headers: &Headers) -> Option<bool> {
+        let asked = !headers.opens() && self.node.has(headers.dst.ip());
+        self.outgoing.get(&Tuple::of(headers)).copied().filter(|_| asked)
+    }
+
+    /// P22: what answers a packet that leaves, if that is to be remembered; false if it may be forgotten.
+    fn notes(&self, place: Place, headers: &Headers) -> Option<(Tuple, bool)> {
+        let leaves = matches!(place, Place::ToNetwork | Place::ToPod) && self.node.has(headers.src.ip());
+        let connects = [wire::TCP, wire::UDP].contains(&headers.proto) && !headers.resets();
+        if !leaves || !connects || headers.flaw.is_some() {
+            return None;
+        }
+        let tuple = Tuple::of(headers);
+        let flow = self.flows.find(tuple).is_some_and(|(flow, sender)| !is_over(flow, sender, headers));
+        if flow || self.flows.find(tuple.reversed()).is_some() {
+            return None;
+        }
+        Some((tuple.reversed(), self.state.is_node_port(headers.src, headers.proto, &self.node)))
     }
 
     /// Whether a flow that begins may have this source: nobody else's replies arrive there (P12).
@@ -285,6 +332,9 @@ impl Model {
     ) {
         if let Some(client) = alternative.ends {
             self.flows.remove(client);
+        }
+        if let Some((answer, certain)) = alternative.notes {
+            *self.outgoing.entry(answer).or_insert(certain) |= certain;
         }
         if let Some((who, port, had)) = &alternative.remembers {
             self.affinities.remember(*who, port, had.clone());
@@ -331,9 +381,10 @@ fn chooses_anew(flow: &Flow, headers: &Headers) -> bool {
     headers.opens() && (flow.endpoint_gone || flow.phase == Phase::Closing)
 }
 
-/// C4: the endpoint accepts a connection that the client has asked itself for, from a port of its own.
-fn answers_another(flow: &Flow, headers: &Headers) -> bool {
-    flow.phase == Phase::Closing && !flow.source_translated && headers.accepts()
+/// Whether a packet ends the flow that its tuple is of. C4: an end accepts a connection that nobody asked the Service for.
+fn is_over(flow: &Flow, sender: Sender, headers: &Headers) -> bool {
+    let accepts_another = flow.phase == Phase::Closing && headers.accepts();
+    accepts_another || sender == Sender::Client && chooses_anew(flow, headers)
 }
 
 /// Where several endpoints lead to the same outcome, what was seen does not tell which one it was.

@@ -8,7 +8,8 @@ use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
 use dataplane_common::flow::TICK_MASK;
-use dataplane_common::tables;
+use dataplane_common::service::EndpointSet;
+use dataplane_common::tables::{self, Table as _};
 use dataplane_user::compile::{self, Context, NodeSettings};
 use dataplane_user::expire::{self, Clock, IdleTimes};
 use dataplane_user::kernel::callers::{CallerCells, OldMarks};
@@ -16,8 +17,9 @@ use dataplane_user::model::{Change, Dirty, Kind};
 use dataplane_user::sync::LingeringBits;
 use dataplane_user::watch::manifests;
 use ipnet::IpNet;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// What an agent knows of its node beside the objects.
@@ -99,7 +101,61 @@ impl World {
         Ok(before)
     }
 
-    /// Removes all flows, and all that is remembered of clients and datagrams.
+    /// How many connections of others are noted, of which packets left from a node port.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn outgoing(&self) -> Result<usize> {
+        Ok(self.maps.map::<tables::Outgoings>()?.entries()?.len())
+    }
+
+    /// Runs a packet so many times through the program at a hook, while another CPU turns the cluster set of every service port
+    /// between that which it has and one of `other` slots that hold its first endpoint as well. What was counted.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn run_while_sets_turn(
+        &self,
+        hook: Hook,
+        data: &[u8],
+        times: u32,
+        other: u32,
+    ) -> Result<BTreeMap<Reason, u64>> {
+        let (services, slots) = (self.maps.map::<tables::Services>()?, self.maps.map::<tables::Slots>()?);
+        let all: Vec<_> =
+            services.entries()?.into_iter().filter(|(_, service)| service.cluster.count() != 0).collect();
+        let begin = tables::Slots::CAPACITY as u32 / 2;
+        let mut turned = all.clone();
+        for (at, (_, service)) in turned.iter_mut().enumerate() {
+            let first = slots.get(&service.cluster.base())?.unwrap_or_default();
+            let base = begin + at as u32 * other;
+            (base..base + other).try_for_each(|slot| slots.insert(&slot, &first, 0))?;
+            service.cluster = EndpointSet::new(base, other);
+        }
+        let before = self.reasons()?;
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let turning = scope.spawn(|| -> Result<()> {
+                while !done.load(Ordering::Relaxed) {
+                    for (id, service) in turned.iter().chain(&all) {
+                        services.insert(id, service, 0)?;
+                    }
+                }
+                Ok(())
+            });
+            let ran = self.run_times(hook, data, times);
+            done.store(true, Ordering::Relaxed);
+            let turned = turning.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            ran.and(turned)
+        })?;
+        let moved = self.reasons()?.into_iter().map(|(reason, count)| {
+            let earlier = before.iter().find(|(known, _)| *known == reason).map_or(0, |(_, count)| *count);
+            (reason, count - earlier)
+        });
+        Ok(moved.filter(|(_, count)| *count != 0).collect())
+    }
+
+    /// Removes all flows, and all that is remembered of clients, datagrams and what left.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -109,6 +165,9 @@ impl World {
         flows.remove_batch(&keys)?;
         let (affinities, fragments) =
             (self.maps.map::<tables::Affinities>()?, self.maps.map::<tables::Fragments>()?);
+        let outgoings = self.maps.map::<tables::Outgoings>()?;
+        let answers: Vec<_> = outgoings.entries()?.into_iter().map(|(key, _)| key).collect();
+        outgoings.remove_batch(&answers)?;
         let clients: Vec<_> = affinities.entries()?.into_iter().map(|(key, _)| key).collect();
         let datagrams: Vec<_> = fragments.entries()?.into_iter().map(|(key, _)| key).collect();
         affinities.remove_batch(&clients)?;

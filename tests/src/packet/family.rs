@@ -53,6 +53,8 @@ pub struct Family {
     pub port_unreachable: [u8; 2],
     /// Type and code of the error about a time to live that ended.
     pub time_exceeded: [u8; 2],
+    /// Type and code of the error about a destination without a route.
+    pub no_route: [u8; 2],
     /// Type and code of the error about a packet that is too big.
     pub too_big: [u8; 2],
     /// Bytes of its header.
@@ -83,6 +85,7 @@ pub const V4: Family = Family {
     address_type: "IPv4",
     port_unreachable: [3, 3],
     time_exceeded: [11, 0],
+    no_route: [3, 0],
     too_big: [3, 4],
     header: 20,
 };
@@ -111,6 +114,7 @@ pub const V6: Family = Family {
     address_type: "IPv6",
     port_unreachable: [1, 4],
     time_exceeded: [3, 0],
+    no_route: [1, 0],
     too_big: [2, 0],
     header: 40,
 };

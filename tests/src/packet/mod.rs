@@ -138,7 +138,7 @@ pub fn in_namespace(test: impl FnOnce() + Send + 'static) {
 /// queues for XDP, one of which a test run's context names, only while a program is attached: the links are to it.
 fn set_up() -> Result<Vec<OwnedFd>> {
     let interfaces = "link set lo up
-         link add up0 type veth peer name up1
+         link add up0 address 02:00:00:00:00:01 type veth peer name up1
          link add pod0 type veth peer name pod1
          link set up0 up
          link set up1 up
@@ -362,15 +362,31 @@ impl World {
         Ok(self.run(hook, empty, data, 0)?.1.nanoseconds)
     }
 
+    /// Runs the program at a hook many times on a packet that it leaves as it is.
+    fn run_times(&self, hook: Hook, data: &[u8], times: u32) -> Result<()> {
+        self.run_repeatedly(hook, hook.program(), data, 0, times).map(drop)
+    }
+
     /// One run of a program with the context of a hook; `segment`: bytes of data in each segment, 0 where it is one.
     fn run(&self, hook: Hook, program: &str, data: &[u8], segment: u32) -> Result<(Verdict, TestRunResult)> {
+        self.run_repeatedly(hook, program, data, segment, 1)
+    }
+
+    fn run_repeatedly(
+        &self,
+        hook: Hook,
+        program: &str,
+        data: &[u8],
+        segment: u32,
+        repeat: u32,
+    ) -> Result<(Verdict, TestRunResult)> {
         let context = match hook {
             Hook::Xdp => xdp_md(data.len(), self.uplink),
             Hook::UplinkIn | Hook::UplinkOut => sk_buff(self.uplink, segment),
             Hook::BareIn | Hook::BareOut => sk_buff(self.bare, segment),
             Hook::PodIn | Hook::PodOut => sk_buff(self.pod, segment),
         };
-        let run = TestRun { data, context: &context, repeat: 1, ..TestRun::default() };
+        let run = TestRun { data, context: &context, repeat, ..TestRun::default() };
         // Most cases run one program or two, and the verifier takes its time.
         let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
         object.load(program)?;
