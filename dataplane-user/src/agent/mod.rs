@@ -13,6 +13,7 @@ mod hooks;
 mod keep;
 mod notify;
 mod road;
+mod roles;
 mod scrape;
 mod serve;
 mod settings;
@@ -29,6 +30,7 @@ use crate::kernel::links::{self, Interfaces};
 use crate::kernel::maps::KernelMaps;
 use crate::kernel::object::{Object, Options, ProgramLog};
 use crate::kernel::pins::{self, Pins};
+use crate::kernel::roles::Choice;
 use crate::kernel::{capability, lasting, probe};
 use crate::memory;
 use crate::metrics::Metrics;
@@ -146,6 +148,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
         metrics: metrics.clone(),
         events: watch.events(),
         node_name: settings.node_name.clone(),
+        roles: roles::Roles::default(),
         told: hooks::Told::default(),
     };
     let hooks = if upgrade { Start::AfterTheFirstSnapshot(hooks, pins) } else { Start::Now(hooks) };
@@ -168,7 +171,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     service.run(changes, interfaces, choice, signals).await
 }
 
-fn own_addresses(interfaces: &Interfaces, choice: &links::Choice) -> Vec<std::net::IpAddr> {
+fn own_addresses(interfaces: &Interfaces, choice: &Choice) -> Vec<std::net::IpAddr> {
     interfaces.own_addresses(&interfaces.roles(choice))
 }
 
