@@ -1,7 +1,7 @@
 //! The socket hooks: a TCP connection's endpoint is chosen when it is opened, at no cost per packet.
 //!
 //! A hook that would have to drop in silence, or that does not know enough, leaves the address alone: the packet path
-//! decides. UDP is served here for the node's own node ports only, which have no packet path.
+//! decides. UDP is served here only where the node calls an address on an interface of its own, which has no packet path.
 
 use crate::affinity;
 use crate::count;
@@ -214,14 +214,16 @@ fn source<S: SocketAddress>(socket: &S, proto: u8) -> Option<Source> {
     (proto == Protocol::Tcp as u8 && node.has(Node::SOCKET_LB_PODS)).then_some(Source::Pod)
 }
 
-/// Whether the hooks serve this call of a socket that has a [`source`]: TCP to any frontend; UDP to a node port on an own address.
+/// Whether the hooks serve this call of a socket that has a [`source`]: TCP to any frontend; UDP to an address on an interface of
+/// this node, be it a node port's or a Service's.
 #[inline(always)]
 fn serves(proto: u8, addr: &Addr, destination: Destination, source: Source) -> bool {
     if proto == Protocol::Tcp as u8 {
         // A pod's loopback is its own: node ports on it are the node's only (P18).
         return source == Source::Node || !addr.is_loopback();
     }
-    proto == Protocol::Udp as u8 && destination.kind == FrontendKind::NodePort
+    let here = destination.kind == FrontendKind::NodePort || service::node_address(addr).is_some();
+    proto == Protocol::Udp as u8 && here
 }
 
 /// The endpoint of a new connection (S1).

@@ -19,6 +19,7 @@ mod serve;
 mod settings;
 mod signals;
 
+use crate::compile::OwnAddresses;
 use crate::config::{AgentArgs, ServiceRoute, SocketLb, TcMode};
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
@@ -171,8 +172,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
     service.run(changes, interfaces, choice, signals).await
 }
 
-fn own_addresses(interfaces: &Interfaces, choice: &Choice) -> Vec<std::net::IpAddr> {
-    interfaces.own_addresses(&interfaces.roles(choice))
+fn own_addresses(interfaces: &Interfaces, choice: &Choice) -> OwnAddresses {
+    let own = interfaces.own_addresses(&interfaces.roles(choice));
+    OwnAddresses { own, left_over: interfaces.left_over_addresses() }
 }
 
 async fn watch_objects(args: &AgentArgs, settings: &Settings, changes: impl Into<Changes>) -> Result<Watch> {
