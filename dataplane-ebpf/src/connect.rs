@@ -1,7 +1,7 @@
 //! The socket hooks: a TCP connection's endpoint is chosen when it is opened, at no cost per packet.
 //!
 //! A hook that would have to drop in silence, or that does not know enough, leaves the address alone: the packet path
-//! decides. UDP is served here only where the node calls an address of its own, which has no packet path.
+//! decides. UDP is served here only where the node calls an address on an interface of its own, which has no packet path.
 
 use crate::affinity;
 use crate::count;
@@ -230,20 +230,16 @@ fn source<S: SocketAddress>(socket: &S, proto: u8) -> Option<Source> {
     (proto == Protocol::Tcp as u8 && node.has(Node::SOCKET_LB_PODS)).then_some(Source::Pod)
 }
 
-/// Whether the hooks serve this call of a socket that has a [`source`]: TCP to any frontend; UDP to an address of the node itself, but
-/// for a ClusterIP: one that the node has on an interface is left to the node (P13).
+/// Whether the hooks serve this call of a socket that has a [`source`]: TCP to any frontend; UDP to an address on an interface of
+/// this node, be it a node port's or a Service's.
 #[inline(always)]
 fn serves(proto: u8, addr: &Addr, destination: Destination, source: Source) -> bool {
     if proto == Protocol::Tcp as u8 {
         // A pod's loopback is its own: node ports on it are the node's only (P18).
         return source == Source::Node || !addr.is_loopback();
     }
-    let of_node = match destination.kind {
-        FrontendKind::NodePort => true,
-        FrontendKind::ExternalIp | FrontendKind::LoadBalancerIp => service::node_address(addr).is_some(),
-        FrontendKind::ClusterIp | FrontendKind::ClosedPort => false,
-    };
-    proto == Protocol::Udp as u8 && of_node
+    let here = destination.kind == FrontendKind::NodePort || service::node_address(addr).is_some();
+    proto == Protocol::Udp as u8 && here
 }
 
 /// The endpoint of a new connection (S1).

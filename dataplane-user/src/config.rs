@@ -120,10 +120,12 @@ pub struct AgentArgs {
     /// The cgroup whose sockets are served; without it, the root of the cgroup2 mount.
     #[arg(long, value_name = "DIR")]
     pub cgroup: Option<PathBuf>,
-    /// Interfaces to the network, by name or pattern (`eth*`); without it, those of the default routes.
+    /// Interfaces to the network, by name or pattern (`eth*`), and no others; without it, each that has an address of the node or
+    /// a route to others.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',', num_args = 1..)]
     pub uplink: Vec<Pattern>,
-    /// Interfaces to pods, by name or pattern; without it, every veth that is not an uplink.
+    /// Interfaces to pods, by name or pattern, and no others; without it, each that leads to single addresses of guests, such as a
+    /// veth.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',', num_args = 1..)]
     pub pod_interface: Vec<Pattern>,
     /// Ranges of pod addresses of the whole cluster: no external or load balancer address may lie in them.

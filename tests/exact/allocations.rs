@@ -4,7 +4,7 @@ use crate::record::{Numbers, hold};
 use dataplane_tests::bench::record::output;
 use dataplane_tests::bench_agent::recorded::{self, Recorded};
 use dataplane_tests::bench_sync::node;
-use dataplane_user::compile::{Compiler, Context};
+use dataplane_user::compile::{Compiler, Context, OwnAddresses};
 use dataplane_user::model::store::Store;
 use dataplane_user::model::{Change, Object};
 use dataplane_user::sync::{MemoryMaps, Mirror, REST};
@@ -81,7 +81,7 @@ fn an_event_allocates_no_more_than_recorded() {
         let object = slice(&mut names, &slice_text(&recorded, n, n));
         dirty.extend(store.apply(Change::Applied(object)).services);
     }
-    let context = Context::new(&store, None, &[], &[]);
+    let context = Context::new(&store, None, &[], &OwnAddresses::default());
     let mut compiler = Compiler::default();
     let maps = MemoryMaps::default();
     let mut now = Instant::now();

@@ -87,6 +87,7 @@ impl Node {
         }
         let interfaces = self.interfaces();
         let addresses: BTreeSet<Addr> = interfaces.iter().map(|ip| Addr::from(*ip)).collect();
+        let interfaces = interfaces.into();
         let proxy_name = self.flags.proxy_name.as_deref().map(Into::into);
         let context = compile::Context::new(&self.store, proxy_name, &self.flags.cluster_cidr, &interfaces);
         let update = self.compiler.update(&self.store, &dirty.services, &context);

@@ -191,6 +191,37 @@ fn programs_that_somebody_detaches_are_found_and_attached_again() {
     assert_eq!(health("/livez").status, 200);
 }
 
+/// H3: with clsact filters, which nothing but a look at each interface tells of.
+#[test]
+fn an_interface_that_loses_its_role_loses_its_filters_and_both_is_told() {
+    let lab = lab(&["--tc=clsact"]);
+    let place = lab.node(0).place();
+    let lines =
+        |lines: &[&str]| place.ip(&lines.iter().map(|&line| line.to_owned()).collect::<Vec<_>>()).unwrap();
+    lines(&[
+        "link add link eth0 name mv1 type macvlan mode bridge",
+        "link set mv1 up",
+        "addr add 10.9.0.7/24 dev mv1",
+    ]);
+    let filters = |way| place.run("tc", &["filter", "show", "dev", "mv1", way]).unwrap();
+    let role = |role: &str, reason: &str| {
+        metric(
+            &lab,
+            0,
+            &format!("portolan_interface_role{{interface=\"mv1\",role=\"{role}\",reason=\"{reason}\"}} "),
+        )
+    };
+    until("it is an uplink", || role("uplink", "address") == Some(1.0));
+    until("it has filters", || {
+        filters("ingress").contains("tc_uplink_in") && filters("egress").contains("tc_uplink_out")
+    });
+    let log = || lab.node(0).agent().unwrap().process().log();
+    until("that is logged", || log().contains("eth0 (default route), mv1 (address 10.9.0.7/24)"));
+    lines(&["addr flush dev mv1"]);
+    until("it has no role", || role("none", "unused") == Some(1.0));
+    until("it has no filters", || !filters("ingress").contains("bpf") && !filters("egress").contains("bpf"));
+}
+
 /// H3
 #[test]
 fn traffic_is_told_by_service_endpoint_and_program() {

@@ -11,6 +11,7 @@ mod errors;
 mod flows;
 mod fragments;
 mod health;
+mod layouts;
 mod load;
 mod load_balancers;
 mod manifests;

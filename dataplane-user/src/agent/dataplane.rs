@@ -4,13 +4,14 @@
 
 use super::settings::Settings;
 use crate::compile::{
-    self, Compiler, Complaint, Context, HealthCheck, NodePortAddresses, NodeTables, ServiceTables,
+    self, Compiler, Complaint, Context, HealthCheck, NodePortAddresses, NodeTables, OwnAddresses,
+    ServiceTables,
 };
 use crate::kernel::maps::MapError;
 use crate::model::{Change, Dirty, Kind, Object, ObjectName, Store};
 use crate::sync::{Maps, Mirror, Outcome};
-use dataplane_common::Addr;
 use dataplane_common::node::{Node, NodeAddress};
+use dataplane_common::tables;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -51,7 +52,9 @@ pub(super) struct Dataplane<M> {
     store: Store,
     compiler: Compiler,
     mirror: Mirror,
-    addresses: Vec<IpAddr>,
+    addresses: OwnAddresses,
+    /// How many of them there is room for.
+    address_room: usize,
     /// The primary addresses that Services were compiled with.
     primary: [Option<IpAddr>; 2],
     /// The kinds of which the source has told everything.
@@ -69,12 +72,13 @@ pub(super) struct Dataplane<M> {
 }
 
 impl<M: Maps> Dataplane<M> {
-    /// Reads what `maps` hold. `addresses` are those on the node's interfaces, in the order that decides which is primary.
+    /// Reads what `maps` hold. `addresses` are those on the node's interfaces.
     ///
     /// # Errors
     /// If a map cannot be read.
-    pub(super) fn open(settings: Settings, maps: M, addresses: Vec<IpAddr>) -> Result<Self, MapError> {
+    pub(super) fn open(settings: Settings, maps: M, addresses: OwnAddresses) -> Result<Self, MapError> {
         let mirror = Mirror::open(&maps, Instant::now())?;
+        let address_room = maps.capacity::<tables::NodeAddrs>()?;
         Ok(Self {
             store: Store::new(settings.node_name.clone()),
             settings,
@@ -82,6 +86,7 @@ impl<M: Maps> Dataplane<M> {
             compiler: Compiler::default(),
             mirror,
             addresses,
+            address_room,
             primary: [None; 2],
             listed: BTreeSet::new(),
             snapshot: false,
@@ -182,11 +187,11 @@ impl<M: Maps> Dataplane<M> {
     }
 
     /// The addresses on the node's interfaces are these now.
-    pub(super) fn set_addresses(&mut self, addresses: Vec<IpAddr>) {
+    pub(super) fn set_addresses(&mut self, addresses: OwnAddresses) {
         if self.addresses == addresses {
             return;
         }
-        let (old, new) = (addrs(&self.addresses), addrs(&addresses));
+        let (old, new) = (self.addresses.addrs(), addresses.addrs());
         let changed = old.symmetric_difference(&new).copied().collect();
         self.dirty.services.append(&mut self.store.services_with_cluster_ip(&changed));
         self.dirty.node = true;
@@ -238,8 +243,7 @@ impl<M: Maps> Dataplane<M> {
     /// All tables as text: the node's, then each Service's by name.
     pub(super) fn text(&mut self) -> String {
         let context = self.context();
-        let ips = self.compiler.load_balancer_ips(&context.node_addresses);
-        let (node, _) = compile::node(&self.settings.node, self.store.own_node(), &self.addresses, &ips);
+        let (node, _) = self.compile_node(&context);
         let update = self.compiler.update(&self.store, &self.store.service_names(), &context);
         let mut text = node.to_string();
         for (name, compiled) in update.services {
@@ -322,7 +326,11 @@ impl<M: Maps> Dataplane<M> {
             self.settings.node.service_ranges = self.store.service_ranges();
         }
         let ips = self.compiler.load_balancer_ips(&context.node_addresses);
-        compile::node(&self.settings.node, self.store.own_node(), &self.addresses, &ips)
+        let own_node = self.store.own_node();
+        let (addresses, left_out) = self.addresses.within(self.address_room, own_node);
+        let (tables, mut complaints) = compile::node(&self.settings.node, own_node, &addresses, &ips);
+        complaints.extend(left_out);
+        (tables, complaints)
     }
 
     fn health_checks(
@@ -378,10 +386,6 @@ fn trigger(change: &Change) -> Option<(ObjectName, SystemTime)> {
     Some((slice.service.clone(), time.into()))
 }
 
-fn addrs(addresses: &[IpAddr]) -> BTreeSet<Addr> {
-    addresses.iter().map(|address| Addr::from(*address)).collect()
-}
-
 /// Both outcomes as one.
 pub(super) fn add(mut first: Outcome, second: Outcome) -> Outcome {
     first.ops += second.ops;
@@ -401,7 +405,7 @@ mod tests {
     use crate::watch::manifests;
     use clap::Parser as _;
     use dataplane_common::frontend::FrontendKey;
-    use dataplane_common::{Port, tables};
+    use dataplane_common::{Addr, Port};
     use std::sync::Arc;
 
     const WEB: &str = "
@@ -421,8 +425,11 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
     fn dataplane<M: Maps>(maps: M) -> Dataplane<M> {
         let cli = Cli::try_parse_from(["portolan", "agent", "--node-name", "n", "--manifests", "d"]).unwrap();
         let Command::Agent(args) = cli.command else { panic!("not the agent") };
-        let own = vec!["192.0.2.1".parse().unwrap()];
-        Dataplane::open(Settings::new(&args, 1, true), maps, own).unwrap()
+        Dataplane::open(Settings::new(&args, 1, true), maps, addresses(&["192.0.2.1"])).unwrap()
+    }
+
+    fn addresses(own: &[&str]) -> OwnAddresses {
+        own.iter().map(|ip| ip.parse().unwrap()).collect::<Vec<IpAddr>>().into()
     }
 
     fn objects(text: &str) -> Vec<Object> {
@@ -566,13 +573,61 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
         let mut dataplane = dataplane(MemoryMaps::default());
         list(&mut dataplane, &KINDS, WEB);
         dataplane.flush(Instant::now()).unwrap();
-        dataplane.set_addresses(vec!["192.0.2.1".parse().unwrap(), "10.96.0.10".parse().unwrap()]);
+        dataplane.set_addresses(addresses(&["192.0.2.1", "10.96.0.10"]));
         dataplane.flush(Instant::now()).unwrap();
-        // P13: a ClusterIP that is on an interface of this node is left to the node.
-        assert_eq!(frontends(&dataplane), 1);
-        let mut addresses = 0;
-        dataplane.maps().visit::<tables::NodeAddrs>(|_, _| addresses += 1).unwrap();
-        assert_eq!(addresses, 2);
+        // P13: a ClusterIP that is on an interface of this node belongs to the node.
+        assert_eq!(frontends(&dataplane), 0);
+        assert_eq!(own_addresses(&dataplane).len(), 2);
+        dataplane.set_addresses(addresses(&["192.0.2.1"]));
+        dataplane.flush(Instant::now()).unwrap();
+        assert_eq!(frontends(&dataplane), 2);
+    }
+
+    fn own_addresses(dataplane: &Dataplane<MemoryMaps>) -> BTreeMap<IpAddr, NodeAddress> {
+        let mut own = BTreeMap::new();
+        dataplane
+            .maps()
+            .visit::<tables::NodeAddrs>(|addr, value| {
+                own.insert(addr.to_ip(), value);
+            })
+            .unwrap();
+        own
+    }
+
+    /// P13, P16
+    #[test]
+    fn what_another_proxy_left_behind_is_served_and_no_address_of_the_node() {
+        let mut dataplane = dataplane(MemoryMaps::default());
+        list(&mut dataplane, &KINDS, WEB);
+        let left_over = vec!["10.96.0.10".parse().unwrap()];
+        dataplane.set_addresses(OwnAddresses { left_over, ..addresses(&["192.0.2.1"]) });
+        dataplane.flush(Instant::now()).unwrap();
+        assert_eq!(frontends(&dataplane), 2);
+        let own = own_addresses(&dataplane);
+        assert!(own[&"192.0.2.1".parse::<IpAddr>().unwrap()].has(NodeAddress::NODE_PORTS));
+        assert!(!own[&"10.96.0.10".parse::<IpAddr>().unwrap()].has(NodeAddress::NODE_PORTS));
+    }
+
+    /// Z5
+    #[test]
+    fn more_addresses_than_there_is_room_for_cost_no_service_anything() {
+        let mut dataplane = dataplane(MemoryMaps::with_capacities([("node_addrs", 2)]));
+        dataplane.set_addresses(addresses(&["192.0.2.1", "192.0.2.2", "192.0.2.3"]));
+        list(&mut dataplane, &KINDS, WEB);
+        dataplane.flush(Instant::now()).unwrap();
+        assert_eq!(frontends(&dataplane), 2);
+        let known =
+            |dataplane: &_| own_addresses(dataplane).into_keys().map(|ip| ip.to_string()).collect::<Vec<_>>();
+        assert_eq!(known(&dataplane), ["192.0.2.1", "192.0.2.2"]);
+        let complaints = dataplane.new_complaints();
+        assert_eq!(complaints.len(), 1);
+        assert!(complaints[0].text.contains("--map-size node_addrs=3"), "{}", complaints[0]);
+        // All of them change at once, and there is no room for both.
+        dataplane.set_addresses(addresses(&["192.0.2.8", "192.0.2.9"]));
+        list(&mut dataplane, &[Kind::EndpointSlice], "");
+        dataplane.flush(Instant::now()).unwrap();
+        assert_eq!(known(&dataplane), ["192.0.2.8", "192.0.2.9"]);
+        assert_eq!(dataplane.complaints().count(), 0);
     }
 
     /// Z1: the kernel refuses while an address passes from one Service to another.
@@ -638,7 +693,8 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
             Cli::try_parse_from(["portolan", "agent", "--node-name", "n", "--kubeconfig", "k"]).unwrap();
         let Command::Agent(args) = cli.command else { panic!("not the agent") };
         let mut dataplane =
-            Dataplane::open(Settings::new(&args, 1, true), MemoryMaps::default(), Vec::new()).unwrap();
+            Dataplane::open(Settings::new(&args, 1, true), MemoryMaps::default(), OwnAddresses::default())
+                .unwrap();
         list(&mut dataplane, &KINDS, WEB);
         assert!(dataplane.flush(Instant::now()).unwrap().is_none(), "the Node is not known");
         let node = "---\napiVersion: v1\nkind: Node\nmetadata: {name: n}\n";

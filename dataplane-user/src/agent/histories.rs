@@ -304,7 +304,7 @@ pub(super) struct World {
 }
 
 fn open(settings: &Settings, maps: &Arc<CheckedMaps>, addresses: &[IpAddr]) -> Agent {
-    Dataplane::open(settings.clone(), maps.clone(), addresses.to_vec()).unwrap()
+    Dataplane::open(settings.clone(), maps.clone(), addresses.to_vec().into()).unwrap()
 }
 
 impl World {
@@ -338,7 +338,7 @@ impl World {
             Step::Break { kind } => drop(self.watches.insert(kind, WatchOfKind::default())),
             Step::Addresses { variant } => {
                 self.addresses = addresses(variant);
-                self.agent.set_addresses(self.addresses.clone());
+                self.agent.set_addresses(self.addresses.clone().into());
                 self.flush();
             }
             Step::Wait { milliseconds } => self.wait(Duration::from_millis(milliseconds)),

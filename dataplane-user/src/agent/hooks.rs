@@ -1,15 +1,16 @@
 //! Keeps the programs attached: to interfaces as they come and go, and to the cgroup. It runs beside the tables, so that a
 //! driver that takes its time never holds up an update.
 
+use super::roles::Roles;
 use crate::health::{Health, Unattached};
 use crate::kernel::attach::{AttachError, Attachments};
-use crate::kernel::links::{Choice, Interfaces, Role};
+use crate::kernel::links::Interfaces;
 use crate::kernel::pins::Pins;
 use crate::kernel::probe::Cgroup;
+use crate::kernel::roles::Choice;
 use crate::metrics::Metrics;
 use crate::model::{Kind, ObjectName};
 use crate::watch::events::{Event, Events, Severity};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -38,6 +39,8 @@ pub(super) struct Hooks {
     pub(super) events: Events,
     /// Name of the Node.
     pub(super) node_name: Arc<str>,
+    /// What the interfaces are, so that it is said once.
+    pub(super) roles: Roles,
     /// What was said last, so that it is said once.
     pub(super) told: Told,
 }
@@ -54,7 +57,6 @@ pub(super) enum Start {
 /// What was said last.
 #[derive(Debug, Default)]
 pub(super) struct Told {
-    roles: Option<BTreeMap<u32, Role>>,
     /// Of the sockets, as it was when they were last looked at.
     sockets: Unattached,
     /// Of the sockets and the interfaces.
@@ -114,42 +116,10 @@ impl Hooks {
 
     fn attach_interfaces(&mut self) {
         let interfaces = self.interfaces.borrow_and_update().clone();
-        let roles = interfaces.roles(&self.choice);
+        let roles = self.roles.look(&interfaces, &self.choice, &self.metrics);
         let mut all = unattached(&self.attachments.interfaces(&interfaces, &roles));
-        self.tell_roles(&interfaces, roles);
         all.all.extend(self.told.sockets.all.iter().cloned());
         self.tell(all);
-    }
-
-    fn tell_roles(&mut self, interfaces: &Interfaces, roles: BTreeMap<u32, Role>) {
-        if self.told.roles.as_ref() == Some(&roles) {
-            return;
-        }
-        let of =
-            |wanted: Role| roles.iter().filter(move |(_, role)| **role == wanted).map(|(index, _)| *index);
-        let name = |index: u32| interfaces.links.get(&index).map_or("?", |link| link.name.as_str());
-        let uplinks: Vec<_> = of(Role::Uplink).map(name).collect();
-        let pods = of(Role::Pod).count();
-        self.metrics.interfaces[0].set(uplinks.len() as u64);
-        self.metrics.interfaces[1].set(pods as u64);
-        let uplinks_before = self.told.roles.as_ref().map(|roles| {
-            roles
-                .iter()
-                .filter(|(_, role)| **role == Role::Uplink)
-                .map(|(index, _)| *index)
-                .collect::<Vec<_>>()
-        });
-        if uplinks_before != Some(of(Role::Uplink).collect()) {
-            match uplinks.as_slice() {
-                [] => tracing::warn!(
-                    "no uplink: there is no default route and no --uplink fits, so nothing from the network is served"
-                ),
-                uplinks => tracing::info!("uplinks: {}; pod interfaces: {pods}", uplinks.join(", ")),
-            }
-        } else {
-            tracing::debug!("pod interfaces: {pods}");
-        }
-        self.told.roles = Some(roles);
     }
 
     fn tell(&mut self, unattached: Unattached) {

@@ -13,11 +13,13 @@ mod hooks;
 mod keep;
 mod notify;
 mod road;
+mod roles;
 mod scrape;
 mod serve;
 mod settings;
 mod signals;
 
+use crate::compile::OwnAddresses;
 use crate::config::{AgentArgs, ServiceRoute, SocketLb, TcMode};
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
@@ -29,6 +31,7 @@ use crate::kernel::links::{self, Interfaces};
 use crate::kernel::maps::KernelMaps;
 use crate::kernel::object::{Object, Options, ProgramLog};
 use crate::kernel::pins::{self, Pins};
+use crate::kernel::roles::Choice;
 use crate::kernel::{alone, capability, lasting, probe};
 use crate::memory;
 use crate::metrics::Metrics;
@@ -150,6 +153,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
         metrics: metrics.clone(),
         events: watch.events(),
         node_name: settings.node_name.clone(),
+        roles: roles::Roles::default(),
         told: hooks::Told::default(),
     };
     let hooks = if upgrade { Start::AfterTheFirstSnapshot(hooks, pins) } else { Start::Now(hooks) };
@@ -172,8 +176,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
     service.run(changes, interfaces, choice, signals).await
 }
 
-fn own_addresses(interfaces: &Interfaces, choice: &links::Choice) -> Vec<std::net::IpAddr> {
-    interfaces.own_addresses(&interfaces.roles(choice))
+fn own_addresses(interfaces: &Interfaces, choice: &Choice) -> OwnAddresses {
+    let own = interfaces.own_addresses(&interfaces.roles(choice));
+    OwnAddresses { own, left_over: interfaces.left_over_addresses() }
 }
 
 async fn watch_objects(args: &AgentArgs, settings: &Settings, changes: impl Into<Changes>) -> Result<Watch> {

@@ -2,7 +2,7 @@
 
 use crate::compile::{NodePortAddresses, NodeSettings};
 use crate::config::{AgentArgs, FromOutside, NodePortRange, SocketLb};
-use crate::kernel::links::Choice;
+use crate::kernel::roles::Choice;
 use dataplane_common::node::Node;
 use ipnet::IpNet;
 use std::sync::Arc;

@@ -18,6 +18,8 @@ pub enum ComplaintReason {
     BadAffinityTimeout,
     /// More service ranges than the node's table takes (P13).
     TooManyServiceRanges,
+    /// More addresses on the node's interfaces than there is room for (P17).
+    TooManyNodeAddresses,
 }
 
 impl ComplaintReason {
@@ -29,6 +31,7 @@ impl ComplaintReason {
         Self::BadPort,
         Self::BadAffinityTimeout,
         Self::TooManyServiceRanges,
+        Self::TooManyNodeAddresses,
     ];
 
     /// Name for Events and metrics.
@@ -40,6 +43,7 @@ impl ComplaintReason {
             Self::BadPort => "BadPort",
             Self::BadAffinityTimeout => "BadAffinityTimeout",
             Self::TooManyServiceRanges => "TooManyServiceRanges",
+            Self::TooManyNodeAddresses => "TooManyNodeAddresses",
         }
     }
 }

@@ -6,6 +6,7 @@ use crate::model::{Kind, Node, ObjectName, Reference};
 use bytemuck::Zeroable as _;
 use dataplane_common::Addr;
 use dataplane_common::node::{self, NodeAddress, Prefix, SERVICE_RANGES};
+use dataplane_common::tables::{self, Table as _};
 use ipnet::IpNet;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -26,6 +27,49 @@ pub enum NodePortAddresses {
     Within(Vec<IpNet>),
 }
 
+/// The addresses on the node's interfaces.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OwnAddresses {
+    /// The node's own, in the order that decides which is primary.
+    pub own: Vec<IpAddr>,
+    /// ClusterIPs that another proxy's interface carries still: the kernel takes what is sent to them for the node's, and nobody
+    /// means the node by them (P13, P16).
+    pub left_over: Vec<IpAddr>,
+}
+
+impl From<Vec<IpAddr>> for OwnAddresses {
+    fn from(own: Vec<IpAddr>) -> Self {
+        Self { own, left_over: Vec::new() }
+    }
+}
+
+impl OwnAddresses {
+    /// The node's own.
+    pub fn addrs(&self) -> BTreeSet<Addr> {
+        self.own.iter().map(|ip| Addr::from(*ip)).collect()
+    }
+
+    /// As many of them as there is room for, and a complaint if others are left out (Z5). Those of the Node object come first, then
+    /// those that are first in the order.
+    pub fn within(&self, room: usize, node: Option<&Node>) -> (Self, Option<Complaint>) {
+        let all = self.own.len() + self.left_over.len();
+        if all <= room {
+            return (self.clone(), None);
+        }
+        let named: &[IpAddr] = node.map_or(&[], |node| &node.addresses);
+        let mut own = self.own.clone();
+        own.sort_by_key(|ip| !named.contains(ip));
+        own.truncate(room);
+        let left_over = self.left_over.iter().take(room - own.len()).copied().collect();
+        let text = format!(
+            "{all} addresses on the interfaces, of which the first {room} are used: at the others no node port answers; \
+             --map-size {}={all} makes room",
+            tables::NodeAddrs::NAME
+        );
+        (Self { own, left_over }, Some(complaint(node, ComplaintReason::TooManyNodeAddresses, text)))
+    }
+}
+
 /// What the agent's flags and the kernel say about the node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeSettings {
@@ -41,16 +85,16 @@ pub struct NodeSettings {
     pub netns_cookie: u64,
 }
 
-/// Compiles the node's tables from the own Node (as soon as it is known), the addresses on the node's interfaces in
-/// the kernel's order, and those of them that are LB IPs of Services.
+/// Compiles the node's tables from the own Node (as soon as it is known), the addresses on the node's interfaces, and those of
+/// them that are LB IPs of Services.
 pub fn node(
     settings: &NodeSettings,
     node: Option<&Node>,
-    interface_addresses: &[IpAddr],
+    on_interfaces: &OwnAddresses,
     load_balancer_ips: &BTreeSet<Addr>,
 ) -> (NodeTables, Vec<Complaint>) {
     let named: &[IpAddr] = node.map_or(&[], |node| &node.addresses);
-    let primary = primary_addresses(node, interface_addresses);
+    let primary = primary_addresses(node, &on_interfaces.own);
     let answers = |ip: IpAddr| {
         let wanted = match &settings.node_port_addresses {
             NodePortAddresses::All => true,
@@ -60,10 +104,10 @@ pub fn node(
         // P16: never on an LB IP, unless that is the address the Node itself is known by.
         wanted && (named.contains(&ip) || !load_balancer_ips.contains(&ip.into()))
     };
-    let addresses = interface_addresses
-        .iter()
-        .map(|ip| (Addr::from(*ip), NodeAddress::new(if answers(*ip) { NodeAddress::NODE_PORTS } else { 0 })))
-        .collect();
+    let flags = |ip: IpAddr| if answers(ip) { NodeAddress::NODE_PORTS } else { 0 };
+    let own = on_interfaces.own.iter().map(|ip| (Addr::from(*ip), NodeAddress::new(flags(*ip))));
+    let left_over = on_interfaces.left_over.iter().map(|ip| (Addr::from(*ip), NodeAddress::new(0)));
+    let addresses = left_over.chain(own).collect();
     let (service_ranges, complaints) = service_ranges(settings, node);
     let [primary_v4, primary_v6] = primary.map(|ip| ip.map_or(Addr::UNSPECIFIED, Addr::from));
     let node = node::Node {
@@ -93,6 +137,11 @@ fn primary(named: &[IpAddr], interface_addresses: &[IpAddr], ipv6: bool) -> Opti
     named.or_else(|| interface_addresses.iter().filter(of_family).find(global)).copied()
 }
 
+fn complaint(node: Option<&Node>, reason: ComplaintReason, text: String) -> Complaint {
+    let name = node.map(|node| node.name.clone()).unwrap_or_default();
+    Complaint { object: Reference { kind: Kind::Node, name: ObjectName::new("", name) }, reason, text }
+}
+
 fn service_ranges(
     settings: &NodeSettings,
     node: Option<&Node>,
@@ -105,15 +154,11 @@ fn service_ranges(
     }
     let mut complaints = Vec::new();
     if ranges.len() > SERVICE_RANGES {
-        let name = node.map(|node| node.name.clone()).unwrap_or_default();
-        complaints.push(Complaint {
-            object: Reference { kind: Kind::Node, name: ObjectName::new("", name) },
-            reason: ComplaintReason::TooManyServiceRanges,
-            text: format!(
-                "{} service ranges, of which the first {SERVICE_RANGES} are used: check the ServiceCIDR objects",
-                ranges.len()
-            ),
-        });
+        let text = format!(
+            "{} service ranges, of which the first {SERVICE_RANGES} are used: check the ServiceCIDR objects",
+            ranges.len()
+        );
+        complaints.push(complaint(node, ComplaintReason::TooManyServiceRanges, text));
     }
     (table, complaints)
 }

@@ -2,7 +2,7 @@
 
 use super::complaint::{Complaint, ComplaintReason};
 use super::endpoints::{self, Needs};
-use super::node::primary_addresses;
+use super::node::{OwnAddresses, primary_addresses};
 use super::tables::{PortTables, ServicePortName, ServiceTables};
 use crate::model::{EndpointSlice, Kind, ObjectName, Reference, Service, ServicePort, ServiceType, Store};
 use dataplane_common::frontend::{FrontendKey, FrontendKind};
@@ -25,7 +25,7 @@ pub struct Context {
     pub zone: Option<Arc<str>>,
     /// The name this agent was configured with: Services labelled for another proxy are skipped (F2).
     pub proxy_name: Option<Arc<str>>,
-    /// The addresses on this node's interfaces.
+    /// The node's own addresses.
     pub node_addresses: BTreeSet<Addr>,
     /// The node's primary address of each family (S2).
     pub primary: [Option<IpAddr>; 2],
@@ -35,12 +35,12 @@ pub struct Context {
 
 impl Context {
     /// What the store says of the node, together with what only the agent knows: its proxy name, the pod ranges given by
-    /// flag, and the addresses on the node's interfaces in the kernel's order.
+    /// flag, and the addresses on the node's interfaces.
     pub fn new(
         store: &Store,
         proxy_name: Option<Arc<str>>,
         cluster_cidrs: &[IpNet],
-        interface_addresses: &[IpAddr],
+        on_interfaces: &OwnAddresses,
     ) -> Self {
         let mut pod_ranges = store.pod_ranges();
         pod_ranges.extend(cluster_cidrs);
@@ -48,8 +48,8 @@ impl Context {
             node_name: store.node_name().clone(),
             zone: store.own_node().and_then(|node| node.zone.clone()),
             proxy_name,
-            node_addresses: interface_addresses.iter().map(|ip| Addr::from(*ip)).collect(),
-            primary: primary_addresses(store.own_node(), interface_addresses),
+            node_addresses: on_interfaces.addrs(),
+            primary: primary_addresses(store.own_node(), &on_interfaces.own),
             pod_ranges,
         }
     }
@@ -158,7 +158,8 @@ impl Job<'_> {
         bounded
     }
 
-    /// The addresses of the Service in one family, without those that are refused (Z1, P14).
+    /// The addresses of the Service in one family, without those that are refused (Z1, P14), and without a ClusterIP that the node
+    /// has itself (P13).
     fn addresses(&mut self, ipv6: bool) -> Vec<(Addr, FrontendKind)> {
         let service = self.service;
         let cluster = service.cluster_ips.iter().map(|ip| (*ip, FrontendKind::ClusterIp));
@@ -174,6 +175,8 @@ impl Job<'_> {
                     let text = format!("{ip} is not programmed: it is {why}");
                     self.complain(ComplaintReason::RefusedAddress, text);
                 }
+                None if kind == FrontendKind::ClusterIp
+                    && self.context.node_addresses.contains(&Addr::from(ip)) => {}
                 None => addresses.push((Addr::from(ip), kind)),
             }
         }
@@ -286,14 +289,9 @@ impl Job<'_> {
         tables.local = sets.local;
     }
 
-    /// P13: the ClusterIPs, except those on an interface of this node.
+    /// P13.
     fn close(&mut self, addresses: &[(Addr, FrontendKind)]) {
-        let closed = addresses
-            .iter()
-            .filter(|(addr, kind)| {
-                *kind == FrontendKind::ClusterIp && !self.context.node_addresses.contains(addr)
-            })
-            .map(|(addr, _)| *addr);
-        self.tables.closed.extend(closed);
+        let cluster_ips = addresses.iter().filter(|(_, kind)| *kind == FrontendKind::ClusterIp);
+        self.tables.closed.extend(cluster_ips.map(|(addr, _)| *addr));
     }
 }

@@ -6,10 +6,11 @@
 use super::clsact;
 use super::hook::{Hook, SOCKET_HOOKS, SocketHook};
 use super::link::{self, Link, Target, interface_name};
-use super::links::{Interfaces, Role};
+use super::links::Interfaces;
 use super::object::{Object, ObjectError, Programs};
 use super::pins::{PinError, Pins};
 use super::probe::{Cgroup, Features};
+use super::roles::Role;
 use super::xdp;
 use crate::config::{SocketLb, XdpMode};
 use std::collections::{BTreeMap, BTreeSet};
@@ -208,12 +209,12 @@ impl Attachments {
         let mut wanted = BTreeSet::new();
         for (&index, &role) in roles {
             let Some(interface) = interfaces.links.get(&index) else { continue };
-            for hook in Hook::of(role, interface.ethernet) {
+            for hook in Hook::of(role, interface.is_ethernet()) {
                 wanted.insert((hook, index));
                 let name = interface.name.as_str();
                 errors.extend(self.ensure(hook, index, name, |this| this.tc(hook, index, name)).err());
             }
-            if role == Role::Uplink && interface.ethernet {
+            if role == Role::Uplink && interface.is_ethernet() {
                 errors.extend(self.ensure_xdp(index, &interface.name, &mut wanted).err());
             }
         }

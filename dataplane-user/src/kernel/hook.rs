@@ -1,6 +1,6 @@
 //! The programs by name: where each is attached and in which order.
 
-use super::links::Role;
+use super::roles::Role;
 
 /// Where a program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

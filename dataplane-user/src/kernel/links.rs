@@ -1,32 +1,39 @@
-//! The node's interfaces, addresses and default routes, followed live over netlink; and which interfaces are uplinks and
-//! which lead to pods.
+//! The node's interfaces, addresses and what their routes do, followed live over netlink. What each is to the dataplane is
+//! [`super::roles`]' part.
 //!
 //! Who asks always gets the newest state; what came and went in between is nobody's business. If the kernel dropped
 //! messages because this side was slow, everything is read anew.
 #![expect(clippy::wildcard_enum_match_arm, reason = "netlink's enums are not ours and grow with the kernel")]
 
+use super::roles::{Kind, LinkLayer, Routes};
 use super::rtnetlink_dump;
-use super::service_route::{DEVICE, PEER};
-use crate::pattern::Pattern;
 use futures::StreamExt as _;
+use ipnet::IpNet;
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage};
-use rtnetlink::packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteType};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+};
 use rtnetlink::sys::AsyncSocket as _;
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd as _;
 use std::time::Duration;
-use std::{fmt, io};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 /// Room for messages that wait to be read: some thousand interfaces changing at once.
 const RECEIVE_BUFFER: libc::c_int = 4 << 20;
 /// Wait before netlink is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// `RT_TABLE_LOCAL` of linux/rtnetlink.h.
+const LOCAL_TABLE: u8 = 255;
+/// Routes that change together are read together.
+const ROUTES_SETTLE: Duration = Duration::from_millis(20);
 /// `SO_NETNS_COOKIE` of linux/socket.h (Linux 5.14).
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
@@ -57,115 +64,66 @@ pub enum LinksError {
 pub struct Interface {
     /// Its name.
     pub name: String,
-    /// Whether it is one end of a veth pair.
-    pub veth: bool,
-    /// Whether it is the loopback interface.
-    pub loopback: bool,
-    /// Whether its packets have an Ethernet header; some tunnels' do not.
-    pub ethernet: bool,
+    /// What it does for others.
+    pub kind: Kind,
+    /// What is in front of its packets.
+    pub layer: LinkLayer,
+    /// The index of the interface that it is a port of.
+    pub master: Option<u32>,
+    /// The index of the interface of this node that it is made on, as a VLAN is.
+    pub lower: Option<u32>,
 }
 
-/// The node's interfaces, addresses and default routes at one moment.
+impl Interface {
+    /// Whether its packets have an Ethernet header; some tunnels' do not.
+    pub fn is_ethernet(&self) -> bool {
+        self.layer == LinkLayer::Ethernet
+    }
+}
+
+/// The node's interfaces, addresses and routes at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Interfaces {
     /// The interfaces by index.
     pub links: BTreeMap<u32, Interface>,
-    /// The addresses of each interface, by its index, in the kernel's order.
-    pub addresses: BTreeMap<u32, Vec<IpAddr>>,
-    /// Indexes of the interfaces of the default routes, of both families.
-    pub default_routes: BTreeSet<u32>,
-}
-
-/// What an interface is to the dataplane.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Role {
-    /// It leads to the network.
-    Uplink,
-    /// It leads to a pod.
-    Pod,
-}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Uplink => "uplink",
-            Self::Pod => "pod interface",
-        })
-    }
-}
-
-/// How the operator chose the interfaces; an empty list leaves the choice to the rules.
-#[derive(Clone, Debug, Default)]
-pub struct Choice {
-    /// `--uplink`.
-    pub uplinks: Vec<Pattern>,
-    /// `--pod-interface`.
-    pub pods: Vec<Pattern>,
+    /// The addresses of each interface with their prefix, by its index, in the kernel's order.
+    pub addresses: BTreeMap<u32, Vec<IpNet>>,
+    /// What the routes by each interface do, of both families, by its index.
+    pub routes: BTreeMap<u32, Routes>,
 }
 
 impl Interfaces {
-    /// The role of each interface that has one. An uplink is never a pod interface, and `lo` is neither.
-    pub fn roles(&self, choice: &Choice) -> BTreeMap<u32, Role> {
-        let named = |patterns: &[Pattern], name: &str| patterns.iter().any(|pattern| pattern.matches(name));
-        let role = |index: u32, link: &Interface| {
-            let uplink = match choice.uplinks.as_slice() {
-                _ if link.name == DEVICE => true,
-                [] => self.default_routes.contains(&index),
-                patterns => named(patterns, &link.name),
-            };
-            let pod = match choice.pods.as_slice() {
-                [] => link.veth && link.name != PEER,
-                patterns => named(patterns, &link.name),
-            };
-            match (link.loopback, uplink, pod) {
-                (true, ..) | (_, false, false) => None,
-                (_, true, _) => Some(Role::Uplink),
-                (_, false, true) => Some(Role::Pod),
+    /// A node whose last default route goes keeps those it had: it may be about to be replaced, and flows go on.
+    fn set_routes(&mut self, mut routes: BTreeMap<u32, Routes>) {
+        if !routes.values().any(|routes| routes.default) {
+            let had = self.routes.iter().filter(|(_, routes)| routes.default).map(|(index, _)| *index);
+            for index in had.filter(|index| self.links.contains_key(index)) {
+                routes.entry(index).or_default().default = true;
             }
-        };
-        self.links.iter().filter_map(|(index, link)| Some((*index, role(*index, link)?))).collect()
-    }
-
-    /// The node's own addresses, loopback included, those of the uplinks first: where nothing else says which is the
-    /// node's primary address, it is the first.
-    pub fn own_addresses(&self, roles: &BTreeMap<u32, Role>) -> Vec<IpAddr> {
-        let uplink = |index: &u32| roles.get(index) == Some(&Role::Uplink);
-        let (uplinks, others): (Vec<_>, Vec<_>) = self.addresses.iter().partition(|(index, _)| uplink(index));
-        let mut seen = BTreeSet::new();
-        uplinks
-            .into_iter()
-            .chain(others)
-            .flat_map(|(_, addresses)| addresses)
-            .copied()
-            .filter(|address| seen.insert(*address))
-            .collect()
-    }
-
-    /// A node whose last default route goes keeps its uplinks: the route may be about to be replaced, and flows go on.
-    fn set_default_routes(&mut self, routes: BTreeSet<u32>) {
-        if routes.is_empty() {
-            let links = &self.links;
-            self.default_routes.retain(|index| links.contains_key(index));
-        } else {
-            self.default_routes = routes;
         }
+        self.routes = routes;
     }
 
-    fn add(&mut self, index: u32, address: IpAddr) {
+    fn add(&mut self, index: u32, address: IpNet) {
         let addresses = self.addresses.entry(index).or_default();
         if !addresses.contains(&address) {
             addresses.push(address);
         }
     }
 
-    /// What of this one message is news, and whether the default routes must be read again.
+    /// Routes by an interface may have gone with what changed there.
+    fn silent_routes(&self, index: u32) -> News {
+        if self.routes.contains_key(&index) { News::Routes } else { News::Seen }
+    }
+
+    /// What of this one message is news, and whether the routes must be read again: some go with links and addresses, in silence.
     fn apply(&mut self, message: RouteNetlinkMessage) -> News {
         match message {
             RouteNetlinkMessage::NewLink(message) => {
                 if let Some((index, link)) = interface(&message) {
                     self.links.insert(index, link);
                 }
-                News::Seen
+                self.silent_routes(message.header.index)
             }
             RouteNetlinkMessage::DelLink(message) => {
                 // A bridge port leaves its bridge by a message of the bridge's family: the interface stays.
@@ -176,7 +134,7 @@ impl Interfaces {
                 self.links.remove(&index);
                 self.addresses.remove(&index);
                 // Routes by it went with it, and of those of IPv4 nothing is told. A node may have a million others.
-                if self.default_routes.contains(&index) { News::Routes } else { News::Seen }
+                self.silent_routes(index)
             }
             RouteNetlinkMessage::NewAddress(message) => {
                 if let Some((index, address)) = address(&message) {
@@ -190,10 +148,10 @@ impl Interfaces {
                 {
                     addresses.retain(|known| *known != address);
                 }
-                News::Seen
+                self.silent_routes(message.header.index)
             }
             RouteNetlinkMessage::NewRoute(message) | RouteNetlinkMessage::DelRoute(message)
-                if is_default(&message) =>
+                if route(&message).is_some() =>
             {
                 News::Routes
             }
@@ -207,7 +165,7 @@ impl Interfaces {
 enum News {
     /// Nothing.
     Seen,
-    /// The default routes must be read again: a route's message does not tell what it replaced.
+    /// The routes must be read again: a route's message does not tell what it replaced.
     Routes,
     /// Messages were lost: all must be read again.
     Lost,
@@ -218,26 +176,67 @@ fn interface(message: &LinkMessage) -> Option<(u32, Interface)> {
     if message.header.interface_family != rtnetlink::packet_route::AddressFamily::Unspec {
         return None;
     }
-    let layer = message.header.link_layer_type;
     let mut link = Interface {
         name: String::new(),
-        veth: false,
-        loopback: layer == LinkLayerType::Loopback,
-        ethernet: matches!(layer, LinkLayerType::Ether | LinkLayerType::Loopback),
+        kind: Kind::Device,
+        layer: layer(message.header.link_layer_type),
+        master: None,
+        lower: None,
     };
+    let mut elsewhere = false;
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
-            LinkAttribute::LinkInfo(infos) => {
-                link.veth = infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth)));
-            }
+            LinkAttribute::Controller(index) => link.master = Some(*index).filter(|index| *index != 0),
+            LinkAttribute::Link(index) => link.lower = Some(*index).filter(|index| *index != 0),
+            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
+            LinkAttribute::LinkInfo(infos) => link.kind = kind(infos),
             _ => {}
         }
+    }
+    // Of a pair it is the other end, and it may be of another namespace.
+    if elsewhere || link.kind == Kind::Pair {
+        link.lower = None;
     }
     Some((message.header.index, link))
 }
 
-fn address(message: &AddressMessage) -> Option<(u32, IpAddr)> {
+fn kind(infos: &[LinkInfo]) -> Kind {
+    let kind = infos.iter().find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind),
+        _ => None,
+    });
+    match kind {
+        Some(InfoKind::Veth | InfoKind::Netkit) => Kind::Pair,
+        Some(InfoKind::Tun | InfoKind::MacVlan | InfoKind::MacVtap | InfoKind::IpVlan | InfoKind::IpVtap) => {
+            Kind::Guest
+        }
+        Some(InfoKind::Bridge) => Kind::Bridge,
+        Some(InfoKind::Dummy | InfoKind::Ifb) => Kind::Dummy,
+        Some(InfoKind::Vrf) => Kind::Vrf,
+        Some(InfoKind::Other(name)) if name == "openvswitch" => Kind::Switch,
+        _ => Kind::Device,
+    }
+}
+
+/// Devices without a link-layer header have none at their hooks either, whatever they put in front of packets later.
+fn layer(kind: LinkLayerType) -> LinkLayer {
+    match kind {
+        LinkLayerType::Loopback => LinkLayer::Loopback,
+        LinkLayerType::Ether => LinkLayer::Ethernet,
+        LinkLayerType::None
+        | LinkLayerType::Ppp
+        | LinkLayerType::Rawip
+        | LinkLayerType::Tunnel
+        | LinkLayerType::Tunnel6
+        | LinkLayerType::Sit
+        | LinkLayerType::Ipgre
+        | LinkLayerType::Ip6gre => LinkLayer::None,
+        _ => LinkLayer::Unknown,
+    }
+}
+
+fn address(message: &AddressMessage) -> Option<(u32, IpNet)> {
     // IFA_LOCAL is the own address; where there is none (IPv6 without a peer), IFA_ADDRESS is.
     let local = message.attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Local(address) => Some(*address),
@@ -247,27 +246,52 @@ fn address(message: &AddressMessage) -> Option<(u32, IpAddr)> {
         AddressAttribute::Address(address) => Some(*address),
         _ => None,
     });
-    Some((message.header.index, local.or(any)?))
+    let net = IpNet::new(local.or(any)?, message.header.prefix_len).ok()?;
+    Some((message.header.index, net))
 }
 
-fn is_default(message: &RouteMessage) -> bool {
-    message.header.destination_prefix_length == 0
-        && message.header.kind == RouteType::Unicast
-        && message.header.table == RouteHeader::RT_TABLE_MAIN
-}
-
-fn route_interfaces(message: &RouteMessage) -> BTreeSet<u32> {
-    let mut indexes = BTreeSet::new();
+/// What a route does, and by which interfaces. The local table tells of the node's own addresses, and the kernel makes a route
+/// for each address: both say nothing that the addresses do not.
+fn route(message: &RouteMessage) -> Option<(BTreeSet<u32>, Routes)> {
+    let header = &message.header;
+    if header.kind != RouteType::Unicast
+        || header.table == LOCAL_TABLE
+        || header.protocol == RouteProtocol::Kernel
+    {
+        return None;
+    }
+    let destination = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
+        RouteAttribute::Destination(RouteAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
+        _ => None,
+    });
+    let bits = header.destination_prefix_length;
+    let (mut indexes, mut direct) = (BTreeSet::new(), true);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => {
                 indexes.insert(*index);
             }
-            RouteAttribute::MultiPath(hops) => indexes.extend(hops.iter().map(|hop| hop.interface_index)),
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => direct = false,
+            RouteAttribute::MultiPath(hops) => {
+                indexes.extend(hops.iter().map(|hop| hop.interface_index));
+                direct = false;
+            }
             _ => {}
         }
     }
-    indexes
+    let routes = match destination {
+        None if bits == 0 && header.table == RouteHeader::RT_TABLE_MAIN => {
+            Routes { default: true, ..Routes::default() }
+        }
+        Some(IpAddr::V4(ip)) if ip.is_link_local() || ip.is_multicast() => return None,
+        Some(IpAddr::V6(ip)) if ip.is_unicast_link_local() || ip.is_multicast() => return None,
+        Some(ip) if direct && bits == if ip.is_ipv4() { 32 } else { 128 } => {
+            Routes { host: true, ..Routes::default() }
+        }
+        None | Some(_) => Routes { other: true, ..Routes::default() },
+    };
+    Some((indexes, routes))
 }
 
 pub(super) async fn dump(handle: &Handle) -> Result<Interfaces, LinksError> {
@@ -279,24 +303,26 @@ pub(super) async fn dump(handle: &Handle) -> Result<Interfaces, LinksError> {
     rtnetlink_dump::each(handle, "interfaces", links, &mut take).await?;
     let addresses = RouteNetlinkMessage::GetAddress(AddressMessage::default());
     rtnetlink_dump::each(handle, "addresses", addresses, take).await?;
-    interfaces.default_routes = default_routes(handle).await?;
+    interfaces.routes = routes(handle).await?;
     Ok(interfaces)
 }
 
-async fn default_routes(handle: &Handle) -> Result<BTreeSet<u32>, LinksError> {
+/// What the routes of all tables do. There may be very many: each is forgotten once it is read.
+async fn routes(handle: &Handle) -> Result<BTreeMap<u32, Routes>, LinksError> {
     let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
     let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
-    let mut indexes = BTreeSet::new();
+    let mut found: BTreeMap<u32, Routes> = BTreeMap::new();
     for question in [v4, v6].map(RouteNetlinkMessage::GetRoute) {
-        let take = |message| match message {
-            RouteNetlinkMessage::NewRoute(route) if is_default(&route) => {
-                indexes.extend(route_interfaces(&route));
+        let take = |message| {
+            if let RouteNetlinkMessage::NewRoute(message) = message
+                && let Some((indexes, does)) = route(&message)
+            {
+                indexes.into_iter().for_each(|index| found.entry(index).or_default().add(does));
             }
-            _ => {}
         };
         rtnetlink_dump::each(handle, "routes", question, take).await?;
     }
-    Ok(indexes)
+    Ok(found)
 }
 
 /// Follows the kernel until nobody listens. Returns when the first state is there.
@@ -339,6 +365,10 @@ struct Stream {
     handle: Handle,
     messages: Messages,
     now: Interfaces,
+    /// When the routes are to be read again, if they are.
+    routes_due: Option<Instant>,
+    /// Not before.
+    routes_rest: Instant,
 }
 
 impl Stream {
@@ -358,24 +388,38 @@ impl Stream {
         questions.set_forward_done(true);
         tokio::spawn(questions);
         let now = dump(&handle).await?;
-        Ok(Self { handle, messages, now })
+        Ok(Self { handle, messages, now, routes_due: None, routes_rest: Instant::now() })
     }
 
-    /// Waits for messages, takes in all there are, and publishes what came of them.
+    /// Waits for messages, takes in all there are, and publishes what came of them. Links and addresses are told at once, for a new
+    /// pod waits for its programs; routes follow.
     async fn next(&mut self, sender: &watch::Sender<Interfaces>) -> Result<(), LinksError> {
-        let first = self.messages.next().await.ok_or(LinksError::Closed)?;
-        let mut news = self.take_in(first.0);
+        let due = self.routes_due.unwrap_or_else(far_away);
+        let mut news = match tokio::time::timeout_at(due, self.messages.next()).await {
+            Ok(first) => self.take_in(first.ok_or(LinksError::Closed)?.0),
+            Err(_) => return self.read_routes(sender).await,
+        };
         while let Ok((message, _)) = self.messages.try_recv() {
             news = news.max(self.take_in(message));
         }
         match news {
             News::Seen => {}
             News::Routes => {
-                let routes = default_routes(&self.handle).await?;
-                self.now.set_default_routes(routes);
+                self.routes_due.get_or_insert(self.routes_rest.max(Instant::now() + ROUTES_SETTLE));
             }
             News::Lost => return Err(LinksError::Lost),
         }
+        publish(sender, &self.now);
+        Ok(())
+    }
+
+    /// Reads the routes again, and rests ten times as long as that took: a router's tables may be long, and never still.
+    async fn read_routes(&mut self, sender: &watch::Sender<Interfaces>) -> Result<(), LinksError> {
+        let begun = Instant::now();
+        self.routes_due = None;
+        let routes = routes(&self.handle).await?;
+        self.now.set_routes(routes);
+        self.routes_rest = Instant::now() + begun.elapsed() * 10;
         publish(sender, &self.now);
         Ok(())
     }
@@ -387,6 +431,11 @@ impl Stream {
             _ => News::Seen,
         }
     }
+}
+
+/// A moment that nobody waits for.
+fn far_away() -> Instant {
+    Instant::now() + Duration::from_secs(24 * 60 * 60)
 }
 
 fn publish(sender: &watch::Sender<Interfaces>, now: &Interfaces) {
@@ -423,61 +472,26 @@ pub fn netns_cookie() -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rtnetlink::packet_route::route::RouteNextHop;
 
-    fn interfaces(links: &[(u32, &str, bool)], default_routes: &[u32]) -> Interfaces {
-        let link = |name: &str, veth| Interface {
+    fn interfaces(names: &[(u32, &str)]) -> Interfaces {
+        let link = |name: &str| Interface {
             name: name.to_owned(),
-            veth,
-            loopback: name == "lo",
-            ethernet: true,
+            kind: Kind::Device,
+            layer: LinkLayer::Ethernet,
+            master: None,
+            lower: None,
         };
         Interfaces {
-            links: links.iter().map(|(index, name, veth)| (*index, link(name, *veth))).collect(),
-            addresses: BTreeMap::new(),
-            default_routes: default_routes.iter().copied().collect(),
+            links: names.iter().map(|(index, name)| (*index, link(name))).collect(),
+            ..Interfaces::default()
         }
-    }
-
-    fn patterns(patterns: &[&str]) -> Vec<Pattern> {
-        patterns.iter().map(|pattern| pattern.parse().unwrap()).collect()
-    }
-
-    #[test]
-    fn uplinks_are_the_interfaces_of_the_default_routes_and_pods_are_behind_veths() {
-        let node = interfaces(
-            &[(1, "lo", false), (2, "eth0", false), (3, "eth1", false), (7, "veth12", true)],
-            &[2],
-        );
-        let roles = node.roles(&Choice::default());
-        assert_eq!(roles, BTreeMap::from([(2, Role::Uplink), (7, Role::Pod)]));
-    }
-
-    #[test]
-    fn an_uplink_that_is_a_veth_is_no_pod_interface() {
-        let node = interfaces(&[(2, "eth0", true), (7, "veth12", true)], &[2]);
-        assert_eq!(node.roles(&Choice::default())[&2], Role::Uplink);
-        let choice = Choice { uplinks: patterns(&["veth*"]), pods: patterns(&["veth*"]) };
-        assert_eq!(node.roles(&choice), BTreeMap::from([(7, Role::Uplink)]));
-    }
-
-    #[test]
-    fn patterns_replace_the_rules() {
-        let node = interfaces(&[(2, "eth0", false), (3, "wg0", false), (7, "cali12", true)], &[2]);
-        let choice = Choice { uplinks: patterns(&["wg*"]), pods: patterns(&["cali*"]) };
-        assert_eq!(node.roles(&choice), BTreeMap::from([(3, Role::Uplink), (7, Role::Pod)]));
-    }
-
-    #[test]
-    fn loopback_has_no_role_whatever_the_patterns_say() {
-        let node = interfaces(&[(1, "lo", false)], &[1]);
-        let choice = Choice { uplinks: patterns(&["*"]), pods: patterns(&["*"]) };
-        assert!(node.roles(&choice).is_empty());
     }
 
     #[test]
     fn an_interface_that_goes_takes_its_addresses_along() {
-        let mut node = interfaces(&[(2, "eth0", false), (3, "eth1", false)], &[]);
-        let own: IpAddr = "192.0.2.1".parse().unwrap();
+        let mut node = interfaces(&[(2, "eth0"), (3, "eth1")]);
+        let own: IpNet = "192.0.2.1/24".parse().unwrap();
         node.add(2, own);
         node.add(3, own);
         let mut gone = LinkMessage::default();
@@ -489,7 +503,8 @@ mod tests {
 
     #[test]
     fn routes_are_read_again_when_an_interface_of_theirs_goes() {
-        let mut node = interfaces(&[(2, "eth0", false), (3, "veth1", true)], &[2]);
+        let mut node = interfaces(&[(2, "eth0"), (3, "veth1")]);
+        node.set_routes(BTreeMap::from([(2, Routes { other: true, ..Routes::default() })]));
         let gone = |index| {
             let mut message = LinkMessage::default();
             message.header.index = index;
@@ -500,28 +515,22 @@ mod tests {
     }
 
     #[test]
-    fn the_addresses_of_uplinks_come_first_and_each_once() {
-        let mut node = interfaces(&[(1, "lo", false), (2, "docker0", false), (3, "eth0", false)], &[3]);
-        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-        for (index, address) in [(1, "127.0.0.1"), (2, "172.17.0.1"), (3, "192.0.2.7"), (3, "127.0.0.1")] {
-            node.add(index, ip(address));
-        }
-        let own = node.own_addresses(&node.roles(&Choice::default()));
-        assert_eq!(own, [ip("192.0.2.7"), ip("127.0.0.1"), ip("172.17.0.1")]);
-    }
-
-    #[test]
-    fn an_uplink_stays_one_while_there_is_no_default_route() {
-        let mut node = interfaces(&[(2, "eth0", true), (3, "eth1", true)], &[2]);
-        node.set_default_routes(BTreeSet::new());
-        assert_eq!(node.roles(&Choice::default())[&2], Role::Uplink);
-        node.set_default_routes([3].into());
-        assert_eq!(node.roles(&Choice::default()), BTreeMap::from([(2, Role::Pod), (3, Role::Uplink)]));
+    fn a_node_keeps_its_default_routes_while_there_is_none() {
+        let default = |indexes: &[u32]| -> BTreeMap<u32, Routes> {
+            let default = Routes { default: true, ..Routes::default() };
+            indexes.iter().map(|index| (*index, default)).collect()
+        };
+        let mut node = interfaces(&[(2, "eth0"), (3, "eth1")]);
+        node.set_routes(default(&[2]));
+        node.set_routes(BTreeMap::new());
+        assert_eq!(node.routes, default(&[2]));
+        node.set_routes(default(&[3]));
+        assert_eq!(node.routes, default(&[3]));
     }
 
     #[test]
     fn a_port_that_leaves_its_bridge_is_still_there() {
-        let mut node = interfaces(&[(2, "veth1", true)], &[]);
+        let mut node = interfaces(&[(2, "veth1")]);
         let mut left = LinkMessage::default();
         left.header.index = 2;
         left.header.interface_family = rtnetlink::packet_route::AddressFamily::Bridge;
@@ -529,17 +538,66 @@ mod tests {
         assert_eq!(node.links.len(), 1);
     }
 
+    /// A unicast route of the main table that somebody made.
+    fn made(attributes: Vec<RouteAttribute>, bits: u8) -> RouteMessage {
+        let mut message = RouteMessage::default();
+        message.header.kind = RouteType::Unicast;
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        message.header.protocol = RouteProtocol::Boot;
+        message.header.destination_prefix_length = bits;
+        message.attributes = attributes;
+        message
+    }
+
+    fn to(ip: &str) -> RouteAttribute {
+        RouteAttribute::Destination(ip.parse::<IpAddr>().unwrap().into())
+    }
+
+    fn via() -> RouteAttribute {
+        RouteAttribute::Gateway("192.0.2.1".parse::<IpAddr>().unwrap().into())
+    }
+
+    #[test]
+    fn a_route_tells_what_it_does() {
+        let by_2 = || RouteAttribute::Oif(2);
+        let does = |attributes, bits| route(&made(attributes, bits)).map(|(_, routes)| routes);
+        let [default, host, other] = [(true, false, false), (false, true, false), (false, false, true)]
+            .map(|(default, host, other)| Some(Routes { default, host, other }));
+        assert_eq!(does(vec![by_2(), via()], 0), default);
+        assert_eq!(does(vec![by_2(), to("10.244.1.5")], 32), host);
+        assert_eq!(does(vec![by_2(), to("fd00::5")], 128), host);
+        assert_eq!(does(vec![by_2(), to("10.244.2.0"), via()], 32), other);
+        assert_eq!(does(vec![by_2(), to("fd00::")], 64), other);
+        assert_eq!(does(vec![by_2(), to("fe80::")], 64), None);
+        assert_eq!(does(vec![by_2(), to("169.254.0.0")], 16), None);
+    }
+
+    #[test]
+    fn a_default_route_of_another_table_is_one_of_many() {
+        let mut message = made(vec![RouteAttribute::Oif(2), via()], 0);
+        message.header.table = 2;
+        assert_eq!(route(&message).unwrap().1, Routes { other: true, ..Routes::default() });
+    }
+
+    #[test]
+    fn routes_that_addresses_make_say_nothing() {
+        let mut local = made(vec![RouteAttribute::Oif(2), to("192.0.2.1")], 32);
+        local.header.table = LOCAL_TABLE;
+        assert_eq!(route(&local), None);
+        let mut connected = made(vec![RouteAttribute::Oif(2), to("192.0.2.0")], 24);
+        connected.header.protocol = RouteProtocol::Kernel;
+        assert_eq!(route(&connected), None);
+    }
+
     #[test]
     fn a_route_over_several_next_hops_names_all_their_interfaces() {
-        use rtnetlink::packet_route::route::RouteNextHop;
         let hop = |index| {
             let mut hop = RouteNextHop::default();
             hop.interface_index = index;
             hop
         };
-        let mut route = RouteMessage::default();
-        route.attributes.push(RouteAttribute::MultiPath(vec![hop(2), hop(3)]));
-        assert_eq!(route_interfaces(&route), [2, 3].into());
+        let message = made(vec![RouteAttribute::MultiPath(vec![hop(2), hop(3)])], 0);
+        assert_eq!(route(&message).unwrap().0, [2, 3].into());
     }
 
     #[test]

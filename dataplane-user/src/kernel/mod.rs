@@ -19,6 +19,7 @@ mod netlink;
 pub mod object;
 pub mod pins;
 pub mod probe;
+pub mod roles;
 mod rtnetlink_dump;
 pub mod service_route;
 pub mod sockets;

@@ -16,17 +16,31 @@ const NATIVE: u32 = 1 << 2;
 /// Drivers that run XDP without giving up segmentation and checksum offloads. veth and virtio are not among them.
 const DRIVERS: &[&str] = &["bnxt_en", "i40e", "ice", "igb", "igc", "ixgbe", "mlx5_core"];
 
-/// Drivers of devices that wrap packets and hand them on: what they carry came in on another uplink, where XDP is.
-const TUNNEL_DRIVERS: &[&str] = &["bareudp", "geneve", "gre", "ip6_gre", "ip6tnl", "ipip", "tun", "vxlan"];
+/// Drivers of devices that hand on what came in by another interface, wrapped or not: XDP is there, if anywhere.
+const SECOND_HAND_DRIVERS: &[&str] = &[
+    "802.1Q VLAN Support",
+    "bareudp",
+    "bridge",
+    "dummy",
+    "geneve",
+    "gre",
+    "ip6_gre",
+    "ip6tnl",
+    "ipip",
+    "ipvlan",
+    "macvlan",
+    "tun",
+    "vxlan",
+];
 
 /// The flag of the mode on an uplink that has Ethernet headers; `None` where tc does the work. `more` names further drivers for
 /// which `auto` means native.
 pub(super) fn mode(wanted: XdpMode, interface: &str, more: &[String]) -> Option<u32> {
     let driver = || probe::driver(interface).ok();
-    let tunnel = || driver().is_some_and(|driver| TUNNEL_DRIVERS.contains(&driver.as_str()));
+    let second_hand = || driver().is_some_and(|driver| SECOND_HAND_DRIVERS.contains(&driver.as_str()));
     match wanted {
         XdpMode::Off => None,
-        XdpMode::Native | XdpMode::Generic if tunnel() => None,
+        XdpMode::Native | XdpMode::Generic if second_hand() => None,
         XdpMode::Native => Some(NATIVE),
         XdpMode::Generic => Some(GENERIC),
         XdpMode::Auto => {

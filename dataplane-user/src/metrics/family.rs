@@ -128,6 +128,8 @@ families! {
         "Frontends in the kernel: addresses and ports that lead to a service port";
     UPLINKS = "portolan_uplinks", Gauge, [],
         "Interfaces to the network that have programs";
+    INTERFACE_ROLES = "portolan_interface_role", Gauge, ["interface", "role", "reason"],
+        "1 for each interface with its role and the reason for it; pods' interfaces and loopback are left out";
     POD_INTERFACES = "portolan_pod_interfaces", Gauge, [],
         "Interfaces to pods that have programs";
     TABLE_ENTRIES = "portolan_table_entries", Gauge, ["table"],

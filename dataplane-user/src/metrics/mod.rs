@@ -86,7 +86,9 @@ pub struct Metrics {
     /// Service ports, backends and frontends in the kernel.
     pub sizes: [Number; 3],
     /// Uplinks and pod interfaces.
-    pub interfaces: [Number; 2],
+    interfaces: [Number; 2],
+    /// What each interface is.
+    interface_roles: Mutex<Vec<InterfaceRole>>,
     /// Programs that should be attached and were not, and had to be attached again.
     pub reattached: Number,
     /// When the snapshot was last written.
@@ -111,6 +113,17 @@ pub struct Metrics {
     pub ports: Mutex<Arc<Ports>>,
     /// Answers to `/healthz` and `/livez` by status.
     health_answers: Mutex<[BTreeMap<u16, u64>; 2]>,
+}
+
+/// What an interface is to the dataplane, and why.
+#[derive(Clone, Debug)]
+pub struct InterfaceRole {
+    /// Its name.
+    pub interface: String,
+    /// Its role, or `none`.
+    pub role: &'static str,
+    /// Why it has that role.
+    pub reason: &'static str,
 }
 
 /// What is looked up at the moment somebody asks.
@@ -151,6 +164,12 @@ impl Metrics {
         if let Some(warning) = self.fill.set(table, entries, capacity) {
             tracing::warn!("{warning}");
         }
+    }
+
+    /// The interfaces are these now, so many of them uplinks and pod interfaces.
+    pub fn set_interfaces(&self, roles: Vec<InterfaceRole>, counts: [u64; 2]) {
+        *self.interface_roles.lock().unwrap_or_else(PoisonError::into_inner) = roles;
+        self.interfaces.iter().zip(counts).for_each(|(number, count)| number.set(count));
     }
 
     /// The service ports whose counters are told.
@@ -200,6 +219,10 @@ impl Metrics {
             (&family::POD_INTERFACES, pods),
         ] {
             text.single(family, number.get());
+        }
+        text.head(&family::INTERFACE_ROLES);
+        for told in self.interface_roles.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            text.sample(&family::INTERFACE_ROLES, &[&told.interface, told.role, told.reason], 1);
         }
         text.head(&family::NO_LOCAL_ENDPOINTS);
         for (policy, number) in ["internal", "external"].iter().zip(&self.without_local_endpoints) {

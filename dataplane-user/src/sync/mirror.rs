@@ -71,6 +71,7 @@ pub struct Mirror {
     backend_ids: Ids,
     slots: Slots,
     frontend_room: usize,
+    address_room: usize,
     /// How many ranges of sources there are.
     ranges: usize,
     range_room: usize,
@@ -132,6 +133,7 @@ impl Mirror {
             node: maps.get::<tables::Nodes>(&0)?,
             slots: reading.slots,
             frontend_room: maps.capacity::<tables::Frontends>()?,
+            address_room: maps.capacity::<tables::NodeAddrs>()?,
             ranges: reading.ranges,
             range_room: maps.capacity::<tables::SourceRanges>()?,
             waiting: BTreeMap::new(),
@@ -210,7 +212,15 @@ impl Mirror {
         desired: &NodeTables,
         now: Instant,
     ) -> Result<Outcome, MapError> {
-        let (mut plan, outcome) = self.begin(maps, now)?;
+        let (mut plan, mut outcome) = self.begin(maps, now)?;
+        let fresh = desired.addresses.keys().filter(|addr| !self.addresses.contains_key(addr)).count();
+        if self.addresses.len() + fresh > self.address_room {
+            // There is no room for both those that go and those that come.
+            let kept = self.addresses.iter().filter(|(addr, _)| desired.addresses.contains_key(addr));
+            let kept = kept.map(|(addr, value)| (*addr, *value)).collect();
+            self.plan_addresses(&mut plan, &kept, now);
+            outcome.ops += self.write(maps, std::mem::take(&mut plan))?;
+        }
         if self.node != Some(desired.node) {
             self.node = Some(desired.node);
             plan.node = Some(Box::new(desired.node));
@@ -658,25 +668,27 @@ impl Mirror {
         self.filter.linger_unknown(now);
     }
 
-    /// Node ports have a filter bit on each address of the node, so these bits come before the addresses.
+    /// Node ports have a filter bit on each address of the node, so these bits come before the addresses. Only what differs is looked
+    /// at: addresses and node ports may be many.
     fn plan_addresses(&mut self, plan: &mut Plan, wanted: &BTreeMap<Addr, NodeAddress>, now: Instant) {
         let old = std::mem::replace(&mut self.addresses, wanted.clone());
         let node_ports: Vec<_> =
             self.frontends.keys().filter(|key| key.addr().is_unspecified()).copied().collect();
-        for (addr, value) in wanted {
-            if old.get(addr) != Some(value) {
-                plan.addresses.insert(*addr, *value);
-            }
-        }
+        let differing = |these: &BTreeMap<Addr, NodeAddress>, others: &BTreeMap<Addr, NodeAddress>| {
+            let differing = these.iter().filter(|(addr, value)| others.get(addr) != Some(value));
+            differing.map(|(addr, value)| (*addr, *value)).collect::<BTreeMap<_, _>>()
+        };
+        let (come, go) = (differing(wanted, &old), differing(&old, wanted));
+        plan.addresses.extend(&come);
         plan.removed_addresses.extend(old.keys().filter(|addr| !wanted.contains_key(addr)));
         // Bits are added before any is removed, so that none that stays lingers.
-        wanted.keys().for_each(|addr| self.filter.add(FilterBit::node_address(addr)));
+        come.keys().for_each(|addr| self.filter.add(FilterBit::node_address(addr)));
         for key in &node_ports {
-            bits_of(key, wanted).for_each(|bit| self.filter.add(bit));
+            bits_of(key, &come).for_each(|bit| self.filter.add(bit));
         }
-        old.keys().for_each(|addr| self.filter.remove(FilterBit::node_address(addr), now));
+        go.keys().for_each(|addr| self.filter.remove(FilterBit::node_address(addr), now));
         for key in &node_ports {
-            bits_of(key, &old).for_each(|bit| self.filter.remove(bit, now));
+            bits_of(key, &go).for_each(|bit| self.filter.remove(bit, now));
         }
     }
 }

@@ -5,9 +5,9 @@ use crate::packet::index;
 use anyhow::{Context, Result, ensure};
 use dataplane_user::kernel::hook::Hook;
 use dataplane_user::kernel::link::{self, Link};
-use dataplane_user::kernel::links::Role;
 use dataplane_user::kernel::object::{Object, Options};
 use dataplane_user::kernel::probe;
+use dataplane_user::kernel::roles::Role;
 use std::os::fd::BorrowedFd;
 
 /// The program that does nothing, of Portolan's object.

@@ -100,9 +100,6 @@ impl Agent {
         command.arg("--cgroup").arg(node.cgroup());
         command.arg("--state-dir").arg(node.state_folder());
         command.args(["--cluster-cidr", super::POD_RANGES]);
-        for uplink in node.uplinks() {
-            command.args(["--uplink", uplink]);
-        }
         match &options.source {
             Source::Manifests => {
                 command.arg("--manifests").arg(node.manifests_folder());

@@ -21,6 +21,7 @@
 mod agent;
 pub mod client;
 mod connecting;
+pub mod layout;
 mod leftovers;
 pub mod manifests;
 mod mounts;
@@ -362,6 +363,13 @@ impl Lab {
     /// The folder of the outputs of all programs of the lab.
     pub fn logs(&self) -> PathBuf {
         self.traces.folder.join("log")
+    }
+
+    /// One more place, on no network yet.
+    pub fn add_alone(&self, name: &str) -> Result<Place> {
+        let place = make_place(&self.traces, name, Path::new(name))?;
+        place.ip(&["link set lo up".into()])?;
+        Ok(place)
     }
 
     /// One more place on the nodes' network: another outside client, or the control plane. `host` is the last byte of its

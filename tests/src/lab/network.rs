@@ -203,6 +203,31 @@ pub(crate) fn pod_range(node: u8, family: Family) -> String {
     format!("{}/{}", pod(node, 0).of(family), family.network_bits())
 }
 
+/// Addresses of two networks: the first bytes of IPv4 and the first groups of IPv6.
+pub(crate) fn on(([a, b, c], [x, y, z]): ([u8; 3], [u16; 3]), host: u8) -> Addresses {
+    Addresses { v4: Ipv4Addr::new(a, b, c, host), v6: Ipv6Addr::new(x, y, z, 0, 0, 0, 0, group(host)) }
+}
+
+/// A second network beside that of the nodes, `10.201.0.0/24` and `fd00:201::/64`; its bridge has no address.
+pub(crate) fn second(host: u8) -> Addresses {
+    on(([10, 201, 0], [0xfd00, 0x201, 0]), host)
+}
+
+/// The ends of a VPN.
+pub(crate) fn vpn(host: u8) -> Addresses {
+    on(([100, 64, 0], [0xfd00, 0x64, 0]), host)
+}
+
+/// The bridge of the second network.
+pub(crate) fn second_bridge() -> Vec<String> {
+    vec!["link add br1 type bridge mcast_snooping 0".into(), "link set br1 up".into()]
+}
+
+/// Gives an interface of the second network its addresses.
+pub(crate) fn second_side(own: Addresses) -> Vec<String> {
+    assign("eth1", own).chain(["link set eth1 up".into()]).collect()
+}
+
 /// Gives an interface of the nodes' network its addresses; everything else goes by way of the gateway.
 pub(crate) fn uplink_side(own: Addresses, gateway: Addresses) -> Vec<String> {
     let mut lines = vec!["link set lo up".to_owned()];

@@ -109,12 +109,6 @@ impl Node {
         routes.map(|(range, address)| format!("route add {range} via {address}")).collect()
     }
 
-    /// The interfaces that its agent is told of with `--uplink`; none: those of its default routes.
-    pub fn uplinks(&self) -> Vec<&'static str> {
-        let tunnel = self.options.pods.tunnel();
-        tunnel.map_or_else(Vec::new, |tunnel| vec!["eth0", tunnel.device()])
-    }
-
     /// What pods of other nodes see when the node itself calls them: the address of its tunnel, if there is one.
     pub fn sources(&self) -> Addresses {
         self.options.pods.tunnel().map_or(self.addresses(), |_| network::tunnel_end(self.number))
@@ -370,6 +364,8 @@ impl Drop for Node {
 pub struct PodOptions {
     tcp: Vec<u16>,
     udp: Vec<u16>,
+    /// Where it listens; empty: everywhere.
+    addresses: Vec<IpAddr>,
     drain: Duration,
     /// What the pod's programs see as `/etc/resolv.conf`.
     resolver: Option<String>,
@@ -386,7 +382,14 @@ impl Default for PodOptions {
 impl PodOptions {
     /// A pod without a server: a client.
     pub fn client() -> Self {
-        Self { tcp: Vec::new(), udp: Vec::new(), drain: Duration::ZERO, resolver: None, program: None }
+        Self {
+            tcp: Vec::new(),
+            udp: Vec::new(),
+            addresses: Vec::new(),
+            drain: Duration::ZERO,
+            resolver: None,
+            program: None,
+        }
     }
 
     /// Serves HTTP on these ports (8080 unless told).
@@ -400,6 +403,13 @@ impl PodOptions {
     #[must_use]
     pub fn udp(mut self, ports: &[u16]) -> Self {
         self.udp = ports.to_vec();
+        self
+    }
+
+    /// Serves at these addresses (everywhere unless told).
+    #[must_use]
+    pub fn at(mut self, addresses: &[IpAddr]) -> Self {
+        self.addresses = addresses.to_vec();
         self
     }
 
@@ -441,6 +451,9 @@ impl PodOptions {
             for port in ports {
                 command.arg(flag).arg(port.to_string());
             }
+        }
+        for address in &self.addresses {
+            command.arg("--address").arg(address.to_string());
         }
         let server = Process::start(logs, pod, command)?;
         server.wait_for_line(START_TIME, |line| line == READY)?;

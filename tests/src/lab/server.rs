@@ -4,7 +4,7 @@
 //! that drains; then it ends.
 
 use anyhow::{Context, Result};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -25,6 +25,9 @@ pub struct Server {
     /// Ports for datagrams.
     #[arg(long)]
     pub udp: Vec<u16>,
+    /// Where to listen; everywhere unless told.
+    #[arg(long)]
+    pub address: Vec<IpAddr>,
     /// Seconds to go on serving after SIGTERM.
     #[arg(long, default_value_t = 0.0)]
     pub drain: f64,
@@ -48,13 +51,13 @@ async fn run(server: Arc<Server>) -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminated = signal(SignalKind::terminate())?;
     for &port in &server.tcp {
-        for address in any(port) {
+        for address in server.at(port) {
             let listener = listen(address).with_context(|| format!("TCP {address}"))?;
             tokio::spawn(accept(server.clone(), listener));
         }
     }
     for &port in &server.udp {
-        for address in any(port) {
+        for address in server.at(port) {
             let socket = datagram_socket(address).with_context(|| format!("UDP {address}"))?;
             tokio::spawn(datagrams(server.clone(), socket));
         }
@@ -65,9 +68,13 @@ async fn run(server: Arc<Server>) -> Result<()> {
     Ok(())
 }
 
-/// Every address of each family, on sockets of their own: so a client of IPv4 is seen by its IPv4 address.
-fn any(port: u16) -> [SocketAddr; 2] {
-    [(Ipv4Addr::UNSPECIFIED, port).into(), (Ipv6Addr::UNSPECIFIED, port).into()]
+impl Server {
+    /// Every address of each family unless told, on sockets of their own: so a client of IPv4 is seen by its IPv4 address.
+    fn at(&self, port: u16) -> Vec<SocketAddr> {
+        let any = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        let addresses = if self.address.is_empty() { &any[..] } else { &self.address };
+        addresses.iter().map(|address| SocketAddr::new(*address, port)).collect()
+    }
 }
 
 fn socket(address: SocketAddr, kind: socket2::Type) -> std::io::Result<socket2::Socket> {

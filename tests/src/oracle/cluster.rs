@@ -113,18 +113,21 @@ impl State {
                 }
             }
         }
-        state.claim_cluster_ips(&claims);
+        state.claim_cluster_ips(&claims, node);
         state.claim_outside(&claims, node);
         state.claim_node_ports(&services);
         state
     }
 
-    fn claim_cluster_ips(&mut self, claims: &[(&Service, usize, i32)]) {
+    /// P13: what the node has itself leads nowhere else.
+    fn claim_cluster_ips(&mut self, claims: &[(&Service, usize, i32)], node: &ThisNode) {
         for &(service, index, number) in claims {
             let id = &self.ports[index].id;
             for ip in cluster_ips(service).into_iter().filter(|ip| ip.is_ipv6() == id.v6) {
                 self.cluster_ips.insert(ip);
-                self.frontends.entry((ip, number as u16, id.proto)).or_insert((index, Kind::ClusterIp));
+                if !node.has(ip) {
+                    self.frontends.entry((ip, number as u16, id.proto)).or_insert((index, Kind::ClusterIp));
+                }
             }
         }
     }

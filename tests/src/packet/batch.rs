@@ -50,12 +50,13 @@ impl World {
         }
         let addresses: BTreeSet<Addr> = facts.interfaces.iter().map(|ip| Addr::from(*ip)).collect();
         let proxy_name = facts.proxy_name.as_deref().map(Into::into);
-        let context = Context::new(&self.store, proxy_name, &facts.cluster_cidrs, &facts.interfaces);
+        let interfaces = facts.interfaces.clone().into();
+        let context = Context::new(&self.store, proxy_name, &facts.cluster_cidrs, &interfaces);
         let all: BTreeSet<_> = self.store.services().map(|service| service.name.clone()).collect();
         dirty.services.extend(all);
         let update = self.compiler.update(&self.store, &dirty.services, &context);
         let lb_ips = self.compiler.load_balancer_ips(&addresses);
-        let (node, _) = compile::node(&facts.settings, self.store.own_node(), &facts.interfaces, &lb_ips);
+        let (node, _) = compile::node(&facts.settings, self.store.own_node(), &interfaces, &lb_ips);
         self.mirror.set_node(&self.maps, &node, now)?;
         let changes = update.services.iter().map(|(name, compiled)| (name, Some(&compiled.tables)));
         let outcome = self.mirror.change(&self.maps, changes, now)?;

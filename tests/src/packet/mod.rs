@@ -281,7 +281,7 @@ impl World {
             let change = Change::replaced(kind, of_kind.cloned().collect());
             dirty.extend(self.store.apply(change).services);
         }
-        let interfaces = interfaces()?;
+        let interfaces = interfaces()?.to_vec().into();
         let context = Context::new(&self.store, None, &[], &interfaces);
         let update = self.compiler.update(&self.store, &dirty, &context);
         let (node, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
@@ -303,7 +303,7 @@ impl World {
     /// If the kernel refuses.
     pub fn set_snat_ports(&mut self, ports: std::ops::RangeInclusive<u16>) -> Result<()> {
         self.settings.snat_ports = ports;
-        let interfaces = interfaces()?;
+        let interfaces = interfaces()?.to_vec().into();
         let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
         self.mirror.set_node(&self.maps, &tables, Instant::now())?;
         Ok(())

@@ -1,12 +1,11 @@
 //! P12, P13, P16, P17 as far as the node's tables show them.
 
 use super::addr;
-use crate::compile::{NodePortAddresses, NodeSettings, NodeTables, node};
+use crate::compile::{NodePortAddresses, NodeSettings, NodeTables, OwnAddresses, node};
 use crate::model::Node;
 use crate::model::samples::ip;
 use dataplane_common::node::{NodeAddress, SERVICE_RANGES};
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 fn settings(node_port_addresses: NodePortAddresses) -> NodeSettings {
     NodeSettings {
@@ -18,8 +17,8 @@ fn settings(node_port_addresses: NodePortAddresses) -> NodeSettings {
     }
 }
 
-fn interfaces() -> Vec<IpAddr> {
-    ["127.0.0.1", "::1", "fe80::1", "198.51.100.1", "192.0.2.1", "2001:db8::1"].map(ip).to_vec()
+fn interfaces() -> OwnAddresses {
+    ["127.0.0.1", "::1", "fe80::1", "198.51.100.1", "192.0.2.1", "2001:db8::1"].map(ip).to_vec().into()
 }
 
 fn own_node() -> Node {
@@ -36,8 +35,8 @@ fn node_ports(tables: &NodeTables) -> Vec<String> {
 fn node_ports_answer_on_all_own_addresses_by_default() {
     let (tables, _) =
         node(&settings(NodePortAddresses::All), Some(&own_node()), &interfaces(), &BTreeSet::new());
-    assert_eq!(tables.addresses.len(), interfaces().len());
-    assert_eq!(node_ports(&tables).len(), interfaces().len());
+    assert_eq!(tables.addresses.len(), interfaces().own.len());
+    assert_eq!(node_ports(&tables).len(), interfaces().own.len());
 }
 
 /// P17
@@ -46,7 +45,7 @@ fn node_ports_answer_on_own_addresses_within_the_ranges_given() {
     let within = NodePortAddresses::Within(vec!["192.0.2.0/24".parse().unwrap(), "::/0".parse().unwrap()]);
     let (tables, _) = node(&settings(within), Some(&own_node()), &interfaces(), &BTreeSet::new());
     assert_eq!(node_ports(&tables), ["::1", "192.0.2.1", "2001:db8::1", "fe80::1"]);
-    assert_eq!(tables.addresses.len(), interfaces().len(), "the others stay known as the node's own");
+    assert_eq!(tables.addresses.len(), interfaces().own.len(), "the others stay known as the node's own");
 }
 
 /// P17
@@ -65,8 +64,30 @@ fn the_primary_address_is_the_nodes_first_that_is_on_an_interface() {
     assert_eq!(named.node.primary_v6, addr("2001:db8::1"), "not named, but the only one others can know");
     let (unknown, _) = node(&all, None, &interfaces(), &BTreeSet::new());
     assert_eq!(unknown.node.primary_v4, addr("198.51.100.1"), "the first on an interface");
-    let (alone, _) = node(&all, None, &[ip("127.0.0.1")], &BTreeSet::new());
+    let (alone, _) = node(&all, None, &vec![ip("127.0.0.1")].into(), &BTreeSet::new());
     assert!(alone.node.primary_v4.is_unspecified() && alone.node.primary_v6.is_unspecified());
+}
+
+/// P13, P16
+#[test]
+fn what_another_proxy_left_behind_is_known_answers_no_node_port_and_is_not_primary() {
+    let left_over = OwnAddresses { own: vec![ip("127.0.0.1")], left_over: vec![ip("10.96.0.10")] };
+    let (tables, _) = node(&settings(NodePortAddresses::All), None, &left_over, &BTreeSet::new());
+    assert_eq!(tables.addresses.len(), 2);
+    assert_eq!(node_ports(&tables), ["127.0.0.1"]);
+    assert!(tables.node.primary_v4.is_unspecified());
+}
+
+/// Z5
+#[test]
+fn the_addresses_of_the_node_object_have_room_first_then_the_first_on_interfaces() {
+    let (all, none) = interfaces().within(6, Some(&own_node()));
+    assert_eq!((all, none), (interfaces(), None));
+    let many = OwnAddresses { left_over: vec![ip("10.96.0.10")], ..interfaces() };
+    let (some, complaint) = many.within(3, Some(&own_node()));
+    assert_eq!(some, vec![ip("192.0.2.1"), ip("127.0.0.1"), ip("::1")].into());
+    assert!(complaint.unwrap().text.starts_with("7 addresses"));
+    assert_eq!(many.within(7, None), (many.clone(), None));
 }
 
 /// P16

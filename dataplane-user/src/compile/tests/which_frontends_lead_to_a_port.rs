@@ -71,11 +71,12 @@ fn a_cluster_ip_is_closed_on_all_other_ports() {
 
 /// P13
 #[test]
-fn a_cluster_ip_on_an_interface_of_this_node_is_not_closed() {
+fn a_cluster_ip_on_an_interface_of_this_node_belongs_to_the_node() {
     let held = Context { node_addresses: [addr("10.96.0.10")].into(), ..context() };
-    let (tables, _) = crate::compile::service(&service("web"), &[], &held);
+    let (tables, _) = crate::compile::service(&balanced(), &[], &held);
     assert_eq!(tables.closed, BTreeSet::new());
-    assert_eq!(tables.ports.len(), 1, "its own ports are served");
+    let kinds: Vec<_> = frontends(only_port(&tables)).into_iter().map(|(.., kind)| kind).collect();
+    assert!(!kinds.contains(&ClusterIp) && kinds.contains(&LoadBalancerIp), "{kinds:?}");
 }
 
 /// P13
