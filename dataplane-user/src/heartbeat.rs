@@ -80,7 +80,7 @@ pub fn log() -> &'static Heartbeat {
     &LOG
 }
 
-/// Standard error, whose reader may stop to read: a write that hangs shows in [`log`].
+/// Standard error, whose reader may stop to read: a write that hangs shows in [`log()`].
 #[derive(Debug)]
 pub struct Log;
 

@@ -7,10 +7,11 @@ use dataplane_tests::lab::{AgentOptions, Client, Lab, Node, Options, PodOptions,
 use dataplane_user::config::{SocketLb, XdpMode};
 use dataplane_user::kernel::attach::Attachments;
 use dataplane_user::kernel::link::{Link, XDP};
-use dataplane_user::kernel::links::{self, Interfaces, Role};
+use dataplane_user::kernel::links::{self, Interfaces};
 use dataplane_user::kernel::object::{self, Object};
 use dataplane_user::kernel::pins::Pins;
 use dataplane_user::kernel::probe::{Features, features};
+use dataplane_user::kernel::roles::Role;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::File;
