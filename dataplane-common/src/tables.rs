@@ -99,7 +99,7 @@ tables! {
     /// The node's settings, one element.
     Nodes = "node", Array<u32, Node>, 1;
     /// Addresses of this node.
-    NodeAddrs = "node_addrs", Hash<Addr, NodeAddress>, 16_384;
+    NodeAddrs = "node_addrs", Hash<Addr, NodeAddress>, 10_240;
     /// The filter in front of the hash tables.
     Filter = "filter", Array<u32, u64>, FILTER_WORDS;
     /// When somebody last called a Service by packet: the filter of replies.
