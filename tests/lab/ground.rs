@@ -53,8 +53,8 @@ fn remove_cgroups(path: &Path) {
     let _ = fs::remove_dir(path);
 }
 
-/// Prints what a fresh machine has not: mounted BPF file systems, folders of Portolan, interfaces, cgroups.
-const LOOK: &str = "findmnt -rno TARGET -t bpf; ls /run | grep -e portolan -e netns; ip -o link | cut -d: -f2; \
+/// Prints what a fresh machine has not: a BPF file system where agents look for one, folders of Portolan, interfaces, cgroups.
+const LOOK: &str = "findmnt -rno TARGET -t bpf --mountpoint /sys/fs/bpf; ls /run | grep -e portolan -e netns; ip -o link | cut -d: -f2; \
                     cd $(findmnt -rno TARGET -t cgroup2 | head -n 1) && ls -d */ 2>/dev/null; ls $TMPDIR";
 
 #[test]
