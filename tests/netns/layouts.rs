@@ -29,7 +29,7 @@ macro_rules! layouts {
     };
 }
 
-layouts! {
+layouts!(
     host_routes
     pods_on_a_bridge
     vxlan_overlay
@@ -47,7 +47,7 @@ layouts! {
     left_over_from_ipvs
     cache_at_a_cluster_ip
     lb_ips_on_the_node
-}
+);
 
 fn run(layout: &'static Layout) {
     let raised = layout.raise().unwrap();

@@ -48,18 +48,15 @@ use serve::{Service, Told};
 use settings::Settings;
 use signals::Signals;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
 /// How many changes may wait for the loop before the sources wait for it.
 const CHANGES: usize = 1_024;
-/// Threads of the runtime, besides the one of the loop: if one hangs, health can still be told.
-const THREADS: usize = 2;
-
-/// How long jobs beside the loop may take when it has ended.
-const ENDING: Duration = Duration::from_secs(2);
+/// Threads of the runtime, besides the one of the loop: if some hang, as all do that write to a log that nobody reads, health can
+/// still be told.
+const THREADS: usize = 4;
 
 /// Runs until SIGTERM or SIGINT, or prints what it would do.
 ///
@@ -71,8 +68,9 @@ pub fn run(args: AgentArgs) -> Result<()> {
     // The loop has this thread for itself: no task waits for it there, and none is held up when it hangs.
     let result = runtime
         .block_on(async move { if args.dry_run { dry_run::print(&args).await } else { serve(args).await } });
-    // A job that hangs does not keep the process.
-    runtime.shutdown_timeout(ENDING);
+    // Tasks end with the process, which no job that hangs keeps. If the runtime were shut down under them, its timers would have
+    // them panic.
+    std::mem::forget(runtime);
     result
 }
 

@@ -242,20 +242,24 @@ pub const LAYOUTS: &[Layout] = &[
     },
     Layout {
         name: "macvlan_of_the_nic",
-        lines: &[(
-            Who::Node,
-            &[
-                "addr flush dev eth0",
-                "link add link eth0 name mv0 type macvlan mode bridge",
-                "link set mv0 up",
-                "addr add 192.168.100.11/24 dev mv0",
-                "addr add fd00:100::11/64 dev mv0 nodad",
-                "route replace 0.0.0.0/0 via 192.168.100.1 dev mv0",
-                "route replace ::/0 via fd00:100::1 dev mv0",
-                "route replace 10.244.2.0/24 via 192.168.100.12 dev mv0",
-                "route replace fd00:10:244:2::/64 via fd00:100::12 dev mv0",
-            ],
-        )],
+        lines: &[
+            (
+                Who::Node,
+                &[
+                    "addr flush dev eth0",
+                    "link add link eth0 name mv0 type macvlan mode bridge",
+                    "link set mv0 up",
+                    "addr add 192.168.100.11/24 dev mv0",
+                    "addr add fd00:100::11/64 dev mv0 nodad",
+                    "route replace 0.0.0.0/0 via 192.168.100.1 dev mv0",
+                    "route replace ::/0 via fd00:100::1 dev mv0",
+                    "route replace 10.244.2.0/24 via 192.168.100.12 dev mv0",
+                    "route replace fd00:10:244:2::/64 via fd00:100::12 dev mv0",
+                ],
+            ),
+            // They knew the NIC's own link-layer address, and the macvlan has another.
+            (Who::Client, &["neigh flush all"]),
+        ],
         answered: FROM_EVERYWHERE,
         ..PLAIN
     },
