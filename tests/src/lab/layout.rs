@@ -246,6 +246,8 @@ pub const LAYOUTS: &[Layout] = &[
             (
                 Who::Node,
                 &[
+                    // Else it would answer for the address too, whose interface is another now.
+                    "link set eth0 arp off",
                     "addr flush dev eth0",
                     "link add link eth0 name mv0 type macvlan mode bridge",
                     "link set mv0 up",
