@@ -15,8 +15,15 @@ const LOOK: Duration = Duration::from_millis(500);
 /// How many times longer than one of the event loop a round may take.
 pub(super) const PATIENCE: u32 = 1;
 
-/// Follows what is wanted until nobody wants anything any more.
-pub(super) async fn keep(mut wanted: watch::Receiver<Road>, metrics: Arc<Metrics>, beat: Beat) {
+/// Follows what is wanted until nobody wants anything any more. No route leads to the device before its program is `attached`, to
+/// an interface of that index. `settled` is told when the first routes are there, or cannot be.
+pub(super) async fn keep(
+    mut wanted: watch::Receiver<Road>,
+    mut attached: watch::Receiver<Option<u32>>,
+    settled: watch::Sender<bool>,
+    metrics: Arc<Metrics>,
+    beat: Beat,
+) {
     let mut routes = loop {
         match ServiceRoutes::open() {
             Ok(routes) => break routes,
@@ -32,14 +39,20 @@ pub(super) async fn keep(mut wanted: watch::Receiver<Road>, metrics: Arc<Metrics
         beat.beat();
         tokio::select! {
             changed = wanted.changed() => if changed.is_err() { return },
+            changed = attached.changed() => if changed.is_err() { return },
             _ = looks.tick() => {}
         }
         let road = wanted.borrow_and_update().clone();
         if road.ranges.is_empty() {
             continue;
         }
-        let result = routes.ensure(&road).await;
+        let result = match routes.device(road.mtu).await {
+            Ok(device) if *attached.borrow_and_update() == Some(device) => routes.ensure(device, &road).await,
+            Ok(_) => continue,
+            Err(error) => Err(error),
+        };
         tell(result, &road, &mut told, &metrics);
+        settled.send_if_modified(|settled| !std::mem::replace(settled, true));
     }
 }
 

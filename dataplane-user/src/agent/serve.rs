@@ -67,8 +67,11 @@ pub(super) struct Service {
     audit_soon: bool,
     swept: Instant,
     sweeping: Option<Sweeping>,
-    /// The road by which the node itself calls Services.
+    /// The road by which the node itself calls Services, and whether it was made or cannot be.
     road: watch::Sender<Road>,
+    routed: watch::Sender<bool>,
+    /// All is written and nobody was told yet, since when.
+    announcing: Option<Instant>,
     /// The last look through sockets, and the last writing of names: the next begins when it has ended.
     closing: Option<JoinHandle<()>>,
     naming: Option<JoinHandle<()>>,
@@ -141,6 +144,8 @@ impl Service {
             swept: Instant::now(),
             sweeping: None,
             road: watch::Sender::default(),
+            routed: watch::Sender::default(),
+            announcing: None,
             closing: None,
             naming: None,
             tasks: Vec::new(),
@@ -159,9 +164,9 @@ impl Service {
         }
     }
 
-    /// What road the node itself needs to Services, as it changes.
-    pub(super) fn road(&self) -> watch::Receiver<Road> {
-        self.road.subscribe()
+    /// What road the node itself needs to Services, as it changes, and who is told when it is there.
+    pub(super) fn road(&self) -> (watch::Receiver<Road>, watch::Sender<bool>) {
+        (self.road.subscribe(), self.routed.clone())
     }
 
     /// Has the loop end with an error if the task ends, which it never should.
@@ -221,6 +226,7 @@ impl Service {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
+        let mut routed = self.routed.subscribe();
         let beat = self.health.heartbeat().part("the event loop", 1);
         loop {
             beat.beat();
@@ -233,6 +239,8 @@ impl Service {
                     self.check_tasks()?;
                     self.tick().await;
                 }
+                // The sender is the loop's own as well.
+                Ok(()) = routed.changed() => self.announce(),
                 changed = interfaces.changed() => {
                     changed?;
                     let addresses = super::own_addresses(&interfaces.borrow_and_update(), &choice);
@@ -292,6 +300,7 @@ impl Service {
             self.serve_snapshot();
         }
         self.flush();
+        self.announce();
         if !self.dataplane.is_complete() {
             return;
         }

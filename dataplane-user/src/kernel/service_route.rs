@@ -95,12 +95,12 @@ impl ServiceRoutes {
         Ok(Self { handle, kept: BTreeSet::new(), looked: false })
     }
 
-    /// Makes what is missing and removes what is not wanted any more. Tells the ranges whose route was there and had gone.
+    /// Makes the routes to the device that are missing and removes what is not wanted any more. Tells the ranges whose route was
+    /// there and had gone. The device must have its program: what comes to it otherwise is lost.
     ///
     /// # Errors
     /// The first thing that could not be done; the rest was tried nevertheless.
-    pub async fn ensure(&mut self, road: &Road) -> Result<Vec<IpNet>, RouteError> {
-        let device = self.device(road.mtu).await?;
+    pub async fn ensure(&mut self, device: u32, road: &Road) -> Result<Vec<IpNet>, RouteError> {
         if !std::mem::replace(&mut self.looked, true) {
             self.remove_stale(device, road).await?;
         }
@@ -126,7 +126,10 @@ impl ServiceRoutes {
     }
 
     /// Makes the device unless it is there, and has it up with this MTU; gives its index.
-    async fn device(&self, mtu: u32) -> Result<u32, RouteError> {
+    ///
+    /// # Errors
+    /// If the kernel refuses, or the name is taken.
+    pub async fn device(&self, mtu: u32) -> Result<u32, RouteError> {
         let mtu = if mtu == 0 { DEFAULT_MTU } else { mtu };
         let link = match link(&self.handle, DEVICE).await? {
             Some(link) => link,
@@ -225,6 +228,14 @@ impl ServiceRoutes {
         }
         Ok(())
     }
+}
+
+/// Makes the device unless it is there.
+///
+/// # Errors
+/// If the kernel refuses, or the name is taken.
+pub async fn make_device() -> Result<u32, RouteError> {
+    ServiceRoutes::open()?.device(0).await
 }
 
 /// Removes the device, and the routes with it. Whether it was there.
