@@ -22,6 +22,7 @@ mod pressure;
 mod refusals;
 mod room;
 mod service_routes;
+mod soak;
 mod sockets;
 mod start;
 mod world;
