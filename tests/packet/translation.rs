@@ -7,6 +7,7 @@ use dataplane_common::{Addr, Port};
 use dataplane_tests::packet::build::{LINK_FROM, Transport, icmp_error, tcp, tcp_packet, udp_packet};
 use dataplane_tests::packet::family::{NARROW, for_both};
 use dataplane_tests::packet::{GATEWAY_MAC, Hook, Verdict, World, reason};
+use std::net::IpAddr;
 
 /// P9: there and back, TCP: translated where the pod's packet comes in, restored where the reply goes to the pod.
 #[test]
@@ -432,6 +433,23 @@ fn a_flow_with_the_same_reply_and_no_port_left_is_dropped() {
         let mut moved = reason(Reason::ReplyCollision);
         moved.extend(reason(Reason::PortsExhausted));
         assert_eq!(outcome.moved, moved);
+    });
+}
+
+/// P12, C5: a port whose replies would be those of a connection that netfilter translates is not given to a flow.
+#[test]
+fn a_port_of_somebody_elses_connection_to_the_endpoint_is_left_alone() {
+    for_both(|f| {
+        let mut world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let opens = |port| tcp_packet((f.client, port), (f.node, 30_080), tcp::SYN);
+        world.set_snat_ports(61_000..=61_001).unwrap();
+        let [endpoint, node]: [IpAddr; 2] = [f.remote, f.node].map(|address| address.parse().unwrap());
+        world.note_answers((endpoint, 8080).into(), (node, 61_000).into()).unwrap();
+        let outcome = world.send(Hook::UplinkIn, &opens(40_000)).unwrap();
+        assert_eq!((outcome.verdict, f.source_port(&outcome.packet)), (Verdict::Redirect, 61_001));
+        world.set_snat_ports(61_000..=61_000).unwrap();
+        let outcome = world.send(Hook::UplinkIn, &opens(40_001)).unwrap();
+        assert_eq!((outcome.verdict, outcome.moved), (Verdict::Drop, reason(Reason::PortsExhausted)));
     });
 }
 

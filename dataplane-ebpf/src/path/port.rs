@@ -4,7 +4,7 @@ use crate::flow::{self, Claim, Ending};
 use crate::maps::PORT_TURN;
 use crate::repeat::{Step, Steps, repeat};
 use crate::scratch::Scratch;
-use crate::service;
+use crate::{outgoing, service};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::Port;
 use dataplane_common::flow::PortTurn;
@@ -81,6 +81,10 @@ impl Steps for PortSearch<'_> {
         }
         let Scratch { key, flow, reply, .. } = &mut *self.scratch;
         flow.src_port = Port::new((self.first + offset) as u16);
+        // Somebody else's connection by way of netfilter, whose answers would be taken for the flow's.
+        if outgoing::is_answered_by(&flow.partner(key.proto())) {
+            return Step::Next;
+        }
         let ending = match index {
             0..UNUSED => Ending::Nothing,
             UNUSED..LAST_RESORT => Ending::Over,

@@ -16,6 +16,7 @@ use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::time::{Instant, SystemTime};
 
 /// The kinds that must have been listed before the first tables are written.
@@ -210,6 +211,11 @@ impl<M: Maps> Dataplane<M> {
     /// Whether TCP connections are left to another proxy (C5).
     pub(super) fn takes_over(&self) -> bool {
         self.settings.node.flags & Node::TAKES_OVER != 0
+    }
+
+    /// The source ports that the programs translate to (P12).
+    pub(super) fn translated_ports(&self) -> RangeInclusive<u16> {
+        self.settings.node.snat_ports.clone()
     }
 
     /// No TCP connection is left to another proxy any more (C5).

@@ -134,6 +134,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let mut settings = Settings::new(&args, netns_cookie, features.fib_source);
     if serve::take_over::is_due(&maps)? {
         settings.node.flags |= Node::TAKES_OVER;
+        // Before the first flow; a look beside the loop tells what stands in the way.
+        let (maps, ports) = (maps.clone(), settings.node.snat_ports.clone());
+        let _ = tokio::task::spawn_blocking(move || serve::take_over::note_answers(&maps, &ports)).await?;
     }
     let (sender, changes) = mpsc::channel(CHANGES);
     let watch = watch_objects(&args, &settings, Changes::new(sender, health.pending().clone())).await?;

@@ -6,10 +6,10 @@ use anyhow::{Result, bail};
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
-use dataplane_common::flow::{Flow, TICK_MASK};
+use dataplane_common::flow::{Flow, FlowKey, TICK_MASK};
 use dataplane_common::service::EndpointSet;
 use dataplane_common::tables::{self, Table as _};
-use dataplane_common::{Addr, Protocol};
+use dataplane_common::{Addr, Port, Protocol};
 use dataplane_user::compile::{self, Context, NodeSettings};
 use dataplane_user::expire::{self, Clock, IdleTimes};
 use dataplane_user::kernel::callers::{CallerCells, OldMarks};
@@ -18,7 +18,7 @@ use dataplane_user::sync::LingeringBits;
 use dataplane_user::watch::manifests;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -125,6 +125,16 @@ impl World {
     /// If the kernel refuses.
     pub fn outgoing(&self) -> Result<usize> {
         Ok(self.maps.map::<tables::Outgoings>()?.entries()?.len())
+    }
+
+    /// Notes a connection of others by its answers: TCP from the first end to the second.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn note_answers(&self, from: SocketAddr, to: SocketAddr) -> Result<()> {
+        let [from, to] = [from, to].map(|end| (end.ip().into(), Port::new(end.port())));
+        let key = FlowKey::new(from.0, from.1, to.0, to.1, Protocol::Tcp as u8);
+        Ok(self.maps.map::<tables::Outgoings>()?.insert(&key, &0, 0)?)
     }
 
     /// Runs a packet so many times through the program at a hook, while another CPU turns the cluster set of every service port
