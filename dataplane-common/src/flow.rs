@@ -102,7 +102,7 @@ pub struct Flow {
     pub generation: u32,
     /// Tick of the last packet in this direction; see [`TICK_SHIFT`].
     pub last_seen: u32,
-    /// See [`Flow::expected_ack`], [`Flow::ended`] and [`Flow::uplink`].
+    /// See [`Flow::expected_ack`], [`Flow::answered_at`], [`Flow::ended`] and [`Flow::uplink`].
     pub detail: u32,
 }
 
@@ -247,6 +247,12 @@ impl Flow {
     /// that it saw the SYN-ACK, host order.
     #[inline(always)]
     pub const fn expected_ack(&self) -> u32 {
+        self.detail
+    }
+
+    /// In the client's half of UDP, while half-open and [`Flow::ANSWERED`]: the tick of the first answer.
+    #[inline(always)]
+    pub const fn answered_at(&self) -> u32 {
         self.detail
     }
 

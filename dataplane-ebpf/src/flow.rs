@@ -11,6 +11,7 @@ use aya_ebpf::btf_maps::Queue;
 use aya_ebpf::helpers::{bpf_jiffies64, bpf_map_pop_elem};
 use core::mem::MaybeUninit;
 use core::sync::atomic::{Ordering, compiler_fence};
+use dataplane_common::Protocol;
 use dataplane_common::flow::{Ended, Flow, FlowKey, Stage, tick, ticks_between};
 
 /// How far beyond the number remembered from the SYN-ACK a client's first acknowledgement may lie: what a server may
@@ -119,14 +120,17 @@ pub enum Claim {
 pub enum Ending {
     /// None.
     Nothing,
-    /// Those of which nothing more is to come. What comes late would be taken for the new flow's: at the client, an
-    /// acknowledgement of what it never sent, which it answers by a RST.
+    /// Those of which nothing more is to come: closed, or a question by UDP that was answered. What comes late would be taken for
+    /// the new flow's: at the client, an acknowledgement of what it never sent, which it answers by a RST.
     Over,
+    /// These, and half-open ones of which nothing was seen for a while.
+    Idle,
     /// All that are closing.
     Closing,
 }
 
-/// Ticks after which nothing more is to come of a flow whose last acknowledgement was not seen.
+/// Ticks after which nothing more is to come of a flow whose last acknowledgement was not seen, or whose question was answered;
+/// and after which answers that go on are a stream.
 const LINGER: u32 = 2;
 
 /// Enters a new flow, if no other flow has its reply's key, or one that `ending` names. The reply's key is claimed first, by an
@@ -161,20 +165,41 @@ fn is_taken(reply: &Flow, key: &FlowKey, ending: Ending) -> bool {
     if owner == *key {
         return false;
     }
+    let rests = is_idle(reply);
     if reply.stage() == Stage::Closing {
         return match ending {
             Ending::Nothing => true,
-            Ending::Over => !reply.has(Flow::OVER) && ticks_between(reply.last_seen, now()) < LINGER,
+            Ending::Over | Ending::Idle => !reply.has(Flow::OVER) && !rests,
             Ending::Closing => false,
         };
     }
     // One that is alone and new is about to get its other half.
-    FLOWS.get_ptr(&owner).is_some() || ticks_between(reply.last_seen, now()) < LINGER
+    let Some(client) = FLOWS.get_ptr(&owner) else { return !rests };
+    // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
+    let client: &Flow = unsafe { &*client };
+    let can_end = match ending {
+        Ending::Nothing | Ending::Closing => false,
+        Ending::Over => is_answered_question(client, key.proto()),
+        Ending::Idle => client.stage() == Stage::HalfOpen,
+    };
+    !(can_end && rests && is_idle(client))
+}
+
+/// Whether nothing was seen of this direction for so long that nothing more is to be expected of a flow that ended.
+#[inline(always)]
+fn is_idle(half: &Flow) -> bool {
+    ticks_between(half.last_seen, now()) >= LINGER
+}
+
+/// Whether a flow is that of a question by UDP that was answered, and of which no more has come of it.
+#[inline(always)]
+fn is_answered_question(client: &Flow, proto: u8) -> bool {
+    proto == Protocol::Udp as u8 && client.stage() == Stage::HalfOpen && client.has(Flow::ANSWERED)
 }
 
 /// Names a flow that was entered among the half-open. When their queue is full its first name goes. Most often that is of a
-/// flow that is further by now. One that is half-open still goes too if nothing was seen of it for a while, or if the next
-/// ones are half-open as well.
+/// flow that is further by now. One that is half-open still goes too if nothing was seen of it for a while, if it is a question that
+/// was answered, or if the next ones are half-open as well.
 #[inline(never)]
 pub fn wait(key: &FlowKey) {
     if HALF_OPEN.push(key, BPF_ANY as u64).is_ok() {
@@ -199,8 +224,8 @@ impl Steps for Displacement {
         let mut oldest = MaybeUninit::uninit();
         let Some(oldest) = pop(&HALF_OPEN, &mut oldest) else { return Step::Done };
         let Some(flow) = half_open(oldest) else { return Step::Done };
-        let seen = ticks_between(flow.last_seen, now()) < LINGER;
-        if seen && self.left != 0 && HALF_OPEN.push(oldest, BPF_ANY as u64).is_ok() {
+        let waits = !is_idle(flow) && !is_answered_question(flow, oldest.proto());
+        if waits && self.left != 0 && HALF_OPEN.push(oldest, BPF_ANY as u64).is_ok() {
             return Step::Next;
         }
         remove(oldest, flow);
@@ -278,19 +303,33 @@ fn half_open(key: &FlowKey) -> Option<&'static Flow> {
 
 /// Notes in the client's half what an endpoint's answer shows: the number that the client will acknowledge.
 #[inline(always)]
-pub fn answered(reply: &Flow, proto: u8, expected_ack: Option<u32>) {
+pub fn answered(reply: &Flow, proto: u8, expected_ack: u32) {
     let Some(forward) = FLOWS.get_ptr_mut(&reply.partner(proto)) else { return };
+    let flags = Flow::ANSWERED | Flow::ACK_KNOWN;
     // SAFETY: an element of a map, valid until the program ends; each field is one aligned store, the flags last.
     unsafe {
-        let mut flags = Flow::ANSWERED;
-        if let Some(ack) = expected_ack {
-            (&raw mut (*forward).detail).write_volatile(ack);
-            flags |= Flow::ACK_KNOWN;
-        }
+        (&raw mut (*forward).detail).write_volatile(expected_ack);
         if !(*forward).has(flags) {
             (*forward).set(flags);
         }
     }
+}
+
+/// Notes in the client's half that an endpoint answers by UDP. Whether it has gone on answering for a while: that is a stream, whose
+/// client may be silent.
+#[inline(always)]
+pub fn streams(reply: &Flow) -> bool {
+    let Some(forward) = FLOWS.get_ptr_mut(&reply.partner(Protocol::Udp as u8)) else { return false };
+    // SAFETY: an element of a map, valid until the program ends; each field is one aligned read or store, the flags last.
+    unsafe {
+        if (*forward).has(Flow::ANSWERED) {
+            return ticks_between((*forward).answered_at(), now()) >= LINGER;
+        }
+        (&raw mut (*forward).detail).write_volatile(now());
+        compiler_fence(Ordering::SeqCst);
+        (*forward).set(Flow::ANSWERED);
+    }
+    false
 }
 
 /// Whether a client's acknowledgement proves that it saw the SYN-ACK.

@@ -54,21 +54,19 @@ fn finish(key: &FlowKey, found: Found, flow: &Flow) {
     }
 }
 
-/// Takes a half-open flow forward: notes the endpoint's answer, or promotes on the client's proof that it saw one.
-/// Whether the flow is established now.
+/// Takes a half-open flow forward: notes the endpoint's answer, or promotes on the client's proof that it saw one, or on answers by
+/// UDP that go on. Whether the flow is established now.
 #[inline(always)]
 fn confirm(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow) -> bool {
     let (is_tcp, is_udp) = (packet.proto == Protocol::Tcp as u8, packet.proto == Protocol::Udp as u8);
-    if flow.has(Flow::REPLY) {
-        if is_udp {
-            flow::answered(flow, packet.proto, None);
-        } else if packet.accepts() {
-            let proof = if is_tcp { packet.seq.wrapping_add(1) } else { packet.ack };
-            flow::answered(flow, packet.proto, Some(proof));
-        }
-        return false;
+    let is_reply = flow.has(Flow::REPLY);
+    if is_reply && packet.accepts() {
+        let proof = if is_tcp { packet.seq.wrapping_add(1) } else { packet.ack };
+        flow::answered(flow, packet.proto, proof);
     }
-    let confirmed = if is_tcp {
+    let confirmed = if is_reply {
+        is_udp && flow::streams(flow)
+    } else if is_tcp {
         packet.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::ACK) && flow::proves(flow, packet.ack)
     } else if is_udp {
         flow.has(Flow::ANSWERED)

@@ -21,6 +21,10 @@ const IN_TURN: u32 = 16;
 /// again leave more of those than there are ports. In turn it is one that this CPU has not given out in this round.
 const UNUSED: u32 = 6;
 
+/// From which step on a flow whose handshake makes no headway gives its port away as well, or a flood could keep them all. Where one
+/// port in ten is to be had otherwise, one search in 800 comes here.
+const LAST_RESORT: u32 = 64;
+
 /// The search for a translated source port, as its steps see it.
 struct PortSearch<'a> {
     scratch: &'a mut Scratch,
@@ -81,7 +85,11 @@ impl Steps for PortSearch<'_> {
         if outgoing::is_answered_by(&flow.partner(key.proto())) {
             return Step::Next;
         }
-        let ending = if index < UNUSED { Ending::Nothing } else { Ending::Over };
+        let ending = match index {
+            0..UNUSED => Ending::Nothing,
+            UNUSED..LAST_RESORT => Ending::Over,
+            LAST_RESORT.. => Ending::Idle,
+        };
         self.claim = flow::claim(key, flow, reply, ending);
         if self.claim == Claim::Taken { Step::Next } else { Step::Done }
     }
