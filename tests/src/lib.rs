@@ -8,6 +8,7 @@ pub mod bench_net;
 pub mod bench_prog;
 pub mod bench_sync;
 pub mod controlplane;
+pub mod deploy;
 pub mod lab;
 pub mod load;
 pub mod oracle;
