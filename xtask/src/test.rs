@@ -3,6 +3,7 @@
 //! A tier that cannot run on this machine fails; it is never skipped. Each tier's own output is shown as it comes. Each runs in
 //! namespaces of its own ([`crate::ground`]), and what it leaves there is a failure.
 
+use crate::busy::Busy;
 use crate::command::{CommandLine, target_folder, workspace};
 use crate::ground::{Ground, Run};
 use crate::image::{self, Profile};
@@ -154,9 +155,33 @@ impl Part {
     }
 }
 
-/// The steps of this verb beside the checks.
-pub(crate) fn steps(tiers: &[Tier]) -> usize {
-    1 + Part::all(chosen(tiers)).len()
+/// What is asked of the verb.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Order<'a> {
+    /// The tiers that are named.
+    pub(crate) tiers: &'a [Tier],
+    /// What the names of the tests contain.
+    pub(crate) filter: Option<&'a str>,
+    /// How many times each tier runs.
+    pub(crate) repeat: u32,
+}
+
+impl Order<'_> {
+    /// The steps of this verb beside the checks.
+    pub(crate) fn steps(&self) -> usize {
+        1 + Part::all(chosen(self.tiers)).len() * self.repeat as usize
+    }
+
+    /// Whether something else keeps the CPUs busy in this run, counted from 0: in the second half of several.
+    const fn is_busy(&self, run: u32) -> bool {
+        run >= self.repeat.div_ceil(2)
+    }
+
+    /// Which run it is, for people; nothing if there is only one.
+    fn run(&self, run: u32) -> String {
+        let busy = if self.is_busy(run) { ", on busy CPUs" } else { "" };
+        if self.repeat == 1 { String::new() } else { format!(", run {} of {}{busy}", run + 1, self.repeat) }
+    }
 }
 
 /// The tiers named, else those that run by default.
@@ -165,13 +190,8 @@ pub(crate) fn chosen(tiers: &[Tier]) -> &[Tier] {
 }
 
 /// The verb, after checks of which some may have failed. The last line is `N passed, N failed`.
-pub(crate) fn test(
-    tiers: &[Tier],
-    filter: Option<&str>,
-    failed_checks: &[&str],
-    steps: &mut Steps,
-) -> Result<ExitCode> {
-    let tiers = chosen(tiers);
+pub(crate) fn test(order: &Order<'_>, failed_checks: &[&str], steps: &mut Steps) -> Result<ExitCode> {
+    let tiers = chosen(order.tiers);
     let homeless = homeless_tests()?;
     let mut results = Vec::new();
     steps.begin("building all that the tests start");
@@ -180,8 +200,14 @@ pub(crate) fn test(
         results.push(("build", Summary::ONE_FAILURE));
     } else {
         for part in Part::all(tiers) {
-            steps.begin(part.title());
-            results.push((part.name, run(&part, filter)?));
+            let mut all = Summary::default();
+            for number in 0..order.repeat {
+                steps.begin(part.title() + &order.run(number));
+                let busy = order.is_busy(number).then(Busy::begin);
+                all += run(&part, order.filter)?;
+                drop(busy);
+            }
+            results.push((part.name, all));
         }
     }
     let mut total = Summary::default();
@@ -332,6 +358,20 @@ mod tests {
         assert_eq!(names(&[Tier::Golden, Tier::Lab]), ["golden", "lab", "used"]);
         assert_eq!(names(&[Tier::Golden, Tier::Netns]), ["golden", "netns"]);
         assert_eq!(Part::all(&Tier::DEFAULT).last().unwrap().commands.len(), Tier::AGAIN.len());
+    }
+
+    #[test]
+    fn of_several_runs_the_second_half_is_on_busy_cpus() {
+        let busy = |repeat| {
+            let order = Order { tiers: &[], filter: None, repeat };
+            (0..repeat).map(|run| order.is_busy(run)).collect::<Vec<_>>()
+        };
+        assert_eq!(busy(1), [false]);
+        assert_eq!(busy(2), [false, true]);
+        assert_eq!(busy(10), [[false; 5], [true; 5]].concat());
+        assert_eq!(Order { tiers: &[], filter: None, repeat: 10 }.run(9), ", run 10 of 10, on busy CPUs");
+        let ten = Order { tiers: &[Tier::Golden, Tier::Lab], filter: None, repeat: 10 };
+        assert_eq!(ten.steps(), 31, "the build, and of golden, lab and what is used ten each");
     }
 
     #[test]

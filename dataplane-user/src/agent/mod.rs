@@ -12,10 +12,10 @@ mod histories;
 mod hooks;
 mod keep;
 mod notify;
-mod road;
 mod roles;
 mod scrape;
 mod serve;
+mod service_routes;
 mod settings;
 mod signals;
 
@@ -32,7 +32,7 @@ use crate::kernel::maps::KernelMaps;
 use crate::kernel::object::{Object, Options, ProgramLog};
 use crate::kernel::pins::{self, Pins};
 use crate::kernel::roles::Choice;
-use crate::kernel::{alone, capability, lasting, probe};
+use crate::kernel::{alone, capability, lasting, probe, service_route};
 use crate::memory;
 use crate::metrics::Metrics;
 use crate::version;
@@ -110,6 +110,10 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let clock = Clock::new(&mut object)?;
     let attachments = Attachments::new(object, pins.clone(), &features, args.xdp, args.socket_lb)?
         .with_xdp_drivers(args.xdp_driver.clone());
+    if args.service_route == ServiceRoute::Auto {
+        // The first interfaces that get programs have it among them. The task that keeps routes tells what is in the way.
+        let _ = service_route::make_device().await;
+    }
     let interfaces = links::follow().await?;
     let maps = KernelMaps::open(&pins.maps())?;
     // Before this version's programs: flows of an earlier one's may be there.
@@ -156,7 +160,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
         node_name: settings.node_name.clone(),
         roles: roles::Roles::default(),
         told: hooks::Told::default(),
+        own_device: tokio::sync::watch::Sender::default(),
     };
+    let own_device = hooks.own_device.subscribe();
     let hooks = if upgrade { Start::AfterTheFirstSnapshot(hooks, pins) } else { Start::Now(hooks) };
 
     let addresses = own_addresses(&interfaces.borrow(), &choice);
@@ -168,9 +174,10 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let mut service = Service::new(dataplane, watch, keeping, told, clock, &args);
     service.look_after("the task that serves health check ports", checks);
     if args.service_route == ServiceRoute::Auto {
-        let beat = health.heartbeat().part("the task that keeps routes", road::PATIENCE);
-        let road = tokio::spawn(road::keep(service.road(), metrics, beat));
-        service.look_after("the task that keeps routes", road);
+        let beat = health.heartbeat().part("the task that keeps routes", service_routes::PATIENCE);
+        let (wanted, settled) = service.routes();
+        let routes = tokio::spawn(service_routes::keep(wanted, own_device, settled, metrics, beat));
+        service.look_after("the task that keeps routes", routes);
     }
     service.start_hooks(hooks)?;
     starting.abort();

@@ -19,7 +19,7 @@ use crate::kernel::links::Interfaces;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::pins::Pins;
 use crate::kernel::roles::Choice;
-use crate::kernel::service_route::Road;
+use crate::kernel::service_route::Wanted;
 use crate::metrics::{Metrics, Ports, SERIES};
 use crate::model::{Change, ObjectName};
 use crate::sync::LingeringBits;
@@ -67,8 +67,11 @@ pub(super) struct Service {
     audit_soon: bool,
     swept: Instant,
     sweeping: Option<Sweeping>,
-    /// The road by which the node itself calls Services.
-    road: watch::Sender<Road>,
+    /// The routes by which the node itself calls Services, and whether they are there or cannot be.
+    routes: watch::Sender<Wanted>,
+    routed: watch::Sender<bool>,
+    /// All is written and nobody was told yet, since when.
+    announcing: Option<Instant>,
     /// The last look through sockets, and the last writing of names: the next begins when it has ended.
     closing: Option<JoinHandle<()>>,
     naming: Option<JoinHandle<()>>,
@@ -140,7 +143,9 @@ impl Service {
             audit_soon: false,
             swept: Instant::now(),
             sweeping: None,
-            road: watch::Sender::default(),
+            routes: watch::Sender::default(),
+            routed: watch::Sender::default(),
+            announcing: None,
             closing: None,
             naming: None,
             tasks: Vec::new(),
@@ -159,9 +164,9 @@ impl Service {
         }
     }
 
-    /// What road the node itself needs to Services, as it changes.
-    pub(super) fn road(&self) -> watch::Receiver<Road> {
-        self.road.subscribe()
+    /// What routes the node itself needs to Services, as they change, and who is told when they are there.
+    pub(super) fn routes(&self) -> (watch::Receiver<Wanted>, watch::Sender<bool>) {
+        (self.routes.subscribe(), self.routed.clone())
     }
 
     /// Has the loop end with an error if the task ends, which it never should.
@@ -221,6 +226,8 @@ impl Service {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
+        let mut routed = self.routed.subscribe();
+        self.set_route_mtu(interfaces.borrow().uplink_mtu(&choice));
         let beat = self.health.heartbeat().part("the event loop", 1);
         loop {
             beat.beat();
@@ -233,9 +240,12 @@ impl Service {
                     self.check_tasks()?;
                     self.tick().await;
                 }
+                // The sender is the loop's own as well.
+                Ok(()) = routed.changed() => self.announce(),
                 changed = interfaces.changed() => {
                     changed?;
                     let addresses = super::own_addresses(&interfaces.borrow_and_update(), &choice);
+                    self.set_route_mtu(interfaces.borrow().uplink_mtu(&choice));
                     self.dataplane.set_addresses(addresses);
                     self.flush();
                 }
@@ -255,6 +265,10 @@ impl Service {
         }
         tracing::info!("ending; the programs and their tables stay");
         Ok(())
+    }
+
+    fn set_route_mtu(&self, mtu: u32) {
+        self.routes.send_if_modified(|wanted| std::mem::replace(&mut wanted.mtu, mtu) != mtu);
     }
 
     /// A task that ended would be missing in silence.
@@ -292,6 +306,7 @@ impl Service {
             self.serve_snapshot();
         }
         self.flush();
+        self.announce();
         if !self.dataplane.is_complete() {
             return;
         }
