@@ -275,13 +275,14 @@ fn a_half_open_flow_is_not_pushed_out_by_connections_that_are_confirmed() {
 fn an_answered_question_makes_way_before_one_that_waits() {
     for_both(|f| {
         let world = World::with(&f.web("", &[f.remote_endpoint()]), 0, &[("half_open", 4)]).unwrap();
-        let ask = |port| world.send(Hook::PodIn, &udp_packet((f.pod, port), (f.cluster_ip, 80), b"q")).unwrap();
+        let ask =
+            |port| world.send(Hook::PodIn, &udp_packet((f.pod, port), (f.cluster_ip, 80), b"q")).unwrap();
         let answer = |port| {
             let sent = udp_packet((f.remote, 8080), (f.pod, port), b"a");
             world.send(Hook::PodOut, &sent).unwrap().packet == sent.from(f.cluster_ip, 80).bytes()
         };
         ask(1);
-        for port in 2..=40 {
+        for port in 2..=20 {
             ask(port);
             assert!(answer(port));
         }
@@ -448,12 +449,10 @@ fn a_source_port_is_not_used_again_before_its_connection_is_over() {
 fn an_answered_question_gives_its_source_port_away() {
     for_both(|f| {
         let world = World::with_ports(&f.web("", &[f.remote_endpoint()]), 0, &[], 61_000..=61_001).unwrap();
-        let ask = |port| {
-            world.send(Hook::UplinkIn, &udp_packet((f.client, port), (f.node, 30_080), b"q")).unwrap()
-        };
-        let answer = |port| {
-            world.send(Hook::UplinkIn, &udp_packet((f.remote, 8080), (f.node, port), b"a")).unwrap()
-        };
+        let ask =
+            |port| world.send(Hook::UplinkIn, &udp_packet((f.client, port), (f.node, 30_080), b"q")).unwrap();
+        let answer =
+            |port| world.send(Hook::UplinkIn, &udp_packet((f.remote, 8080), (f.node, port), b"a")).unwrap();
         let exhausted = (Verdict::Drop, reason(Reason::PortsExhausted));
         let refused = |outcome: Outcome| (outcome.verdict, outcome.moved) == exhausted;
         let unanswered = f.source_port(&ask(40_000).packet);
