@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
-use dataplane_common::flow::{Flow, FlowKey, TICK_MASK};
+use dataplane_common::flow::{Flow, FlowKey, Stage, TICK_MASK};
 use dataplane_common::service::EndpointSet;
 use dataplane_common::tables::{self, Table as _};
 use dataplane_common::{Addr, Port, Protocol};
@@ -101,6 +101,20 @@ impl World {
             if key.proto() == Protocol::Udp as u8 && flow.has(Flow::ANSWERED) {
                 flow.detail = older(flow.detail);
             }
+            table.insert(&key, &flow, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Has all flows that are half-open established.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn establish_flows(&self) -> Result<()> {
+        let table = self.maps.map::<tables::Flows>()?;
+        let half_open = table.entries()?.into_iter().filter(|(_, flow)| flow.stage() == Stage::HalfOpen);
+        for (key, mut flow) in half_open {
+            flow.set(Flow::CONFIRMED);
             table.insert(&key, &flow, 0)?;
         }
         Ok(())
