@@ -1,7 +1,7 @@
 //! The maps, as `dataplane_common::tables` says them. Their element counts are defaults: the agent may load others.
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, SkStorage};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
 use aya_ebpf::macros::btf_map;
 use dataplane_common::tables::{self, Table};
 
@@ -36,7 +36,6 @@ macro_rules! maps {
     (@type LruHashMap, $table:ty) => {
         LruHashMap<<$table as Table>::Key, <$table as Table>::Value, { <$table as Table>::CAPACITY }>
     };
-    (@type Queue, $table:ty) => { Queue<<$table as Table>::Value, { <$table as Table>::CAPACITY }> };
     // Its key has the number of bits before the data that they are of.
     (@type LpmTrie, $table:ty) => {
         LpmTrie<
@@ -57,9 +56,10 @@ maps! {
     SOURCE_RANGES: LpmTrie = "source_ranges", SourceRanges;
     SLOTS: Array = "slots", Slots;
     BACKENDS: Array = "backends", Backends;
-    FLOWS: HashMap = "flows", Flows;
-    HALF_OPEN: Queue = "half_open", HalfOpen;
-    CLOSING: Queue = "closing", Closing;
+    FLOWS: HashMapByEntry = "flows", Flows;
+    HALF_OPEN: Array = "half_open", HalfOpen;
+    CLOSING: Array = "closing", Closing;
+    TURNS: Array = "turns", Turns;
     PORT_TURN: PerCpuArray = "port_turn", PortTurns;
     OUTGOINGS: LruHashMap = "outgoing", Outgoings;
     UPLINKS: LruHashMap = "uplinks", Uplinks;

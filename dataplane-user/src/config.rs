@@ -589,20 +589,21 @@ impl FromStr for MapSize {
 }
 
 /// Maps whose size the programs know, or that have none.
-const FIXED: &[&str] = &["node", "filter", "callers", "port_turn", "reasons", "scratch", "socket_names"];
+const FIXED: &[&str] =
+    &["node", "filter", "callers", "turns", "port_turn", "reasons", "scratch", "socket_names"];
 
 impl AgentArgs {
     /// Each map whose size differs from its default, and the size.
     ///
-    /// `flows` has room for what is established and for all that the queues of the other stages name, two entries each; the
+    /// `flows` has room for what is established and for all that the rings of the other stages name, two entries each; the
     /// traffic of services and backends has as many as these.
     pub fn map_sizes(&self) -> Vec<MapSize> {
         let mut sizes: Vec<MapSize> = Vec::new();
         let set = |map: &str| self.map_size.iter().rfind(|size| size.map == map);
-        let queues = [(HalfOpen::NAME, HalfOpen::CAPACITY), (Closing::NAME, Closing::CAPACITY)];
-        if self.max_flows.is_some() || queues.iter().any(|(queue, _)| set(queue).is_some()) {
+        let rings = [(HalfOpen::NAME, HalfOpen::CAPACITY), (Closing::NAME, Closing::CAPACITY)];
+        if self.max_flows.is_some() || rings.iter().any(|(ring, _)| set(ring).is_some()) {
             let [half_open, closing] =
-                queues.map(|(queue, default)| set(queue).map_or(default, |size| size.entries as usize));
+                rings.map(|(ring, default)| set(ring).map_or(default, |size| size.entries as usize));
             let established = self.max_flows.map_or(tables::ESTABLISHED, |flows| flows as usize);
             let entries = tables::flow_entries(established, half_open, closing);
             sizes.push(MapSize { map: Flows::NAME, entries: u32::try_from(entries).unwrap_or(u32::MAX) });
@@ -737,7 +738,7 @@ mod tests {
     fn the_room_for_flows_counts_both_directions() {
         let sizes = agent(&["--max-flows", "50000", "--map-size", "backends=1000"]).unwrap().map_sizes();
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
-        assert_eq!(sizes, [("flows", 132_768), ("backends", 1_000), ("backend_traffic", 1_000)]);
+        assert_eq!(sizes, [("flows", 493_216), ("backends", 1_000), ("backend_traffic", 1_000)]);
         let sizes = agent(&["--map-size", "half_open=100,closing=200"]).unwrap().map_sizes();
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
         assert_eq!(sizes, [("flows", 200_600), ("half_open", 100), ("closing", 200)]);

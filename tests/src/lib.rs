@@ -14,4 +14,5 @@ pub mod lab;
 pub mod load;
 pub mod oracle;
 pub mod packet;
+pub mod soak;
 pub mod tour;

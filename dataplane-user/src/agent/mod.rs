@@ -12,10 +12,10 @@ mod histories;
 mod hooks;
 mod keep;
 mod notify;
-mod road;
 mod roles;
 mod scrape;
 mod serve;
+mod service_routes;
 mod settings;
 mod signals;
 mod standing;
@@ -194,10 +194,10 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let mut service = Service::new(dataplane, watch, keeping, told, clock, &args);
     service.look_after("the task that serves health check ports", checks);
     if args.service_route == ServiceRoute::Auto {
-        let beat = health.heartbeat().part("the task that keeps routes", road::PATIENCE);
-        let (road, settled) = service.road();
-        let road = tokio::spawn(road::keep(road, own_device, settled, metrics, beat));
-        service.look_after("the task that keeps routes", road);
+        let beat = health.heartbeat().part("the task that keeps routes", service_routes::PATIENCE);
+        let (wanted, settled) = service.routes();
+        let routes = tokio::spawn(service_routes::keep(wanted, own_device, settled, metrics, beat));
+        service.look_after("the task that keeps routes", routes);
     }
     service.start_hooks(hooks)?;
     starting.abort();

@@ -20,7 +20,7 @@ use crate::kernel::links::Interfaces;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::pins::Pins;
 use crate::kernel::roles::Choice;
-use crate::kernel::service_route::Road;
+use crate::kernel::service_route::Wanted;
 use crate::metrics::{Metrics, Ports, SERIES};
 use crate::model::{Change, ObjectName};
 use crate::sync::LingeringBits;
@@ -68,8 +68,8 @@ pub(super) struct Service {
     audit_soon: bool,
     swept: Instant,
     sweeping: Option<Sweeping>,
-    /// The road by which the node itself calls Services, and whether it was made or cannot be.
-    road: watch::Sender<Road>,
+    /// The routes by which the node itself calls Services, and whether they are there or cannot be.
+    routes: watch::Sender<Wanted>,
     routed: watch::Sender<bool>,
     /// All is written and nobody was told yet, since when.
     announcing: Option<Instant>,
@@ -156,7 +156,7 @@ impl Service {
             audit_soon: false,
             swept: Instant::now(),
             sweeping: None,
-            road: watch::Sender::default(),
+            routes: watch::Sender::default(),
             routed: watch::Sender::default(),
             announcing: None,
             closing: None,
@@ -177,9 +177,9 @@ impl Service {
         }
     }
 
-    /// What road the node itself needs to Services, as it changes, and who is told when it is there.
-    pub(super) fn road(&self) -> (watch::Receiver<Road>, watch::Sender<bool>) {
-        (self.road.subscribe(), self.routed.clone())
+    /// What routes the node itself needs to Services, as they change, and who is told when they are there.
+    pub(super) fn routes(&self) -> (watch::Receiver<Wanted>, watch::Sender<bool>) {
+        (self.routes.subscribe(), self.routed.clone())
     }
 
     /// Has the loop end with an error if the task ends, which it never should.
@@ -235,6 +235,7 @@ impl Service {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
         let mut routed = self.routed.subscribe();
+        self.set_route_mtu(interfaces.borrow().uplink_mtu(&choice));
         let beat = self.health.heartbeat().part("the event loop", 1);
         loop {
             beat.beat();
@@ -252,6 +253,7 @@ impl Service {
                 changed = interfaces.changed() => {
                     changed?;
                     let addresses = super::own_addresses(&interfaces.borrow_and_update(), &choice);
+                    self.set_route_mtu(interfaces.borrow().uplink_mtu(&choice));
                     self.dataplane.set_addresses(addresses);
                     self.flush();
                 }
@@ -275,6 +277,10 @@ impl Service {
         }
         tracing::info!("ending; the programs and their tables stay");
         Ok(())
+    }
+
+    fn set_route_mtu(&self, mtu: u32) {
+        self.routes.send_if_modified(|wanted| std::mem::replace(&mut wanted.mtu, mtu) != mtu);
     }
 
     /// A task that ended would be missing in silence.

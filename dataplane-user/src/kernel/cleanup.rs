@@ -20,7 +20,7 @@ pub enum CleanupError {
     /// Netlink.
     #[error(transparent)]
     Links(#[from] LinksError),
-    /// The road to Services.
+    /// The routes to Services.
     #[error(transparent)]
     Route(#[from] RouteError),
 }

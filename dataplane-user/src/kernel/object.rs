@@ -15,7 +15,7 @@ use crate::memory;
 use aya::maps::{Map, MapData};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use dataplane_common::tables;
+use dataplane_common::tables::{self, Table as _};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -177,7 +177,11 @@ impl Object {
         /// `Level::Debug` of aya-log, and a number below all levels.
         const LEVELS: [u8; 2] = [0, 4];
         let mut enlarged = Vec::new();
+        let rooms = RINGS.map(|(name, capacity, _)| room(options, name, capacity));
         let mut loader = EbpfLoader::new();
+        for ((.., global), room) in RINGS.iter().zip(&rooms) {
+            loader.override_global(global, room, true);
+        }
         // No program refers to the kernel's types.
         loader.btf(None);
         loader.override_global(aya_log::LEVEL, &LEVELS[usize::from(options.log)], false);
@@ -360,6 +364,21 @@ impl Object {
     }
 }
 
+/// The rings of names: their maps, and the number in the programs that says how many slots they have.
+const RINGS: [(&str, usize, &str); 2] = [
+    (tables::HalfOpen::NAME, tables::HalfOpen::CAPACITY, "HALF_OPEN_ROOM"),
+    (tables::Closing::NAME, tables::Closing::CAPACITY, "CLOSING_ROOM"),
+];
+
+/// How many entries a map will have: what is asked for, or what it has already if that is more.
+fn room(options: &Options<'_>, name: &str, capacity: usize) -> u32 {
+    let wanted = options.sizes.iter().rfind(|size| size.map == name).map(|size| size.entries);
+    let wanted = wanted.unwrap_or(u32::try_from(capacity).unwrap_or(u32::MAX));
+    let found = options.pins.and_then(|pins| MapFd::open(&pins.map(name)).ok());
+    let found = found.map_or(0, |map| map.shape().max_entries);
+    wanted.max(u32::try_from(found).unwrap_or(u32::MAX))
+}
+
 /// Checks a map that is pinned already, and says how many entries it has.
 fn found_entries(found: &MapFd, name: &str, map_type: u32, path: &Path) -> Result<usize, ObjectError> {
     let shape = found.shape();
@@ -378,7 +397,6 @@ fn data(map: &Map) -> Option<&MapData> {
         | Map::PerCpuHashMap(data)
         | Map::PerCpuLruHashMap(data)
         | Map::LpmTrie(data)
-        | Map::Queue(data)
         | Map::SkStorage(data)
         | Map::RingBuf(data) => Some(data),
         _ => None,

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
-use dataplane_common::flow::{FlowKey, TICK_MASK};
+use dataplane_common::flow::{Flow, FlowKey, Stage, TICK_MASK};
 use dataplane_common::service::EndpointSet;
 use dataplane_common::tables::{self, Table as _};
 use dataplane_common::{Addr, Port, Protocol};
@@ -91,6 +91,37 @@ impl World {
         expire::sweep(&self.maps, &NEVER, clock, &mut LingeringBits::default(), &mut old)?;
         cells.clear(&old);
         Ok(table.entries()?.into_iter().filter(|(_, mark)| *mark != 0).count())
+    }
+
+    /// Makes all flows so many ticks older than they are.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn age_flows(&self, ticks: u32) -> Result<()> {
+        let table = self.maps.map::<tables::Flows>()?;
+        for (key, mut flow) in table.entries()? {
+            let older = |tick: u32| tick.wrapping_sub(ticks) & TICK_MASK;
+            flow.last_seen = older(flow.last_seen);
+            if key.proto() == Protocol::Udp as u8 && flow.has(Flow::ANSWERED) {
+                flow.detail = older(flow.detail);
+            }
+            table.insert(&key, &flow, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Has all flows that are half-open established.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn establish_flows(&self) -> Result<()> {
+        let table = self.maps.map::<tables::Flows>()?;
+        let half_open = table.entries()?.into_iter().filter(|(_, flow)| flow.stage() == Stage::HalfOpen);
+        for (key, mut flow) in half_open {
+            flow.set(Flow::CONFIRMED);
+            table.insert(&key, &flow, 0)?;
+        }
+        Ok(())
     }
 
     /// Marks these cells of the filter of replies and clears all others. What was marked before.
@@ -282,6 +313,7 @@ const NEVER: IdleTimes = {
         established: long,
         half_closed: long,
         udp: long,
+        udp_answered: long,
         udp_unanswered: long,
         half_open: long,
         closing: long,

@@ -59,9 +59,9 @@ impl Service {
             took.as_micros()
         );
         let ranges = self.dataplane.service_sources();
-        self.road.send_if_modified(|road| {
-            let changed = road.ranges != ranges;
-            road.ranges = ranges;
+        self.routes.send_if_modified(|wanted| {
+            let changed = wanted.ranges != ranges;
+            wanted.ranges = ranges;
             changed
         });
         self.health_checks.set(flushed.health_checks);
@@ -90,7 +90,8 @@ impl Service {
     /// Says that the node is served, as soon as what it sends itself is as well.
     pub(super) fn announce(&mut self) {
         let Some(since) = self.announcing else { return };
-        let routed = self.road.is_closed() || self.road.borrow().ranges.is_empty() || *self.routed.borrow();
+        let routed =
+            self.routes.is_closed() || self.routes.borrow().ranges.is_empty() || *self.routed.borrow();
         if routed || since.elapsed() >= ROUTES_WITHIN {
             self.announcing = None;
             self.health.following();
