@@ -13,8 +13,8 @@ use dataplane_common::drop::{Disposition, Reason};
 use dataplane_common::filter::caller_cell;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables::{
-    self, Affinities, BackendTraffic, Callers, Flows, Fragments, Outgoings, Reasons, ServiceTraffic,
-    SocketChoices, SocketPeers, Table, Uplinks,
+    self, Affinities, BackendTraffic, Callers, Closing, Flows, Fragments, HalfOpen, Outgoings, Reasons,
+    ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
 };
 use std::collections::BTreeMap;
 use std::io;
@@ -122,6 +122,8 @@ impl Rehearsal {
         let affinities = live.map::<Affinities>()?.capacity() as u32;
         let sizes = [
             (Flows::NAME, FLOWS),
+            (HalfOpen::NAME, FLOWS),
+            (Closing::NAME, FLOWS),
             (Affinities::NAME, affinities),
             (ServiceTraffic::NAME, 1),
             (BackendTraffic::NAME, 1),
