@@ -2,6 +2,8 @@
 //!
 //! A flag that means what a flag of kube-proxy means has its name.
 
+pub mod kube_proxy;
+
 use crate::expire::LONGEST_IDLE;
 use crate::kernel::pins::is_layout;
 use crate::pattern::Pattern;
@@ -12,7 +14,7 @@ use dataplane_common::Protocol;
 use dataplane_common::tables::{self, Closing, Flows, HalfOpen, LAYOUT, Table as _};
 use ipnet::IpNet;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -40,6 +42,19 @@ pub struct Cli {
         display_order = 1_000
     )]
     pub log: String,
+    /// How it is logged.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, display_order = 1_001)]
+    pub logging_format: LogFormat,
+}
+
+/// `--logging-format`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// A JSON object for each line, with `timestamp`, `level` and `fields`.
+    Json,
 }
 
 /// The verbs.
@@ -94,6 +109,17 @@ pub enum Command {
     /// Reads the pinned maps and the node's conntrack: needs root and the node's network namespace, but no agent. EXPIRES is the
     /// time after which conntrack forgets a connection if nothing comes.
     TakeOver(ShowArgs),
+    /// Whether this node can run Portolan, before an install; and whether it serves, afterwards. Beside each fault it says what helps.
+    ///
+    /// Changes nothing. Needs root and the node's network namespace. Where an agent runs it opens a connection to the API server's
+    /// Service and to DNS, as any process of the node does. The exit code is 0 if all is well, 3 if somebody should look at something,
+    /// and 4 if something does not work.
+    Check(CheckArgs),
+    /// One archive for a bug report: what the other verbs show, the agent's metrics, and how the node is set up.
+    ///
+    /// Needs root. Without --output it is written to stdout: `kubectl exec POD -- portolan report > report.tar.gz`. It holds no
+    /// credentials; it names Services, addresses and nodes.
+    Report(ReportArgs),
     /// What becomes of a new connection, and why: computed by the programs that forward, on the live tables, and changing nothing.
     ///
     /// FROM is an address, with a port or without, or `node`. TO is an address and port, a Service (`default/kubernetes:https`), or a
@@ -107,6 +133,10 @@ pub enum Command {
 /// Flags of `portolan agent`.
 #[derive(Clone, Debug, Args)]
 pub struct AgentArgs {
+    /// kube-proxy's configuration file (KubeProxyConfiguration): what has a counterpart here is taken, where no flag says otherwise, and
+    /// the log lists what is ignored.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Name of this machine's Node object; without it, the host name.
     #[arg(long, env = "NODE_NAME", value_name = "NAME", visible_alias = "hostname-override")]
     pub node_name: Option<String>,
@@ -202,6 +232,9 @@ pub struct AgentArgs {
     /// How many series of service ports and endpoints are told as metrics; the others are left out.
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     pub metrics_max_series: usize,
+    /// Tell the counters of endpoints as metrics too, five series each: on every node, those of all endpoints of the cluster.
+    #[arg(long)]
+    pub metrics_endpoints: bool,
     /// Idle time after which an established TCP flow is forgotten.
     #[arg(long, value_name = "TIME", default_value = "24h", value_parser = idle_time)]
     pub conntrack_tcp_timeout_established: Duration,
@@ -288,6 +321,59 @@ pub struct StatusArgs {
     /// End with 0 in place of 3 where Services are served and somebody should look at something.
     #[arg(long)]
     pub allow_warnings: bool,
+}
+
+/// Flags of `portolan check`.
+#[derive(Clone, Debug, Args)]
+pub struct CheckArgs {
+    /// Credentials for the API server; without it, those of the pod this runs in.
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Where API servers are, as the agent's flag has it.
+    #[arg(long, env = "PORTOLAN_API_SERVER", value_name = "SERVER|auto", default_value = "auto", value_delimiter = ',', num_args = 1..)]
+    pub api_server: Vec<ServerChoice>,
+    /// The cgroup whose sockets would be served; without it, the root of the cgroup2 mount.
+    #[arg(long, value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
+    /// Ports that translated sources would get.
+    #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
+    pub snat_ports: PortRange,
+    /// Folder of what outlives a reboot.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
+    pub state_dir: PathBuf,
+    /// Where it looks and how it is printed.
+    #[command(flatten)]
+    pub show: ShowArgs,
+}
+
+/// Flags of `portolan report`.
+#[derive(Clone, Debug, Args)]
+pub struct ReportArgs {
+    /// Folder of the pins.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    pub bpffs: PathBuf,
+    /// The file that is written, a tar.gz.
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+impl CheckArgs {
+    /// The defaults, for another pin folder.
+    pub fn of(bpffs: &Path) -> Self {
+        Self {
+            kubeconfig: None,
+            api_server: Vec::new(),
+            cgroup: None,
+            snat_ports: PortRange { first: 61_000, last: 65_535 },
+            state_dir: DEFAULT_STATE.into(),
+            show: ShowArgs { bpffs: bpffs.to_owned(), output: Output::Table },
+        }
+    }
+
+    /// The API servers that were named; none: one is looked for.
+    pub fn named_servers(&self) -> Vec<ApiServer> {
+        named(&self.api_server)
+    }
 }
 
 /// Flags of `portolan explain`.
@@ -398,12 +484,16 @@ impl FromStr for ServerChoice {
 impl AgentArgs {
     /// The API servers that were named; none: one is looked for.
     pub fn named_servers(&self) -> Vec<ApiServer> {
-        let named = self.api_server.iter().filter_map(|choice| match choice {
-            ServerChoice::Auto => None,
-            ServerChoice::Server(server) => Some(server.clone()),
-        });
-        named.collect()
+        named(&self.api_server)
     }
+}
+
+fn named(choices: &[ServerChoice]) -> Vec<ApiServer> {
+    let named = choices.iter().filter_map(|choice| match choice {
+        ServerChoice::Auto => None,
+        ServerChoice::Server(server) => Some(server.clone()),
+    });
+    named.collect()
 }
 
 /// One entry of `--nodeport-addresses`.

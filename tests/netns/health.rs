@@ -225,7 +225,7 @@ fn an_interface_that_loses_its_role_loses_its_filters_and_both_is_told() {
 /// H3
 #[test]
 fn traffic_is_told_by_service_endpoint_and_program() {
-    let lab = lab(&["--socket-lb=off"]);
+    let lab = lab(&["--socket-lb=off", "--metrics-endpoints"]);
     lab.manifests().apply(&balanced(&lab)).unwrap();
     let to = at(lab.node(0).address(), 32_101);
     until("it serves", || Client::at(lab.client()).tcp(to).is_ok());

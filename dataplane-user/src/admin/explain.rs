@@ -14,11 +14,12 @@ use crate::kernel::pins::Pins;
 use crate::kernel::rehearsal::{Arrival, Fate, Rehearsal};
 use crate::kernel::roles::Role;
 use crate::kernel::whereabouts::{Meeting, Whereabouts};
+
 use crate::status::endpoints::{self, EndpointFacts, ServiceEndpoints};
 use crate::status::local;
 use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::drop::Reason;
-use dataplane_common::flow::Flow;
+use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::frontend::{Frontend, FrontendKind};
 use dataplane_common::service::{EndpointSet, Policy, Service};
 use dataplane_common::tables::{Backends, Frontends, Services, Slots};
@@ -183,17 +184,37 @@ fn rehearse(
         Client::Pod | Client::Outside => [own, NEIGHBOUR],
     });
     let mut outcome = Outcome { chosen: BTreeMap::new(), fate: Fate::Untouched };
+    let replies = replies(rehearsal, ends, service)?;
     for run in 0..runs {
         let port = if ends.from.port() == 0 { FIRST_PORT + run as u16 } else { ends.from.port() };
         let from = SocketAddr::new(ends.from.ip(), port);
         let opening = Opening { protocol: ends.protocol, from, to: ends.to };
         let (data, key) = (opening.bytes(link), opening.key());
-        let arrival = Arrival { program: meeting.program, interface: meeting.index, data: &data, key };
+        let arrival = Arrival {
+            program: meeting.program,
+            interface: meeting.index,
+            data: &data,
+            key,
+            replies: &replies,
+        };
         outcome.fate = rehearsal.run(&arrival)?;
         let Fate::Served { flow, .. } = &outcome.fate else { break };
         *outcome.chosen.entry(SocketAddr::new(flow.dst.to_ip(), flow.dst_port.number())).or_default() += 1;
     }
     Ok(outcome)
+}
+
+/// The replies of a client whose port is named, one of each endpoint: another flow may have one of them (P12).
+fn replies(
+    rehearsal: &Rehearsal,
+    ends: &Ends,
+    service: Option<&Service>,
+) -> Result<Vec<FlowKey>, AdminError> {
+    let (Some(service), true) = (service, ends.from.port() != 0) else { return Ok(Vec::new()) };
+    let mut all = members(rehearsal, service.cluster)?;
+    all.extend(members(rehearsal, service.local)?);
+    let reply = |endpoint| Opening { protocol: ends.protocol, from: endpoint, to: ends.from }.key();
+    Ok(all.into_keys().map(reply).collect())
 }
 
 impl Explanation {

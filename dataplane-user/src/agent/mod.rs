@@ -139,6 +139,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
         health_checks: health_checks.clone(),
         status: OnceLock::new(),
         max_series: args.metrics_max_series,
+        endpoints: args.metrics_endpoints,
     };
     let (gate, scrape) = (Gate::default(), Arc::new(scrape));
     spawn_servers(&args, &gate, scrape.clone());

@@ -343,7 +343,8 @@ impl Service {
                 number.set(size as u64);
             }
             let lacking = self.dataplane.mirror().0.without_local_endpoints();
-            for (number, lacking) in self.metrics.without_local_endpoints.iter().zip(lacking) {
+            let numbers = self.metrics.without_local_endpoints.iter().flatten();
+            for (number, lacking) in numbers.zip(lacking.into_iter().flatten()) {
                 number.set(lacking as u64);
             }
             self.close_orphans();

@@ -10,10 +10,11 @@ use super::object::{Object, ObjectError, Options};
 use super::pins::Pins;
 use crate::config::MapSize;
 use dataplane_common::drop::{Disposition, Reason};
+use dataplane_common::filter::caller_cell;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables::{
-    self, Affinities, BackendTraffic, Flows, Fragments, Outgoings, Reasons, ServiceTraffic, SocketChoices,
-    SocketPeers, Table, Uplinks,
+    self, Affinities, BackendTraffic, Callers, Closing, Flows, Fragments, HalfOpen, Outgoings, Reasons,
+    ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
 };
 use std::collections::BTreeMap;
 use std::io;
@@ -57,6 +58,30 @@ pub struct Arrival<'a> {
     pub data: &'a [u8],
     /// Its five-tuple.
     pub key: FlowKey,
+    /// The replies that it may have, as they come in: another flow may have one of them (P12).
+    pub replies: &'a [FlowKey],
+}
+
+/// All that can be seen of a run.
+#[derive(Clone, Debug)]
+pub struct Trial {
+    /// What the program returned.
+    pub action: i32,
+    /// The packet afterwards.
+    pub data: Vec<u8>,
+    /// The reasons that were counted, and how often.
+    pub moved: BTreeMap<Reason, u64>,
+    /// The flow of the packet.
+    pub flow: Option<Flow>,
+    /// The flow is in the live table.
+    pub known: bool,
+}
+
+impl Trial {
+    /// The reason that ended the packet, if one did.
+    fn end(&self) -> Option<Reason> {
+        self.moved.keys().copied().find(|reason| reason.disposition() != Disposition::Noted)
+    }
 }
 
 /// What became of it.
@@ -97,6 +122,8 @@ impl Rehearsal {
         let affinities = live.map::<Affinities>()?.capacity() as u32;
         let sizes = [
             (Flows::NAME, FLOWS),
+            (HalfOpen::NAME, FLOWS),
+            (Closing::NAME, FLOWS),
             (Affinities::NAME, affinities),
             (ServiceTraffic::NAME, 1),
             (BackendTraffic::NAME, 1),
@@ -109,9 +136,7 @@ impl Rehearsal {
         let fds = tables::ALL.iter().map(|(name, ..)| Ok((*name, object.map(name)?)));
         let maps = KernelMaps::from_fds(fds.collect::<Result<Vec<_>, ObjectError>>()?)?;
         let rehearsal = Self { object, maps, live };
-        rehearsal.copy::<Uplinks>()?;
-        rehearsal.copy::<Outgoings>()?;
-        rehearsal.copy::<Affinities>()?;
+        rehearsal.refresh()?;
         Ok(rehearsal)
     }
 
@@ -130,26 +155,53 @@ impl Rehearsal {
     /// # Errors
     /// If the kernel does not run the program.
     pub fn run(&mut self, arrival: &Arrival<'_>) -> Result<Fate, RehearsalError> {
+        let trial = self.trial(arrival)?;
+        Ok(match (trial.end(), trial.flow) {
+            (Some(reason), _) if reason.disposition() == Disposition::Rejected => Fate::Refused(reason),
+            (Some(reason), _) => Fate::Dropped(reason),
+            (None, Some(flow)) if trial.action != SHOT => {
+                Fate::Served { flow, past_stack: trial.action == REDIRECT, known: trial.known }
+            }
+            (None, Some(_) | None) => Fate::Untouched,
+        })
+    }
+
+    /// The same, and all that can be seen of it.
+    ///
+    /// # Errors
+    /// As [`Rehearsal::run`].
+    pub fn trial(&mut self, arrival: &Arrival<'_>) -> Result<Trial, RehearsalError> {
         let flows = self.maps.map::<Flows>()?;
+        self.forget(&flows)?;
         let known = self.recall(&flows, &arrival.key)?;
+        for reply in arrival.replies {
+            self.recall(&flows, reply)?;
+        }
+        self.copy_callers(&arrival.key)?;
         let before = self.reasons()?;
         self.object.load(arrival.program)?;
         let context = sk_buff(arrival.interface);
         let run = TestRun { data: arrival.data, context: &context, ..TestRun::default() };
         let result = bpf::prog_test_run(self.object.program(arrival.program)?, &run)
             .map_err(|source| RehearsalError::Run { program: arrival.program, source })?;
-        let action = result.retval as i32;
-        let flow = flows.get(&arrival.key)?;
-        let fate = match (self.moved(&before)?, flow) {
-            (Some((Disposition::Rejected, reason)), _) => Fate::Refused(reason),
-            (Some((_, reason)), _) => Fate::Dropped(reason),
-            (None, Some(flow)) if action != SHOT => {
-                Fate::Served { flow, past_stack: action == REDIRECT, known }
+        let moved = self.reasons()?.into_iter().filter_map(|(index, count)| {
+            let more = count - before.get(&index).copied().unwrap_or_default();
+            (more > 0).then_some((Reason::from_number(index as u8), more))
+        });
+        let (action, flow) = (result.retval as i32, flows.get(&arrival.key)?);
+        Ok(Trial { action, data: result.data, moved: moved.collect(), flow, known })
+    }
+
+    /// Whether flows may have replies to an end of a packet: without a mark nobody looks for them.
+    fn copy_callers(&self, key: &FlowKey) -> Result<(), MapError> {
+        let (ours, live) = (self.maps.map::<Callers>()?, self.live.map::<Callers>()?);
+        for addr in [&key.src, &key.dst] {
+            let cell = caller_cell(addr, key.proto());
+            if let Some(mark) = live.get(&cell)? {
+                ours.insert(&cell, &mark, bpf::ANY)?;
             }
-            (None, Some(_) | None) => Fate::Untouched,
-        };
-        self.forget(&flows, &arrival.key, flow)?;
-        Ok(fate)
+        }
+        Ok(())
     }
 
     /// Copies the flow of a key, both directions of it; whether there is one.
@@ -165,12 +217,10 @@ impl Rehearsal {
         Ok(true)
     }
 
-    fn forget(&self, flows: &Map<Flows>, key: &FlowKey, flow: Option<Flow>) -> Result<(), MapError> {
-        if let Some(flow) = flow {
-            flows.remove(key)?;
-            flows.remove(&flow.partner(key.proto()))?;
-        }
-        // A client whose endpoint was drawn just now would have the same again.
+    /// Everything is as it is in the live tables again: a client whose endpoint was drawn just now would have the same again.
+    fn forget(&self, flows: &Map<Flows>) -> Result<(), MapError> {
+        let keys: Vec<_> = flows.entries()?.into_iter().map(|(key, _)| key).collect();
+        flows.remove_batch(&keys)?;
         let (ours, live) = (self.maps.map::<Affinities>()?, self.live.map::<Affinities>()?);
         for (key, _) in ours.entries()? {
             match live.get(&key)? {
@@ -181,16 +231,18 @@ impl Rehearsal {
         Ok(())
     }
 
-    fn reasons(&self) -> Result<BTreeMap<u32, u64>, MapError> {
-        Ok(self.maps.map::<Reasons>()?.sums()?.into_iter().collect())
+    /// Takes over what the programs that serve have remembered since this was opened.
+    ///
+    /// # Errors
+    /// If a map cannot be read.
+    pub fn refresh(&self) -> Result<(), MapError> {
+        self.copy::<Uplinks>()?;
+        self.copy::<Outgoings>()?;
+        self.copy::<Affinities>()
     }
 
-    /// The reason that was counted since and that ended a packet, if one was.
-    fn moved(&self, before: &BTreeMap<u32, u64>) -> Result<Option<(Disposition, Reason)>, MapError> {
-        let moved = self.reasons()?.into_iter().filter(|(index, count)| before.get(index) != Some(count));
-        let reasons = moved.map(|(index, _)| Reason::from_number(index as u8));
-        let ends = reasons.filter(|reason| reason.disposition() != Disposition::Noted);
-        Ok(ends.map(|reason| (reason.disposition(), reason)).next())
+    fn reasons(&self) -> Result<BTreeMap<u32, u64>, MapError> {
+        Ok(self.maps.map::<Reasons>()?.sums()?.into_iter().collect())
     }
 }
 

@@ -391,18 +391,7 @@ impl World {
         let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
         object.load(program)?;
         let result = bpf::prog_test_run(object.program(program)?, &run)?;
-        let verdict = match (hook, result.retval as i32) {
-            (Hook::Xdp, 2) => Verdict::Pass,
-            (Hook::Xdp, 1) => Verdict::Drop,
-            (Hook::Xdp, 3) => Verdict::Tx,
-            (Hook::Xdp, 4) => Verdict::Redirect,
-            (Hook::Xdp, code) => bail!("{hook:?} returned {code}"),
-            (_, -1) => Verdict::Pass,
-            (_, 2) => Verdict::Drop,
-            (_, 7) => Verdict::Redirect,
-            (hook, code) => bail!("{hook:?} returned {code}"),
-        };
-        Ok((verdict, result))
+        Ok((verdict(hook, result.retval as i32)?, result))
     }
 
     /// All counters, added up over CPUs and ids.
@@ -454,6 +443,21 @@ impl World {
     pub fn rest(&self) {
         std::thread::sleep(dataplane_user::sync::REST + Duration::from_millis(50));
     }
+}
+
+/// What a program at a hook returned, in words.
+fn verdict(hook: Hook, code: i32) -> Result<Verdict> {
+    Ok(match (hook, code) {
+        (Hook::Xdp, 2) => Verdict::Pass,
+        (Hook::Xdp, 1) => Verdict::Drop,
+        (Hook::Xdp, 3) => Verdict::Tx,
+        (Hook::Xdp, 4) => Verdict::Redirect,
+        (Hook::Xdp, code) => bail!("{hook:?} returned {code}"),
+        (_, -1) => Verdict::Pass,
+        (_, 2) => Verdict::Drop,
+        (_, 7) => Verdict::Redirect,
+        (hook, code) => bail!("{hook:?} returned {code}"),
+    })
 }
 
 /// The counters of one packet of `bytes` bytes from a client; `new` if it began a flow.
