@@ -5,6 +5,7 @@
 
 use crate::Addr;
 use crate::affinity::{Affinity, AffinityKey};
+use crate::answers::ANSWER_RATES;
 use crate::backend::Backend;
 use crate::counter::Traffic;
 use crate::drop::REASON_SLOTS;
@@ -138,6 +139,9 @@ tables! {
     BackendTraffic = "backend_traffic", PerCpuArray<u32, Traffic>, 122_880;
     /// How often each reason occurred.
     Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
+    /// How many answers that say no a CPU has given: the moments up to which they were given, in nanoseconds of the coarse monotonic
+    /// clock.
+    Answers = "answers", PerCpuArray<u32, u64>, ANSWER_RATES;
     /// Working memory of the walk, opaque: the stack of an eBPF program has 512 bytes only.
     Scratch = "scratch", PerCpuArray<u32, [u64; 96]>, 1;
     /// What programs called by TCP.

@@ -16,7 +16,7 @@ use crate::scratch::{Opening, Scratch, SourceRule};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use crate::verdict::{Code, Exit, Verdict, Way};
-use crate::{interest, nat, outgoing, uplink};
+use crate::{interest, limit, nat, outgoing, uplink};
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
@@ -155,6 +155,11 @@ fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Cod
     } else {
         None
     };
+    let is_reset = error.is_none() && packet.proto == Protocol::Tcp as u8;
+    if !(if is_reset { limit::allows_reset() } else { limit::allows_icmp(&packet.src) }) {
+        count::reason(Reason::AnswerLimited);
+        return Verdict::Drop(Reason::AnswerLimited).into();
+    }
     let written = match error {
         Some(error) => {
             // In the node's own name, as a router would; but to the node itself that would be a martian.

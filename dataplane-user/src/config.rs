@@ -447,7 +447,7 @@ impl FromStr for MapSize {
 
 /// Maps whose size the programs know, or that have none.
 const FIXED: &[&str] =
-    &["node", "filter", "callers", "turns", "port_turn", "reasons", "scratch", "socket_names"];
+    &["node", "filter", "callers", "turns", "port_turn", "reasons", "answers", "scratch", "socket_names"];
 
 impl AgentArgs {
     /// Each map whose size differs from its default, and the size.

@@ -2,7 +2,7 @@
 //! anew; a packet costs little more than the call that runs it.
 
 use super::{Hook, Verdict, World};
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
@@ -214,7 +214,19 @@ impl World {
         let datagrams: Vec<_> = fragments.entries()?.into_iter().map(|(key, _)| key).collect();
         affinities.remove_batch(&clients)?;
         fragments.remove_batch(&datagrams)?;
-        Ok(())
+        self.forget_answers()
+    }
+
+    /// Lets all CPUs give as many answers that say no as they may at once.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget_answers(&self) -> Result<()> {
+        let (_, answers) = self.maps.iter().find(|(name, _)| *name == tables::Answers::NAME).context("answers")?;
+        let none = vec![0; answers.copied_size()];
+        (0..tables::Answers::CAPACITY as u32)
+            .try_for_each(|index| answers.update(&index.to_ne_bytes(), &none, 0))
+            .context("answers")
     }
 
     /// Sends these bytes, and counts nothing.
