@@ -156,9 +156,10 @@ pub struct AgentArgs {
     /// The name of the maps' layout, for tests of an upgrade that changes it.
     #[arg(long, value_name = "vN", default_value = LAYOUT, value_parser = layout, hide = true)]
     pub map_layout: String,
-    /// Ports that translated sources get; no local socket may use them.
-    #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
-    pub snat_ports: PortRange,
+    /// Ports that translated sources get; no local socket may use them. Without it, all from 1024 on that the node itself does not
+    /// use: but for `ip_local_port_range`, `ip_local_reserved_ports`, 30000-32767 and the ports of sockets that are open at the start.
+    #[arg(long, value_name = "FIRST-LAST")]
+    pub snat_ports: Option<PortRange>,
     /// How many established flows there is room for.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1_024..=16_777_216))]
     pub max_flows: Option<u32>,
@@ -539,7 +540,7 @@ mod tests {
     fn the_defaults_are_the_documented_ones() {
         let args = agent(&[]).unwrap();
         assert_eq!(args.bpffs, PathBuf::from("/sys/fs/bpf/portolan"));
-        assert_eq!(args.snat_ports, PortRange { first: 61_000, last: 65_535 });
+        assert_eq!(args.snat_ports, None);
         assert_eq!(args.healthz_bind_address.0.unwrap().to_string(), "0.0.0.0:10256");
         assert_eq!(args.metrics_bind_address.0.unwrap().to_string(), "127.0.0.1:10249");
         assert_eq!(args.socket_lb, SocketLb::All);

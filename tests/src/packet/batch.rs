@@ -222,7 +222,8 @@ impl World {
     /// # Errors
     /// If the kernel refuses.
     pub fn forget_answers(&self) -> Result<()> {
-        let (_, answers) = self.maps.iter().find(|(name, _)| *name == tables::Answers::NAME).context("answers")?;
+        let (_, answers) =
+            self.maps.iter().find(|(name, _)| *name == tables::Answers::NAME).context("answers")?;
         let none = vec![0; answers.copied_size()];
         (0..tables::Answers::CAPACITY as u32)
             .try_for_each(|index| answers.update(&index.to_ne_bytes(), &none, 0))
