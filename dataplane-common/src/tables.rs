@@ -152,6 +152,19 @@ tables! {
     SocketChoices = "socket_choices", LruHash<SocketChoiceKey, SocketChoice>, 8_192;
 }
 
+/// The tables that programs only read: a second copy of the programs may have these and nothing else in common with those that
+/// serve.
+pub const READ_ONLY: &[&str] = &[
+    Nodes::NAME,
+    NodeAddrs::NAME,
+    Filter::NAME,
+    Frontends::NAME,
+    Services::NAME,
+    SourceRanges::NAME,
+    Slots::NAME,
+    Backends::NAME,
+];
+
 #[cfg(test)]
 mod tests {
     use super::*;

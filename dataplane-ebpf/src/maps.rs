@@ -79,6 +79,39 @@ maps! {
 mod tests {
     use super::*;
 
+    /// Whatever writes to a map names it in front of one of these.
+    #[test]
+    fn programs_write_to_no_table_that_they_only_read() {
+        const WRITES: [&str; 5] = ["get_ptr_mut", "insert", "remove", "push", "pop"];
+        let read_only =
+            ["NODE", "NODE_ADDRS", "FILTER", "FRONTENDS", "SERVICES", "SOURCE_RANGES", "SLOTS", "BACKENDS"];
+        assert_eq!(read_only.len(), tables::READ_ONLY.len());
+        let mut folders = std::vec![std::path::PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))];
+        let mut seen = 0;
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path);
+                    continue;
+                }
+                let text = std::fs::read_to_string(&path).unwrap();
+                for name in read_only {
+                    for write in WRITES {
+                        let call = std::format!("{name}.{write}(");
+                        let found = text.match_indices(&call);
+                        let own = found.filter(|(at, _)| {
+                            !text[..*at].ends_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+                        });
+                        assert_eq!(own.count(), 0, "{call} in {}", path.display());
+                    }
+                    seen += text.matches(&std::format!("{name}.")).count();
+                }
+            }
+        }
+        assert!(seen >= read_only.len(), "the names are no longer those of the maps");
+    }
+
     #[test]
     fn every_table_has_its_map_under_its_own_name() {
         assert!(NAMES.iter().all(|(map, table)| map == table));

@@ -58,7 +58,7 @@ enum Verb {
     },
     /// Run the tests, tier by tier (the tiers above golden need root).
     Test {
-        /// The tiers to run; if none is named, all but `vm`, which takes minutes.
+        /// The tiers to run; if none is named, all, of `vm` a short form.
         tiers: Vec<test::Tier>,
         /// Run only the tests whose names contain this.
         #[arg(long)]

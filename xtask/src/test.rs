@@ -41,7 +41,7 @@ pub(crate) enum Tier {
     Netns,
     /// Real packets in a laboratory with a real API server.
     Cluster,
-    /// The tour on other kernels, emulated. Takes minutes: runs only if it is named.
+    /// The tour on other kernels, emulated. Takes minutes: unless it is named, one tour each on the oldest and the newest.
     Vm,
 }
 
@@ -58,19 +58,6 @@ impl Tier {
         Self::Netns,
         Self::Cluster,
         Self::Vm,
-    ];
-
-    /// Those that run if none is named.
-    const DEFAULT: [Self; 9] = [
-        Self::Unit,
-        Self::Golden,
-        Self::Packet,
-        Self::Exact,
-        Self::Oracle,
-        Self::Kernel,
-        Self::Lab,
-        Self::Netns,
-        Self::Cluster,
     ];
 
     /// Those that run once more where a machine has been used.
@@ -96,8 +83,9 @@ impl Tier {
         CommandLine::new("cargo test --locked --package dataplane-tests --test").arg(self.name())
     }
 
-    fn commands(self) -> Vec<CommandLine> {
+    fn commands(self, whole: bool) -> Vec<CommandLine> {
         match self {
+            Self::Vm if !whole => vec![self.program().arg("--").arg("short::")],
             Self::Unit => vec![
                 CommandLine::new("cargo test --locked --workspace --exclude dataplane-tests --no-fail-fast"),
                 CommandLine::new("cargo test --locked --package dataplane-tests --lib --bins --no-fail-fast"),
@@ -126,18 +114,20 @@ struct Part {
 }
 
 impl Part {
-    fn of(tier: Tier) -> Self {
+    fn of(tier: Tier, whole: bool) -> Self {
         // Downloads kernels.
         let own_network = tier != Tier::Vm;
-        Self { name: tier.name(), ground: Ground::Fresh, own_network, commands: tier.commands() }
+        Self { name: tier.name(), ground: Ground::Fresh, own_network, commands: tier.commands(whole) }
     }
 
     /// The parts of a run: its tiers, and those again that depend most on what a machine has, where something is there already.
-    fn all(tiers: &[Tier]) -> Vec<Self> {
-        let mut parts: Vec<_> = tiers.iter().copied().map(Self::of).collect();
+    fn all(named: &[Tier], filter: Option<&str>) -> Vec<Self> {
+        let tiers = chosen(named);
+        let whole = !named.is_empty() || filter.is_some();
+        let mut parts: Vec<_> = tiers.iter().map(|tier| Self::of(*tier, whole)).collect();
         let again: Vec<_> = tiers.iter().filter(|tier| Tier::AGAIN.contains(tier)).collect();
         if !again.is_empty() {
-            let commands = again.iter().flat_map(|tier| tier.commands()).collect();
+            let commands = again.iter().flat_map(|tier| tier.commands(true)).collect();
             parts.push(Self { name: "used", ground: Ground::Used, own_network: true, commands });
         }
         parts
@@ -169,7 +159,7 @@ pub(crate) struct Order<'a> {
 impl Order<'_> {
     /// The steps of this verb beside the checks.
     pub(crate) fn steps(&self) -> usize {
-        1 + Part::all(chosen(self.tiers)).len() * self.repeat as usize
+        1 + Part::all(self.tiers, self.filter).len() * self.repeat as usize
     }
 
     /// Whether something else keeps the CPUs busy in this run, counted from 0: in the second half of several.
@@ -184,9 +174,9 @@ impl Order<'_> {
     }
 }
 
-/// The tiers named, else those that run by default.
+/// The tiers named, else all.
 pub(crate) fn chosen(tiers: &[Tier]) -> &[Tier] {
-    if tiers.is_empty() { &Tier::DEFAULT } else { tiers }
+    if tiers.is_empty() { &Tier::ALL } else { tiers }
 }
 
 /// The verb, after checks of which some may have failed. The last line is `N passed, N failed`.
@@ -199,7 +189,7 @@ pub(crate) fn test(order: &Order<'_>, failed_checks: &[&str], steps: &mut Steps)
         println!("{error:#}");
         results.push(("build", Summary::ONE_FAILURE));
     } else {
-        for part in Part::all(tiers) {
+        for part in Part::all(order.tiers, order.filter) {
             let mut all = Summary::default();
             for number in 0..order.repeat {
                 steps.begin(part.title() + &order.run(number));
@@ -235,7 +225,7 @@ pub(crate) fn test(order: &Order<'_>, failed_checks: &[&str], steps: &mut Steps)
 /// Builds the tests of these tiers and what they start, as long as there is a network.
 fn build(tiers: &[Tier]) -> Result<()> {
     programs::build_programs()?;
-    for command in tiers.iter().filter(|tier| **tier == Tier::Unit).flat_map(|tier| tier.commands()) {
+    for command in tiers.iter().filter(|tier| **tier == Tier::Unit).flat_map(|tier| tier.commands(true)) {
         command.arg("--no-run").run()?;
     }
     let names = tiers.iter().filter(|tier| **tier != Tier::Unit).map(|tier| tier.name());
@@ -354,10 +344,13 @@ mod tests {
 
     #[test]
     fn what_depends_on_the_machine_runs_again_where_it_was_used() {
-        let names = |tiers: &[Tier]| Part::all(tiers).iter().map(|part| part.name).collect::<Vec<_>>();
+        let names = |tiers: &[Tier]| Part::all(tiers, None).iter().map(|part| part.name).collect::<Vec<_>>();
         assert_eq!(names(&[Tier::Golden, Tier::Lab]), ["golden", "lab", "used"]);
         assert_eq!(names(&[Tier::Golden, Tier::Netns]), ["golden", "netns"]);
-        assert_eq!(Part::all(&Tier::DEFAULT).last().unwrap().commands.len(), Tier::AGAIN.len());
+        assert_eq!(Part::all(&[], None).last().unwrap().commands.len(), Tier::AGAIN.len());
+        let vm = |tiers: &[Tier]| Part::all(tiers, None).into_iter().find(|part| part.name == "vm").unwrap();
+        assert!(vm(&[]).commands[0].to_string().ends_with("-- short::"));
+        assert!(!vm(&[Tier::Vm]).commands[0].to_string().contains("short"));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::compile::{
 };
 use crate::kernel::maps::MapError;
 use crate::model::{Change, Dirty, Kind, Object, ObjectName, Store};
+use crate::status::endpoints::ServiceEndpoints;
 use crate::sync::{Maps, Mirror, Outcome};
 use dataplane_common::node::{Node, NodeAddress};
 use dataplane_common::tables;
@@ -113,6 +114,13 @@ impl<M: Maps> Dataplane<M> {
     /// The objects.
     pub(super) fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// The endpoints of a Service, and why each takes part or not; none if there is no such Service.
+    pub(super) fn explain(&self, service: &ObjectName) -> Option<ServiceEndpoints> {
+        let context = self.context();
+        let ports = compile::explain(self.store.service(service)?, self.store.slices(service), &context);
+        Some(ServiceEndpoints { zone: context.zone.as_deref().map(str::to_owned), ports })
     }
 
     /// Whether a complete snapshot was written.

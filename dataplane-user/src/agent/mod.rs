@@ -18,6 +18,7 @@ mod serve;
 mod service_routes;
 mod settings;
 mod signals;
+mod standing;
 
 use crate::compile::OwnAddresses;
 use crate::config::{AgentArgs, ServiceRoute, SocketLb, TcMode};
@@ -35,8 +36,9 @@ use crate::kernel::roles::Choice;
 use crate::kernel::{alone, capability, lasting, probe, service_route};
 use crate::memory;
 use crate::metrics::Metrics;
+use crate::status::local;
 use crate::version;
-use crate::watch::cluster::Servers;
+use crate::watch::cluster::{Answered, Servers};
 use crate::watch::{self, Changes, Watch};
 use anyhow::{Context as _, Result};
 use dataplane::Dataplane;
@@ -44,14 +46,18 @@ use dataplane_common::node::Node;
 use hooks::{Hooks, Start};
 use keep::Keeping;
 use scrape::Scrape;
-use serve::{Service, Told};
+use serve::{Inputs, Service, Told};
 use settings::Settings;
 use signals::Signals;
+use standing::Standing;
 use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
+/// How many questions by the command line may wait for the loop.
+const QUESTIONS: usize = 16;
 /// How many changes may wait for the loop before the sources wait for it.
 const CHANGES: usize = 1_024;
 /// Threads of the runtime, besides the one of the loop: if some hang, as all do that write to a log that nobody reads, health can
@@ -75,6 +81,7 @@ pub fn run(args: AgentArgs) -> Result<()> {
 }
 
 async fn serve(args: AgentArgs) -> Result<()> {
+    let started = SystemTime::now();
     let signals = Signals::new()?;
     let starting = signals::end_while_starting()?;
     tracing::info!("Portolan {}, pins in {}", version::text(), args.bpffs.display());
@@ -103,7 +110,8 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let upgrade = pins.is_upgrade()?;
 
     let log = tracing::enabled!(target: "dataplane_ebpf", tracing::Level::DEBUG);
-    let mut object = Object::open(&Options { pins: Some(&pins), sizes: &args.map_sizes(), log })?;
+    let mut object =
+        Object::open(&Options { pins: Some(&pins), sizes: &args.map_sizes(), log, reads: None })?;
     if log {
         tokio::spawn(forward_log(object.logger().context("the programs' log")?));
     }
@@ -142,8 +150,19 @@ async fn serve(args: AgentArgs) -> Result<()> {
         let (maps, ports) = (maps.clone(), settings.node.snat_ports.clone());
         let _ = tokio::task::spawn_blocking(move || serve::take_over::note_answers(&maps, &ports)).await?;
     }
+    let found = Answered::default();
+    let (questions, asked) = mpsc::channel(QUESTIONS);
+    let standing = Standing {
+        scrape: scrape.clone(),
+        node_name: settings.node_name.clone(),
+        found: found.clone(),
+        started,
+        questions,
+    };
+    tokio::spawn(local::serve(args.bpffs.clone(), standing.pages()));
     let (sender, changes) = mpsc::channel(CHANGES);
-    let watch = watch_objects(&args, &settings, Changes::new(sender, health.pending().clone())).await?;
+    let changes_of = Changes::new(sender, health.pending().clone());
+    let watch = watch_objects(&args, &settings, found, changes_of).await?;
     // Nobody else sets it.
     let _ = scrape.status.set(watch.status());
 
@@ -181,7 +200,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     }
     service.start_hooks(hooks)?;
     starting.abort();
-    service.run(changes, interfaces, choice, signals).await
+    service.run(Inputs { changes, interfaces, questions: asked, signals }, choice).await
 }
 
 fn own_addresses(interfaces: &Interfaces, choice: &Choice) -> OwnAddresses {
@@ -189,7 +208,12 @@ fn own_addresses(interfaces: &Interfaces, choice: &Choice) -> OwnAddresses {
     OwnAddresses { own, left_over: interfaces.left_over_addresses() }
 }
 
-async fn watch_objects(args: &AgentArgs, settings: &Settings, changes: impl Into<Changes>) -> Result<Watch> {
+async fn watch_objects(
+    args: &AgentArgs,
+    settings: &Settings,
+    found: Answered,
+    changes: impl Into<Changes>,
+) -> Result<Watch> {
     let options = watch::Options {
         node_name: settings.node_name.clone(),
         service_proxy_name: settings.proxy_name.clone(),
@@ -197,7 +221,7 @@ async fn watch_objects(args: &AgentArgs, settings: &Settings, changes: impl Into
     match &args.manifests {
         Some(folder) => Ok(watch::manifests::watch(folder.clone(), options, changes)?),
         None => {
-            let servers = Servers { named: args.named_servers(), state: args.state_dir.clone() };
+            let servers = Servers { named: args.named_servers(), state: args.state_dir.clone(), found };
             Ok(watch::cluster::watch(args.kubeconfig.as_deref(), servers, options, changes).await?)
         }
     }

@@ -10,6 +10,7 @@ use super::hooks::{Hooks, Start};
 use super::keep::Keeping;
 use super::notify::{self, State, notify};
 use super::signals::Signals;
+use super::standing::Question;
 use crate::config::AgentArgs;
 use crate::expire::IdleTimes;
 use crate::health::Health;
@@ -106,6 +107,18 @@ pub(super) struct Told {
     pub(super) health: Arc<Health>,
     pub(super) health_checks: Arc<HealthChecks>,
     pub(super) metrics: Arc<Metrics>,
+}
+
+/// What the loop hears.
+pub(super) struct Inputs {
+    /// Of the objects.
+    pub(super) changes: mpsc::Receiver<Change>,
+    /// Of the node's interfaces.
+    pub(super) interfaces: watch::Receiver<Interfaces>,
+    /// By the command line.
+    pub(super) questions: mpsc::Receiver<Question>,
+    /// From whoever started it.
+    pub(super) signals: Signals,
 }
 
 impl Service {
@@ -216,13 +229,8 @@ impl Service {
     }
 
     /// Until SIGTERM or SIGINT.
-    pub(super) async fn run(
-        mut self,
-        mut changes: mpsc::Receiver<Change>,
-        mut interfaces: watch::Receiver<Interfaces>,
-        choice: Choice,
-        mut signals: Signals,
-    ) -> Result<()> {
+    pub(super) async fn run(mut self, inputs: Inputs, choice: Choice) -> Result<()> {
+        let Inputs { mut changes, mut interfaces, mut questions, mut signals } = inputs;
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
@@ -248,6 +256,10 @@ impl Service {
                     self.set_route_mtu(interfaces.borrow().uplink_mtu(&choice));
                     self.dataplane.set_addresses(addresses);
                     self.flush();
+                }
+                Some(question) = questions.recv() => {
+                    // Who asked may have left.
+                    let _ = question.answer.send(self.dataplane.explain(&question.service));
                 }
                 count = changes.recv_many(&mut batch, BATCH) => {
                     if count == 0 {

@@ -311,6 +311,14 @@ pub(super) async fn dump(handle: &Handle) -> Result<Interfaces, LinksError> {
     Ok(interfaces)
 }
 
+/// The interfaces as they are now.
+///
+/// # Errors
+/// If the kernel does not list them.
+pub async fn now(handle: &Handle) -> Result<Interfaces, LinksError> {
+    dump(handle).await
+}
+
 /// What the routes of all tables do. There may be very many: each is forgotten once it is read.
 async fn routes(handle: &Handle) -> Result<BTreeMap<u32, Routes>, LinksError> {
     let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();

@@ -116,6 +116,9 @@ pub struct Options<'a> {
     pub sizes: &'a [MapSize],
     /// Whether programs tell why they drop or refuse packets. Off, it costs them nothing.
     pub log: bool,
+    /// Where the tables are found that programs only read ([`tables::READ_ONLY`]), if `pins` is none: all else is made anew and
+    /// ends with the object, so that its programs change nothing for those that serve.
+    pub reads: Option<&'a Pins>,
 }
 
 /// Records that the programs log; readable when there are some.
@@ -189,7 +192,19 @@ impl Object {
             loader.map_max_entries(size.map, size.entries);
         }
         for &(name, kind, capacity) in tables::ALL {
-            let Some(pins) = options.pins else { continue };
+            let Some(pins) = options.pins else {
+                if let Some(pins) = options.reads.filter(|_| tables::READ_ONLY.contains(&name)) {
+                    let path = pins.map(name);
+                    let found = MapFd::open(&path).map_err(|source| ObjectError::Refused {
+                        what: format!("the pinned map {name}"),
+                        source,
+                    })?;
+                    let entries = found_entries(&found, name, map_type(kind), &path)?;
+                    loader.map_max_entries(name, entries as u32);
+                    loader.map_pin_path(name, path);
+                }
+                continue;
+            };
             let path = pins.map(name);
             let Ok(found) = MapFd::open(&path) else {
                 loader.map_pin_path(name, path);
