@@ -147,7 +147,7 @@ fn count(maps: &KernelMaps) -> Result<Vec<TableFill>, MapError> {
             TableKind::Hash | TableKind::HashByEntry | TableKind::LruHash => Some(maps.count(name)?),
             TableKind::Array => in_use(maps, name)?,
             TableKind::MappedArray | TableKind::PerCpuArray => None,
-            TableKind::LpmTrie | TableKind::Queue | TableKind::SkStorage => None,
+            TableKind::LpmTrie | TableKind::SkStorage => None,
         };
         let capacity = maps.iter().find(|(other, _)| other == name).map(|(_, map)| map.shape().max_entries);
         if let Some((entries, capacity)) = entries.zip(capacity) {
