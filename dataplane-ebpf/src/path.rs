@@ -229,7 +229,8 @@ impl<F: Frame> Walk<'_, F> {
             let direction = if reply { Direction::Out } else { Direction::In };
             count::packet(service, self.s.flow.backend, direction, self.s.packet.length);
         }
-        self.s.end = life::progress(&self.s.key, found, &self.s.packet, &self.s.flow);
+        let Scratch { key, packet, flow, keys: [peer, _], .. } = &mut *self.s;
+        self.s.end = life::progress(key, found, packet, flow, peer);
         self.send(exit)
     }
 
@@ -629,6 +630,9 @@ impl<F: Frame> Walk<'_, F> {
         flow.last_seen = flow::now();
         *reply = *flow;
         flow.turn = *turn as u32;
+        if packet.proto == Protocol::Tcp as u8 {
+            flow.numbers = life::numbers(packet);
+        }
         if from_node {
             reply.detail = self.frame.ifindex();
             // The node's own packets carry the uplink's address as they leave.

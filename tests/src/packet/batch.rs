@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
-use dataplane_common::flow::{Flow, FlowKey, Stage, TICK_MASK};
+use dataplane_common::flow::{Flow, FlowKey, Numbers, Stage, TICK_MASK};
 use dataplane_common::service::EndpointSet;
 use dataplane_common::tables::{self, Table as _};
 use dataplane_common::{Addr, Port, Protocol};
@@ -114,7 +114,9 @@ impl World {
         let table = self.maps.map::<tables::Flows>()?;
         let half_open = table.entries()?.into_iter().filter(|(_, flow)| flow.stage() == Stage::HalfOpen);
         for (key, mut flow) in half_open {
+            // As if they had been picked up in their middle: nothing is known of their numbers.
             flow.set(Flow::CONFIRMED);
+            flow.numbers = Numbers::default();
             table.insert(&key, &flow, 0)?;
         }
         Ok(())
