@@ -11,8 +11,8 @@ use crate::scratch::Scratch;
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_jiffies64;
 use core::sync::atomic::{Ordering, compiler_fence};
-use dataplane_common::Protocol;
-use dataplane_common::flow::{Flow, FlowKey, Stage, tick, ticks_between};
+use dataplane_common::flow::{Flow, FlowKey, Numbers, Stage, tick, ticks_between};
+use dataplane_common::{Protocol, read_word};
 
 /// How far beyond the number remembered from the SYN-ACK a client's first acknowledgement may lie: what a server may
 /// send before it hears from the client.
@@ -31,6 +31,13 @@ impl Found {
             // SAFETY: an element of a map, valid until the program ends; one aligned store.
             unsafe { (&raw mut (*self.0).last_seen).write_volatile(now) };
         }
+    }
+
+    /// Notes what this direction's segments have said.
+    #[inline(always)]
+    pub fn note(self, numbers: Numbers) {
+        // SAFETY: an element of a map, valid until the program ends; one aligned word.
+        unsafe { (&raw mut (*self.0).numbers).cast::<u64>().write_volatile(bytemuck::cast(numbers)) };
     }
 
     /// Sets flags in both directions.
@@ -266,18 +273,28 @@ pub fn make_room() {
     }
 }
 
-/// Notes in the client's half what an endpoint's answer shows: the number that the client will acknowledge.
+/// Notes in the client's half what an endpoint's answer shows: the number that the client will acknowledge, and the client's own.
 #[inline(always)]
-pub fn answered(reply: &Flow, proto: u8, expected_ack: u32) {
+pub fn answered(reply: &Flow, proto: u8, expected_ack: u32, numbers: Numbers) {
     let Some(forward) = FLOWS.get_ptr_mut(&reply.partner(proto)) else { return };
     let flags = Flow::ANSWERED | Flow::ACK_KNOWN;
     // SAFETY: an element of a map, valid until the program ends; each field is one aligned store, the flags last.
     unsafe {
         (&raw mut (*forward).detail).write_volatile(expected_ack);
+        Found(forward).note(numbers);
         if !(*forward).has(flags) {
             set(forward, flags);
         }
     }
+}
+
+/// What the segments of the other direction have said; `key` is memory for its key.
+#[inline(always)]
+pub fn numbers_of_peer(flow: &Flow, proto: u8, key: &mut FlowKey) -> Numbers {
+    *key = flow.partner(proto);
+    let Some(other) = FLOWS.get_ptr(&*key) else { return Numbers::default() };
+    // SAFETY: an element of a map, valid until the program ends.
+    unsafe { read_word(&raw const (*other).numbers) }
 }
 
 /// Notes in the client's half that an endpoint answers by UDP. Whether it has gone on answering for a while: that is a stream, whose

@@ -16,7 +16,7 @@ use crate::scratch::{Opening, Scratch, SourceRule};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use crate::verdict::{Code, Exit, Verdict, Way};
-use crate::{interest, nat, outgoing, uplink};
+use crate::{interest, limit, nat, outgoing, uplink};
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
@@ -155,6 +155,11 @@ fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Cod
     } else {
         None
     };
+    let is_reset = error.is_none() && packet.proto == Protocol::Tcp as u8;
+    if !(if is_reset { limit::allows_reset() } else { limit::allows_icmp(&packet.src) }) {
+        count::reason(Reason::AnswerLimited);
+        return Verdict::Drop(Reason::AnswerLimited).into();
+    }
     let written = match error {
         Some(error) => {
             // In the node's own name, as a router would; but to the node itself that would be a martian.
@@ -224,7 +229,8 @@ impl<F: Frame> Walk<'_, F> {
             let direction = if reply { Direction::Out } else { Direction::In };
             count::packet(service, self.s.flow.backend, direction, self.s.packet.length);
         }
-        self.s.end = life::progress(&self.s.key, found, &self.s.packet, &self.s.flow);
+        let Scratch { key, packet, flow, keys: [peer, _], .. } = &mut *self.s;
+        self.s.end = life::progress(key, found, packet, flow, peer);
         self.send(exit)
     }
 
@@ -624,6 +630,9 @@ impl<F: Frame> Walk<'_, F> {
         flow.last_seen = flow::now();
         *reply = *flow;
         flow.turn = *turn as u32;
+        if packet.proto == Protocol::Tcp as u8 {
+            flow.numbers = life::numbers(packet);
+        }
         if from_node {
             reply.detail = self.frame.ifindex();
             // The node's own packets carry the uplink's address as they leave.

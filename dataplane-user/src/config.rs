@@ -201,10 +201,12 @@ pub struct AgentArgs {
     /// The name of the maps' layout, for tests of an upgrade that changes it.
     #[arg(long, value_name = "vN", default_value = LAYOUT, value_parser = layout, hide = true)]
     pub map_layout: String,
-    /// Ports that translated sources get; no local socket may use them.
-    #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
-    pub snat_ports: PortRange,
-    /// How many established flows there is room for.
+    /// Ports that translated sources get; no local socket may use them. Without it, all from 1024 on that the node itself does not
+    /// use: but for `ip_local_port_range`, `ip_local_reserved_ports`, 30000-32767 and the ports of sockets that are open at the start.
+    #[arg(long, value_name = "FIRST-LAST")]
+    pub snat_ports: Option<PortRange>,
+    /// How many established flows there is room for; without it, by the node's memory, at least 131,072 and 32,768 for each CPU. What is
+    /// not used takes 16 bytes for a direction of a flow.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1_024..=16_777_216))]
     pub max_flows: Option<u32>,
     /// Room in one map, such as `frontends=131072`.
@@ -588,26 +590,56 @@ impl FromStr for MapSize {
     }
 }
 
+/// What the room for flows depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// Bytes of memory.
+    pub memory: u64,
+    /// CPUs.
+    pub cpus: usize,
+}
+
+impl Machine {
+    /// This one.
+    pub fn this() -> Self {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next());
+        let kibibytes: u64 = total.and_then(|number| number.parse().ok()).unwrap_or_default();
+        Self { memory: kibibytes << 10, cpus: std::thread::available_parallelism().map_or(1, usize::from) }
+    }
+
+    /// How many established flows there is room for beside so many of the other stages: as kube-proxy has it at least, and an entry
+    /// for each 32 KiB of memory, up to four million.
+    fn established(self, others: usize) -> usize {
+        const LEAST: usize = 131_072;
+        const FOR_EACH_CPU: usize = 32_768;
+        const MEMORY_OF_AN_ENTRY: u64 = 32 << 10;
+        const MOST_ENTRIES: u64 = 1 << 22;
+        let entries = (self.memory / MEMORY_OF_AN_ENTRY).min(MOST_ENTRIES) as usize;
+        let by_memory = (entries / 2).saturating_sub(others);
+        by_memory.max(LEAST).max(FOR_EACH_CPU.saturating_mul(self.cpus))
+    }
+}
+
 /// Maps whose size the programs know, or that have none.
 const FIXED: &[&str] =
-    &["node", "filter", "callers", "turns", "port_turn", "reasons", "scratch", "socket_names"];
+    &["node", "filter", "callers", "turns", "port_turn", "reasons", "answers", "scratch", "socket_names"];
 
 impl AgentArgs {
-    /// Each map whose size differs from its default, and the size.
+    /// Each map whose size differs from its default on this machine, and the size.
     ///
     /// `flows` has room for what is established and for all that the rings of the other stages name, two entries each; the
     /// traffic of services and backends has as many as these.
-    pub fn map_sizes(&self) -> Vec<MapSize> {
+    pub fn map_sizes(&self, machine: Machine) -> Vec<MapSize> {
         let mut sizes: Vec<MapSize> = Vec::new();
         let set = |map: &str| self.map_size.iter().rfind(|size| size.map == map);
         let rings = [(HalfOpen::NAME, HalfOpen::CAPACITY), (Closing::NAME, Closing::CAPACITY)];
-        if self.max_flows.is_some() || rings.iter().any(|(ring, _)| set(ring).is_some()) {
-            let [half_open, closing] =
-                rings.map(|(ring, default)| set(ring).map_or(default, |size| size.entries as usize));
-            let established = self.max_flows.map_or(tables::ESTABLISHED, |flows| flows as usize);
-            let entries = tables::flow_entries(established, half_open, closing);
-            sizes.push(MapSize { map: Flows::NAME, entries: u32::try_from(entries).unwrap_or(u32::MAX) });
-        }
+        let [half_open, closing] =
+            rings.map(|(ring, default)| set(ring).map_or(default, |size| size.entries as usize));
+        let named = half_open + closing;
+        let established = self.max_flows.map_or_else(|| machine.established(named), |flows| flows as usize);
+        let entries = tables::flow_entries(established, half_open, closing);
+        sizes.push(MapSize { map: Flows::NAME, entries: u32::try_from(entries).unwrap_or(u32::MAX) });
         for size in &self.map_size {
             sizes.push(size.clone());
             let follower = match size.map {
@@ -691,12 +723,13 @@ mod tests {
     fn the_defaults_are_the_documented_ones() {
         let args = agent(&[]).unwrap();
         assert_eq!(args.bpffs, PathBuf::from("/sys/fs/bpf/portolan"));
-        assert_eq!(args.snat_ports, PortRange { first: 61_000, last: 65_535 });
+        assert_eq!(args.snat_ports, None);
         assert_eq!(args.healthz_bind_address.0.unwrap().to_string(), "0.0.0.0:10256");
         assert_eq!(args.metrics_bind_address.0.unwrap().to_string(), "127.0.0.1:10249");
         assert_eq!(args.socket_lb, SocketLb::All);
         assert_eq!(args.xdp, XdpMode::Auto);
-        assert!(args.map_sizes().is_empty());
+        let sizes = args.map_sizes(SMALL);
+        assert_eq!(sizes.iter().map(|size| size.map).collect::<Vec<_>>(), ["flows"]);
     }
 
     #[test]
@@ -734,14 +767,32 @@ mod tests {
         assert!(agent(&["--kubeconfig", "a", "--manifests", "b"]).is_err());
     }
 
+    const SMALL: Machine = Machine { memory: 2 << 30, cpus: 2 };
+
+    /// C4
+    #[test]
+    fn the_room_for_flows_follows_the_machine() {
+        let entries = |memory_gib: u64, cpus| {
+            let sizes = agent(&[]).unwrap().map_sizes(Machine { memory: memory_gib << 30, cpus });
+            sizes.iter().find(|size| size.map == "flows").unwrap().entries
+        };
+        let named = 2 * (HalfOpen::CAPACITY + Closing::CAPACITY) as u32;
+        assert_eq!(entries(2, 2), 2 * 131_072 + named);
+        assert_eq!(entries(0, 1), 2 * 131_072 + named, "what cannot be read");
+        assert_eq!(entries(2, 64), 2 * 32_768 * 64 + named, "as kube-proxy");
+        assert_eq!(entries(64, 16), 1 << 21);
+        assert_eq!(entries(4_096, 16), 1 << 22);
+        assert!(Machine::this().memory > 1 << 28 && Machine::this().cpus > 0);
+    }
+
     #[test]
     fn the_room_for_flows_counts_both_directions() {
-        let sizes = agent(&["--max-flows", "50000", "--map-size", "backends=1000"]).unwrap().map_sizes();
+        let sizes = agent(&["--max-flows", "50000", "--map-size", "backends=1000"]).unwrap().map_sizes(SMALL);
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
         assert_eq!(sizes, [("flows", 493_216), ("backends", 1_000), ("backend_traffic", 1_000)]);
-        let sizes = agent(&["--map-size", "half_open=100,closing=200"]).unwrap().map_sizes();
+        let sizes = agent(&["--map-size", "half_open=100,closing=200"]).unwrap().map_sizes(SMALL);
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
-        assert_eq!(sizes, [("flows", 200_600), ("half_open", 100), ("closing", 200)]);
+        assert_eq!(sizes, [("flows", 262_744), ("half_open", 100), ("closing", 200)]);
     }
 
     #[test]

@@ -95,7 +95,7 @@ impl Node {
             let settings = NodeSettings {
                 service_ranges: self.store.service_ranges(),
                 node_port_addresses: self.flags.node_port_addresses()?,
-                snat_ports: 61_000..=65_535,
+                snat_ports: vec![61_000..=65_535],
                 flags: 0,
                 netns_cookie: 0,
             };

@@ -229,7 +229,7 @@ impl Flags {
             settings: NodeSettings {
                 service_ranges: FAMILIES.map(|places| places.service_range.parse().unwrap()).to_vec(),
                 node_port_addresses,
-                snat_ports: SOURCE_PORTS,
+                snat_ports: vec![SOURCE_PORTS],
                 flags: flags.iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag),
                 netns_cookie: 1,
             },

@@ -231,7 +231,7 @@ impl<M: Maps> Dataplane<M> {
     }
 
     /// The source ports that the programs translate to (P12).
-    pub(super) fn translated_ports(&self) -> RangeInclusive<u16> {
+    pub(super) fn translated_ports(&self) -> Vec<RangeInclusive<u16>> {
         self.settings.node.snat_ports.clone()
     }
 

@@ -21,7 +21,7 @@ mod signals;
 mod standing;
 
 use crate::compile::OwnAddresses;
-use crate::config::{AgentArgs, ServiceRoute, SocketLb, TcMode};
+use crate::config::{AgentArgs, Machine, ServiceRoute, SocketLb, TcMode};
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
 use crate::http::{self, Gate};
@@ -110,8 +110,12 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let upgrade = pins.is_upgrade()?;
 
     let log = tracing::enabled!(target: "dataplane_ebpf", tracing::Level::DEBUG);
-    let mut object =
-        Object::open(&Options { pins: Some(&pins), sizes: &args.map_sizes(), log, reads: None })?;
+    let mut object = Object::open(&Options {
+        pins: Some(&pins),
+        sizes: &args.map_sizes(Machine::this()),
+        log,
+        reads: None,
+    })?;
     if log {
         tokio::spawn(forward_log(object.logger().context("the programs' log")?));
     }

@@ -1,10 +1,12 @@
 //! From flags to what the parts of the agent ask for.
 
 use crate::compile::{NodePortAddresses, NodeSettings};
-use crate::config::{AgentArgs, FromOutside, NodePortRange, SocketLb};
+use crate::config::{AgentArgs, FromOutside, NodePortRange, PortRange, SocketLb};
+use crate::kernel::local_ports;
 use crate::kernel::roles::Choice;
 use dataplane_common::node::Node;
 use ipnet::IpNet;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 /// What the flags say about Services and the node, once and for all.
@@ -43,13 +45,37 @@ impl Settings {
             node: NodeSettings {
                 service_ranges: args.service_cidr.clone(),
                 node_port_addresses: node_port_addresses(&args.nodeport_addresses),
-                snat_ports: args.snat_ports.first..=args.snat_ports.last,
+                snat_ports: translated_ports(args.snat_ports),
                 flags,
                 netns_cookie,
             },
             needs_node: args.manifests.is_none(),
         }
     }
+}
+
+/// The translated source ports: those of the flag, else what the node itself leaves. Says which, and why.
+fn translated_ports(given: Option<PortRange>) -> Vec<RangeInclusive<u16>> {
+    let taken = local_ports::read();
+    if let Some(PortRange { first, last }) = given {
+        for clash in taken.clashes(&(first..=last)) {
+            tracing::warn!(
+                "--snat-ports {first}-{last}: {clash}; a flow and a connection of the node may get the same port"
+            );
+        }
+        return vec![first..=last];
+    }
+    let ports = taken.left();
+    if ports.is_empty() {
+        tracing::warn!(
+            "the node itself uses all ports, {taken}; translated sources share 61000-65535 with it"
+        );
+        return vec![61_000..=65_535];
+    }
+    let number: usize = ports.iter().map(ExactSizeIterator::len).sum();
+    let ranges: Vec<_> = ports.iter().map(|ports| format!("{}-{}", ports.start(), ports.end())).collect();
+    tracing::info!("{number} translated source ports, {}: all but {taken}", ranges.join(","));
+    ports
 }
 
 /// Which interfaces the flags choose.

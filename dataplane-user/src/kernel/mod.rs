@@ -14,6 +14,7 @@ pub mod hook;
 pub mod lasting;
 pub mod link;
 pub mod links;
+pub mod local_ports;
 pub mod maps;
 mod netlink;
 pub mod object;

@@ -241,7 +241,7 @@ impl World {
         let settings = NodeSettings {
             service_ranges: vec!["10.96.0.0/16".parse()?, "fd00:10:96::/108".parse()?],
             node_port_addresses: compile::NodePortAddresses::All,
-            snat_ports,
+            snat_ports: vec![snat_ports],
             flags,
             netns_cookie: 1,
         };
@@ -302,7 +302,7 @@ impl World {
     /// # Errors
     /// If the kernel refuses.
     pub fn set_snat_ports(&mut self, ports: std::ops::RangeInclusive<u16>) -> Result<()> {
-        self.settings.snat_ports = ports;
+        self.settings.snat_ports = vec![ports];
         let interfaces = interfaces()?.to_vec().into();
         let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
         self.mirror.set_node(&self.maps, &tables, Instant::now())?;
