@@ -22,7 +22,7 @@ use bytemuck::Pod;
 /// Version of the layout of all maps: the folder of their pins below the agent's pin folder.
 ///
 /// A change of a key, a value or the meaning of a field takes the next number.
-pub const LAYOUT: &str = "v3";
+pub const LAYOUT: &str = "v4";
 
 /// The kinds of map that are used, after the kernel's `BPF_MAP_TYPE_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,6 +168,7 @@ mod tests {
         assert_eq!(size_of::<SocketChoice>(), 8);
         assert_eq!(size_of::<crate::affinity::Choice>(), 8);
         assert_eq!(size_of::<NodeAddress>(), 8);
+        assert_eq!(size_of::<crate::node::SourceRule>(), 8);
         assert_eq!(size_of::<PortTurn>(), 16);
         assert_eq!(size_of::<Uplink>(), 8);
         assert_eq!(size_of::<FragmentPorts>(), 8);

@@ -43,6 +43,12 @@ fn run(command: Command) -> Result<()> {
             Ok(())
         }
         Command::NoteApiServer(args) => note_api_server(&args),
+        Command::SetConntrack(args) => {
+            for (setting, made) in args.wanted().apply() {
+                println!("{}: {}", setting.name(), made.told(&setting));
+            }
+            Ok(())
+        }
         Command::Cleanup(args) => {
             capability::check()?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

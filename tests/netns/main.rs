@@ -15,6 +15,7 @@ mod layouts;
 mod load;
 mod load_balancers;
 mod manifests;
+mod masquerade;
 mod others;
 mod own;
 mod policies;

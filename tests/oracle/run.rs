@@ -223,7 +223,7 @@ impl Case<'_> {
     fn compare(&mut self, place: Place, frame: &[u8]) -> Result<(Verdict, Vec<u8>), String> {
         self.bench.packets += 1;
         let world = &self.bench.world;
-        let (verdict, out) =
+        let (verdict, out, mark) =
             world.send_uncounted(hook(place), frame).map_err(|error| format!("{error:#}"))?;
         let after = reasons(world)?;
         let before = std::mem::replace(&mut self.bench.reasons, after);
@@ -231,7 +231,7 @@ impl Case<'_> {
             let more = count - before.get(reason).copied().unwrap_or(0);
             (more != 0).then_some((*reason, more))
         });
-        let seen = Seen { place, frame, verdict, out: &out, moved: moved.collect() };
+        let seen = Seen { place, frame, verdict, out: &out, mark, moved: moved.collect() };
         let headers = wire::parse(frame, place == Place::Early);
         let alternatives = self.model.expect(place, frame);
         let mut complaints = Vec::new();

@@ -8,6 +8,7 @@ mod write;
 use super::dataplane::Dataplane;
 use super::hooks::{Hooks, Start};
 use super::keep::Keeping;
+use super::masquerade::Netfilter;
 use super::notify::{self, State, notify};
 use super::signals::Signals;
 use crate::config::AgentArgs;
@@ -122,7 +123,7 @@ impl Service {
         let takes_over = dataplane.takes_over();
         metrics.taking_over.set(takes_over.into());
         let idle = IdleTimes {
-            established: args.conntrack_tcp_timeout_established,
+            established: args.conntrack.conntrack_tcp_timeout_established,
             udp: args.conntrack_udp_timeout_stream,
             ..IdleTimes::default()
         };
@@ -215,6 +216,7 @@ impl Service {
         mut self,
         mut changes: mpsc::Receiver<Change>,
         mut interfaces: watch::Receiver<Interfaces>,
+        mut netfilter: watch::Receiver<Netfilter>,
         choice: Choice,
         mut signals: Signals,
     ) -> Result<()> {
@@ -237,6 +239,11 @@ impl Service {
                     changed?;
                     let addresses = super::own_addresses(&interfaces.borrow_and_update(), &choice);
                     self.dataplane.set_addresses(addresses);
+                    self.flush();
+                }
+                changed = netfilter.changed() => {
+                    changed?;
+                    self.dataplane.set_netfilter(*netfilter.borrow_and_update());
                     self.flush();
                 }
                 count = changes.recv_many(&mut batch, BATCH) => {
