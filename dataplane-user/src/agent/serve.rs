@@ -8,6 +8,7 @@ mod write;
 use super::dataplane::Dataplane;
 use super::hooks::{Hooks, Start};
 use super::keep::Keeping;
+use super::masquerade::Netfilter;
 use super::notify::{self, State, notify};
 use super::signals::Signals;
 use super::standing::Question;
@@ -115,6 +116,8 @@ pub(super) struct Inputs {
     pub(super) changes: mpsc::Receiver<Change>,
     /// Of the node's interfaces.
     pub(super) interfaces: watch::Receiver<Interfaces>,
+    /// Of what netfilter does for the programs.
+    pub(super) netfilter: watch::Receiver<Netfilter>,
     /// By the command line.
     pub(super) questions: mpsc::Receiver<Question>,
     /// From whoever started it.
@@ -138,7 +141,7 @@ impl Service {
         let takes_over = dataplane.takes_over();
         metrics.taking_over.set(takes_over.into());
         let idle = IdleTimes {
-            established: args.conntrack_tcp_timeout_established,
+            established: args.conntrack.conntrack_tcp_timeout_established,
             udp: args.conntrack_udp_timeout_stream,
             ..IdleTimes::default()
         };
@@ -230,7 +233,7 @@ impl Service {
 
     /// Until SIGTERM or SIGINT.
     pub(super) async fn run(mut self, inputs: Inputs, choice: Choice) -> Result<()> {
-        let Inputs { mut changes, mut interfaces, mut questions, mut signals } = inputs;
+        let Inputs { mut changes, mut interfaces, mut netfilter, mut questions, mut signals } = inputs;
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
@@ -260,6 +263,11 @@ impl Service {
                 Some(question) = questions.recv() => {
                     // Who asked may have left.
                     let _ = question.answer.send(self.dataplane.explain(&question.service));
+                }
+                changed = netfilter.changed() => {
+                    changed?;
+                    self.dataplane.set_netfilter(*netfilter.borrow_and_update());
+                    self.flush();
                 }
                 count = changes.recv_many(&mut batch, BATCH) => {
                     if count == 0 {

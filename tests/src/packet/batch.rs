@@ -274,13 +274,13 @@ impl World {
         Ok((super::verdict(hook, trial.action)?, trial))
     }
 
-    /// Sends these bytes, and counts nothing.
+    /// Sends these bytes, and counts nothing: the verdict, what left, and its mark.
     ///
     /// # Errors
     /// If the kernel refuses to run it.
-    pub fn send_uncounted(&self, hook: Hook, data: &[u8]) -> Result<(Verdict, Vec<u8>)> {
+    pub fn send_uncounted(&self, hook: Hook, data: &[u8]) -> Result<(Verdict, Vec<u8>, u32)> {
         let (verdict, result) = self.run(hook, hook.program(), data, 0)?;
-        Ok((verdict, result.data))
+        Ok((verdict, result.data, super::mark_of(&result.context)))
     }
 
     /// How often each reason has occurred.
