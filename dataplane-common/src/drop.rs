@@ -112,6 +112,9 @@ reasons! {
     UnsupportedRoute = 30, "unsupported-route", Dropped;
     /// No route to the chosen endpoint; an ICMP net unreachable was sent (P23): check the pod network's routes on this node.
     Unreachable = 31, "unreachable", Rejected;
+    /// The kernel had no memory for a new flow, and nothing goes for it: see the limits of the agent's pod, to which flows count, and the
+    /// node's memory.
+    NoMemory = 32, "no-memory", Dropped;
 }
 
 /// Length of the `reasons` array: one more than the largest number, rounded up for those to come.

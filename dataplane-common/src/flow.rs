@@ -78,7 +78,7 @@ pub enum Stage {
     Closing,
 }
 
-/// One direction of a flow: what its packets become. 56 bytes.
+/// One direction of a flow: what its packets become. 64 bytes.
 ///
 /// Both directions are made and removed together (C4). The partner's key is [`Flow::partner`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
@@ -102,18 +102,45 @@ pub struct Flow {
     pub generation: u32,
     /// Tick of the last packet in this direction; see [`TICK_SHIFT`].
     pub last_seen: u32,
-    /// See [`Flow::expected_ack`], [`Flow::ended`] and [`Flow::uplink`].
+    /// See [`Flow::expected_ack`], [`Flow::answered_at`] and [`Flow::uplink`].
     pub detail: u32,
+    /// In the client's half, while half-open or closing: the low bits of [`Name::turn`] of its name.
+    pub turn: u32,
+    spare: u32,
 }
 
-/// The name of a flow that ended. Another with the same key may end while this name waits for its turn. 48 bytes.
+/// A slot of the rings `half_open` and `closing`: the name of a flow. 48 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
-pub struct Ended {
+pub struct Name {
+    /// The turn in which the name was given; 0: the slot is free. The flow says the same, or the name is another's: of a flow that
+    /// is further by now, or went.
+    pub turn: u64,
     /// Key of the client's half.
     pub key: FlowKey,
-    /// [`Flow::ended`] of that half.
-    pub at: u64,
+}
+
+impl Name {
+    /// In [`Name::turn`]: somebody is about to change the name.
+    pub const BUSY: u64 = 1 << 63;
+}
+
+/// Value of `turns`: how far a ring has come. A cache line, 64 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct RingTurns {
+    /// The last turn in which a name was given. The name of turn `n` is in slot `n` modulo the ring's room.
+    pub head: u64,
+    /// The last turn whose name was taken away to make room in `flows`.
+    pub tail: u64,
+    spare: [u64; 6],
+}
+
+impl RingTurns {
+    /// Element of the ring `half_open`.
+    pub const HALF_OPEN: u32 = 0;
+    /// Element of the ring `closing`.
+    pub const CLOSING: u32 = 1;
 }
 
 /// Value of `port_turn`: how far a CPU has given out the translated source ports. 16 bytes.
@@ -247,6 +274,13 @@ impl Flow {
         self.flags
     }
 
+    /// The bits of `flag` as they lie in the first word of an entry.
+    #[inline(always)]
+    pub const fn in_first_word(flag: u16) -> u64 {
+        let [low, high] = flag.to_ne_bytes();
+        u64::from_ne_bytes([0, 0, low, high, 0, 0, 0, 0])
+    }
+
     /// Sets the bits of `flag`.
     #[inline(always)]
     pub const fn set(&mut self, flag: u16) {
@@ -260,9 +294,9 @@ impl Flow {
         self.detail
     }
 
-    /// In the client's half, while closing: the low 32 bits of jiffies when the flow ended.
+    /// In the client's half of UDP, while half-open and [`Flow::ANSWERED`]: the tick of the first answer.
     #[inline(always)]
-    pub const fn ended(&self) -> u32 {
+    pub const fn answered_at(&self) -> u32 {
         self.detail
     }
 
@@ -279,9 +313,20 @@ impl Flow {
     }
 }
 
+const _: () = assert!(core::mem::offset_of!(Flow, flags) == 2 && core::mem::offset_of!(Name, turn) == 0);
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_flag_is_found_in_the_first_word() {
+        let mut flow = Flow::with_flags(Flow::REPLY);
+        let words: &mut [u64; 8] = bytemuck::must_cast_mut(&mut flow);
+        words[0] |= Flow::in_first_word(Flow::CLOSING | Flow::OVER);
+        assert_eq!(flow.flags(), Flow::REPLY | Flow::CLOSING | Flow::OVER);
+        assert_eq!((flow.check, flow.src_port, flow.dst_port), (0, Port::new(0), Port::new(0)));
+    }
 
     #[test]
     fn ticks_go_on_after_they_wrap() {

@@ -9,7 +9,7 @@ use crate::backend::Backend;
 use crate::counter::Traffic;
 use crate::drop::REASON_SLOTS;
 use crate::filter::{CALLER_CELLS, FILTER_WORDS};
-use crate::flow::{Ended, Flow, FlowKey, PortTurn};
+use crate::flow::{Flow, FlowKey, Name, PortTurn, RingTurns};
 use crate::fragment::{FragmentKey, FragmentPorts};
 use crate::frontend::{Frontend, FrontendKey};
 use crate::node::{Node, NodeAddress};
@@ -41,8 +41,6 @@ pub enum TableKind {
     LruHash,
     /// `BPF_MAP_TYPE_LPM_TRIE`: the key begins with the number of its bits that count.
     LpmTrie,
-    /// `BPF_MAP_TYPE_QUEUE`: values without a key, the first to come the first to go.
-    Queue,
     /// `BPF_MAP_TYPE_SK_STORAGE`: a value that lives and ends with its socket. Bounded by no number of entries; the key is a
     /// descriptor of the socket.
     SkStorage,
@@ -56,7 +54,7 @@ pub trait Table {
     const KIND: TableKind;
     /// Its default number of entries.
     const CAPACITY: usize;
-    /// Its key; `u32` for arrays, `()` for queues.
+    /// Its key; `u32` for arrays.
     type Key: Pod;
     /// Its value; of per-CPU arrays, that of one CPU.
     type Value: Pod;
@@ -114,12 +112,15 @@ tables! {
     Slots = "slots", Array<u32, u32>, 262_144;
     /// Backends by id. Id 0 is never given out.
     Backends = "backends", Array<u32, Backend>, 122_880;
-    /// Flows, both directions: those that both ends confirmed, and those that are named in `half_open` and `closing`.
-    Flows = "flows", Hash<FlowKey, Flow>, flow_entries(ESTABLISHED, HalfOpen::CAPACITY, Closing::CAPACITY);
-    /// The client's key of each flow whose handshake is not complete, the oldest first, and of some that are further.
-    HalfOpen = "half_open", Queue<(), FlowKey>, 8_192;
-    /// The names of flows that ended or were reset, the oldest first.
-    Closing = "closing", Queue<(), Ended>, 8_192;
+    /// Flows, both directions: those that both ends confirmed, and those that are named in `half_open` and `closing`. Memory is taken
+    /// by entry.
+    Flows = "flows", HashByEntry<FlowKey, Flow>, flow_entries(ESTABLISHED, HalfOpen::CAPACITY, Closing::CAPACITY);
+    /// A ring: the name of each flow whose handshake is not complete, and of some that are further.
+    HalfOpen = "half_open", Array<u32, Name>, 131_072;
+    /// A ring: the name of each flow that ended or was reset.
+    Closing = "closing", Array<u32, Name>, 65_536;
+    /// How far these two have come, one element each.
+    Turns = "turns", Array<u32, RingTurns>, 2;
     /// How far a CPU has given out the translated source ports, one element.
     PortTurns = "port_turn", PerCpuArray<u32, PortTurn>, 1;
     /// What left the node from the number of one of its node ports and is of no flow: the five-tuple of its answers, and when the
@@ -138,7 +139,7 @@ tables! {
     /// How often each reason occurred.
     Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
     /// Working memory of the walk, opaque: the stack of an eBPF program has 512 bytes only.
-    Scratch = "scratch", PerCpuArray<u32, [u64; 64]>, 1;
+    Scratch = "scratch", PerCpuArray<u32, [u64; 96]>, 1;
     /// What programs called by TCP.
     SocketNames = "socket_names", SkStorage<i32, SocketName>, 0;
     /// What programs called by UDP, by socket and endpoint.
@@ -146,6 +147,19 @@ tables! {
     /// The endpoint an unconnected UDP socket keeps.
     SocketChoices = "socket_choices", LruHash<SocketChoiceKey, SocketChoice>, 8_192;
 }
+
+/// The tables that programs only read: a second copy of the programs may have these and nothing else in common with those that
+/// serve.
+pub const READ_ONLY: &[&str] = &[
+    Nodes::NAME,
+    NodeAddrs::NAME,
+    Filter::NAME,
+    Frontends::NAME,
+    Services::NAME,
+    SourceRanges::NAME,
+    Slots::NAME,
+    Backends::NAME,
+];
 
 #[cfg(test)]
 mod tests {
@@ -178,8 +192,8 @@ mod tests {
     fn the_sizes_of_keys_and_values_are_the_documented_ones() {
         assert_eq!(size_of::<FrontendKey>(), 24);
         assert_eq!(size_of::<FlowKey>(), 40);
-        assert_eq!(size_of::<Flow>(), 56);
-        assert_eq!(size_of::<Ended>(), 48);
+        assert_eq!(size_of::<Flow>(), 64);
+        assert_eq!((size_of::<Name>(), size_of::<RingTurns>()), (48, 64));
         assert_eq!(size_of::<FragmentKey>(), 40);
         assert_eq!(size_of::<Service>(), 24);
         assert_eq!(size_of::<Backend>(), 32);

@@ -1,17 +1,18 @@
 //! The table of flows: finding, claiming, confirming, closing. Both directions are made and removed together (C4).
 //!
 //! A flow stays where it was entered for its whole life; its stage is in its flags. What is not established is named in a
-//! queue as well, `half_open` or `closing`: when that is full its oldest flow goes, so that a flood of SYNs or a crowd of
-//! ended connections takes no more room than it has.
+//! ring as well, `half_open` or `closing` ([`crate::ring`]): a flood of SYNs or a crowd of ended connections takes no more room than
+//! it has.
 
-use crate::maps::{CLOSING, FLOWS, HALF_OPEN};
-use crate::repeat::{Step, Steps, repeat};
+use crate::atomic;
+use crate::maps::FLOWS;
+use crate::ring::{self, ClosingRing, HalfOpenRing};
+use crate::scratch::Scratch;
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use aya_ebpf::btf_maps::Queue;
-use aya_ebpf::helpers::{bpf_jiffies64, bpf_map_pop_elem};
-use core::mem::MaybeUninit;
+use aya_ebpf::helpers::bpf_jiffies64;
 use core::sync::atomic::{Ordering, compiler_fence};
-use dataplane_common::flow::{Ended, Flow, FlowKey, Stage, tick, ticks_between};
+use dataplane_common::Protocol;
+use dataplane_common::flow::{Flow, FlowKey, Stage, tick, ticks_between};
 
 /// How far beyond the number remembered from the SYN-ACK a client's first acknowledgement may lie: what a server may
 /// send before it hears from the client.
@@ -36,11 +37,11 @@ impl Found {
     #[inline(never)]
     pub fn mark(self, key: &FlowKey, flow: &Flow, flags: u16) {
         let Some(partner) = FLOWS.get_ptr_mut(&flow.partner(key.proto())) else { return };
-        // SAFETY: elements of a map, valid until the program ends.
-        unsafe {
-            if self.is_of(key) {
-                (*self.0).set(flags);
-                (*partner).set(flags);
+        if self.is_of(key) {
+            // SAFETY: elements of a map, valid until the program ends.
+            unsafe {
+                set(self.0, flags);
+                set(partner, flags);
             }
         }
     }
@@ -51,33 +52,38 @@ impl Found {
         // SAFETY: an element of a map, valid until the program ends.
         unsafe { (&raw const (*self.0).check).read_volatile() == key.check() }
     }
+}
 
-    /// The flow has ended: sets flags in this direction and in the other. It stays, as one of those that go first.
-    #[inline(never)]
-    pub fn close(self, key: &FlowKey, flow: &Flow, own: u16, others: u16) {
-        let at = jiffies();
-        let mut name = Ended { key: flow.partner(key.proto()), at: at as u64 };
-        let Some(partner) = FLOWS.get_ptr_mut(&name.key) else { return };
-        if !self.is_of(key) {
-            return;
-        }
-        let mut client = partner;
-        if !flow.has(Flow::REPLY) {
-            (name.key, client) = (*key, self.0);
-        }
-        // SAFETY: elements of a map, valid until the program ends; one aligned store, then the flag that gives it its meaning.
-        unsafe {
-            (&raw mut (*client).detail).write_volatile(at);
-            compiler_fence(Ordering::SeqCst);
-            (*self.0).set(own | Flow::CLOSING);
-            (*partner).set(others | Flow::CLOSING);
-        }
-        if CLOSING.push(&name, BPF_ANY as u64).is_err() {
-            evict_closing();
-            // Another CPU may have taken the place: without one, the flow goes when it is idle.
-            let _ = CLOSING.push(&name, BPF_ANY as u64);
-        }
+/// A flow has ended: names it among the closing, and sets flags in the half of `key`, of which `flow` is a copy, and in the other. It
+/// stays, as one of those that go first. `partner` is memory for the other half's key.
+#[inline(never)]
+pub fn close(key: &FlowKey, flow: &Flow, partner: &mut FlowKey, own: u16, others: u16) {
+    *partner = flow.partner(key.proto());
+    let is_reply = flow.has(Flow::REPLY);
+    let client_key = if is_reply { &*partner } else { key };
+    let turn = ring::name::<ClosingRing>(client_key, ring::next::<ClosingRing>());
+    // Without a name it goes when it is idle, as if the end had not been seen.
+    let (Some(half), Some(other)) = (FLOWS.get_ptr_mut(key), FLOWS.get_ptr_mut(&*partner)) else { return };
+    if turn == 0 {
+        return;
     }
+    // SAFETY: elements of a map, valid until the program ends; one aligned store, then the flag that gives it its meaning.
+    unsafe {
+        let client = if is_reply { other } else { half };
+        (&raw mut (*client).turn).write_volatile(turn);
+        set(half, own | Flow::CLOSING);
+        set(other, others | Flow::CLOSING);
+    }
+}
+
+/// Sets flags of an entry; other CPUs may set others at the same time.
+///
+/// # Safety
+/// `entry` must be an element of `flows`.
+#[inline(always)]
+unsafe fn set(entry: *mut Flow, flags: u16) {
+    // SAFETY: the caller promises it; a flow is aligned as a word is, and its flags lie in the first.
+    unsafe { atomic::set_bits(entry.cast(), Flow::in_first_word(flags)) };
 }
 
 /// The tick of this moment.
@@ -103,194 +109,191 @@ pub fn lookup(key: &FlowKey, flow: &mut Flow) -> Option<Found> {
     found.is_of(key).then_some(found)
 }
 
-/// What came of an attempt to enter a new flow.
+/// What came of an attempt to enter a new flow. A number, for it lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Claim {
+#[repr(transparent)]
+pub struct Claim(u32);
+
+impl Claim {
     /// Both directions are in the table.
-    Made,
+    pub const MADE: Self = Self(0);
     /// Another flow has the same reply.
-    Taken,
+    pub const TAKEN: Self = Self(1);
     /// There is no room.
-    Full,
+    pub const FULL: Self = Self(2);
+    /// The kernel has no memory.
+    pub const NO_MEMORY: Self = Self(3);
+
+    /// Why the kernel did not take an entry that no other has the key of.
+    #[inline(always)]
+    fn refused(error: i32) -> Self {
+        if error == -E2BIG { Self::FULL } else { Self::NO_MEMORY }
+    }
 }
 
-/// Which flows a claim may end, if they have the key.
+/// The kernel's answers to an entry: another has the key, and the table is full.
+const EEXIST: i32 = 17;
+const E2BIG: i32 = 7;
+
+/// Which flows a claim may end, if they have the key. A number, for it lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
+#[repr(transparent)]
+pub struct Ending(u32);
+
+impl Ending {
     /// None.
-    Nothing,
-    /// Those of which nothing more is to come. What comes late would be taken for the new flow's: at the client, an
-    /// acknowledgement of what it never sent, which it answers by a RST.
-    Over,
+    pub const NOTHING: Self = Self(0);
+    /// Those of which nothing more is to come: closed, or a question by UDP that was answered. What comes late would be taken for
+    /// the new flow's: at the client, an acknowledgement of what it never sent, which it answers by a RST.
+    pub const OVER: Self = Self(1);
+    /// These, and half-open ones of which nothing was seen for a while.
+    pub const IDLE: Self = Self(2);
     /// All that are closing.
-    Closing,
+    pub const CLOSING: Self = Self(3);
 }
 
-/// Ticks after which nothing more is to come of a flow whose last acknowledgement was not seen.
+/// Ticks after which nothing more is to come of a flow whose last acknowledgement was not seen, or whose question was answered;
+/// and after which answers that go on are a stream.
 const LINGER: u32 = 2;
 
 /// Enters a new flow, if no other flow has its reply's key, or one that `ending` names. The reply's key is claimed first, by an
-/// exclusive insert.
+/// exclusive insert. What came of it is in the working memory.
 #[inline(never)]
-pub fn claim(key: &FlowKey, forward: &mut Flow, reply: &mut Flow, ending: Ending) -> Claim {
-    let reply_key = forward.partner(key.proto());
-    (forward.check, reply.check) = (key.check(), reply_key.check());
-    if FLOWS.insert(&reply_key, &*reply, BPF_NOEXIST as u64).is_err() {
-        let Some(other) = FLOWS.get_ptr(&reply_key) else { return Claim::Full };
-        // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
-        let other: &Flow = unsafe { &*other };
-        if is_taken(other, key, ending) {
-            return Claim::Taken;
-        }
-        remove(&reply_key, other);
-        if FLOWS.insert(&reply_key, &*reply, BPF_NOEXIST as u64).is_err() {
-            return Claim::Taken;
-        }
-    }
-    if FLOWS.insert(key, &*forward, BPF_ANY as u64).is_err() {
-        let _ = FLOWS.remove(&reply_key);
-        return Claim::Full;
-    }
-    Claim::Made
+pub fn claim(scratch: &mut Scratch) {
+    let made = try_claim(scratch);
+    // SAFETY: an own field. Volatile, so that the verifier walks what follows once.
+    unsafe { (&raw mut scratch.claim).write_volatile(made) };
 }
 
-/// Whether what has the reply's key is a flow that goes on, and not one of `key` itself.
 #[inline(always)]
-fn is_taken(reply: &Flow, key: &FlowKey, ending: Ending) -> bool {
-    let owner = reply.partner(key.proto());
-    if owner == *key {
+fn try_claim(scratch: &mut Scratch) -> Claim {
+    let Scratch { key, flow: forward, reply, keys: [reply_key, owner], ending, .. } = scratch;
+    *reply_key = forward.partner(key.proto());
+    (forward.check, reply.check) = (key.check(), reply_key.check());
+    if let Err(error) = FLOWS.insert(&*reply_key, &*reply, BPF_NOEXIST as u64) {
+        if error != -EEXIST {
+            return Claim::refused(error);
+        }
+        if is_taken(reply_key, owner, key, ending) {
+            return Claim::TAKEN;
+        }
+        let _ = FLOWS.remove(&*reply_key);
+        let _ = FLOWS.remove(&*owner);
+        if FLOWS.insert(&*reply_key, &*reply, BPF_NOEXIST as u64).is_err() {
+            return Claim::TAKEN;
+        }
+    }
+    if let Err(error) = FLOWS.insert(&*key, &*forward, BPF_ANY as u64) {
+        let _ = FLOWS.remove(&*reply_key);
+        return Claim::refused(error);
+    }
+    Claim::MADE
+}
+
+/// Whether what has the reply's key is a flow that goes on, and not one of `key` itself. `owner` becomes the key of its client's half.
+#[inline(always)]
+fn is_taken(reply_key: &FlowKey, owner: &mut FlowKey, key: &FlowKey, ending: &Ending) -> bool {
+    let Some(entry) = FLOWS.get_ptr(reply_key) else { return true };
+    // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
+    let reply: &Flow = unsafe { &*entry };
+    *owner = reply.partner(key.proto());
+    compiler_fence(Ordering::SeqCst);
+    // It may have gone meanwhile, and be another's: what was read is of nobody then.
+    if !Found(entry.cast_mut()).is_of(reply_key) {
+        return true;
+    }
+    if *owner == *key {
         return false;
     }
+    let rests = is_idle(reply);
     if reply.stage() == Stage::Closing {
-        return match ending {
-            Ending::Nothing => true,
-            Ending::Over => !reply.has(Flow::OVER) && ticks_between(reply.last_seen, now()) < LINGER,
-            Ending::Closing => false,
-        };
+        let over = reply.has(Flow::OVER) || rests;
+        return !(*ending == Ending::CLOSING || *ending != Ending::NOTHING && over);
     }
     // One that is alone and new is about to get its other half.
-    FLOWS.get_ptr(&owner).is_some() || ticks_between(reply.last_seen, now()) < LINGER
+    let Some(client) = FLOWS.get_ptr(&*owner) else { return !rests };
+    // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
+    let client: &Flow = unsafe { &*client };
+    let can_end = *ending == Ending::IDLE && client.stage() == Stage::HalfOpen
+        || *ending == Ending::OVER && is_answered_question(client, key.proto());
+    !(can_end && rests && is_idle(client))
 }
 
-/// Names a flow that was entered among the half-open. When their queue is full its first name goes. Most often that is of a
-/// flow that is further by now. One that is half-open still goes too if nothing was seen of it for a while, or if the next
-/// ones are half-open as well.
+/// Whether nothing was seen of this direction for so long that nothing more is to be expected of a flow that ended.
+#[inline(always)]
+fn is_idle(half: &Flow) -> bool {
+    ticks_between(half.last_seen, now()) >= LINGER
+}
+
+/// Ticks for which a half-open flow waits for an answer: a slow server's, or that to the third SYN.
+const PATIENCE: u32 = 8;
+
+/// Whether an answer to this direction can still be expected.
+#[inline(always)]
+pub fn waits(half: &Flow) -> bool {
+    ticks_between(half.last_seen, now()) < PATIENCE
+}
+
+/// Whether a flow is that of a question by UDP that was answered, and of which no more has come of it.
+#[inline(always)]
+pub fn is_answered_question(client: &Flow, proto: u8) -> bool {
+    proto == Protocol::Udp as u8 && client.stage() == Stage::HalfOpen && client.has(Flow::ANSWERED)
+}
+
+/// Names a flow that was entered among the half-open, in this turn or a later one. One that cannot be named is removed; whether it
+/// stays.
 #[inline(never)]
-pub fn wait(key: &FlowKey) {
-    if HALF_OPEN.push(key, BPF_ANY as u64).is_ok() {
-        return;
+pub fn wait(key: &FlowKey, turn: u64) -> bool {
+    let given = ring::name::<HalfOpenRing>(key, turn);
+    if given == turn as u32 {
+        return true;
     }
-    repeat(LOOKED_AT, &mut Displacement { left: LOOKED_AT });
-    // If other CPUs have taken the place, the flow goes when it is idle.
-    let _ = HALF_OPEN.push(key, BPF_ANY as u64);
-}
-
-/// How many of the oldest half-open flows are looked at when their queue is full.
-const LOOKED_AT: u32 = 4;
-
-/// The search for a name that can go from `half_open`.
-struct Displacement {
-    left: u32,
-}
-
-impl Steps for Displacement {
-    fn step(&mut self, _index: u32) -> Step {
-        self.left -= 1;
-        let mut oldest = MaybeUninit::uninit();
-        let Some(oldest) = pop(&HALF_OPEN, &mut oldest) else { return Step::Done };
-        let Some(flow) = half_open(oldest) else { return Step::Done };
-        let seen = ticks_between(flow.last_seen, now()) < LINGER;
-        if seen && self.left != 0 && HALF_OPEN.push(oldest, BPF_ANY as u64).is_ok() {
-            return Step::Next;
-        }
-        remove(oldest, flow);
-        Step::Done
+    let Some(entry) = FLOWS.get_ptr_mut(key) else { return true };
+    if given == 0 {
+        remove_live(key, entry);
+        return false;
     }
+    // SAFETY: an element of a map, valid until the program ends; one aligned store.
+    unsafe { (&raw mut (*entry).turn).write_volatile(given) };
+    true
 }
 
 /// Makes room in the full table, for some flows to come: the oldest that are closing go, or else one that is half-open.
 #[inline(never)]
 pub fn make_room() {
-    repeat(CLEARED, &mut Clearance { made: false });
-}
-
-/// How many names are taken from the queues at once to make room.
-const CLEARED: u32 = 64;
-
-/// The search for flows that can go from the full table.
-struct Clearance {
-    made: bool,
-}
-
-impl Steps for Clearance {
-    fn step(&mut self, _index: u32) -> Step {
-        match evict_closing() {
-            Some(gone) => self.made |= gone,
-            None if self.made => return Step::Done,
-            None => self.made = evict_half_open(),
-        }
-        Step::Next
+    if !ring::clear::<ClosingRing>() {
+        ring::clear::<HalfOpenRing>();
     }
-}
-
-/// Takes the oldest name from `closing`, and its flow from the table; whether there was one. `None` if there is no name.
-#[inline(never)]
-fn evict_closing() -> Option<bool> {
-    let mut name = MaybeUninit::uninit();
-    let name = pop(&CLOSING, &mut name)?;
-    let Some(flow) = FLOWS.get_ptr(&name.key) else { return Some(false) };
-    // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
-    let flow: &Flow = unsafe { &*flow };
-    let is_named = flow.stage() == Stage::Closing && flow.ended() as u64 == name.at;
-    if is_named {
-        remove(&name.key, flow);
-    }
-    Some(is_named)
-}
-
-/// Takes the oldest name from `half_open`, and its flow from the table; whether there was one.
-#[inline(always)]
-fn evict_half_open() -> bool {
-    let mut oldest = MaybeUninit::uninit();
-    let Some(oldest) = pop(&HALF_OPEN, &mut oldest) else { return false };
-    let Some(flow) = half_open(oldest) else { return false };
-    remove(oldest, flow);
-    true
-}
-
-/// Takes the first name from a queue, to where it is looked at: what the queue itself gives back is on the stack twice.
-#[inline(always)]
-fn pop<'a, T, const N: usize>(queue: &Queue<T, N>, name: &'a mut MaybeUninit<T>) -> Option<&'a T> {
-    // SAFETY: the helper writes a whole name, or fails.
-    unsafe {
-        let queue = (&raw const *queue).cast_mut().cast();
-        (bpf_map_pop_elem(queue, name.as_mut_ptr().cast()) == 0).then(|| name.assume_init_ref())
-    }
-}
-
-/// The flow with this key, if it is half-open.
-#[inline(always)]
-fn half_open(key: &FlowKey) -> Option<&'static Flow> {
-    // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
-    let flow: &Flow = unsafe { &*FLOWS.get_ptr(key)? };
-    (flow.stage() == Stage::HalfOpen).then_some(flow)
 }
 
 /// Notes in the client's half what an endpoint's answer shows: the number that the client will acknowledge.
 #[inline(always)]
-pub fn answered(reply: &Flow, proto: u8, expected_ack: Option<u32>) {
+pub fn answered(reply: &Flow, proto: u8, expected_ack: u32) {
     let Some(forward) = FLOWS.get_ptr_mut(&reply.partner(proto)) else { return };
+    let flags = Flow::ANSWERED | Flow::ACK_KNOWN;
     // SAFETY: an element of a map, valid until the program ends; each field is one aligned store, the flags last.
     unsafe {
-        let mut flags = Flow::ANSWERED;
-        if let Some(ack) = expected_ack {
-            (&raw mut (*forward).detail).write_volatile(ack);
-            flags |= Flow::ACK_KNOWN;
-        }
+        (&raw mut (*forward).detail).write_volatile(expected_ack);
         if !(*forward).has(flags) {
-            (*forward).set(flags);
+            set(forward, flags);
         }
     }
+}
+
+/// Notes in the client's half that an endpoint answers by UDP. Whether it has gone on answering for a while: that is a stream, whose
+/// client may be silent.
+#[inline(always)]
+pub fn streams(reply: &Flow) -> bool {
+    let Some(forward) = FLOWS.get_ptr_mut(&reply.partner(Protocol::Udp as u8)) else { return false };
+    // SAFETY: an element of a map, valid until the program ends; each field is one aligned read or store, the flags last.
+    unsafe {
+        if (*forward).has(Flow::ANSWERED) {
+            return ticks_between((*forward).answered_at(), now()) >= LINGER;
+        }
+        (&raw mut (*forward).detail).write_volatile(now());
+        set(forward, Flow::ANSWERED);
+    }
+    false
 }
 
 /// Whether a client's acknowledgement proves that it saw the SYN-ACK.
@@ -302,8 +305,20 @@ pub fn proves(forward: &Flow, ack: u32) -> bool {
 /// Removes a flow, both directions.
 #[inline(never)]
 pub fn remove(key: &FlowKey, flow: &Flow) {
-    // Before the first goes: it may be `flow` itself.
-    let partner = flow.partner(key.proto());
+    let _ = FLOWS.remove(key);
+    let _ = FLOWS.remove(&flow.partner(key.proto()));
+}
+
+/// Removes the flow of this entry, both directions, if the entry is the key's still. Whether it was.
+#[inline(never)]
+pub fn remove_live(key: &FlowKey, entry: *const Flow) -> bool {
+    // SAFETY: an element of a map, valid until the program ends. What is read of it may be another's, which is found out.
+    let partner = unsafe { (*entry).partner(key.proto()) };
+    compiler_fence(Ordering::SeqCst);
+    if !Found(entry.cast_mut()).is_of(key) {
+        return false;
+    }
     let _ = FLOWS.remove(key);
     let _ = FLOWS.remove(&partner);
+    true
 }

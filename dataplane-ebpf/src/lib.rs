@@ -3,6 +3,7 @@
 //! [`path::walk`] is the whole of it: parse, flow, service, select, route, claim, translate. XDP and tc run the same walk
 //! through a [`frame::Frame`]; a third frame over a byte slice lets parsing and rewriting be tested on the host.
 #![no_std]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![expect(
     clippy::needless_borrows_for_generic_args,
     reason = "a key by value is one more copy on a stack of 512 bytes"
@@ -12,6 +13,7 @@
 extern crate std;
 
 pub mod affinity;
+pub mod atomic;
 pub mod clock;
 pub mod connect;
 pub mod count;
@@ -28,6 +30,7 @@ pub mod parse;
 pub mod path;
 pub mod reject;
 pub mod repeat;
+pub mod ring;
 pub mod scratch;
 pub mod select;
 pub mod service;

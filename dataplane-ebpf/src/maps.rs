@@ -1,7 +1,7 @@
 //! The maps, as `dataplane_common::tables` says them. Their element counts are defaults: the agent may load others.
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, SkStorage};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
 use aya_ebpf::macros::btf_map;
 use dataplane_common::tables::{self, Table};
 
@@ -36,7 +36,6 @@ macro_rules! maps {
     (@type LruHashMap, $table:ty) => {
         LruHashMap<<$table as Table>::Key, <$table as Table>::Value, { <$table as Table>::CAPACITY }>
     };
-    (@type Queue, $table:ty) => { Queue<<$table as Table>::Value, { <$table as Table>::CAPACITY }> };
     // Its key has the number of bits before the data that they are of.
     (@type LpmTrie, $table:ty) => {
         LpmTrie<
@@ -57,9 +56,10 @@ maps! {
     SOURCE_RANGES: LpmTrie = "source_ranges", SourceRanges;
     SLOTS: Array = "slots", Slots;
     BACKENDS: Array = "backends", Backends;
-    FLOWS: HashMap = "flows", Flows;
-    HALF_OPEN: Queue = "half_open", HalfOpen;
-    CLOSING: Queue = "closing", Closing;
+    FLOWS: HashMapByEntry = "flows", Flows;
+    HALF_OPEN: Array = "half_open", HalfOpen;
+    CLOSING: Array = "closing", Closing;
+    TURNS: Array = "turns", Turns;
     PORT_TURN: PerCpuArray = "port_turn", PortTurns;
     OUTGOINGS: LruHashMap = "outgoing", Outgoings;
     UPLINKS: LruHashMap = "uplinks", Uplinks;
@@ -77,6 +77,39 @@ maps! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whatever writes to a map names it in front of one of these.
+    #[test]
+    fn programs_write_to_no_table_that_they_only_read() {
+        const WRITES: [&str; 5] = ["get_ptr_mut", "insert", "remove", "push", "pop"];
+        let read_only =
+            ["NODE", "NODE_ADDRS", "FILTER", "FRONTENDS", "SERVICES", "SOURCE_RANGES", "SLOTS", "BACKENDS"];
+        assert_eq!(read_only.len(), tables::READ_ONLY.len());
+        let mut folders = std::vec![std::path::PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))];
+        let mut seen = 0;
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path);
+                    continue;
+                }
+                let text = std::fs::read_to_string(&path).unwrap();
+                for name in read_only {
+                    for write in WRITES {
+                        let call = std::format!("{name}.{write}(");
+                        let found = text.match_indices(&call);
+                        let own = found.filter(|(at, _)| {
+                            !text[..*at].ends_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+                        });
+                        assert_eq!(own.count(), 0, "{call} in {}", path.display());
+                    }
+                    seen += text.matches(&std::format!("{name}.")).count();
+                }
+            }
+        }
+        assert!(seen >= read_only.len(), "the names are no longer those of the maps");
+    }
 
     #[test]
     fn every_table_has_its_map_under_its_own_name() {

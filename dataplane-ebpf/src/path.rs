@@ -11,6 +11,7 @@ use crate::forward::{self, Origin, Route};
 use crate::frame::Frame;
 use crate::parse::{ICMP, ICMPV6, Obstacle, Packet, parse};
 use crate::reject::{self, IcmpError};
+use crate::ring::{self, HalfOpenRing};
 use crate::scratch::{Opening, Scratch};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
@@ -24,6 +25,7 @@ use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::{Node, SourceCase, SourceRule};
 use dataplane_common::service::Policy;
 use dataplane_common::{Addr, Protocol, read_word};
+pub use life::End;
 
 /// Where the packet is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,7 +117,7 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     // chain of calls, and kernels before 6.8 round each function's share up to 32.
     let known = walk.known();
     if known != Code::BEGIN {
-        return known.verdict();
+        return walk.end(known).verdict();
     }
     if interest.outgoing {
         outgoing::note(&walk.s.packet, &walk.s.key);
@@ -125,7 +127,8 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
         if admitted != Code::BEGIN {
             return admitted.verdict();
         }
-        return walk.begin().verdict();
+        let begun = walk.begin();
+        return walk.settle(begun).verdict();
     }
     not_ours(&walk.s.packet, hook)
 }
@@ -195,6 +198,7 @@ impl<F: Frame> Walk<'_, F> {
 
     #[inline(always)]
     fn continue_flow(&mut self) -> Verdict {
+        self.s.end = End::NONE;
         let Some(found) = flow::lookup(&self.s.key, &mut self.s.flow) else { return Verdict::Begin };
         if !self.applies() {
             return Verdict::Pass;
@@ -220,8 +224,19 @@ impl<F: Frame> Walk<'_, F> {
             let direction = if reply { Direction::Out } else { Direction::In };
             count::packet(service, self.s.flow.backend, direction, self.s.packet.length);
         }
-        life::progress(&self.s.key, found, &self.s.packet, &self.s.flow);
+        self.s.end = life::progress(&self.s.key, found, &self.s.packet, &self.s.flow);
         self.send(exit)
+    }
+
+    /// Closes the flow of a packet that was its last. Gives the verdict on it back.
+    #[inline(always)]
+    fn end(&mut self, known: Code) -> Code {
+        let known = self.s.through_memory(known);
+        let Scratch { key, flow, keys: [partner, _], end: End { own, others }, .. } = &mut *self.s;
+        if *own != 0 {
+            flow::close(key, flow, partner, *own, *others);
+        }
+        known
     }
 
     /// Whether this hook is the one that translates this direction of the flow.
@@ -498,20 +513,30 @@ impl<F: Frame> Walk<'_, F> {
         }
     }
 
-    /// Chooses an endpoint, enters the flow and sends its first packet. A flow whose packet could not be written is named in no
-    /// queue: it goes when it is idle.
+    /// Chooses an endpoint, enters the flow and sends its first packet. A flow whose packet could not be written has no name: it goes
+    /// when it is idle.
     #[inline(never)]
     fn begin(&mut self) -> Code {
-        let begun = self.new_flow();
-        // Both from here: further down the chain of calls the stack has no room for them.
-        match begun {
-            Verdict::Pass | Verdict::Forward | Verdict::HandUp => flow::wait(&self.s.key),
-            // For the next one.
-            Verdict::Drop(Reason::FlowsFull) => flow::make_room(),
-            Verdict::Drop(_) | Verdict::Refuse(_) | Verdict::Answer | Verdict::Begin | Verdict::LeaveToTc => {
+        self.s.turn = ring::next::<HalfOpenRing>();
+        self.new_flow().into()
+    }
+
+    /// Names the flow that began, or makes room for the next where there was none. Not further down the chain of calls, where the
+    /// stack has no room for it. Gives the verdict on the packet.
+    #[inline(always)]
+    fn settle(&mut self, begun: Code) -> Code {
+        let begun = self.s.through_memory(begun);
+        match begun.verdict() {
+            Verdict::Pass | Verdict::Forward | Verdict::HandUp if !flow::wait(&self.s.key, self.s.turn) => {
+                Verdict::Drop(Reason::FlowsFull).into()
             }
+            Verdict::Drop(Reason::FlowsFull) => {
+                flow::make_room();
+                begun
+            }
+            Verdict::Pass | Verdict::Forward | Verdict::HandUp | Verdict::Drop(_) => begun,
+            Verdict::Refuse(_) | Verdict::Answer | Verdict::Begin | Verdict::LeaveToTc => begun,
         }
-        begun.into()
     }
 
     #[inline(always)]
@@ -541,12 +566,15 @@ impl<F: Frame> Walk<'_, F> {
             }
             interest::note_caller(&self.s.flow.src, self.s.packet.proto);
             // A client's own port that serves it again ends the flow that is closing.
-            match flow::claim(&self.s.key, &mut self.s.flow, &mut self.s.reply, Ending::Closing) {
-                Claim::Made => return self.launch().verdict(),
-                // Another endpoint may do. The node's own address and port may change, so it needs no other endpoint.
-                Claim::Taken if sent => break,
-                Claim::Taken => {}
-                Claim::Full => return Verdict::Drop(Reason::FlowsFull),
+            self.s.ending = Ending::CLOSING;
+            flow::claim(self.s);
+            let claim = self.s.claim;
+            if claim != Claim::TAKEN {
+                return self.entered(claim);
+            }
+            // Another endpoint may do. The node's own address and port may change, so it needs no other endpoint.
+            if sent {
+                break;
             }
         }
         // Another flow has the same reply. The client gets another port and keeps its address: policies are about addresses (P12).
@@ -612,7 +640,7 @@ impl<F: Frame> Walk<'_, F> {
     /// Both halves of a new flow to the chosen endpoint, in the walk's working memory; the source is the client's still.
     #[inline(always)]
     fn write_flow(&mut self, source: Source, chosen: &Chosen, change: u16) {
-        let Scratch { packet, flow, reply, .. } = &mut *self.s;
+        let Scratch { packet, flow, reply, turn, .. } = &mut *self.s;
         let from_node = source == Source::Node;
         let flags = if from_node { Flow::NODE_CLIENT } else { 0 };
         *flow = Flow::with_flags(flags | change & Flow::SOURCE_TRANSLATED);
@@ -622,6 +650,7 @@ impl<F: Frame> Walk<'_, F> {
         flow.last_seen = flow::now();
         *reply = *flow;
         flow.set(change);
+        flow.turn = *turn as u32;
         if from_node {
             reply.detail = self.frame.ifindex();
             // The node's own packets carry the uplink's address as they leave.
@@ -640,10 +669,18 @@ impl<F: Frame> Walk<'_, F> {
             self.s.flow.src = self.s.way.source;
             interest::note_caller(&self.s.flow.src, self.s.packet.proto);
         }
-        match port::claim(self.s) {
-            Claim::Made => self.launch().verdict(),
-            Claim::Taken => Verdict::Drop(Reason::PortsExhausted),
-            Claim::Full => Verdict::Drop(Reason::FlowsFull),
+        port::claim(self.s);
+        self.entered(self.s.claim)
+    }
+
+    /// What becomes of the packet after the attempt to enter its flow.
+    #[inline(always)]
+    fn entered(&mut self, claim: Claim) -> Verdict {
+        match claim {
+            Claim::MADE => self.launch().verdict(),
+            Claim::FULL => Verdict::Drop(Reason::FlowsFull),
+            Claim::NO_MEMORY => Verdict::Drop(Reason::NoMemory),
+            _ => Verdict::Drop(Reason::PortsExhausted),
         }
     }
 

@@ -8,6 +8,8 @@ use crate::kernel::sysctls::Conntrack;
 use crate::pattern::Pattern;
 use crate::watch::cluster::ApiServer;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use dataplane_common::Protocol;
 use dataplane_common::tables::{self, Closing, Flows, HalfOpen, LAYOUT, Table as _};
 use ipnet::IpNet;
 use std::net::SocketAddr;
@@ -66,6 +68,11 @@ pub enum Command {
     /// Services are then served no more on this node, and connections through them break. An agent that runs must be stopped
     /// first. On kernels before 6.6, run it in the agent's network namespace: the tc filters are found there.
     Cleanup(CleanupArgs),
+    /// One screen about this node: agent, API server, Services, tables, interfaces, and what somebody should look at.
+    ///
+    /// Needs root. Says what it can where no agent runs, or where the kernel holds nothing. Its exit code is 0 if all is well, 3 if
+    /// somebody should look at something although Services are served, and 4 if they are not served as they should be.
+    Status(StatusArgs),
     /// The Services that the kernel holds, a row for each port and IP family.
     ///
     /// Reads the pinned maps: needs root, but no agent. CLUSTER and LOCAL are the numbers of endpoints in the set of the whole
@@ -93,6 +100,14 @@ pub enum Command {
     /// Reads the pinned maps and the node's conntrack: needs root and the node's network namespace, but no agent. EXPIRES is the
     /// time after which conntrack forgets a connection if nothing comes.
     TakeOver(ShowArgs),
+    /// What becomes of a new connection, and why: computed by the programs that forward, on the live tables, and changing nothing.
+    ///
+    /// FROM is an address, with a port or without, or `node`. TO is an address and port, a Service (`default/kubernetes:https`), or a
+    /// node port of this node (`node:30080`). Needs root and the node's network namespace; an agent tells besides why endpoints take
+    /// no part. The exit code is 0 if the connection is served, 3 if it is none of Portolan's, and 4 if it is dropped or refused.
+    Explain(ExplainArgs),
+    /// Print a script by which a shell completes the verbs and flags: `source <(portolan completion bash)`.
+    Completion(CompletionArgs),
 }
 
 /// Flags of `portolan agent`.
@@ -331,14 +346,52 @@ pub struct ShowArgs {
     pub output: Output,
 }
 
+/// Flags of `portolan status`.
+#[derive(Clone, Debug, Args)]
+pub struct StatusArgs {
+    /// Where it looks and how it is printed.
+    #[command(flatten)]
+    pub show: ShowArgs,
+    /// End with 0 in place of 3 where Services are served and somebody should look at something.
+    #[arg(long)]
+    pub allow_warnings: bool,
+}
+
+/// Flags of `portolan explain`.
+#[derive(Clone, Debug, Args)]
+pub struct ExplainArgs {
+    /// Who calls: an address, with a port or without, or `node`.
+    pub from: String,
+    /// Who is called: an address and port, a Service, or `node:PORT`.
+    pub to: String,
+    /// By which protocol; without it, the one that is served there.
+    #[arg(long, value_name = "tcp|udp|sctp", value_parser = protocol)]
+    pub protocol: Option<Protocol>,
+    /// Where it looks and how it is printed.
+    #[command(flatten)]
+    pub show: ShowArgs,
+}
+
+/// Flags of `portolan completion`.
+#[derive(Clone, Debug, Args)]
+pub struct CompletionArgs {
+    /// The shell.
+    #[arg(value_enum)]
+    pub shell: Shell,
+}
+
 /// How something is printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Output {
-    /// Columns, for people.
+    /// For people.
     #[default]
     Table,
-    /// JSON, for programs.
+    /// The same with more of it.
+    Wide,
+    /// JSON, for programs: fields are added, and none goes or changes within a major version.
     Json,
+    /// YAML with the same fields.
+    Yaml,
 }
 
 /// `--service-route`.
@@ -524,20 +577,21 @@ impl FromStr for MapSize {
 }
 
 /// Maps whose size the programs know, or that have none.
-const FIXED: &[&str] = &["node", "filter", "callers", "port_turn", "reasons", "scratch", "socket_names"];
+const FIXED: &[&str] =
+    &["node", "filter", "callers", "turns", "port_turn", "reasons", "scratch", "socket_names"];
 
 impl AgentArgs {
     /// Each map whose size differs from its default, and the size.
     ///
-    /// `flows` has room for what is established and for all that the queues of the other stages name, two entries each; the
+    /// `flows` has room for what is established and for all that the rings of the other stages name, two entries each; the
     /// traffic of services and backends has as many as these.
     pub fn map_sizes(&self) -> Vec<MapSize> {
         let mut sizes: Vec<MapSize> = Vec::new();
         let set = |map: &str| self.map_size.iter().rfind(|size| size.map == map);
-        let queues = [(HalfOpen::NAME, HalfOpen::CAPACITY), (Closing::NAME, Closing::CAPACITY)];
-        if self.max_flows.is_some() || queues.iter().any(|(queue, _)| set(queue).is_some()) {
+        let rings = [(HalfOpen::NAME, HalfOpen::CAPACITY), (Closing::NAME, Closing::CAPACITY)];
+        if self.max_flows.is_some() || rings.iter().any(|(ring, _)| set(ring).is_some()) {
             let [half_open, closing] =
-                queues.map(|(queue, default)| set(queue).map_or(default, |size| size.entries as usize));
+                rings.map(|(ring, default)| set(ring).map_or(default, |size| size.entries as usize));
             let established = self.max_flows.map_or(tables::ESTABLISHED, |flows| flows as usize);
             let entries = tables::flow_entries(established, half_open, closing);
             sizes.push(MapSize { map: Flows::NAME, entries: u32::try_from(entries).unwrap_or(u32::MAX) });
@@ -590,6 +644,15 @@ fn told_by_interface(_: &str) -> Result<Refused, String> {
                 --pod-interface names those interfaces where the log says that it takes them for something else; --pod-cidr \
                 keeps external IPs out of ranges of pods";
     Err(text.to_owned())
+}
+
+fn protocol(text: &str) -> Result<Protocol, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "tcp" => Ok(Protocol::Tcp),
+        "udp" => Ok(Protocol::Udp),
+        "sctp" => Ok(Protocol::Sctp),
+        _ => Err(format!("`{text}` is none of tcp, udp and sctp")),
+    }
 }
 
 fn layout(text: &str) -> Result<String, String> {
@@ -692,7 +755,7 @@ mod tests {
     fn the_room_for_flows_counts_both_directions() {
         let sizes = agent(&["--max-flows", "50000", "--map-size", "backends=1000"]).unwrap().map_sizes();
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
-        assert_eq!(sizes, [("flows", 132_768), ("backends", 1_000), ("backend_traffic", 1_000)]);
+        assert_eq!(sizes, [("flows", 493_216), ("backends", 1_000), ("backend_traffic", 1_000)]);
         let sizes = agent(&["--map-size", "half_open=100,closing=200"]).unwrap().map_sizes();
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
         assert_eq!(sizes, [("flows", 200_600), ("half_open", 100), ("closing", 200)]);

@@ -22,8 +22,10 @@ pub struct IdleTimes {
     pub established: Duration,
     /// TCP and SCTP of which one end closed.
     pub half_closed: Duration,
-    /// UDP that was answered.
+    /// UDP of which both ends go on, or the endpoint alone.
     pub udp: Duration,
+    /// A question by UDP that was answered.
+    pub udp_answered: Duration,
     /// UDP that was not.
     pub udp_unanswered: Duration,
     /// A handshake that does not come to its end.
@@ -38,6 +40,7 @@ impl Default for IdleTimes {
             established: Duration::from_secs(24 * 3_600),
             half_closed: Duration::from_secs(3_600),
             udp: Duration::from_secs(180),
+            udp_answered: Duration::from_secs(10),
             udp_unanswered: Duration::from_secs(30),
             half_open: Duration::from_secs(60),
             closing: Duration::from_secs(60),
@@ -143,7 +146,8 @@ impl IdleTimes {
         let flow = Flow::with_flags(flags);
         let is_udp = proto == Protocol::Udp as u8;
         match flow.stage() {
-            Stage::HalfOpen if is_udp && !flow.has(Flow::ANSWERED) => self.udp_unanswered,
+            Stage::HalfOpen if is_udp && flow.has(Flow::ANSWERED) => self.udp_answered,
+            Stage::HalfOpen if is_udp => self.udp_unanswered,
             Stage::HalfOpen => self.half_open,
             Stage::Established if is_udp => self.udp,
             // Two FINs at the same moment may each have missed the other.
@@ -358,7 +362,7 @@ mod tests {
         assert_limit(60, TCP, confirmed | both | Flow::CLOSING);
         assert_limit(60, TCP, confirmed | Flow::CLOSING);
         assert_limit(30, UDP, 0);
-        assert_limit(60, UDP, Flow::ANSWERED);
+        assert_limit(10, UDP, Flow::ANSWERED);
         assert_limit(180, UDP, confirmed | Flow::ANSWERED);
     }
 

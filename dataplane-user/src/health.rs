@@ -141,6 +141,11 @@ impl Health {
         self.state().eligible = eligible;
     }
 
+    /// Whether the Node is there to stay (H1).
+    pub fn is_eligible(&self) -> bool {
+        self.state().eligible
+    }
+
     /// Why the node cannot serve what it was told (H2); `None` if it can.
     pub fn trouble(&self) -> Option<String> {
         let state = self.state();

@@ -28,7 +28,8 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 /// Wait before an address that could not be had is tried again.
@@ -36,7 +37,7 @@ pub(crate) const RETRY: Duration = Duration::from_secs(5);
 /// How long a client may take for its request's headers: one packet that was lost and sent again, and no more.
 const HEADERS_WITHIN: Duration = Duration::from_secs(2);
 /// How long a connection may last: as long as Prometheus waits for a scrape by default.
-const LONGEST: Duration = Duration::from_secs(10);
+pub(crate) const LONGEST: Duration = Duration::from_secs(10);
 /// Bytes of a request's headers, and the least that `hyper` takes.
 const HEADERS: usize = 8 * 1024;
 /// How many connections the kernel keeps until they are accepted. Of each that comes beyond, the kernel drops a packet, and
@@ -183,7 +184,11 @@ async fn listen(what: &str, address: SocketAddr) -> Option<TcpListener> {
     }
 }
 
-async fn answer(stream: TcpStream, pages: &(dyn Fn(&str) -> BoxFuture<'static, Arc<Page>> + Send + Sync)) {
+/// Answers the one question of a connection.
+pub(crate) async fn answer<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    pages: &(dyn Fn(&str) -> BoxFuture<'static, Arc<Page>> + Send + Sync),
+) {
     let service = service_fn(|request: Request<Incoming>| {
         let page = pages(request.uri().path());
         async move { Ok::<_, Infallible>(response(page.await)) }

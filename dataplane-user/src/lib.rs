@@ -20,6 +20,7 @@ pub mod model;
 pub mod pattern;
 pub mod pending;
 pub mod snapshot;
+pub mod status;
 pub mod sync;
 pub mod version;
 pub mod watch;

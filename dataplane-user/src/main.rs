@@ -2,10 +2,11 @@
 
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, FromArgMatches as _};
-use dataplane_user::admin::{self, View};
+use dataplane_user::admin::status::Verdict;
+use dataplane_user::admin::{self, View, explain, status};
 use dataplane_user::agent;
 use dataplane_user::causes::causes;
-use dataplane_user::config::{Cli, Command, NoteArgs, ShowArgs};
+use dataplane_user::config::{CleanupArgs, Cli, Command, NoteArgs, ShowArgs};
 use dataplane_user::heartbeat::Log;
 use dataplane_user::kernel::capability;
 use dataplane_user::kernel::cleanup::cleanup;
@@ -24,7 +25,7 @@ fn main() -> ExitCode {
     let command = Cli::command().version(version::text());
     let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     match log_to_stderr(&cli.log).and_then(|()| run(cli.command)) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("portolan: {}", causes(&*error));
             ExitCode::FAILURE
@@ -32,46 +33,62 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<()> {
+fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Agent(args) => agent::run(*args),
-        Command::MountBpffs(args) => {
-            match Pins::new(&args.bpffs).prepare()? {
-                Some(at) => println!("mounted a BPF file system at {}", at.display()),
-                None => println!("{} lies on a BPF file system already", args.bpffs.display()),
-            }
-            Ok(())
-        }
-        Command::NoteApiServer(args) => note_api_server(&args),
+        Command::Agent(args) => agent::run(*args)?,
+        Command::MountBpffs(args) => match Pins::new(&args.bpffs).prepare()? {
+            Some(at) => println!("mounted a BPF file system at {}", at.display()),
+            None => println!("{} lies on a BPF file system already", args.bpffs.display()),
+        },
+        Command::NoteApiServer(args) => note_api_server(&args)?,
         Command::SetConntrack(args) => {
             for (setting, made) in args.wanted().apply() {
                 println!("{}: {}", setting.name(), made.told(&setting));
             }
-            Ok(())
         }
-        Command::Cleanup(args) => {
-            capability::check()?;
+        Command::Cleanup(args) => clean_up(&args)?,
+        Command::Status(args) => {
+            let page = status::look(&args.show.bpffs)?;
+            print(&page.print(args.show.output)?)?;
+            let is_allowed = args.allow_warnings && page.verdict == Verdict::Warning;
+            return Ok(if is_allowed { ExitCode::SUCCESS } else { page.verdict.code().into() });
+        }
+        Command::Services(args) => show(View::Services, &args)?,
+        Command::Backends(args) => show(View::Backends, &args)?,
+        Command::Flows(args) => show(View::Flows, &args)?,
+        Command::Drops(args) => show(View::Drops, &args)?,
+        Command::TakeOver(args) => show(View::TakeOver, &args)?,
+        Command::Explain(args) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let mut count = 0;
-            let mut removed = |what: String| {
-                count += 1;
-                println!("removed {what}");
-            };
-            runtime.block_on(cleanup(&args.bpffs, &mut removed))?;
-            if !args.keep_state {
-                snapshot::remove(&args.state_dir, &mut removed)?;
-            }
-            if count == 0 {
-                println!("nothing to remove at {} and on the interfaces here", args.bpffs.display());
-            }
-            Ok(())
+            let explanation = runtime.block_on(explain::explain(&args))?;
+            print(&explanation.print(args.show.output)?)?;
+            return Ok(explanation.verdict.code().into());
         }
-        Command::Services(args) => show(View::Services, &args),
-        Command::Backends(args) => show(View::Backends, &args),
-        Command::Flows(args) => show(View::Flows, &args),
-        Command::Drops(args) => show(View::Drops, &args),
-        Command::TakeOver(args) => show(View::TakeOver, &args),
+        Command::Completion(args) => {
+            let mut script = Vec::new();
+            clap_complete::generate(args.shell, &mut Cli::command(), "portolan", &mut script);
+            print(&String::from_utf8(script)?)?;
+        }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn clean_up(args: &CleanupArgs) -> Result<()> {
+    capability::check()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut count = 0;
+    let mut removed = |what: String| {
+        count += 1;
+        println!("removed {what}");
+    };
+    runtime.block_on(cleanup(&args.bpffs, &mut removed))?;
+    if !args.keep_state {
+        snapshot::remove(&args.state_dir, &mut removed)?;
+    }
+    if count == 0 {
+        println!("nothing to remove at {} and on the interfaces here", args.bpffs.display());
+    }
+    Ok(())
 }
 
 fn note_api_server(args: &NoteArgs) -> Result<()> {
@@ -100,9 +117,12 @@ fn end_at_a_panic() {
     }));
 }
 
-/// A reader that stops reading, such as `head`, is no error.
 fn show(view: View, args: &ShowArgs) -> Result<()> {
-    let text = admin::show(view, args)?;
+    print(&admin::show(view, args)?)
+}
+
+/// A reader that stops reading, such as `head`, is no error.
+fn print(text: &str) -> Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
         Ok(()) | Err(_) => Ok(()),

@@ -61,6 +61,25 @@ fn a_udp_flow_is_established_when_both_ends_have_spoken() {
     });
 }
 
+/// C4: answers that go on establish a flow whose client is silent, such as that of a stream; one late answer does not.
+#[test]
+fn a_udp_flow_is_established_by_answers_that_go_on() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let answer = udp_packet((f.remote, 8080), (f.pod, 40_000), b"a");
+        world.send(Hook::PodIn, &udp_packet((f.pod, 40_000), (f.cluster_ip, 80), b"q")).unwrap();
+        world.age_flows(LINGER).unwrap();
+        for _ in 0..3 {
+            world.send(Hook::PodOut, &answer).unwrap();
+            assert_eq!(world.flow_counts().unwrap(), [2, 0, 0]);
+        }
+        world.age_flows(LINGER).unwrap();
+        let restored = answer.clone().from(f.cluster_ip, 80);
+        expect(&world, Hook::PodOut, &answer, Verdict::Pass, &restored, &f.counted_out(9));
+        assert_eq!(world.flow_counts().unwrap(), [0, 2, 0]);
+    });
+}
+
 /// C4: both directions close together, after the FINs of both ends; packets go on through the closing flow.
 #[test]
 fn a_connection_closes_when_both_ends_have_finished() {
@@ -152,6 +171,9 @@ fn a_refused_connection_leaves_no_flow() {
         assert_eq!(world.flow_counts().unwrap(), [0, 0, 0]);
     });
 }
+
+/// Ticks for which a flow that could give its port away keeps it.
+const LINGER: u32 = 2;
 
 /// Longer than the step of the clock by which flows that ended are told apart.
 const JIFFY: Duration = Duration::from_millis(20);
@@ -245,6 +267,27 @@ fn a_half_open_flow_is_not_pushed_out_by_connections_that_are_confirmed() {
         }
         assert_eq!(world.flow_counts().unwrap(), [2, 78, 0]);
         assert!(waits.lives());
+    });
+}
+
+/// C4: a question by UDP that was answered makes way, at once, before one that waits for its answer.
+#[test]
+fn an_answered_question_makes_way_before_one_that_waits() {
+    for_both(|f| {
+        let world = World::with(&f.web("", &[f.remote_endpoint()]), 0, &[("half_open", 4)]).unwrap();
+        let ask =
+            |port| world.send(Hook::PodIn, &udp_packet((f.pod, port), (f.cluster_ip, 80), b"q")).unwrap();
+        let answer = |port| {
+            let sent = udp_packet((f.remote, 8080), (f.pod, port), b"a");
+            world.send(Hook::PodOut, &sent).unwrap().packet == sent.from(f.cluster_ip, 80).bytes()
+        };
+        ask(1);
+        for port in 2..=20 {
+            ask(port);
+            assert!(answer(port));
+        }
+        assert_eq!(world.flow_counts().unwrap(), [8, 0, 0]);
+        assert!(answer(1));
     });
 }
 
@@ -398,6 +441,54 @@ fn a_source_port_is_not_used_again_before_its_connection_is_over() {
         assert_eq!((outcome.verdict, outcome.moved), (Verdict::Drop, reason(Reason::PortsExhausted)));
         send(from_endpoint(tcp::ACK).numbers(5_002, 1_002));
         assert_eq!(send(from_client(40_001, tcp::SYN)).verdict, Verdict::Redirect);
+    });
+}
+
+/// P12, C4: a question by UDP that was answered gives its translated port away soon, but not as long as another answer may come.
+#[test]
+fn an_answered_question_gives_its_source_port_away() {
+    for_both(|f| {
+        let world = World::with_ports(&f.web("", &[f.remote_endpoint()]), 0, &[], 61_000..=61_001).unwrap();
+        let ask =
+            |port| world.send(Hook::UplinkIn, &udp_packet((f.client, port), (f.node, 30_080), b"q")).unwrap();
+        let answer =
+            |port| world.send(Hook::UplinkIn, &udp_packet((f.remote, 8080), (f.node, port), b"a")).unwrap();
+        let exhausted = (Verdict::Drop, reason(Reason::PortsExhausted));
+        let refused = |outcome: Outcome| (outcome.verdict, outcome.moved) == exhausted;
+        let unanswered = f.source_port(&ask(40_000).packet);
+        let answered = f.source_port(&ask(40_001).packet);
+        assert!(refused(ask(40_002)), "both are half-open, and new");
+        answer(answered);
+        assert!(refused(ask(40_002)), "it was answered a moment ago");
+        world.age_flows(LINGER).unwrap();
+        let third = ask(40_002);
+        assert_eq!((third.verdict, f.source_port(&third.packet)), (Verdict::Redirect, answered));
+        let restored = udp_packet((f.node, 30_080), (f.client, 40_000), b"a").ttl(63);
+        assert_eq!(answer(unanswered).packet, restored.bytes(), "its answer can still come");
+    });
+}
+
+/// P12, C4: where no other port is to be had, half-open flows of which nothing was seen for a while give theirs away: a flood of
+/// openings does not keep them. Established ones keep theirs.
+#[test]
+fn a_flood_does_not_keep_the_source_ports() {
+    for_both(|f| {
+        let world = World::with_ports(&f.web("", &[f.remote_endpoint()]), 0, &[], 61_000..=61_001).unwrap();
+        let send = |packet: Packet| world.send(Hook::UplinkIn, &packet).unwrap();
+        let from_client = |port, flags| tcp_packet((f.client, port), (f.node, 30_080), flags);
+        let kept = f.source_port(&send(from_client(1, tcp::SYN)).packet);
+        let answer = tcp_packet((f.remote, 8080), (f.node, kept), tcp::SYN | tcp::ACK);
+        send(answer.numbers(5_000, 1_001));
+        send(from_client(1, tcp::ACK).numbers(1_001, 5_001));
+        send(from_client(2, tcp::SYN));
+        assert_eq!(send(from_client(3, tcp::SYN)).moved, reason(Reason::PortsExhausted));
+        for port in 3..=20 {
+            world.age_flows(LINGER).unwrap();
+            let outcome = send(from_client(port, tcp::SYN));
+            assert_eq!(outcome.verdict, Verdict::Redirect);
+            assert_ne!(f.source_port(&outcome.packet), kept);
+        }
+        assert_eq!(world.flow_counts().unwrap(), [2, 2, 0]);
     });
 }
 

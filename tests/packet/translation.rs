@@ -7,6 +7,7 @@ use dataplane_common::{Addr, Port};
 use dataplane_tests::packet::build::{LINK_FROM, Transport, icmp_error, tcp, tcp_packet, udp_packet};
 use dataplane_tests::packet::family::{NARROW, for_both};
 use dataplane_tests::packet::{GATEWAY_MAC, Hook, Verdict, World, reason};
+use std::net::IpAddr;
 
 /// P9: there and back, TCP: translated where the pod's packet comes in, restored where the reply goes to the pod.
 #[test]
@@ -272,10 +273,17 @@ fn nine_of_ten_ports_are_had_without_a_failure() {
         for number in 0..4_536 * 9 / 10 {
             let outcome = world.send(Hook::UplinkIn, &syn(number)).unwrap();
             assert_eq!(outcome.verdict, Verdict::Redirect, "flow {number}: {:?}", outcome.moved);
+            // One that stays half-open gives its port away.
+            if number % 20 == 0 {
+                world.establish_flows().unwrap();
+            }
             assert_eq!(owners.insert(f.source_port(&outcome.packet), number), None, "taken twice");
         }
         let mut failed = 0;
         for number in 5_000..5_600 {
+            if number % 20 == 0 {
+                world.establish_flows().unwrap();
+            }
             let outcome = world.send(Hook::UplinkIn, &syn(number)).unwrap();
             if outcome.verdict == Verdict::Drop {
                 assert_eq!(outcome.moved, reason(Reason::PortsExhausted));
@@ -285,7 +293,8 @@ fn nine_of_ten_ports_are_had_without_a_failure() {
             }
         }
         assert!((600 - 454..600).contains(&failed), "{failed}");
-        // Connections that are refused give their ports back.
+        world.establish_flows().unwrap();
+        // Connections that are reset give their ports back.
         for port in owners.keys().take(500) {
             let refusal = tcp_packet((f.remote, 8080), (f.node, *port), tcp::RST | tcp::ACK);
             assert_eq!(world.send(Hook::UplinkIn, &refusal).unwrap().verdict, Verdict::Redirect);
@@ -520,6 +529,23 @@ fn a_flow_with_the_same_reply_and_no_port_left_is_dropped() {
         let mut moved = reason(Reason::ReplyCollision);
         moved.extend(reason(Reason::PortsExhausted));
         assert_eq!(outcome.moved, moved);
+    });
+}
+
+/// P12, C5: a port whose replies would be those of a connection that netfilter translates is not given to a flow.
+#[test]
+fn a_port_of_somebody_elses_connection_to_the_endpoint_is_left_alone() {
+    for_both(|f| {
+        let mut world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let opens = |port| tcp_packet((f.client, port), (f.node, 30_080), tcp::SYN);
+        world.set_snat_ports(61_000..=61_001).unwrap();
+        let [endpoint, node]: [IpAddr; 2] = [f.remote, f.node].map(|address| address.parse().unwrap());
+        world.note_answers((endpoint, 8080).into(), (node, 61_000).into()).unwrap();
+        let outcome = world.send(Hook::UplinkIn, &opens(40_000)).unwrap();
+        assert_eq!((outcome.verdict, f.source_port(&outcome.packet)), (Verdict::Redirect, 61_001));
+        world.set_snat_ports(61_000..=61_000).unwrap();
+        let outcome = world.send(Hook::UplinkIn, &opens(40_001)).unwrap();
+        assert_eq!((outcome.verdict, outcome.moved), (Verdict::Drop, reason(Reason::PortsExhausted)));
     });
 }
 

@@ -1,7 +1,7 @@
 //! The machine's root: one archive in the kernel's format (cpio, "newc") with busybox, the programs under test, what they
 //! are linked with and the kernel's modules.
 
-use super::package::{Kernel, bytes, folder, output, unpacked};
+use super::package::{self, Kernel, bytes, folder, output, unpacked};
 use anyhow::{Context, Result, ensure};
 use dataplane_tests::lab::{portolan, program};
 use std::collections::{BTreeMap, BTreeSet};
@@ -30,7 +30,7 @@ struct Archive(BTreeMap<PathBuf, (u32, Vec<u8>)>);
 /// Makes the archive and says where it lies.
 pub(crate) fn build(kernel: &Kernel, modules: &[&str], tours: &[&str]) -> Result<PathBuf> {
     let mut archive = Archive::default();
-    let busybox = unpacked("busybox-static")?;
+    let busybox = unpacked(&package::Archive::default(), "busybox-static")?;
     let busybox = ["bin/busybox", "usr/bin/busybox"].map(|path| busybox.join(path));
     let busybox = busybox.iter().find(|path| path.is_file()).context("busybox-static holds no busybox")?;
     archive.file("bin/busybox", PROGRAM, fs::read(busybox)?);

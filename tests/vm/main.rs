@@ -1,13 +1,14 @@
 //! The tour on other kernels than this machine's: Debian's, booted in an emulated machine.
 //!
 //! Needs `qemu-system-x86_64` and an apt that knows the kernels' packages; they are downloaded and unpacked, never
-//! installed. Emulation takes minutes, so this tier runs only when it is named.
+//! installed. Emulation takes minutes: with all tests only one tour runs on the oldest kernel and one on the newest.
 
 mod initramfs;
 mod machine;
 mod package;
 
 use machine::Console;
+use package::Archive;
 use std::sync::{Mutex, PoisonError};
 
 /// Modules the laboratory and the agent need, besides what these depend on.
@@ -22,17 +23,17 @@ const TOURS: &[&str] = &[
     "--drain 20 --patience 300 --pod-network bridge --strict-rp-filter --no-tx-checksums",
 ];
 
-/// Boots a kernel of this series, has it run all tours, and gives what it said.
-fn tours_on(series: &str) -> Console {
+/// Boots a kernel of this series, has it run tours, and gives what it said.
+fn tours_on(archive: &Archive, series: &str, tours: &[&str]) -> Console {
     // One machine at a time: each takes all processors.
     static ONE: Mutex<()> = Mutex::new(());
     let _turn = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let kernel = package::kernel(series).unwrap();
-    let initramfs = initramfs::build(&kernel, MODULES, TOURS).unwrap();
+    let kernel = package::kernel(archive, series).unwrap();
+    let initramfs = initramfs::build(&kernel, MODULES, tours).unwrap();
     let console = machine::boot(&kernel.image, &initramfs).unwrap();
     let ends: Vec<_> =
         console.lines().filter_map(|line| line.strip_prefix("portolan-vm: exit status ")).collect();
-    assert_eq!(ends, vec!["0"; TOURS.len()], "how the tours on {} ended", kernel.name);
+    assert_eq!(ends, vec!["0"; tours.len()], "how the tours on {} ended", kernel.name);
     assert!(console.says("portolan-vm: done"), "{} did not come to its end", kernel.name);
     for trouble in ["BUG:", "WARNING:", "Oops", "verifier bug"] {
         assert!(!console.lines().any(|line| line.contains(trouble)), "the kernel complained: {trouble}");
@@ -40,14 +41,40 @@ fn tours_on(series: &str) -> Console {
     console
 }
 
-#[test]
-fn linux_6_1_serves_by_clsact_filters() {
-    let console = tours_on("6.1");
-    assert!(console.says("tc programs by clsact filters"));
+/// What runs with all tests: one tour each on the oldest kernel and on the newest.
+mod short {
+    use super::*;
+
+    #[test]
+    fn linux_6_1_serves_by_clsact_filters() {
+        let console = tours_on(&Archive::default(), "6.1", &TOURS[..1]);
+        assert!(console.says("tc programs by clsact filters"));
+    }
+
+    #[test]
+    fn the_newest_linux_serves_by_tcx_links() {
+        let console = tours_on(&Archive::newest().unwrap(), "", &TOURS[..1]);
+        assert!(console.says("tc programs by TCX links"));
+    }
 }
 
-#[test]
-fn linux_6_12_serves_by_tcx_links() {
-    let console = tours_on("6.12");
-    assert!(console.says("tc programs by TCX links"));
+/// What runs only if the tier is named.
+mod long {
+    use super::*;
+
+    #[test]
+    fn linux_6_1_serves_with_other_options() {
+        tours_on(&Archive::default(), "6.1", &TOURS[1..]);
+    }
+
+    #[test]
+    fn linux_6_12_serves_by_tcx_links() {
+        let console = tours_on(&Archive::default(), "6.12", TOURS);
+        assert!(console.says("tc programs by TCX links"));
+    }
+
+    #[test]
+    fn the_newest_linux_serves_with_other_options() {
+        tours_on(&Archive::newest().unwrap(), "", &TOURS[1..]);
+    }
 }

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 /// A kernel that was unpacked.
 #[derive(Debug)]
@@ -17,10 +18,60 @@ pub(crate) struct Kernel {
     pub(crate) modules: PathBuf,
 }
 
-/// The newest kernel of a series such as `6.1` that apt knows, made for virtual machines.
-pub(crate) fn kernel(series: &str) -> Result<Kernel> {
-    let pattern = format!("^linux-image-{}\\.[^ ]*-cloud-amd64$", series.replace('.', "\\."));
-    let found = output("apt-cache", &["search", "--names-only", &pattern], Path::new("."))?;
+/// Where packages come from: options of apt.
+#[derive(Debug, Default)]
+pub(crate) struct Archive(Vec<String>);
+
+impl Archive {
+    /// Debian's newest packages (sid), by lists of this tier's own: the machine's are not touched.
+    pub(crate) fn newest() -> Result<Self> {
+        let place = folder()?.join("sid");
+        for part in ["lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(place.join(part))?;
+        }
+        // The server that the machine has its own packages from.
+        let format = ["indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"];
+        let servers = output("apt-get", &format, Path::new("."))?;
+        let mut servers = servers.lines().map(|line| line.trim_end_matches('/'));
+        let server =
+            servers.find(|line| line.ends_with("/debian")).context("apt has no source of Debian's")?;
+        let sources = place.join("sources.list");
+        fs::write(&sources, format!("deb [signed-by={KEYS}] {server} sid main\n"))?;
+        let option = |name: &str, value: &Path| format!("{name}={}", value.display());
+        let archive = Self(vec![
+            option("Dir::State::lists", &place.join("lists")),
+            option("Dir::Cache", &place.join("cache")),
+            option("Dir::Etc::sourcelist", &sources),
+            "Dir::Etc::sourceparts=-".into(),
+            "Acquire::Languages=none".into(),
+            "APT::Architectures=amd64".into(),
+        ]);
+        let updated = fs::metadata(place.join("updated")).and_then(|file| file.modified());
+        let fresh = updated.is_ok_and(|then| then.elapsed().is_ok_and(|age| age < FRESH));
+        if !fresh {
+            writeln!(io::stdout(), "asking for Debian's newest packages")?;
+            archive.run("apt-get", &["update", "--quiet"], Path::new("."))?;
+            fs::write(place.join("updated"), "")?;
+        }
+        Ok(archive)
+    }
+
+    fn run(&self, program: &str, arguments: &[&str], folder: &Path) -> Result<String> {
+        let options = self.0.iter().flat_map(|option| ["-o", option]);
+        output(program, &options.chain(arguments.iter().copied()).collect::<Vec<_>>(), folder)
+    }
+}
+
+/// Whose signatures Debian's lists have (package `debian-archive-keyring`).
+const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// For how long lists are taken as they are.
+const FRESH: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The newest kernel of a series such as `6.1` that apt knows, made for virtual machines; of an empty one, the newest of all.
+pub(crate) fn kernel(archive: &Archive, series: &str) -> Result<Kernel> {
+    let series_dot = if series.is_empty() { String::new() } else { series.replace('.', "\\.") + "\\." };
+    let pattern = format!("^linux-image-{series_dot}[0-9][^ ]*-cloud-amd64$");
+    let found = archive.run("apt-cache", &["search", "--names-only", &pattern], Path::new("."))?;
     let names = found.lines().filter_map(|line| line.split_whitespace().next());
     let name = names.max_by_key(|name| numbers(name)).with_context(|| {
         format!(
@@ -28,7 +79,7 @@ pub(crate) fn kernel(series: &str) -> Result<Kernel> {
              its security updates or backports"
         )
     })?;
-    let folder = unpacked(name)?;
+    let folder = unpacked(archive, name)?;
     let boot = fs::read_dir(folder.join("boot"))?.flatten().map(|entry| entry.path());
     let image = boot.into_iter().find(|path| path.to_string_lossy().contains("/vmlinuz-"));
     Ok(Kernel {
@@ -43,7 +94,7 @@ pub(crate) fn kernel(series: &str) -> Result<Kernel> {
 }
 
 /// The folder of a package's files.
-pub(crate) fn unpacked(name: &str) -> Result<PathBuf> {
+pub(crate) fn unpacked(archive: &Archive, name: &str) -> Result<PathBuf> {
     let folder = folder()?.join(name);
     if folder.is_dir() {
         return Ok(folder);
@@ -53,11 +104,11 @@ pub(crate) fn unpacked(name: &str) -> Result<PathBuf> {
     fs::create_dir_all(&work)?;
     // Past libtest's capture: it takes a while.
     writeln!(io::stdout(), "downloading {name}")?;
-    output("apt-get", &["download", "--quiet", name], &work)?;
-    let archive = fs::read_dir(&work)?.flatten().next().context("apt-get downloaded nothing")?.path();
-    let archive = archive.to_str().context("path")?;
-    output("dpkg-deb", &["--extract", archive, "."], &work)?;
-    fs::remove_file(archive)?;
+    archive.run("apt-get", &["download", "--quiet", name], &work)?;
+    let package = fs::read_dir(&work)?.flatten().next().context("apt-get downloaded nothing")?.path();
+    let package = package.to_str().context("path")?;
+    output("dpkg-deb", &["--extract", package, "."], &work)?;
+    fs::remove_file(package)?;
     // It appears whole or not at all.
     fs::rename(&work, &folder)?;
     Ok(folder)

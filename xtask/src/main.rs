@@ -4,6 +4,7 @@
 //! (and the verbs that say they call it) changes the machine.
 
 mod advisories;
+mod busy;
 mod check;
 mod command;
 mod ground;
@@ -57,7 +58,7 @@ enum Verb {
     },
     /// Run the tests, tier by tier (the tiers above golden need root).
     Test {
-        /// The tiers to run; if none is named, all but `vm`, which takes minutes.
+        /// The tiers to run; if none is named, all, of `vm` a short form.
         tiers: Vec<test::Tier>,
         /// Run only the tests whose names contain this.
         #[arg(long)]
@@ -65,6 +66,9 @@ enum Verb {
         /// Do first what `check` does; what fails there counts as failed here.
         #[arg(long)]
         check: bool,
+        /// Run each tier so many times; in the second half something else keeps all CPUs busy.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+        repeat: u32,
     },
     /// Check format, lints, dependencies and documentation, and list which tests cite which rule of the contract.
     Check,
@@ -131,8 +135,9 @@ fn main() -> Result<ExitCode> {
             need_root(&args)?;
             programs::lab(args)?;
         }
-        Verb::Test { tiers, filter, check } => {
-            return Ok(test_after_checks(&tiers, filter.as_deref(), check).unwrap_or_else(|error| {
+        Verb::Test { tiers, filter, check, repeat } => {
+            let order = test::Order { tiers: &tiers, filter: filter.as_deref(), repeat };
+            return Ok(test_after_checks(&order, check).unwrap_or_else(|error| {
                 println!("{error:#}\n{}", summary::Summary::ONE_FAILURE);
                 ExitCode::FAILURE
             }));
@@ -169,10 +174,10 @@ fn main() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn test_after_checks(tiers: &[test::Tier], filter: Option<&str>, check: bool) -> Result<ExitCode> {
-    let mut steps = Steps::new(1 + usize::from(check) + test::steps(tiers));
+fn test_after_checks(order: &test::Order<'_>, check: bool) -> Result<ExitCode> {
+    let mut steps = Steps::new(1 + usize::from(check) + order.steps());
     steps.begin("what this machine lacks");
-    let has = |tier| test::chosen(tiers).contains(&tier);
+    let has = |tier| test::chosen(order.tiers).contains(&tier);
     let (cluster, vm) = (has(test::Tier::Cluster), has(test::Tier::Vm));
     setup::ensure(Needs { cluster, vm, checks: check, ..Needs::default() })?;
     let mut failed_checks = Vec::new();
@@ -180,7 +185,7 @@ fn test_after_checks(tiers: &[test::Tier], filter: Option<&str>, check: bool) ->
         steps.begin("checks");
         failed_checks = check::failed_checks()?;
     }
-    test::test(tiers, filter, &failed_checks, &mut steps)
+    test::test(order, &failed_checks, &mut steps)
 }
 
 /// Whether a benchmark runs, or records are only read.

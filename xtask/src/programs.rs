@@ -39,7 +39,7 @@ pub(crate) fn build() -> Result<()> {
 /// What tests expect and a verb rewrites.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Blessed {
-    /// The tables of the golden tests, and the page of metrics.
+    /// The tables of the golden tests, and the pages of metrics and of the command line.
     Golden,
     /// `benches/exact.json`: numbers that must not grow.
     Exact,
@@ -51,6 +51,7 @@ pub(crate) fn bless(what: Blessed) -> Result<()> {
         Blessed::Golden => &[
             "cargo test --package dataplane-tests --test golden",
             "cargo test --package dataplane-user --lib metrics::family",
+            "cargo test --package dataplane-user --lib admin::reference",
         ],
         Blessed::Exact => &["cargo test --package dataplane-tests --test exact"],
     };

@@ -3,6 +3,7 @@
 //! A tier that cannot run on this machine fails; it is never skipped. Each tier's own output is shown as it comes. Each runs in
 //! namespaces of its own ([`crate::ground`]), and what it leaves there is a failure.
 
+use crate::busy::Busy;
 use crate::command::{CommandLine, target_folder, workspace};
 use crate::ground::{Ground, Run};
 use crate::image::{self, Profile};
@@ -40,7 +41,7 @@ pub(crate) enum Tier {
     Netns,
     /// Real packets in a laboratory with a real API server.
     Cluster,
-    /// The tour on other kernels, emulated. Takes minutes: runs only if it is named.
+    /// The tour on other kernels, emulated. Takes minutes: unless it is named, one tour each on the oldest and the newest.
     Vm,
 }
 
@@ -57,19 +58,6 @@ impl Tier {
         Self::Netns,
         Self::Cluster,
         Self::Vm,
-    ];
-
-    /// Those that run if none is named.
-    const DEFAULT: [Self; 9] = [
-        Self::Unit,
-        Self::Golden,
-        Self::Packet,
-        Self::Exact,
-        Self::Oracle,
-        Self::Kernel,
-        Self::Lab,
-        Self::Netns,
-        Self::Cluster,
     ];
 
     /// Those that run once more where a machine has been used.
@@ -95,8 +83,9 @@ impl Tier {
         CommandLine::new("cargo test --locked --package dataplane-tests --test").arg(self.name())
     }
 
-    fn commands(self) -> Vec<CommandLine> {
+    fn commands(self, whole: bool) -> Vec<CommandLine> {
         match self {
+            Self::Vm if !whole => vec![self.program().arg("--").arg("short::")],
             Self::Unit => vec![
                 CommandLine::new("cargo test --locked --workspace --exclude dataplane-tests --no-fail-fast"),
                 CommandLine::new("cargo test --locked --package dataplane-tests --lib --bins --no-fail-fast"),
@@ -125,18 +114,20 @@ struct Part {
 }
 
 impl Part {
-    fn of(tier: Tier) -> Self {
+    fn of(tier: Tier, whole: bool) -> Self {
         // Downloads kernels.
         let own_network = tier != Tier::Vm;
-        Self { name: tier.name(), ground: Ground::Fresh, own_network, commands: tier.commands() }
+        Self { name: tier.name(), ground: Ground::Fresh, own_network, commands: tier.commands(whole) }
     }
 
     /// The parts of a run: its tiers, and those again that depend most on what a machine has, where something is there already.
-    fn all(tiers: &[Tier]) -> Vec<Self> {
-        let mut parts: Vec<_> = tiers.iter().copied().map(Self::of).collect();
+    fn all(named: &[Tier], filter: Option<&str>) -> Vec<Self> {
+        let tiers = chosen(named);
+        let whole = !named.is_empty() || filter.is_some();
+        let mut parts: Vec<_> = tiers.iter().map(|tier| Self::of(*tier, whole)).collect();
         let again: Vec<_> = tiers.iter().filter(|tier| Tier::AGAIN.contains(tier)).collect();
         if !again.is_empty() {
-            let commands = again.iter().flat_map(|tier| tier.commands()).collect();
+            let commands = again.iter().flat_map(|tier| tier.commands(true)).collect();
             parts.push(Self { name: "used", ground: Ground::Used, own_network: true, commands });
         }
         parts
@@ -154,24 +145,43 @@ impl Part {
     }
 }
 
-/// The steps of this verb beside the checks.
-pub(crate) fn steps(tiers: &[Tier]) -> usize {
-    1 + Part::all(chosen(tiers)).len()
+/// What is asked of the verb.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Order<'a> {
+    /// The tiers that are named.
+    pub(crate) tiers: &'a [Tier],
+    /// What the names of the tests contain.
+    pub(crate) filter: Option<&'a str>,
+    /// How many times each tier runs.
+    pub(crate) repeat: u32,
 }
 
-/// The tiers named, else those that run by default.
+impl Order<'_> {
+    /// The steps of this verb beside the checks.
+    pub(crate) fn steps(&self) -> usize {
+        1 + Part::all(self.tiers, self.filter).len() * self.repeat as usize
+    }
+
+    /// Whether something else keeps the CPUs busy in this run, counted from 0: in the second half of several.
+    const fn is_busy(&self, run: u32) -> bool {
+        run >= self.repeat.div_ceil(2)
+    }
+
+    /// Which run it is, for people; nothing if there is only one.
+    fn run(&self, run: u32) -> String {
+        let busy = if self.is_busy(run) { ", on busy CPUs" } else { "" };
+        if self.repeat == 1 { String::new() } else { format!(", run {} of {}{busy}", run + 1, self.repeat) }
+    }
+}
+
+/// The tiers named, else all.
 pub(crate) fn chosen(tiers: &[Tier]) -> &[Tier] {
-    if tiers.is_empty() { &Tier::DEFAULT } else { tiers }
+    if tiers.is_empty() { &Tier::ALL } else { tiers }
 }
 
 /// The verb, after checks of which some may have failed. The last line is `N passed, N failed`.
-pub(crate) fn test(
-    tiers: &[Tier],
-    filter: Option<&str>,
-    failed_checks: &[&str],
-    steps: &mut Steps,
-) -> Result<ExitCode> {
-    let tiers = chosen(tiers);
+pub(crate) fn test(order: &Order<'_>, failed_checks: &[&str], steps: &mut Steps) -> Result<ExitCode> {
+    let tiers = chosen(order.tiers);
     let homeless = homeless_tests()?;
     let mut results = Vec::new();
     steps.begin("building all that the tests start");
@@ -179,9 +189,15 @@ pub(crate) fn test(
         println!("{error:#}");
         results.push(("build", Summary::ONE_FAILURE));
     } else {
-        for part in Part::all(tiers) {
-            steps.begin(part.title());
-            results.push((part.name, run(&part, filter)?));
+        for part in Part::all(order.tiers, order.filter) {
+            let mut all = Summary::default();
+            for number in 0..order.repeat {
+                steps.begin(part.title() + &order.run(number));
+                let busy = order.is_busy(number).then(Busy::begin);
+                all += run(&part, order.filter)?;
+                drop(busy);
+            }
+            results.push((part.name, all));
         }
     }
     let mut total = Summary::default();
@@ -209,7 +225,7 @@ pub(crate) fn test(
 /// Builds the tests of these tiers and what they start, as long as there is a network.
 fn build(tiers: &[Tier]) -> Result<()> {
     programs::build_programs()?;
-    for command in tiers.iter().filter(|tier| **tier == Tier::Unit).flat_map(|tier| tier.commands()) {
+    for command in tiers.iter().filter(|tier| **tier == Tier::Unit).flat_map(|tier| tier.commands(true)) {
         command.arg("--no-run").run()?;
     }
     let names = tiers.iter().filter(|tier| **tier != Tier::Unit).map(|tier| tier.name());
@@ -328,10 +344,27 @@ mod tests {
 
     #[test]
     fn what_depends_on_the_machine_runs_again_where_it_was_used() {
-        let names = |tiers: &[Tier]| Part::all(tiers).iter().map(|part| part.name).collect::<Vec<_>>();
+        let names = |tiers: &[Tier]| Part::all(tiers, None).iter().map(|part| part.name).collect::<Vec<_>>();
         assert_eq!(names(&[Tier::Golden, Tier::Lab]), ["golden", "lab", "used"]);
         assert_eq!(names(&[Tier::Golden, Tier::Netns]), ["golden", "netns"]);
-        assert_eq!(Part::all(&Tier::DEFAULT).last().unwrap().commands.len(), Tier::AGAIN.len());
+        assert_eq!(Part::all(&[], None).last().unwrap().commands.len(), Tier::AGAIN.len());
+        let vm = |tiers: &[Tier]| Part::all(tiers, None).into_iter().find(|part| part.name == "vm").unwrap();
+        assert!(vm(&[]).commands[0].to_string().ends_with("-- short::"));
+        assert!(!vm(&[Tier::Vm]).commands[0].to_string().contains("short"));
+    }
+
+    #[test]
+    fn of_several_runs_the_second_half_is_on_busy_cpus() {
+        let busy = |repeat| {
+            let order = Order { tiers: &[], filter: None, repeat };
+            (0..repeat).map(|run| order.is_busy(run)).collect::<Vec<_>>()
+        };
+        assert_eq!(busy(1), [false]);
+        assert_eq!(busy(2), [false, true]);
+        assert_eq!(busy(10), [[false; 5], [true; 5]].concat());
+        assert_eq!(Order { tiers: &[], filter: None, repeat: 10 }.run(9), ", run 10 of 10, on busy CPUs");
+        let ten = Order { tiers: &[Tier::Golden, Tier::Lab], filter: None, repeat: 10 };
+        assert_eq!(ten.steps(), 31, "the build, and of golden, lab and what is used ten each");
     }
 
     #[test]

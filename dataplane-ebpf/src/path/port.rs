@@ -4,7 +4,7 @@ use crate::flow::{self, Claim, Ending};
 use crate::maps::PORT_TURN;
 use crate::repeat::{Step, Steps, repeat};
 use crate::scratch::Scratch;
-use crate::service;
+use crate::{outgoing, service};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::Port;
 use dataplane_common::flow::PortTurn;
@@ -21,6 +21,10 @@ const IN_TURN: u32 = 16;
 /// again leave more of those than there are ports. In turn it is one that this CPU has not given out in this round.
 const UNUSED: u32 = 6;
 
+/// From which step on a flow whose handshake makes no headway gives its port away as well, or a flood could keep them all. Where one
+/// port in ten is to be had otherwise, one search in 800 comes here.
+const LAST_RESORT: u32 = 64;
+
 /// The search for a translated source port, as its steps see it.
 struct PortSearch<'a> {
     scratch: &'a mut Scratch,
@@ -28,18 +32,19 @@ struct PortSearch<'a> {
     range: u32,
     mask: u32,
     turn: PortTurn,
-    claim: Claim,
 }
 
-/// Claims a translated source port, one of few tries in turn or else of many at random (P12).
+/// Claims a translated source port, one of few tries in turn or else of many at random (P12). What came of it is in the working
+/// memory.
 #[inline(always)]
-pub(super) fn claim(scratch: &mut Scratch) -> Claim {
+pub(super) fn claim(scratch: &mut Scratch) {
+    scratch.claim = Claim::TAKEN;
     let (Some(node), Some(turn)) = (service::node(), PORT_TURN.get_ptr_mut(0)) else {
-        return Claim::Taken;
+        return;
     };
     let (first, last) = (node.first_port as u32, node.last_port as u32);
     if last < first {
-        return Claim::Taken;
+        return;
     }
     let range = last - first + 1;
     let mut mask = range - 1;
@@ -52,11 +57,10 @@ pub(super) fn claim(scratch: &mut Scratch) -> Claim {
     if begun.order == 0 || begun.number > mask as u64 {
         begun = PortTurn { order: random(), number: 0 };
     }
-    let mut search = PortSearch { scratch, first, range, mask, turn: begun, claim: Claim::Taken };
+    let mut search = PortSearch { scratch, first, range, mask, turn: begun };
     repeat(PORT_STEPS, &mut search);
     // SAFETY: as above.
     unsafe { turn.write_volatile(PortTurn { number: search.turn.number, ..begun }) };
-    search.claim
 }
 
 #[inline(always)]
@@ -75,10 +79,22 @@ impl Steps for PortSearch<'_> {
         if offset >= self.range {
             return Step::Next;
         }
-        let Scratch { key, flow, reply, .. } = &mut *self.scratch;
+        let Scratch { key, flow, keys, ending, .. } = &mut *self.scratch;
         flow.src_port = Port::new((self.first + offset) as u16);
-        let ending = if index < UNUSED { Ending::Nothing } else { Ending::Over };
-        self.claim = flow::claim(key, flow, reply, ending);
-        if self.claim == Claim::Taken { Step::Next } else { Step::Done }
+        // Somebody else's connection by way of netfilter, whose answers would be taken for the flow's.
+        keys[0] = flow.partner(key.proto());
+        if outgoing::is_answered_by(&keys[0]) {
+            return Step::Next;
+        }
+        // In memory, so that the verifier walks what follows once.
+        let wanted = match index {
+            0..UNUSED => Ending::NOTHING,
+            UNUSED..LAST_RESORT => Ending::OVER,
+            LAST_RESORT.. => Ending::IDLE,
+        };
+        // SAFETY: an own field.
+        unsafe { (&raw mut *ending).write_volatile(wanted) };
+        flow::claim(self.scratch);
+        if self.scratch.claim == Claim::TAKEN { Step::Next } else { Step::Done }
     }
 }

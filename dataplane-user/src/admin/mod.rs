@@ -1,4 +1,4 @@
-//! `portolan services | backends | flows | drops | take-over`: what the pinned maps hold, as a table or as JSON.
+//! `portolan status | services | backends | flows | drops | take-over`: what the pinned maps hold, as a table, as JSON or as YAML.
 //!
 //! Needs no agent and changes nothing. Names of Services are not in the kernel: they come from the file that the agent
 //! keeps ([`names`]); without it, ids are shown.
@@ -9,13 +9,20 @@ mod backends;
 pub mod clock;
 mod columns;
 mod drops;
+pub mod explain;
 mod flows;
+#[cfg(test)]
+mod reference;
 mod services;
+pub mod status;
 mod take_over;
 
 use crate::config::{Output, ShowArgs};
 use crate::kernel::conntrack::ConntrackError;
 use crate::kernel::maps::{KernelMaps, MapError};
+use crate::kernel::pins::PinError;
+use crate::kernel::rehearsal::RehearsalError;
+use crate::kernel::whereabouts::WhereaboutsError;
 use columns::Row;
 use dataplane_common::tables::LAYOUT;
 use names::Names;
@@ -51,9 +58,24 @@ pub enum AdminError {
     /// The node's connections cannot be read.
     #[error(transparent)]
     Conntrack(#[from] ConntrackError),
-    /// The rows cannot be written as JSON.
-    #[error("cannot write JSON: {0}")]
+    /// The pin folder cannot be read.
+    #[error(transparent)]
+    Pins(#[from] PinError),
+    /// The programs cannot be rehearsed.
+    #[error(transparent)]
+    Rehearsal(#[from] RehearsalError),
+    /// Nobody knows where packets come in or leave.
+    #[error(transparent)]
+    Whereabouts(#[from] WhereaboutsError),
+    /// An end of a connection is none.
+    #[error("{0}")]
+    End(String),
+    /// JSON cannot be written, or what the agent answered cannot be read.
+    #[error("JSON: {0}")]
     Json(#[from] serde_json::Error),
+    /// The rows cannot be written as YAML.
+    #[error("cannot write YAML: {0}")]
+    Yaml(#[from] serde_saphyr::ser::Error),
 }
 
 /// The text that the verb prints, with a closing line break.
@@ -77,7 +99,7 @@ pub fn render(view: View, maps: &KernelMaps, names: &Names, output: Output) -> R
         View::Drops => {
             let mut rows = drops::rows(maps)?;
             match output {
-                Output::Json => {}
+                Output::Json | Output::Yaml | Output::Wide => {}
                 // Who reads it looks for what happened here, not for all that could.
                 Output::Table => rows.retain(|row| row.count > 0),
             }
@@ -86,8 +108,8 @@ pub fn render(view: View, maps: &KernelMaps, names: &Names, output: Output) -> R
         View::TakeOver => {
             let page = take_over::page(maps, names)?;
             match output {
-                Output::Json => Ok(serde_json::to_string_pretty(&page)? + "\n"),
-                Output::Table => Ok(page.text()),
+                Output::Json | Output::Yaml => structured(&page, output),
+                Output::Table | Output::Wide => Ok(page.text()),
             }
         }
     }
@@ -95,7 +117,15 @@ pub fn render(view: View, maps: &KernelMaps, names: &Names, output: Output) -> R
 
 fn print<R: Row + Serialize>(rows: &[R], output: Output) -> Result<String, AdminError> {
     match output {
-        Output::Json => Ok(serde_json::to_string_pretty(rows)? + "\n"),
-        Output::Table => Ok(columns::table(rows)),
+        Output::Json | Output::Yaml => structured(&rows, output),
+        Output::Table | Output::Wide => Ok(columns::table(rows)),
+    }
+}
+
+/// For programs.
+fn structured<T: Serialize>(value: &T, output: Output) -> Result<String, AdminError> {
+    match output {
+        Output::Yaml => Ok(serde_saphyr::to_string(value)?),
+        Output::Json | Output::Table | Output::Wide => Ok(serde_json::to_string_pretty(value)? + "\n"),
     }
 }

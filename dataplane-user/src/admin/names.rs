@@ -4,6 +4,7 @@
 //! and only root reads it: so it is with the maps, and names of Services are not every local user's business.
 
 use crate::compile::ServicePortName;
+use crate::status::local;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -24,6 +25,19 @@ pub fn path(bpffs: &Path) -> PathBuf {
     let bpffs = fs::canonicalize(bpffs).or_else(|_| std::path::absolute(bpffs)).unwrap_or(bpffs.to_owned());
     let escaped = bpffs.to_string_lossy().trim_matches('/').replace('-', "\\x2d").replace('/', "-");
     Path::new(RUN_FOLDER).join(escaped).join("names.json")
+}
+
+/// Makes the folder of a file that only root may read.
+pub(crate) fn make_folder(path: &Path) -> io::Result<()> {
+    let make = || {
+        path.parent().map_or(Ok(()), |folder| {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+            // One that an earlier version made.
+            fs::set_permissions(folder, fs::Permissions::from_mode(0o700))
+        })
+    };
+    // Another agent's cleanup may remove the folder above at any moment in which it is empty.
+    make().or_else(|error| if error.kind() == NotFound { make() } else { Err(error) })
 }
 
 impl Names {
@@ -47,15 +61,7 @@ impl Names {
     }
 
     fn write_to(&self, path: &Path) -> io::Result<()> {
-        let make_folder = || {
-            path.parent().map_or(Ok(()), |folder| {
-                fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-                // One that an earlier version made.
-                fs::set_permissions(folder, fs::Permissions::from_mode(0o700))
-            })
-        };
-        // Another agent's cleanup may remove the folder above at any moment in which it is empty.
-        make_folder().or_else(|error| if error.kind() == NotFound { make_folder() } else { Err(error) })?;
+        make_folder(path)?;
         let new = path.with_extension("new");
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         file.set_permissions(fs::Permissions::from_mode(0o600))?;
@@ -63,11 +69,12 @@ impl Names {
         fs::rename(&new, path)
     }
 
-    /// Removes the file that belongs to a pin folder, its folder, and the one above if nobody else has a file there.
+    /// Removes the file that belongs to a pin folder, the socket beside it, their folder, and the one above if nobody else has a file there.
     pub fn remove(bpffs: &Path) {
         let path = path(bpffs);
         // What cannot be removed does no harm: it is read only together with pinned maps.
         let _ = fs::remove_file(&path);
+        let _ = fs::remove_file(local::path(bpffs));
         let _ = path.parent().map(fs::remove_dir);
         let _ = fs::remove_dir(RUN_FOLDER);
     }

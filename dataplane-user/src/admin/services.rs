@@ -128,7 +128,7 @@ impl Row for ServiceRow {
 }
 
 /// Name of a kind of address, as Kubernetes has it.
-fn kind_name(kind: FrontendKind) -> Option<&'static str> {
+pub(super) fn kind_name(kind: FrontendKind) -> Option<&'static str> {
     match kind {
         FrontendKind::ClusterIp => Some("ClusterIP"),
         FrontendKind::LoadBalancerIp => Some("LoadBalancer"),

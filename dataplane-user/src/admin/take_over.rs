@@ -108,6 +108,7 @@ mod tests {
             client: "10.244.0.2:39076".parse().unwrap(),
             called: "10.96.0.1:443".parse().unwrap(),
             endpoint: "172.18.0.3:6443".parse().unwrap(),
+            answered: "10.244.0.2:39076".parse().unwrap(),
             service: 7,
             state: 3,
             expires: 86_364,

@@ -10,6 +10,7 @@ use crate::compile::{
 };
 use crate::kernel::maps::MapError;
 use crate::model::{Change, Dirty, Kind, Object, ObjectName, Store};
+use crate::status::endpoints::ServiceEndpoints;
 use crate::sync::{Maps, Mirror, Outcome};
 use dataplane_common::node::{Node, NodeAddress};
 use dataplane_common::tables;
@@ -17,6 +18,7 @@ use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::time::{Instant, SystemTime};
 
 /// The kinds that must have been listed before the first tables are written.
@@ -115,6 +117,13 @@ impl<M: Maps> Dataplane<M> {
         &self.store
     }
 
+    /// The endpoints of a Service, and why each takes part or not; none if there is no such Service.
+    pub(super) fn explain(&self, service: &ObjectName) -> Option<ServiceEndpoints> {
+        let context = self.context();
+        let ports = compile::explain(self.store.service(service)?, self.store.slices(service), &context);
+        Some(ServiceEndpoints { zone: context.zone.as_deref().map(str::to_owned), ports })
+    }
+
     /// Whether a complete snapshot was written.
     pub(super) fn is_complete(&self) -> bool {
         self.complete
@@ -211,6 +220,11 @@ impl<M: Maps> Dataplane<M> {
     /// Whether TCP connections are left to another proxy (C5).
     pub(super) fn takes_over(&self) -> bool {
         self.settings.node.flags & Node::TAKES_OVER != 0
+    }
+
+    /// The source ports that the programs translate to (P12).
+    pub(super) fn translated_ports(&self) -> RangeInclusive<u16> {
+        self.settings.node.snat_ports.clone()
     }
 
     /// No TCP connection is left to another proxy any more (C5).

@@ -5,6 +5,7 @@ use super::settings::{self, Settings};
 use crate::config::AgentArgs;
 use crate::kernel::links;
 use crate::sync::MemoryMaps;
+use crate::watch::cluster::Answered;
 use anyhow::{Context as _, Result, bail};
 use std::io::Write as _;
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ pub(super) async fn print(args: &AgentArgs) -> Result<()> {
     // What depends on the kernel is shown as on a new one.
     let settings = Settings::new(args, links::netns_cookie().unwrap_or_default(), true);
     let (sender, mut changes) = mpsc::channel(super::CHANGES);
-    let _watch = super::watch_objects(args, &settings, sender).await?;
+    let _watch = super::watch_objects(args, &settings, Answered::default(), sender).await?;
     let sizes = args.map_sizes().into_iter().map(|size| (size.map, size.entries as usize));
     let mut dataplane = Dataplane::open(settings, MemoryMaps::with_capacities(sizes), addresses)?;
     let listed = tokio::time::timeout(PATIENCE, async {

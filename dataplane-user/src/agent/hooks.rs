@@ -8,6 +8,7 @@ use crate::kernel::links::Interfaces;
 use crate::kernel::pins::Pins;
 use crate::kernel::probe::Cgroup;
 use crate::kernel::roles::Choice;
+use crate::kernel::service_route;
 use crate::metrics::Metrics;
 use crate::model::{Kind, ObjectName};
 use crate::watch::events::{Event, Events, Severity};
@@ -43,6 +44,8 @@ pub(super) struct Hooks {
     pub(super) roles: Roles,
     /// What was said last, so that it is said once.
     pub(super) told: Told,
+    /// The index of the device that Portolan's routes lead to, as soon as its program is attached.
+    pub(super) own_device: watch::Sender<Option<u32>>,
 }
 
 /// When programs are attached.
@@ -120,6 +123,9 @@ impl Hooks {
         let mut all = unattached(&self.attachments.interfaces(&interfaces, &roles));
         all.all.extend(self.told.sockets.all.iter().cloned());
         self.tell(all);
+        let own = interfaces.links.iter().find(|(_, link)| link.name == service_route::DEVICE);
+        let served = own.map(|(index, _)| *index).filter(|&index| self.attachments.takes_what_leaves(index));
+        self.own_device.send_if_modified(|known| std::mem::replace(known, served) != served);
     }
 
     fn tell(&mut self, unattached: Unattached) {

@@ -13,12 +13,13 @@ mod hooks;
 mod keep;
 mod masquerade;
 mod notify;
-mod road;
 mod roles;
 mod scrape;
 mod serve;
+mod service_routes;
 mod settings;
 mod signals;
+mod standing;
 
 use crate::compile::OwnAddresses;
 use crate::config::{AgentArgs, ServiceRoute, SocketLb, TcMode};
@@ -34,11 +35,12 @@ use crate::kernel::object::{Object, Options, ProgramLog};
 use crate::kernel::pins::{self, Pins};
 use crate::kernel::roles::Choice;
 use crate::kernel::sysctls::{self, Made};
-use crate::kernel::{alone, capability, lasting, probe};
+use crate::kernel::{alone, capability, lasting, probe, service_route};
 use crate::memory;
 use crate::metrics::Metrics;
+use crate::status::local;
 use crate::version;
-use crate::watch::cluster::Servers;
+use crate::watch::cluster::{Answered, Servers};
 use crate::watch::{self, Changes, Watch};
 use anyhow::{Context as _, Result};
 use dataplane::Dataplane;
@@ -47,14 +49,18 @@ use hooks::{Hooks, Start};
 use keep::Keeping;
 use masquerade::Masquerading;
 use scrape::Scrape;
-use serve::{Service, Told};
+use serve::{Inputs, Service, Told};
 use settings::Settings;
 use signals::Signals;
+use standing::Standing;
 use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch as state};
 
+/// How many questions by the command line may wait for the loop.
+const QUESTIONS: usize = 16;
 /// How many changes may wait for the loop before the sources wait for it.
 const CHANGES: usize = 1_024;
 /// Threads of the runtime, besides the one of the loop: if some hang, as all do that write to a log that nobody reads, health can
@@ -78,6 +84,7 @@ pub fn run(args: AgentArgs) -> Result<()> {
 }
 
 async fn serve(args: AgentArgs) -> Result<()> {
+    let started = SystemTime::now();
     let signals = Signals::new()?;
     let starting = signals::end_while_starting()?;
     tracing::info!("Portolan {}, pins in {}", version::text(), args.bpffs.display());
@@ -106,13 +113,18 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let upgrade = pins.is_upgrade()?;
 
     let log = tracing::enabled!(target: "dataplane_ebpf", tracing::Level::DEBUG);
-    let mut object = Object::open(&Options { pins: Some(&pins), sizes: &args.map_sizes(), log })?;
+    let mut object =
+        Object::open(&Options { pins: Some(&pins), sizes: &args.map_sizes(), log, reads: None })?;
     if log {
         tokio::spawn(forward_log(object.logger().context("the programs' log")?));
     }
     let clock = Clock::new(&mut object)?;
     let attachments = Attachments::new(object, pins.clone(), &features, args.xdp, args.socket_lb)?
         .with_xdp_drivers(args.xdp_driver.clone());
+    if args.service_route == ServiceRoute::Auto {
+        // The first interfaces that get programs have it among them. The task that keeps routes tells what is in the way.
+        let _ = service_route::make_device().await;
+    }
     let interfaces = links::follow().await?;
     let maps = KernelMaps::open(&pins.maps())?;
     // Before this version's programs: flows of an earlier one's may be there.
@@ -137,9 +149,23 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let mut settings = Settings::new(&args, netns_cookie, features.fib_source);
     if serve::take_over::is_due(&maps)? {
         settings.node.flags |= Node::TAKES_OVER;
+        // Before the first flow; a look beside the loop tells what stands in the way.
+        let (maps, ports) = (maps.clone(), settings.node.snat_ports.clone());
+        let _ = tokio::task::spawn_blocking(move || serve::take_over::note_answers(&maps, &ports)).await?;
     }
+    let found = Answered::default();
+    let (questions, asked) = mpsc::channel(QUESTIONS);
+    let standing = Standing {
+        scrape: scrape.clone(),
+        node_name: settings.node_name.clone(),
+        found: found.clone(),
+        started,
+        questions,
+    };
+    tokio::spawn(local::serve(args.bpffs.clone(), standing.pages()));
     let (sender, changes) = mpsc::channel(CHANGES);
-    let watch = watch_objects(&args, &settings, Changes::new(sender, health.pending().clone())).await?;
+    let changes_of = Changes::new(sender, health.pending().clone());
+    let watch = watch_objects(&args, &settings, found, changes_of).await?;
     // Nobody else sets it.
     let _ = scrape.status.set(watch.status());
 
@@ -156,7 +182,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
         node_name: settings.node_name.clone(),
         roles: roles::Roles::default(),
         told: hooks::Told::default(),
+        own_device: tokio::sync::watch::Sender::default(),
     };
+    let own_device = hooks.own_device.subscribe();
     let hooks = if upgrade { Start::AfterTheFirstSnapshot(hooks, pins) } else { Start::Now(hooks) };
 
     let addresses = own_addresses(&interfaces.borrow(), &choice);
@@ -175,16 +203,17 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let mut service = Service::new(dataplane, watch, keeping, told, clock, &args);
     service.look_after("the task that serves health check ports", checks);
     if args.service_route == ServiceRoute::Auto {
-        let beat = health.heartbeat().part("the task that keeps routes", road::PATIENCE);
-        let road = tokio::spawn(road::keep(service.road(), metrics, beat));
-        service.look_after("the task that keeps routes", road);
+        let beat = health.heartbeat().part("the task that keeps routes", service_routes::PATIENCE);
+        let (wanted, settled) = service.routes();
+        let routes = tokio::spawn(service_routes::keep(wanted, own_device, settled, metrics, beat));
+        service.look_after("the task that keeps routes", routes);
     }
     let beat = health.heartbeat().part("the task that keeps netfilter's rules", masquerade::PATIENCE);
     service
         .look_after("the task that keeps netfilter's rules", tokio::spawn(masquerading.keep(sender, beat)));
     service.start_hooks(hooks)?;
     starting.abort();
-    service.run(changes, interfaces, netfilter, choice, signals).await
+    service.run(Inputs { changes, interfaces, netfilter, questions: asked, signals }, choice).await
 }
 
 /// Makes the settings of the node that it may make, and says which are not as they should be.
@@ -218,7 +247,12 @@ fn own_addresses(interfaces: &Interfaces, choice: &Choice) -> OwnAddresses {
     OwnAddresses { own, left_over: interfaces.left_over_addresses() }
 }
 
-async fn watch_objects(args: &AgentArgs, settings: &Settings, changes: impl Into<Changes>) -> Result<Watch> {
+async fn watch_objects(
+    args: &AgentArgs,
+    settings: &Settings,
+    found: Answered,
+    changes: impl Into<Changes>,
+) -> Result<Watch> {
     let options = watch::Options {
         node_name: settings.node_name.clone(),
         service_proxy_name: settings.proxy_name.clone(),
@@ -226,7 +260,7 @@ async fn watch_objects(args: &AgentArgs, settings: &Settings, changes: impl Into
     match &args.manifests {
         Some(folder) => Ok(watch::manifests::watch(folder.clone(), options, changes)?),
         None => {
-            let servers = Servers { named: args.named_servers(), state: args.state_dir.clone() };
+            let servers = Servers { named: args.named_servers(), state: args.state_dir.clone(), found };
             Ok(watch::cluster::watch(args.kubeconfig.as_deref(), servers, options, changes).await?)
         }
     }

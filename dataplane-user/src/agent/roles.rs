@@ -69,7 +69,7 @@ fn tell_unserved(name: &str, index: u32, reason: &Reason) {
              with `ip link delete {name}`"
         ),
         Reason::LinkLayer => tracing::warn!("{name} is not served: {reason}"),
-        Reason::Road
+        Reason::ServiceRoute
         | Reason::Named
         | Reason::DefaultRoute
         | Reason::Address(_)
@@ -91,7 +91,7 @@ fn tell_unserved(name: &str, index: u32, reason: &Reason) {
 fn uplinks(now: &BTreeMap<u32, (String, Finding)>) -> Vec<String> {
     let uplinks = now
         .values()
-        .filter(|(_, finding)| finding.role == Some(Role::Uplink) && finding.reason != Reason::Road);
+        .filter(|(_, finding)| finding.role == Some(Role::Uplink) && finding.reason != Reason::ServiceRoute);
     uplinks.map(|(name, finding)| format!("{name} ({})", finding.reason)).collect()
 }
 

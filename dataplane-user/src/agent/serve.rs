@@ -11,6 +11,7 @@ use super::keep::Keeping;
 use super::masquerade::Netfilter;
 use super::notify::{self, State, notify};
 use super::signals::Signals;
+use super::standing::Question;
 use crate::config::AgentArgs;
 use crate::expire::IdleTimes;
 use crate::health::Health;
@@ -20,7 +21,7 @@ use crate::kernel::links::Interfaces;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::pins::Pins;
 use crate::kernel::roles::Choice;
-use crate::kernel::service_route::Road;
+use crate::kernel::service_route::Wanted;
 use crate::metrics::{Metrics, Ports, SERIES};
 use crate::model::{Change, ObjectName};
 use crate::sync::LingeringBits;
@@ -68,8 +69,11 @@ pub(super) struct Service {
     audit_soon: bool,
     swept: Instant,
     sweeping: Option<Sweeping>,
-    /// The road by which the node itself calls Services.
-    road: watch::Sender<Road>,
+    /// The routes by which the node itself calls Services, and whether they are there or cannot be.
+    routes: watch::Sender<Wanted>,
+    routed: watch::Sender<bool>,
+    /// All is written and nobody was told yet, since when.
+    announcing: Option<Instant>,
     /// The last look through sockets, and the last writing of names: the next begins when it has ended.
     closing: Option<JoinHandle<()>>,
     naming: Option<JoinHandle<()>>,
@@ -104,6 +108,20 @@ pub(super) struct Told {
     pub(super) health: Arc<Health>,
     pub(super) health_checks: Arc<HealthChecks>,
     pub(super) metrics: Arc<Metrics>,
+}
+
+/// What the loop hears.
+pub(super) struct Inputs {
+    /// Of the objects.
+    pub(super) changes: mpsc::Receiver<Change>,
+    /// Of the node's interfaces.
+    pub(super) interfaces: watch::Receiver<Interfaces>,
+    /// Of the node's netfilter.
+    pub(super) netfilter: watch::Receiver<Netfilter>,
+    /// By the command line.
+    pub(super) questions: mpsc::Receiver<Question>,
+    /// From whoever started it.
+    pub(super) signals: Signals,
 }
 
 impl Service {
@@ -141,7 +159,9 @@ impl Service {
             audit_soon: false,
             swept: Instant::now(),
             sweeping: None,
-            road: watch::Sender::default(),
+            routes: watch::Sender::default(),
+            routed: watch::Sender::default(),
+            announcing: None,
             closing: None,
             naming: None,
             tasks: Vec::new(),
@@ -160,9 +180,9 @@ impl Service {
         }
     }
 
-    /// What road the node itself needs to Services, as it changes.
-    pub(super) fn road(&self) -> watch::Receiver<Road> {
-        self.road.subscribe()
+    /// What routes the node itself needs to Services, as they change, and who is told when they are there.
+    pub(super) fn routes(&self) -> (watch::Receiver<Wanted>, watch::Sender<bool>) {
+        (self.routes.subscribe(), self.routed.clone())
     }
 
     /// Has the loop end with an error if the task ends, which it never should.
@@ -212,17 +232,13 @@ impl Service {
     }
 
     /// Until SIGTERM or SIGINT.
-    pub(super) async fn run(
-        mut self,
-        mut changes: mpsc::Receiver<Change>,
-        mut interfaces: watch::Receiver<Interfaces>,
-        mut netfilter: watch::Receiver<Netfilter>,
-        choice: Choice,
-        mut signals: Signals,
-    ) -> Result<()> {
+    pub(super) async fn run(mut self, inputs: Inputs, choice: Choice) -> Result<()> {
+        let Inputs { mut changes, mut interfaces, mut netfilter, mut questions, mut signals } = inputs;
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
+        let mut routed = self.routed.subscribe();
+        self.set_route_mtu(interfaces.borrow().uplink_mtu(&choice));
         let beat = self.health.heartbeat().part("the event loop", 1);
         loop {
             beat.beat();
@@ -235,9 +251,12 @@ impl Service {
                     self.check_tasks()?;
                     self.tick().await;
                 }
+                // The sender is the loop's own as well.
+                Ok(()) = routed.changed() => self.announce(),
                 changed = interfaces.changed() => {
                     changed?;
                     let addresses = super::own_addresses(&interfaces.borrow_and_update(), &choice);
+                    self.set_route_mtu(interfaces.borrow().uplink_mtu(&choice));
                     self.dataplane.set_addresses(addresses);
                     self.flush();
                 }
@@ -245,6 +264,10 @@ impl Service {
                     changed?;
                     self.dataplane.set_netfilter(*netfilter.borrow_and_update());
                     self.flush();
+                }
+                Some(question) = questions.recv() => {
+                    // Who asked may have left.
+                    let _ = question.answer.send(self.dataplane.explain(&question.service));
                 }
                 count = changes.recv_many(&mut batch, BATCH) => {
                     if count == 0 {
@@ -262,6 +285,10 @@ impl Service {
         }
         tracing::info!("ending; the programs and their tables stay");
         Ok(())
+    }
+
+    fn set_route_mtu(&self, mtu: u32) {
+        self.routes.send_if_modified(|wanted| std::mem::replace(&mut wanted.mtu, mtu) != mtu);
     }
 
     /// A task that ended would be missing in silence.
@@ -299,6 +326,7 @@ impl Service {
             self.serve_snapshot();
         }
         self.flush();
+        self.announce();
         if !self.dataplane.is_complete() {
             return;
         }

@@ -6,6 +6,7 @@
 pub mod claims;
 pub mod complaint;
 mod endpoints;
+mod explain;
 pub mod health_check;
 pub mod node;
 pub mod service;
@@ -16,6 +17,7 @@ mod text;
 pub mod update;
 
 pub use complaint::{Complaint, ComplaintReason};
+pub use explain::explain;
 pub use health_check::{HealthCheck, health_check};
 pub use node::{NodePortAddresses, NodeSettings, OwnAddresses, node};
 pub use service::{Context, ExternalIps, service};

@@ -2,7 +2,7 @@ use super::client::{free_port, get};
 use super::*;
 use std::time::Instant;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpSocket;
+use tokio::net::{TcpSocket, TcpStream};
 
 /// How long a kubelet waits for its probe's answer unless it is told otherwise.
 const PROBE: Duration = Duration::from_secs(1);

@@ -155,6 +155,11 @@ impl Attachments {
         self.object.carry_over(&self.pins);
     }
 
+    /// Whether what leaves by the interface with this index meets a program.
+    pub fn takes_what_leaves(&self, index: u32) -> bool {
+        [Hook::UplinkOut, Hook::BareUplinkOut].iter().any(|&hook| self.attached.contains(&(hook, index)))
+    }
+
     /// Attaches the socket hooks that are missing to the cgroup; without one, removes them all.
     pub fn sockets(&mut self, cgroup: Option<&Cgroup>) -> Vec<AttachError> {
         let mut errors = Vec::new();

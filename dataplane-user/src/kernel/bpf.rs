@@ -22,7 +22,6 @@ const OBJ_PIN: libc::c_int = 6;
 const OBJ_GET: libc::c_int = 7;
 const PROG_TEST_RUN: libc::c_int = 10;
 const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
-const MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const MAP_LOOKUP_BATCH: libc::c_int = 24;
 const MAP_UPDATE_BATCH: libc::c_int = 26;
 const MAP_DELETE_BATCH: libc::c_int = 27;
@@ -42,8 +41,6 @@ pub const TYPE_LRU_PERCPU_HASH: u32 = 10;
 
 /// `BPF_MAP_TYPE_LPM_TRIE`.
 pub const TYPE_LPM_TRIE: u32 = 11;
-/// `BPF_MAP_TYPE_QUEUE`.
-pub const TYPE_QUEUE: u32 = 22;
 /// `BPF_MAP_TYPE_SK_STORAGE`.
 pub const TYPE_SK_STORAGE: u32 = 24;
 /// `BPF_F_NO_PREALLOC`: memory is taken when an entry is made. A trie knows no other way.
@@ -397,17 +394,6 @@ impl MapFd {
         let mut attr = self.element(key, address_mut(value), 0)?;
         // SAFETY: both buffers have the map's sizes and outlive the call.
         found(unsafe { bpf(MAP_LOOKUP_ELEM, &mut attr) })
-    }
-
-    /// Takes the oldest value from a queue; `false` if it is empty.
-    ///
-    /// # Errors
-    /// The kernel's; `EINVAL` if the buffer has the wrong size.
-    pub fn pop(&self, value: &mut [u8]) -> io::Result<bool> {
-        check(value.len(), self.copied)?;
-        let mut attr = self.element(&[], address_mut(value), 0)?;
-        // SAFETY: the buffer has the size of the map's values and outlives the call.
-        found(unsafe { bpf(MAP_LOOKUP_AND_DELETE_ELEM, &mut attr) })
     }
 
     /// Writes one entry.

@@ -21,7 +21,7 @@ pub enum CleanupError {
     /// Netlink.
     #[error(transparent)]
     Links(#[from] LinksError),
-    /// The road to Services.
+    /// The routes to Services.
     #[error(transparent)]
     Route(#[from] RouteError),
     /// The rules of netfilter.

@@ -2,6 +2,7 @@
 
 use super::maps::{Map, MapError};
 use super::netlink;
+use dataplane_common::flow::FlowKey;
 use dataplane_common::frontend::FrontendKey;
 use dataplane_common::tables::Frontends;
 use dataplane_common::{Addr, Port, Protocol};
@@ -15,7 +16,7 @@ use netlink_packet_netfilter::{
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use std::io;
 use std::net::SocketAddr;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, RangeInclusive};
 use thiserror::Error;
 
 /// Why nobody knows what conntrack holds.
@@ -58,6 +59,8 @@ pub struct Translated {
     pub called: SocketAddr,
     /// Who answers.
     pub endpoint: SocketAddr,
+    /// Whom it answers: the client, or an address and port of the node's where the source is translated too.
+    pub answered: SocketAddr,
     /// The service port, by its id.
     pub service: u32,
     /// How far it is, after the kernel's `TCP_CONNTRACK_*`.
@@ -92,9 +95,38 @@ pub fn tcp_to(frontends: &Map<Frontends>) -> Result<Vec<Translated>, ConntrackEr
     Ok(all)
 }
 
+/// The answers' five-tuples of all TCP connections of this network namespace whose destination and source conntrack translates, the
+/// source to one of these ports: what a flow must not have as its replies.
+///
+/// # Errors
+/// [`ConntrackError`].
+pub fn answers_to(ports: &RangeInclusive<u16>) -> Result<Vec<FlowKey>, ConntrackError> {
+    let mut all = Vec::new();
+    each_tcp(|Translated { client, endpoint, answered, .. }| {
+        if answered != client && ports.contains(&answered.port()) {
+            let [from, to] = [endpoint, answered].map(|end| (end.ip().into(), Port::new(end.port())));
+            all.push(FlowKey::new(from.0, from.1, to.0, to.1, Protocol::Tcp as u8));
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(all)
+}
+
 fn each_tcp_to(
     frontends: &Map<Frontends>,
     mut tell: impl FnMut(Translated) -> ControlFlow<()>,
+) -> Result<(), ConntrackError> {
+    each_tcp(|connection| {
+        Ok(match service(frontends, connection.called)? {
+            Some(service) => tell(Translated { service, ..connection }),
+            None => ControlFlow::Continue(()),
+        })
+    })
+}
+
+/// The TCP connections whose destination is translated, of service ports that are not known yet.
+fn each_tcp(
+    mut tell: impl FnMut(Translated) -> Result<ControlFlow<()>, ConntrackError>,
 ) -> Result<(), ConntrackError> {
     let netlink = netlink::connect(NETLINK_NETFILTER)?;
     let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 0);
@@ -104,8 +136,7 @@ fn each_tcp_to(
         for message in netlink::receive::<NetfilterMessage>(&netlink)? {
             if let NetlinkPayload::InnerMessage(message) = message {
                 if let Some(connection) = translated(&message.inner)
-                    && let Some(service) = service(frontends, connection.called)?
-                    && tell(Translated { service, ..connection }).is_break()
+                    && tell(connection)?.is_break()
                 {
                     return Ok(());
                 }
@@ -147,8 +178,8 @@ fn translated(message: &NetfilterMessageInner) -> Option<Translated> {
             state = parts.iter().find_map(tcp_state).unwrap_or_default();
         }
     }
-    let ((client, called), (endpoint, _)) = (original?, reply?);
-    is_translated.then_some(Translated { client, called, endpoint, service: 0, state, expires })
+    let ((client, called), (endpoint, answered)) = (original?, reply?);
+    is_translated.then_some(Translated { client, called, endpoint, answered, service: 0, state, expires })
 }
 
 fn tcp_state(part: &ProtoInfo) -> Option<u8> {
@@ -218,6 +249,7 @@ mod tests {
             client: "10.244.0.2:39076".parse().unwrap(),
             called: "10.96.0.1:443".parse().unwrap(),
             endpoint: "172.18.0.3:6443".parse().unwrap(),
+            answered: "10.244.0.2:39076".parse().unwrap(),
             service: 0,
             state: 3,
             expires: 86_364,

@@ -1,7 +1,8 @@
 //! Gives pinned maps more room: a new map beside the old one takes over what the old one holds, then its pin.
 //!
-//! While the programs are exchanged, old ones still write flows to the old map: those are carried over afterwards. A map is
-//! never made smaller, for what it holds might not fit.
+//! While the programs are exchanged, old ones still write flows to the old map: those are carried over afterwards; but the names
+//! that they gave meanwhile in a ring that has more room now are lost, and such a flow goes when it is idle. A map is never made
+//! smaller, for what it holds might not fit.
 
 use super::bpf::{self, MapFd};
 use super::object::ObjectError;
@@ -18,10 +19,8 @@ pub(super) struct Enlarged {
 }
 
 /// The tables that programs write on their own.
-const WRITTEN_BY_PROGRAMS: [&str; 9] = [
+const WRITTEN_BY_PROGRAMS: [&str; 7] = [
     tables::Flows::NAME,
-    tables::HalfOpen::NAME,
-    tables::Closing::NAME,
     tables::Outgoings::NAME,
     tables::Uplinks::NAME,
     tables::Affinities::NAME,
@@ -70,13 +69,10 @@ impl Enlarged {
     }
 }
 
-/// Copies entry by entry; the values of a queue are moved. A hash table that changes meanwhile may begin again at its first
+/// Copies entry by entry. A hash table that changes meanwhile may begin again at its first
 /// key, but not for ever.
 fn copy(from: &MapFd, to: &MapFd, flags: u64) -> io::Result<usize> {
     let shape = from.shape();
-    if shape.map_type == super::maps::map_type(TableKind::Queue) {
-        return requeue(from, to);
-    }
     let is_array =
         [TableKind::Array, TableKind::PerCpuArray].map(super::maps::map_type).contains(&shape.map_type);
     let mut value = vec![0; from.copied_size()];
@@ -97,19 +93,4 @@ fn copy(from: &MapFd, to: &MapFd, flags: u64) -> io::Result<usize> {
         key = Some(next.clone());
     }
     Ok(copied)
-}
-
-/// Moves the values of a queue, the oldest first.
-fn requeue(from: &MapFd, to: &MapFd) -> io::Result<usize> {
-    let mut value = vec![0; from.copied_size()];
-    let mut moved = 0;
-    while moved < from.shape().max_entries && from.pop(&mut value)? {
-        match to.update(&[], &value, bpf::ANY) {
-            Ok(()) => moved += 1,
-            // Programs have filled it meanwhile: what has no name goes when it is idle.
-            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => break,
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(moved)
 }

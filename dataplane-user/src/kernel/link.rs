@@ -215,7 +215,7 @@ impl Link {
 }
 
 /// The name of the interface with this index; `None` if there is none in this network namespace.
-pub(super) fn interface_name(index: u32) -> Option<String> {
+pub(crate) fn interface_name(index: u32) -> Option<String> {
     let mut name = [0u8; libc::IF_NAMESIZE];
     // SAFETY: the buffer has the length that the function asks for and outlives the call.
     let found = unsafe { libc::if_indextoname(index, name.as_mut_ptr().cast()) };

@@ -72,6 +72,8 @@ pub struct Interface {
     pub master: Option<u32>,
     /// The index of the interface of this node that it is made on, as a VLAN is.
     pub lower: Option<u32>,
+    /// Bytes of the longest packet that it sends; 0 if the kernel did not say.
+    pub mtu: u32,
 }
 
 impl Interface {
@@ -182,6 +184,7 @@ fn interface(message: &LinkMessage) -> Option<(u32, Interface)> {
         layer: layer(message.header.link_layer_type),
         master: None,
         lower: None,
+        mtu: 0,
     };
     let mut elsewhere = false;
     for attribute in &message.attributes {
@@ -189,6 +192,7 @@ fn interface(message: &LinkMessage) -> Option<(u32, Interface)> {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Controller(index) => link.master = Some(*index).filter(|index| *index != 0),
             LinkAttribute::Link(index) => link.lower = Some(*index).filter(|index| *index != 0),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::LinkNetNsId(_) => elsewhere = true,
             LinkAttribute::LinkInfo(infos) => link.kind = kind(infos),
             _ => {}
@@ -305,6 +309,14 @@ pub(super) async fn dump(handle: &Handle) -> Result<Interfaces, LinksError> {
     rtnetlink_dump::each(handle, "addresses", addresses, take).await?;
     interfaces.routes = routes(handle).await?;
     Ok(interfaces)
+}
+
+/// The interfaces as they are now.
+///
+/// # Errors
+/// If the kernel does not list them.
+pub async fn now(handle: &Handle) -> Result<Interfaces, LinksError> {
+    dump(handle).await
 }
 
 /// What the routes of all tables do. There may be very many: each is forgotten once it is read.
@@ -481,6 +493,7 @@ mod tests {
             layer: LinkLayer::Ethernet,
             master: None,
             lower: None,
+            mtu: 1_500,
         };
         Interfaces {
             links: names.iter().map(|(index, name)| (*index, link(name))).collect(),

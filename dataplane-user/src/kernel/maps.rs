@@ -87,7 +87,6 @@ pub const fn map_type(kind: TableKind) -> u32 {
         TableKind::Hash | TableKind::HashByEntry => bpf::TYPE_HASH,
         TableKind::LruHash => bpf::TYPE_LRU_HASH,
         TableKind::LpmTrie => bpf::TYPE_LPM_TRIE,
-        TableKind::Queue => bpf::TYPE_QUEUE,
         TableKind::SkStorage => bpf::TYPE_SK_STORAGE,
     }
 }
@@ -98,7 +97,7 @@ const fn map_flags(kind: TableKind) -> u32 {
         TableKind::HashByEntry | TableKind::LpmTrie | TableKind::SkStorage => bpf::NO_PREALLOC,
         TableKind::MappedArray => bpf::MMAPABLE,
         TableKind::Array | TableKind::PerCpuArray | TableKind::Hash => 0,
-        TableKind::LruHash | TableKind::Queue => 0,
+        TableKind::LruHash => 0,
     }
 }
 
@@ -432,7 +431,7 @@ impl KernelMaps {
                 maps.insert(T::NAME, map.fd);
             })+};
         }
-        create_each!(Nodes NodeAddrs Filter Callers Frontends Services Slots Backends Flows HalfOpen Closing);
+        create_each!(Nodes NodeAddrs Filter Callers Frontends Services Slots Backends Flows HalfOpen Closing Turns);
         create_each!(SourceRanges Affinities Fragments PortTurns Outgoings);
         create_each!(ServiceTraffic BackendTraffic Reasons SocketPeers SocketChoices Uplinks);
         Ok(Self { maps })

@@ -15,7 +15,7 @@ use crate::memory;
 use aya::maps::{Map, MapData};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use dataplane_common::tables;
+use dataplane_common::tables::{self, Table as _};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -116,6 +116,9 @@ pub struct Options<'a> {
     pub sizes: &'a [MapSize],
     /// Whether programs tell why they drop or refuse packets. Off, it costs them nothing.
     pub log: bool,
+    /// Where the tables are found that programs only read ([`tables::READ_ONLY`]), if `pins` is none: all else is made anew and
+    /// ends with the object, so that its programs change nothing for those that serve.
+    pub reads: Option<&'a Pins>,
 }
 
 /// Records that the programs log; readable when there are some.
@@ -174,7 +177,11 @@ impl Object {
         /// `Level::Debug` of aya-log, and a number below all levels.
         const LEVELS: [u8; 2] = [0, 4];
         let mut enlarged = Vec::new();
+        let rooms = RINGS.map(|(name, capacity, _)| room(options, name, capacity));
         let mut loader = EbpfLoader::new();
+        for ((.., global), room) in RINGS.iter().zip(&rooms) {
+            loader.override_global(global, room, true);
+        }
         // No program refers to the kernel's types.
         loader.btf(None);
         loader.override_global(aya_log::LEVEL, &LEVELS[usize::from(options.log)], false);
@@ -185,7 +192,19 @@ impl Object {
             loader.map_max_entries(size.map, size.entries);
         }
         for &(name, kind, capacity) in tables::ALL {
-            let Some(pins) = options.pins else { continue };
+            let Some(pins) = options.pins else {
+                if let Some(pins) = options.reads.filter(|_| tables::READ_ONLY.contains(&name)) {
+                    let path = pins.map(name);
+                    let found = MapFd::open(&path).map_err(|source| ObjectError::Refused {
+                        what: format!("the pinned map {name}"),
+                        source,
+                    })?;
+                    let entries = found_entries(&found, name, map_type(kind), &path)?;
+                    loader.map_max_entries(name, entries as u32);
+                    loader.map_pin_path(name, path);
+                }
+                continue;
+            };
             let path = pins.map(name);
             let Ok(found) = MapFd::open(&path) else {
                 loader.map_pin_path(name, path);
@@ -345,6 +364,21 @@ impl Object {
     }
 }
 
+/// The rings of names: their maps, and the number in the programs that says how many slots they have.
+const RINGS: [(&str, usize, &str); 2] = [
+    (tables::HalfOpen::NAME, tables::HalfOpen::CAPACITY, "HALF_OPEN_ROOM"),
+    (tables::Closing::NAME, tables::Closing::CAPACITY, "CLOSING_ROOM"),
+];
+
+/// How many entries a map will have: what is asked for, or what it has already if that is more.
+fn room(options: &Options<'_>, name: &str, capacity: usize) -> u32 {
+    let wanted = options.sizes.iter().rfind(|size| size.map == name).map(|size| size.entries);
+    let wanted = wanted.unwrap_or(u32::try_from(capacity).unwrap_or(u32::MAX));
+    let found = options.pins.and_then(|pins| MapFd::open(&pins.map(name)).ok());
+    let found = found.map_or(0, |map| map.shape().max_entries);
+    wanted.max(u32::try_from(found).unwrap_or(u32::MAX))
+}
+
 /// Checks a map that is pinned already, and says how many entries it has.
 fn found_entries(found: &MapFd, name: &str, map_type: u32, path: &Path) -> Result<usize, ObjectError> {
     let shape = found.shape();
@@ -363,7 +397,6 @@ fn data(map: &Map) -> Option<&MapData> {
         | Map::PerCpuHashMap(data)
         | Map::PerCpuLruHashMap(data)
         | Map::LpmTrie(data)
-        | Map::Queue(data)
         | Map::SkStorage(data)
         | Map::RingBuf(data) => Some(data),
         _ => None,

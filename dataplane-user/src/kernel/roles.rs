@@ -97,8 +97,8 @@ impl Routes {
 /// Why an interface has the role that it has, or none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// It is the node's own road to Services.
-    Road,
+    /// The node's own route to Services leads there.
+    ServiceRoute,
     /// A flag names it.
     Named,
     /// A default route leads by it.
@@ -137,7 +137,7 @@ impl Reason {
     /// A word for metrics.
     pub const fn label(&self) -> &'static str {
         match self {
-            Self::Road => "road",
+            Self::ServiceRoute => "service-route",
             Self::Named => "named",
             Self::DefaultRoute => "default-route",
             Self::Address(_) => "address",
@@ -161,7 +161,7 @@ impl Reason {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Road => f.write_str("the node's own road to Services"),
+            Self::ServiceRoute => f.write_str("the node's own route to Services"),
             Self::Named => f.write_str("a flag names it"),
             Self::DefaultRoute => f.write_str("default route"),
             Self::Address(address) => write!(f, "address {address}"),
@@ -215,11 +215,21 @@ impl Interfaces {
         self.links.iter().map(|(index, link)| (*index, self.find(*index, link, choice))).collect()
     }
 
+    /// The MTU of the uplink that takes the shortest packets; 0 if there is none.
+    pub fn uplink_mtu(&self, choice: &Choice) -> u32 {
+        let uplinks = self.links.iter().filter(|(index, link)| {
+            link.name != DEVICE
+                && link.mtu != 0
+                && self.find(**index, link, choice).role == Some(Role::Uplink)
+        });
+        uplinks.map(|(_, link)| link.mtu).min().unwrap_or_default()
+    }
+
     /// Flags narrow what the rules find: where one names interfaces, only those have its role.
     fn find(&self, index: u32, link: &Interface, choice: &Choice) -> Finding {
         match link.name.as_str() {
-            DEVICE => return uplink(Reason::Road),
-            PEER => return none(Reason::Road),
+            DEVICE => return uplink(Reason::ServiceRoute),
+            PEER => return none(Reason::ServiceRoute),
             _ => {}
         }
         let named = |patterns: &[Pattern]| patterns.iter().any(|pattern| pattern.matches(&link.name));

@@ -1,5 +1,5 @@
-//! A road of Portolan's own for what the node itself sends to Services: a device, and a route for each service range that leads
-//! to it. The node's routes may lead anywhere or nowhere; with this one its packets meet a program in any case (P9).
+//! Routes of Portolan's own for what the node itself sends to Services: a device, and a route for each service range that leads
+//! to it. The node's routes may lead anywhere or nowhere; with these its packets meet a program in any case (P9).
 //!
 //! The device is one end of a veth pair, which every kernel has. It has no address and asks for no neighbour; the program at its
 //! egress takes every packet, so that the other end never sees one. The route names the node's own source address, for the kernel
@@ -31,8 +31,10 @@ pub const PEER: &str = "portolan1";
 pub const PROTOCOL: u8 = 86;
 /// The device's MTU while no interface says how long packets may be.
 const DEFAULT_MTU: u32 = 1_500;
+/// With less, an interface has no IPv6 (RFC 8200, 5).
+const LEAST_MTU: u32 = 1_280;
 
-/// What went wrong with the road.
+/// What went wrong with the routes.
 #[derive(Debug, thiserror::Error)]
 pub enum RouteError {
     /// No socket.
@@ -65,12 +67,12 @@ fn refused(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> RouteErr
     move |source| RouteError::Refused { what, source }
 }
 
-/// What the road has to be.
+/// What the routes have to be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Road {
+pub struct Wanted {
     /// The service ranges, each with the node's source address of its family.
     pub ranges: BTreeSet<(IpNet, IpAddr)>,
-    /// The device's MTU in bytes; 0: unknown.
+    /// The device's MTU in bytes, that of the uplink with the smallest; 0: unknown.
     pub mtu: u32,
 }
 
@@ -95,22 +97,22 @@ impl ServiceRoutes {
         Ok(Self { handle, kept: BTreeSet::new(), looked: false })
     }
 
-    /// Makes what is missing and removes what is not wanted any more. Tells the ranges whose route was there and had gone.
+    /// Makes the routes to the device that are missing and removes what is not wanted any more. Tells the ranges whose route was
+    /// there and had gone. The device must have its program: what comes to it otherwise is lost.
     ///
     /// # Errors
     /// The first thing that could not be done; the rest was tried nevertheless.
-    pub async fn ensure(&mut self, road: &Road) -> Result<Vec<IpNet>, RouteError> {
-        let device = self.device(road.mtu).await?;
+    pub async fn ensure(&mut self, device: u32, wanted: &Wanted) -> Result<Vec<IpNet>, RouteError> {
         if !std::mem::replace(&mut self.looked, true) {
-            self.remove_stale(device, road).await?;
+            self.remove_stale(device, wanted).await?;
         }
-        let gone: Vec<_> = self.kept.difference(&road.ranges).copied().collect();
+        let gone: Vec<_> = self.kept.difference(&wanted.ranges).copied().collect();
         for (range, source) in gone {
             self.delete(device, range).await?;
             self.kept.remove(&(range, source));
         }
         let (mut restored, mut failed) = (Vec::new(), Ok(()));
-        for &(range, source) in &road.ranges {
+        for &(range, source) in &wanted.ranges {
             match self.route(device, range, source).await {
                 Ok(false) => {}
                 Ok(true) if self.kept.contains(&(range, source)) => restored.push(range),
@@ -126,8 +128,11 @@ impl ServiceRoutes {
     }
 
     /// Makes the device unless it is there, and has it up with this MTU; gives its index.
-    async fn device(&self, mtu: u32) -> Result<u32, RouteError> {
-        let mtu = if mtu == 0 { DEFAULT_MTU } else { mtu };
+    ///
+    /// # Errors
+    /// If the kernel refuses, or the name is taken.
+    pub async fn device(&self, mtu: u32) -> Result<u32, RouteError> {
+        let mtu = if mtu == 0 { DEFAULT_MTU } else { mtu.max(LEAST_MTU) };
         let link = match link(&self.handle, DEVICE).await? {
             Some(link) => link,
             None => self.make().await?,
@@ -206,15 +211,15 @@ impl ServiceRoutes {
     }
 
     /// Removes the routes of an earlier process that are not wanted any more.
-    async fn remove_stale(&self, device: u32, road: &Road) -> Result<(), RouteError> {
+    async fn remove_stale(&self, device: u32, wanted: &Wanted) -> Result<(), RouteError> {
         let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
         let mut stale = BTreeSet::new();
         for question in [v4, v6] {
-            let wanted = |range: &IpNet| road.ranges.iter().any(|(wanted, _)| wanted == range);
+            let is_wanted = |range: &IpNet| wanted.ranges.iter().any(|(wanted, _)| wanted == range);
             let take = |answer| {
                 if let RouteNetlinkMessage::NewRoute(route) = answer {
-                    stale.extend(own_range(&route, device).filter(|range| !wanted(range)));
+                    stale.extend(own_range(&route, device).filter(|range| !is_wanted(range)));
                 }
             };
             rtnetlink_dump::each(&self.handle, "routes", RouteNetlinkMessage::GetRoute(question), take)
@@ -225,6 +230,14 @@ impl ServiceRoutes {
         }
         Ok(())
     }
+}
+
+/// Makes the device unless it is there.
+///
+/// # Errors
+/// If the kernel refuses, or the name is taken.
+pub async fn make_device() -> Result<u32, RouteError> {
+    ServiceRoutes::open()?.device(0).await
 }
 
 /// Removes the device, and the routes with it. Whether it was there.

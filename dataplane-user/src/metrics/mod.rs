@@ -41,7 +41,8 @@ impl Number {
         self.set(since.as_secs());
     }
 
-    fn get(&self) -> u64 {
+    /// It, as it is now.
+    pub fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }
 }
@@ -176,6 +177,16 @@ impl Metrics {
         self.interfaces.iter().zip(counts).for_each(|(number, count)| number.set(count));
     }
 
+    /// What each interface is, but for pods' and loopback.
+    pub fn interface_roles(&self) -> Vec<InterfaceRole> {
+        self.interface_roles.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How many interfaces to pods have programs.
+    pub fn pod_interfaces(&self) -> u64 {
+        self.interfaces[1].get()
+    }
+
     /// The service ports whose counters are told.
     pub fn ports(&self) -> Arc<Ports> {
         self.ports.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -227,7 +238,7 @@ impl Metrics {
             text.single(family, number.get());
         }
         text.head(&family::INTERFACE_ROLES);
-        for told in self.interface_roles.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for told in self.interface_roles() {
             text.sample(&family::INTERFACE_ROLES, &[&told.interface, told.role, told.reason], 1);
         }
         text.head(&family::NO_LOCAL_ENDPOINTS);
@@ -261,7 +272,8 @@ impl Metrics {
         text.single(&family::UNATTACHED, observed.unattached);
     }
 
-    fn complaints(&self) -> Vec<(&'static str, u64)> {
+    /// What objects get wrong now, by reason.
+    pub fn complaints(&self) -> Vec<(&'static str, u64)> {
         self.complaints.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

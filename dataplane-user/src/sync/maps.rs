@@ -68,7 +68,7 @@ impl MemoryMaps {
         match T::KIND {
             TableKind::Array | TableKind::MappedArray | TableKind::PerCpuArray => true,
             TableKind::Hash | TableKind::HashByEntry | TableKind::LruHash => false,
-            TableKind::LpmTrie | TableKind::Queue | TableKind::SkStorage => false,
+            TableKind::LpmTrie | TableKind::SkStorage => false,
         }
     }
 
@@ -111,7 +111,7 @@ impl Maps for MemoryMaps {
                 TableKind::Array | TableKind::MappedArray | TableKind::PerCpuArray => {
                     self.has_index::<T>(key)
                 }
-                TableKind::Hash | TableKind::HashByEntry | TableKind::LpmTrie | TableKind::Queue => {
+                TableKind::Hash | TableKind::HashByEntry | TableKind::LpmTrie => {
                     table.len() < room || table.contains_key(bytes)
                 }
                 // Bounded by nothing but the sockets that there are.

@@ -25,7 +25,7 @@ use crate::causes::causes;
 pub(super) use access::Access;
 use follow::{Following, follow};
 use kube::config::Kubeconfig;
-pub use servers::{ApiServer, Servers};
+pub use servers::{Answered, ApiServer, Servers};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

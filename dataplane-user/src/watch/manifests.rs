@@ -25,6 +25,7 @@ use std::path::PathBuf;
 pub fn watch(folder: PathBuf, options: Options, changes: impl Into<Changes>) -> Result<Watch, ManifestError> {
     let follower = Follower::new(&folder)?;
     let status = Status::default();
+    status.set_place(folder.to_string_lossy());
     let task = tokio::spawn(run(folder, options, follower, changes.into(), status.clone()));
     Ok(Watch { status, events: Events::none(), tasks: vec![task] })
 }

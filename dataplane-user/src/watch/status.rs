@@ -38,9 +38,22 @@ impl KindStatus {
 
 /// A handle to the state of a source; clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct Status(Arc<Mutex<BTreeMap<Kind, KindStatus>>>);
+pub struct Status {
+    kinds: Arc<Mutex<BTreeMap<Kind, KindStatus>>>,
+    place: Arc<Mutex<Arc<str>>>,
+}
 
 impl Status {
+    /// Where the source is, in words; empty before the first question to it.
+    pub fn place(&self) -> Arc<str> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Notes where the source is.
+    pub(super) fn set_place(&self, place: impl Into<Arc<str>>) {
+        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = place.into();
+    }
+
     /// How the source of `kind` is.
     pub fn of(&self, kind: Kind) -> KindStatus {
         self.all().remove(&kind).unwrap_or_default()
@@ -48,7 +61,7 @@ impl Status {
 
     /// How the source of each kind is.
     pub fn all(&self) -> BTreeMap<Kind, KindStatus> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.kinds.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether all objects of every kind were told once.
@@ -63,7 +76,7 @@ impl Status {
     }
 
     pub(super) fn change(&self, kind: Kind, change: impl FnOnce(&mut KindStatus)) {
-        change(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(kind).or_default());
+        change(self.kinds.lock().unwrap_or_else(PoisonError::into_inner).entry(kind).or_default());
     }
 
     /// Notes that all objects of `kind` were told.

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 use target::Judgement;
 
-/// The kinds of records, in the order in which they are measured.
+/// The kinds of records that one run of all measures, in that order.
 pub const KINDS: [&str; 4] = [bench_prog::KIND, bench_sync::KIND, bench_agent::KIND, bench_net::KIND];
 
 /// How much is measured.

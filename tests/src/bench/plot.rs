@@ -31,8 +31,8 @@ const ROW: f64 = 24.0;
 const TOP: f64 = 40.0;
 const OURS: &str = "#2563a8";
 const OTHERS: &str = "#9aa3ad";
-/// As many as there are lines of one colour at most: every leg that is not ours.
-const STROKES: [&str; 5] = ["", "6 3", "2 3", "8 3 2 3", "12 3"];
+/// As many as there are lines of one colour at most: the series of drift.
+const STROKES: [&str; 6] = ["", "6 3", "2 3", "8 3 2 3", "12 3", "1 6"];
 
 fn head(height: f64, title: &str) -> String {
     let title = escaped(title);
@@ -93,15 +93,48 @@ pub(super) fn bars(title: &str, rows: &[Bar], mark: Option<f64>) -> String {
     svg + "</svg>\n"
 }
 
-/// Lines over a logarithmic x axis, with their ranges.
-pub(super) fn lines(title: &str, lines: &[Line]) -> String {
+/// How numbers lie on an x axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Axis {
+    /// By their logarithms; each that occurs is written below.
+    Logarithmic,
+    /// As they are, with five marks.
+    Even,
+}
+
+impl Axis {
+    fn place(self, value: f64) -> f64 {
+        match self {
+            Self::Logarithmic => value.log10(),
+            Self::Even => value,
+        }
+    }
+
+    /// What is written below it.
+    fn marks(self, mut values: Vec<f64>) -> Vec<f64> {
+        match self {
+            Self::Logarithmic => {
+                values.sort_by(f64::total_cmp);
+                values.dedup();
+                values
+            }
+            Self::Even => {
+                let most = values.into_iter().fold(0.0, f64::max);
+                (1..=5).map(|part| (most * f64::from(part) / 5.0).floor()).collect()
+            }
+        }
+    }
+}
+
+/// Lines over an x axis, with their ranges.
+pub(super) fn lines(title: &str, axis: Axis, lines: &[Line]) -> String {
     const PLOT: f64 = 260.0;
     let (left, right) = (50.0, WIDTH - 230.0);
     let points = || lines.iter().flat_map(|line| &line.points);
-    let least = points().map(|(x, _)| x.log10()).fold(f64::INFINITY, f64::min);
-    let most = points().map(|(x, _)| x.log10()).fold(least + 1e-9, f64::max);
+    let least = points().map(|(x, _)| axis.place(*x)).fold(f64::INFINITY, f64::min);
+    let most = points().map(|(x, _)| axis.place(*x)).fold(least + 1e-9, f64::max);
     let top = points().map(|(_, value)| value.max).fold(f64::MIN_POSITIVE, f64::max) * 1.05;
-    let x = |value: f64| left + (right - left) * (value.log10() - least) / (most - least);
+    let x = |value: f64| left + (right - left) * (axis.place(value) - least) / (most - least);
     let y = |value: f64| TOP + PLOT * (1.0 - (value / top).clamp(0.0, 1.0));
     let mut svg = head(TOP + PLOT + 40.0, title);
     for part in 0..=4 {
@@ -115,10 +148,7 @@ pub(super) fn lines(title: &str, lines: &[Line]) -> String {
             y(value) + 4.0
         );
     }
-    let mut sizes: Vec<f64> = points().map(|(x, _)| *x).collect();
-    sizes.sort_by(f64::total_cmp);
-    sizes.dedup();
-    for size in sizes {
+    for size in axis.marks(points().map(|(x, _)| *x).collect()) {
         let _ = writeln!(
             svg,
             "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{size}</text>",
@@ -182,7 +212,7 @@ mod tests {
         let value = Ratio::exactly(1.0);
         let line = |ours| Line { label: "x".into(), points: vec![(10.0, value), (100.0, value)], ours };
         // As the legs of calls to a ClusterIP.
-        let svg = lines("t", &[false, true, false, false, true, false, false].map(line));
+        let svg = lines("t", Axis::Logarithmic, &[false, true, false, false, true, false, false].map(line));
         let styles: std::collections::BTreeSet<_> = svg
             .lines()
             .filter(|line| line.contains("h30"))
@@ -196,8 +226,11 @@ mod tests {
     fn lines_stay_in_their_frame() {
         let value = Ratio { median: 0.5, min: 0.4, max: 0.9 };
         let line = Line { label: "x".into(), points: vec![(10.0, value), (30_000.0, value)], ours: false };
-        let svg = lines("t", &[line]);
+        let svg = lines("t", Axis::Logarithmic, &[line]);
         assert!(svg.contains(">30000</text>") && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
-        assert!(!lines("nothing", &[]).contains("NaN"));
+        let over_time = Line { label: "x".into(), points: vec![(0.5, value), (100.0, value)], ours: true };
+        let svg = lines("t", Axis::Even, &[over_time]);
+        assert!(svg.contains(">20</text>") && svg.contains(">100</text>"), "{svg}");
+        assert!(!lines("nothing", Axis::Logarithmic, &[]).contains("NaN"));
     }
 }

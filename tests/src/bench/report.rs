@@ -3,6 +3,7 @@
 mod agent;
 mod paths;
 mod programs;
+mod soak;
 
 use super::plot::Bar;
 use super::record::Record;
@@ -116,6 +117,7 @@ const REPEAT: &str = "\
 ```
 cargo xtask bench --quick      # the main ratios; without --quick, what the method asks for
 cargo xtask bench --resume     # goes on with a run that was cut short
+cargo xtask bench soak         # two hours of churn: does anything grow?
 cargo xtask bench targets      # one line per target, from the newest records
 cargo xtask bench report       # writes this page and its plots from the newest records
 ```
@@ -164,6 +166,9 @@ fn page(records: &Path) -> Result<Page> {
         newest(records, crate::bench_sync::KIND)?,
         newest(records, crate::bench_agent::KIND)?,
     );
+    if let Some(record) = newest(records, crate::soak::KIND)? {
+        soak::write(&mut page, &record);
+    }
     page.heading("What this machine cannot tell");
     page.paragraph(LIMITS);
     page.heading("How to repeat it");

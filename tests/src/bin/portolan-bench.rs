@@ -9,6 +9,7 @@ use dataplane_tests::bench_load::{self, BenchLoadArgs};
 use dataplane_tests::bench_net::{self, BenchNetArgs};
 use dataplane_tests::bench_prog::{self, BenchProgArgs};
 use dataplane_tests::bench_sync::{self, BenchSyncArgs};
+use dataplane_tests::soak::{self, SoakArgs};
 use std::path::PathBuf;
 
 /// Measures Portolan on this machine. Needs root. Every run leaves a record.
@@ -34,6 +35,8 @@ enum Bench {
     Net(BenchNetArgs),
     /// The load tool beside wrk, on the same connections to the same server: do both measure the same?
     Load(BenchLoadArgs),
+    /// Drift: an agent under churn for two hours, and what it holds meanwhile. Not among `all`.
+    Soak(SoakArgs),
     /// One line for each target, from the newest records.
     Targets {
         /// The folder of the records.
@@ -59,6 +62,7 @@ fn main() -> Result<()> {
         Bench::Agent(args) => bench_agent::run(&args)?.is_good(),
         Bench::Net(args) => bench_net::run(&args)?.is_good(),
         Bench::Load(args) => bench_load::run(&args)?.is_good(),
+        Bench::Soak(args) => soak::run(&args)?.is_good(),
         Bench::Targets { records } => {
             bench::targets(&records)?;
             true

@@ -262,6 +262,16 @@ impl Node {
         self.place.run(portolan.to_str().context("path")?, &all)
     }
 
+    /// The same, with its exit code whatever that is; and what it wrote to stderr.
+    pub fn portolan_verdict(&self, arguments: &[&str]) -> Result<(i32, String, String)> {
+        let mut command = self.place.command(super::agent::portolan()?)?;
+        let output = command.args(arguments).arg("--bpffs").arg(self.bpffs()).output()?;
+        let code = output.status.code().context("it was killed")?;
+        let [out, err] =
+            [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        Ok((code, out, err))
+    }
+
     fn pods(&self) -> MutexGuard<'_, Pods> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -3,13 +3,13 @@
 
 use super::{Hook, Verdict, World};
 use anyhow::{Result, bail};
-use dataplane_common::Addr;
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
-use dataplane_common::flow::TICK_MASK;
+use dataplane_common::flow::{Flow, FlowKey, Stage, TICK_MASK};
 use dataplane_common::service::EndpointSet;
 use dataplane_common::tables::{self, Table as _};
+use dataplane_common::{Addr, Port, Protocol};
 use dataplane_user::compile::{self, Context, NodeSettings};
 use dataplane_user::expire::{self, Clock, IdleTimes};
 use dataplane_user::kernel::callers::{CallerCells, OldMarks};
@@ -18,7 +18,7 @@ use dataplane_user::sync::LingeringBits;
 use dataplane_user::watch::manifests;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -89,6 +89,37 @@ impl World {
         Ok(table.entries()?.into_iter().filter(|(_, mark)| *mark != 0).count())
     }
 
+    /// Makes all flows so many ticks older than they are.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn age_flows(&self, ticks: u32) -> Result<()> {
+        let table = self.maps.map::<tables::Flows>()?;
+        for (key, mut flow) in table.entries()? {
+            let older = |tick: u32| tick.wrapping_sub(ticks) & TICK_MASK;
+            flow.last_seen = older(flow.last_seen);
+            if key.proto() == Protocol::Udp as u8 && flow.has(Flow::ANSWERED) {
+                flow.detail = older(flow.detail);
+            }
+            table.insert(&key, &flow, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Has all flows that are half-open established.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn establish_flows(&self) -> Result<()> {
+        let table = self.maps.map::<tables::Flows>()?;
+        let half_open = table.entries()?.into_iter().filter(|(_, flow)| flow.stage() == Stage::HalfOpen);
+        for (key, mut flow) in half_open {
+            flow.set(Flow::CONFIRMED);
+            table.insert(&key, &flow, 0)?;
+        }
+        Ok(())
+    }
+
     /// Marks these cells of the filter of replies and clears all others. What was marked before.
     ///
     /// # Errors
@@ -108,6 +139,16 @@ impl World {
     /// If the kernel refuses.
     pub fn outgoing(&self) -> Result<usize> {
         Ok(self.maps.map::<tables::Outgoings>()?.entries()?.len())
+    }
+
+    /// Notes a connection of others by its answers: TCP from the first end to the second.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn note_answers(&self, from: SocketAddr, to: SocketAddr) -> Result<()> {
+        let [from, to] = [from, to].map(|end| (end.ip().into(), Port::new(end.port())));
+        let key = FlowKey::new(from.0, from.1, to.0, to.1, Protocol::Tcp as u8);
+        Ok(self.maps.map::<tables::Outgoings>()?.insert(&key, &0, 0)?)
     }
 
     /// Runs a packet so many times through the program at a hook, while another CPU turns the cluster set of every service port
@@ -230,6 +271,7 @@ const NEVER: IdleTimes = {
         established: long,
         half_closed: long,
         udp: long,
+        udp_answered: long,
         udp_unanswered: long,
         half_open: long,
         closing: long,

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 /// How long what a test program started may take to end after it.
 const ENDING: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(20);
+/// Where an agent keeps its snapshot if nobody says another folder.
+const STATE: &str = "/var/lib/portolan";
 
 /// Things that are there, as words for people.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -24,6 +26,11 @@ impl Remains {
         for folder in ["/run", "/sys/fs/bpf"] {
             found.0.extend(entries(Path::new(folder)).map(|path| format!("file {}", path.display())));
         }
+        for folder in ["/tmp", "/var/lib", "/etc"] {
+            let ours = entries(Path::new(folder)).filter(|path| is_ours(path));
+            found.0.extend(ours.map(|path| format!("file {}", path.display())));
+        }
+        found.0.extend(entries(Path::new(STATE)).map(|path| format!("file {}", path.display())));
         let mounts = fs::read_to_string("/proc/self/mountinfo").context("/proc/self/mountinfo")?;
         found.0.extend(mounts.lines().filter_map(mount));
         found.0.extend(lines("ip", &["-oneline", "link", "show"])?.filter_map(|line| interface(&line)));
@@ -58,6 +65,12 @@ impl Remains {
 
 fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> {
     fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+/// Whether it is a file of Portolan's, other than the folder of a run.
+fn is_ours(path: &Path) -> bool {
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    name.starts_with("portolan") && !name.starts_with(super::NAME)
 }
 
 /// A line of `/proc/self/mountinfo` in short: `mount /run/x (tmpfs)`.
@@ -162,6 +175,18 @@ mod tests {
         let left = after.since(&before);
         assert_eq!(left.iter().collect::<Vec<_>>(), ["file /run/c"]);
         assert!(!left.is_empty() && before.clone().since(&before).is_empty());
+    }
+
+    #[test]
+    fn folders_of_other_runs_are_none_of_what_is_left() {
+        for (path, ours) in [
+            ("/tmp/portolan-kernel-7", true),
+            ("/var/lib/portolan", true),
+            ("/tmp/portolan-test-7-1", false),
+            ("/tmp/other", false),
+        ] {
+            assert_eq!(is_ours(Path::new(path)), ours, "{path}");
+        }
     }
 
     #[test]

@@ -5,7 +5,8 @@ use crate::kernel::conntrack::{self, ConntrackError};
 use crate::kernel::maps::MapError;
 use crate::sync::Maps;
 use dataplane_common::node::Node;
-use dataplane_common::tables::{Frontends, Nodes};
+use dataplane_common::tables::{Frontends, Nodes, Outgoings};
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
@@ -44,6 +45,19 @@ impl TakeOver {
 pub(in crate::agent) fn is_due(maps: &impl Maps) -> Result<bool, MapError> {
     let node = maps.get::<Nodes>(&0)?;
     Ok(node.is_none_or(|node| node.last_port == 0 || node.has(Node::TAKES_OVER)))
+}
+
+/// Notes what answers connections that netfilter translates to these source ports: no flow may have the same answers (P12).
+///
+/// # Errors
+/// If conntrack does not tell them, or they cannot be written.
+pub(in crate::agent) fn note_answers(
+    maps: &impl Maps,
+    ports: &RangeInclusive<u16>,
+) -> Result<(), ConntrackError> {
+    // When they last left is not known, and is not asked for TCP.
+    let noted: Vec<_> = conntrack::answers_to(ports)?.into_iter().map(|answer| (answer, 0)).collect();
+    Ok(maps.write::<Outgoings>(&noted)?)
 }
 
 impl Service {
@@ -91,9 +105,11 @@ impl Service {
             None if due && self.health.is_attached() && self.hooks.is_none() => {
                 state.looked = Some(Instant::now());
                 let maps = self.dataplane.mirror().1.clone();
+                let ports = self.dataplane.translated_ports();
                 let beat = self.health.heartbeat().part("the look into conntrack", JOB);
                 state.looking = Some(tokio::task::spawn_blocking(move || {
                     let _at_work = beat;
+                    note_answers(&maps, &ports)?;
                     conntrack::translates_tcp_to(&maps.map::<Frontends>()?)
                 }));
             }

@@ -129,7 +129,7 @@ impl Service {
 }
 
 /// How many entries the hash tables have: that of flows as it was swept, all others counted, but for what `sync` keeps count of.
-/// A queue has one name for each flow of its stage; it may have more, of flows that are further or gone.
+/// A ring has one name for each flow of its stage; it may have more, of flows that are further or gone.
 fn count(maps: &KernelMaps, swept: &Swept) -> Result<Vec<(&'static str, usize)>, MapError> {
     let mut counts = vec![
         (Flows::NAME, swept.entries()),
@@ -141,7 +141,7 @@ fn count(maps: &KernelMaps, swept: &Swept) -> Result<Vec<(&'static str, usize)>,
             TableKind::Hash | TableKind::HashByEntry | TableKind::LruHash => *name != Frontends::NAME,
             // Arrays have all their elements; a trie is written by the agent alone.
             TableKind::Array | TableKind::MappedArray | TableKind::PerCpuArray => false,
-            TableKind::LpmTrie | TableKind::Queue | TableKind::SkStorage => false,
+            TableKind::LpmTrie | TableKind::SkStorage => false,
         };
         if uncounted && !counts.iter().any(|(counted, _)| counted == name) {
             counts.push((name, maps.count(name)?));

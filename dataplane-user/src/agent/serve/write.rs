@@ -13,6 +13,9 @@ use std::time::{Duration, Instant, SystemTime};
 /// How many Services that find no room at the same time are named.
 const NAMED: usize = 10;
 
+/// How long the node waits for its own routes to Services before it is said to be ready without them.
+const ROUTES_WITHIN: Duration = Duration::from_secs(5);
+
 impl Service {
     /// Writes what waits, unless the kernel refused a moment ago.
     pub(super) fn flush(&mut self) {
@@ -55,9 +58,9 @@ impl Service {
             took.as_micros()
         );
         let ranges = self.dataplane.service_sources();
-        self.road.send_if_modified(|road| {
-            let changed = road.ranges != ranges;
-            road.ranges = ranges;
+        self.routes.send_if_modified(|wanted| {
+            let changed = wanted.ranges != ranges;
+            wanted.ranges = ranges;
             changed
         });
         self.health_checks.set(flushed.health_checks);
@@ -76,9 +79,21 @@ impl Service {
                 "{ports} service ports, {backends} backends and {frontends} frontends in {} ms",
                 took.as_millis()
             );
-            self.health.following();
             // Lists and their tables were whole in memory.
             memory::give_back();
+            self.announcing = Some(Instant::now());
+            self.announce();
+        }
+    }
+
+    /// Says that the node is served, as soon as what it sends itself is as well.
+    pub(super) fn announce(&mut self) {
+        let Some(since) = self.announcing else { return };
+        let routed =
+            self.routes.is_closed() || self.routes.borrow().ranges.is_empty() || *self.routed.borrow();
+        if routed || since.elapsed() >= ROUTES_WITHIN {
+            self.announcing = None;
+            self.health.following();
             println!("ready");
             notify(State::Ready);
         }

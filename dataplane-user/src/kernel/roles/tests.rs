@@ -1,6 +1,6 @@
 use super::*;
 
-/// A node of which each line is an interface: name and kind, then its addresses, `of=MASTER`, `on=LOWER` and what its routes do.
+/// A node of which each line is an interface: name and kind, then its addresses, `of=MASTER`, `on=LOWER`, `mtu=BYTES` and what its routes do.
 fn node(text: &str) -> Interfaces {
     let mut node = Interfaces::default();
     let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
@@ -20,7 +20,8 @@ fn node(text: &str) -> Interfaces {
             "infiniband" => (Kind::Device, LinkLayer::Unknown),
             other => panic!("{other}"),
         };
-        let mut link = Interface { name: words[0].into(), kind, layer, master: None, lower: None };
+        let mut link =
+            Interface { name: words[0].into(), kind, layer, master: None, lower: None, mtu: 1_500 };
         let routes = node.routes.entry(at).or_default();
         for word in &words[2..] {
             match *word {
@@ -30,6 +31,7 @@ fn node(text: &str) -> Interfaces {
                 word => match word.split_once('=') {
                     Some(("of", master)) => link.master = Some(index(master)),
                     Some(("on", lower)) => link.lower = Some(index(lower)),
+                    Some(("mtu", bytes)) => link.mtu = bytes.parse().unwrap(),
                     Some(other) => panic!("{other:?}"),
                     None => node.addresses.entry(at).or_default().push(word.parse().unwrap()),
                 },
@@ -273,7 +275,7 @@ fn what_the_programs_cannot_read_has_no_role_whatever_a_flag_says() {
 }
 
 #[test]
-fn the_nodes_own_road_to_services_is_an_uplink_and_its_other_end_nothing() {
+fn the_device_of_the_routes_to_services_is_an_uplink_and_its_other_end_nothing() {
     let text = "portolan0 veth routes
 portolan1 veth";
     let all = Choice { uplinks: patterns(&["eth*"]), pods: patterns(&["*"]) };
@@ -281,8 +283,8 @@ portolan1 veth";
         assert_eq!(
             told(text, &choice),
             [
-                "portolan0 uplink: the node's own road to Services",
-                "portolan1 -: the node's own road to Services",
+                "portolan0 uplink: the node's own route to Services",
+                "portolan1 -: the node's own route to Services",
             ]
         );
     }
@@ -360,4 +362,15 @@ kube-ipvs0 dummy 10.96.0.1/32 10.96.0.10/32",
     let own = node.own_addresses(&node.roles(&Choice::default()));
     assert_eq!(own, ["192.0.2.7", "10.96.0.10"].map(|ip| ip.parse::<IpAddr>().unwrap()));
     assert_eq!(node.left_over_addresses(), ["10.96.0.1".parse::<IpAddr>().unwrap()]);
+}
+
+/// Packets that are longer than an uplink takes come back with an error: none is longer than the shortest of them takes.
+#[test]
+fn the_smallest_mtu_of_the_uplinks_is_that_of_the_routes_to_services() {
+    let text = "portolan0 veth routes mtu=1280
+eth0 device default 192.0.2.1/24 mtu=9000
+wg0 device 198.51.100.1/24 routes mtu=1420
+cali1 veth host mtu=1300";
+    assert_eq!(node(text).uplink_mtu(&Choice::default()), 1_420);
+    assert_eq!(node("cali1 veth host mtu=1300").uplink_mtu(&Choice::default()), 0);
 }

@@ -164,6 +164,7 @@ impl<W: Written> Follower<W> {
     /// With the newest credentials.
     async fn api(&mut self) -> Api<Seen<W>> {
         let session = self.following.access.session().await;
+        self.following.status.set_place(session.server.clone());
         self.server = session.server;
         Api::all(session.client)
     }

@@ -61,6 +61,23 @@ pub struct Servers {
     pub named: Vec<ApiServer>,
     /// The folder in which earlier ones are kept.
     pub state: PathBuf,
+    /// Which one answered last.
+    pub found: Answered,
+}
+
+/// The address of the API server that answered last, if one was looked for; clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Answered(Arc<Mutex<Option<String>>>);
+
+impl Answered {
+    /// Its address.
+    pub fn get(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, server: Option<String>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = server;
+    }
 }
 
 /// A server that may be asked.
@@ -144,6 +161,7 @@ impl Found {
             match answers.next().await {
                 Some(Ok(client)) => {
                     tracing::info!(server = %candidate.server, "found the API server");
+                    self.servers.found.set(Some(candidate.server.to_string()));
                     let mut found = self.client.lock().unwrap_or_else(PoisonError::into_inner);
                     *found = (Some(client.clone()), found.1 + 1);
                     return Ok((client, found.1));
@@ -179,6 +197,7 @@ impl Found {
     fn lost(&self, number: u64) {
         let mut found = self.client.lock().unwrap_or_else(PoisonError::into_inner);
         if found.1 == number {
+            self.servers.found.set(None);
             found.0 = None;
         }
     }
@@ -234,7 +253,7 @@ mod tests {
         let state = std::env::temp_dir().join(format!("portolan-candidates-{}", std::process::id()));
         write(&state, Source::Endpoints, &["192.0.2.1:6443".into(), "192.0.2.2:6443".into()]).unwrap();
         write(&state, Source::Kubelet, &["https://node-1:6443".into(), "192.0.2.2:6443".into()]).unwrap();
-        let mut servers = Servers { named: Vec::new(), state };
+        let mut servers = Servers { state, ..Servers::default() };
         let default = Uri::from_static("https://10.96.0.1/");
         let all = |servers: &Servers| {
             let all = servers.candidates(&default).into_iter();

@@ -1,7 +1,7 @@
 //! What the paths and the proxies come to.
 
 use super::{Page, bar, digits, row};
-use crate::bench::plot::{Line, bars, lines};
+use crate::bench::plot::{Axis, Line, bars, lines};
 use crate::bench::target::Ratio;
 use crate::bench_net::{Case, Leg, Measured, NetRecord, Series, Way};
 use crate::load::Mode;
@@ -126,7 +126,7 @@ fn growth(page: &mut Page, measured: &Measured) {
     let title =
         "TCP connect-request-close to a ClusterIP over the number of Services: ratio to plain routing";
     page.paragraph("### By the number of Services");
-    page.plot("growth", title, lines(title, &all));
+    page.plot("growth", title, lines(title, Axis::Logarithmic, &all));
 }
 
 fn proxies(page: &mut Page, measured: &Measured) {

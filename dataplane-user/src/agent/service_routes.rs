@@ -1,8 +1,8 @@
-//! Keeps the node's own road to Services: the routes that lead its packets to a program whatever its other routes say. It runs
+//! Keeps the node's own routes to Services, which lead its packets to a program whatever its other routes say. It runs
 //! beside the tables, and is back within a second where something takes a route away.
 
 use crate::heartbeat::Beat;
-use crate::kernel::service_route::{Road, RouteError, ServiceRoutes};
+use crate::kernel::service_route::{RouteError, ServiceRoutes, Wanted};
 use crate::metrics::Metrics;
 use ipnet::IpNet;
 use std::sync::Arc;
@@ -15,8 +15,15 @@ const LOOK: Duration = Duration::from_millis(500);
 /// How many times longer than one of the event loop a round may take.
 pub(super) const PATIENCE: u32 = 1;
 
-/// Follows what is wanted until nobody wants anything any more.
-pub(super) async fn keep(mut wanted: watch::Receiver<Road>, metrics: Arc<Metrics>, beat: Beat) {
+/// Follows what is wanted until nobody wants anything any more. No route leads to the device before its program is `attached`, to
+/// an interface of that index. `settled` is told when the first routes are there, or cannot be.
+pub(super) async fn keep(
+    mut wanted: watch::Receiver<Wanted>,
+    mut attached: watch::Receiver<Option<u32>>,
+    settled: watch::Sender<bool>,
+    metrics: Arc<Metrics>,
+    beat: Beat,
+) {
     let mut routes = loop {
         match ServiceRoutes::open() {
             Ok(routes) => break routes,
@@ -32,22 +39,28 @@ pub(super) async fn keep(mut wanted: watch::Receiver<Road>, metrics: Arc<Metrics
         beat.beat();
         tokio::select! {
             changed = wanted.changed() => if changed.is_err() { return },
+            changed = attached.changed() => if changed.is_err() { return },
             _ = looks.tick() => {}
         }
-        let road = wanted.borrow_and_update().clone();
-        if road.ranges.is_empty() {
+        let now = wanted.borrow_and_update().clone();
+        if now.ranges.is_empty() {
             continue;
         }
-        let result = routes.ensure(&road).await;
-        tell(result, &road, &mut told, &metrics);
+        let result = match routes.device(now.mtu).await {
+            Ok(device) if *attached.borrow_and_update() == Some(device) => routes.ensure(device, &now).await,
+            Ok(_) => continue,
+            Err(error) => Err(error),
+        };
+        tell(result, &now, &mut told, &metrics);
+        settled.send_if_modified(|settled| !std::mem::replace(settled, true));
     }
 }
 
 /// Says what changed, once.
 fn tell(
     result: Result<Vec<IpNet>, RouteError>,
-    road: &Road,
-    told: &mut Option<Result<Road, String>>,
+    wanted: &Wanted,
+    told: &mut Option<Result<Wanted, String>>,
     metrics: &Metrics,
 ) {
     let now = match result {
@@ -60,18 +73,18 @@ fn tell(
                     restored.join(", ")
                 );
             }
-            Ok(road.clone())
+            Ok(wanted.clone())
         }
         Err(error) => Err(error.to_string()),
     };
-    metrics.routes.set(if now.is_ok() { road.ranges.len() as u64 } else { 0 });
+    metrics.routes.set(if now.is_ok() { wanted.ranges.len() as u64 } else { 0 });
     if told.as_ref() == Some(&now) {
         return;
     }
     match &now {
-        Ok(road) => {
+        Ok(wanted) => {
             let ranges: Vec<_> =
-                road.ranges.iter().map(|(range, source)| format!("{range} from {source}")).collect();
+                wanted.ranges.iter().map(|(range, source)| format!("{range} from {source}")).collect();
             tracing::info!(
                 "the node itself sends to Services by {}: {}",
                 crate::kernel::service_route::DEVICE,
