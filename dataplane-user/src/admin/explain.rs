@@ -84,7 +84,7 @@ pub struct Explanation {
     pub translated_source: Option<String>,
     /// The packets go past the host's stack.
     pub past_stack: bool,
-    /// The interface by which they leave, and the next hop.
+    /// The interface by which those to one of the endpoints leave, and the next hop.
     pub way: Option<String>,
 }
 
@@ -153,11 +153,12 @@ pub async fn explain(args: &ExplainArgs) -> Result<Explanation, AdminError> {
     }
     if let Fate::Served { flow, .. } = &outcome.fate {
         let way = whereabouts.way(flow.dst.to_ip()).await.ok();
-        explanation.way = way.map(|way| match way.gateway {
+        let way = way.map(|way| match way.gateway {
             _ if way.local => "this node itself".to_owned(),
-            Some(gateway) => format!("{} by {gateway}", way.interface),
+            Some(gateway) => format!("{}, next hop {gateway}", way.interface),
             None => way.interface,
         });
+        explanation.way = way.map(|way| format!("to {} by {way}", flow.dst.to_ip()));
     }
     Ok(explanation)
 }

@@ -5,16 +5,17 @@
 //! what a packet's fate may depend on of that (its own flow, its client's affinity) is copied before.
 
 use super::bpf::{self, TestRun};
-use super::maps::{KernelMaps, Map, MapError};
+use super::maps::{Entries, KernelMaps, Map, MapError};
 use super::object::{Object, ObjectError, Options};
 use super::pins::Pins;
 use crate::config::MapSize;
+use dataplane_common::affinity::{Affinity, AffinityKey};
 use dataplane_common::drop::{Disposition, Reason};
 use dataplane_common::filter::caller_cell;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables::{
-    self, Affinities, BackendTraffic, Callers, Closing, Flows, Fragments, HalfOpen, Outgoings, Reasons,
-    ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
+    self, Affinities, BackendTraffic, Callers, Closing, Flows, Fragments, HalfOpen, Nodes, Outgoings,
+    Reasons, ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
 };
 use std::collections::BTreeMap;
 use std::io;
@@ -112,6 +113,9 @@ pub struct Rehearsal {
     object: Object,
     maps: KernelMaps,
     live: KernelMaps,
+    /// What the live programs remember of clients, and of what left the node.
+    affinities: Entries<Affinities>,
+    outgoings: Entries<Outgoings>,
 }
 
 impl Rehearsal {
@@ -121,12 +125,11 @@ impl Rehearsal {
     /// If there are none, or the kernel refuses.
     pub fn open(pins: &Pins) -> Result<Self, RehearsalError> {
         let live = KernelMaps::open(&pins.maps())?;
-        let affinities = live.map::<Affinities>()?.capacity() as u32;
         let sizes = [
             (Flows::NAME, FLOWS),
             (HalfOpen::NAME, FLOWS),
             (Closing::NAME, FLOWS),
-            (Affinities::NAME, affinities),
+            (Affinities::NAME, FLOWS),
             (ServiceTraffic::NAME, 1),
             (BackendTraffic::NAME, 1),
             (Fragments::NAME, FEW),
@@ -137,7 +140,7 @@ impl Rehearsal {
         let object = Object::open(&Options { sizes: &sizes, reads: Some(pins), ..Options::default() })?;
         let fds = tables::ALL.iter().map(|(name, ..)| Ok((*name, object.map(name)?)));
         let maps = KernelMaps::from_fds(fds.collect::<Result<Vec<_>, ObjectError>>()?)?;
-        let rehearsal = Self { object, maps, live };
+        let mut rehearsal = Self { object, maps, live, affinities: Vec::new(), outgoings: Vec::new() };
         rehearsal.refresh()?;
         Ok(rehearsal)
     }
@@ -145,11 +148,6 @@ impl Rehearsal {
     /// The live tables.
     pub fn live(&self) -> &KernelMaps {
         &self.live
-    }
-
-    fn copy<T: Table>(&self) -> Result<(), MapError> {
-        let entries = self.live.map::<T>()?.entries()?;
-        self.maps.map::<T>()?.insert_batch(&entries)
     }
 
     /// Has a packet come. What came of earlier ones is forgotten.
@@ -174,7 +172,7 @@ impl Rehearsal {
     /// As [`Rehearsal::run`].
     pub fn trial(&mut self, arrival: &Arrival<'_>) -> Result<Trial, RehearsalError> {
         let flows = self.maps.map::<Flows>()?;
-        self.forget(&flows)?;
+        self.settle(&flows, &arrival.key)?;
         let known = self.recall(&flows, &arrival.key)?;
         for reply in arrival.replies {
             self.recall(&flows, reply)?;
@@ -220,28 +218,38 @@ impl Rehearsal {
         Ok(true)
     }
 
-    /// Everything is as it is in the live tables again: a client whose endpoint was drawn just now would have the same again.
-    fn forget(&self, flows: &Map<Flows>) -> Result<(), MapError> {
-        let keys: Vec<_> = flows.entries()?.into_iter().map(|(key, _)| key).collect();
-        flows.remove_batch(&keys)?;
-        let (ours, live) = (self.maps.map::<Affinities>()?, self.live.map::<Affinities>()?);
-        for (key, _) in ours.entries()? {
-            match live.get(&key)? {
-                Some(affinity) => ours.insert(&key, &affinity, bpf::ANY)?,
-                None => drop(ours.remove(&key)?),
-            }
-        }
-        Ok(())
+    /// Everything that this packet may meet is as it is in the live tables again: a client whose endpoint was drawn just now would
+    /// have the same again.
+    fn settle(&self, flows: &Map<Flows>, key: &FlowKey) -> Result<(), MapError> {
+        self.clear(flows)?;
+        let (affinities, outgoings) = (self.maps.map::<Affinities>()?, self.maps.map::<Outgoings>()?);
+        self.clear(&affinities)?;
+        self.clear(&outgoings)?;
+        let node = self.live.map::<Nodes>()?.get(&0)?;
+        let own = node.map_or([key.src; 2], |node| [node.primary_v4, node.primary_v6]);
+        let clients =
+            |entry: &&(AffinityKey, Affinity)| entry.0.client() == &key.src || own.contains(entry.0.client());
+        let of_client: Vec<_> = self.affinities.iter().filter(clients).copied().collect();
+        affinities.insert_batch(&of_client)?;
+        let answered: Vec<_> = self.outgoings.iter().filter(|(answer, _)| answer == key).copied().collect();
+        outgoings.insert_batch(&answered)
+    }
+
+    fn clear<T: Table>(&self, map: &Map<T>) -> Result<(), MapError> {
+        let keys: Vec<_> = map.entries()?.into_iter().map(|(key, _)| key).collect();
+        map.remove_batch(&keys).map(drop)
     }
 
     /// Takes over what the programs that serve have remembered since this was opened.
     ///
     /// # Errors
     /// If a map cannot be read.
-    pub fn refresh(&self) -> Result<(), MapError> {
-        self.copy::<Uplinks>()?;
-        self.copy::<Outgoings>()?;
-        self.copy::<Affinities>()
+    pub fn refresh(&mut self) -> Result<(), MapError> {
+        let uplinks = self.live.map::<Uplinks>()?.entries()?;
+        self.maps.map::<Uplinks>()?.insert_batch(&uplinks)?;
+        self.affinities = self.live.map::<Affinities>()?.entries()?;
+        self.outgoings = self.live.map::<Outgoings>()?.entries()?;
+        Ok(())
     }
 
     fn reasons(&self) -> Result<BTreeMap<u32, u64>, MapError> {
