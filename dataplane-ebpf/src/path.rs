@@ -585,7 +585,9 @@ impl<F: Frame> Walk<'_, F> {
     fn propose(&mut self, attempt: u32) -> Code {
         let Opening { endpoints, service, affinity_seconds, source, rule } = self.s.opening;
         let chosen = if affinity_seconds == 0 {
-            select::by(endpoints, self.s.key.draw((flow::now() as u64) << 32 | attempt as u64))
+            // Whoever knows its own five-tuple must not know the endpoint.
+            let secret = service::node().map_or(0, |node| node.secret);
+            select::by(endpoints, self.s.key.draw(secret ^ ((flow::now() as u64) << 32 | attempt as u64)))
         } else {
             let client = affinity_client(&self.s.packet.src, source);
             affinity::select(endpoints, &AffinityKey::address(*client, service), affinity_seconds)

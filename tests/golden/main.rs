@@ -98,6 +98,7 @@ impl Node {
                 snat_ports: vec![61_000..=65_535],
                 flags: 0,
                 netns_cookie: 0,
+                secret: 1,
             };
             let lb_ips = self.compiler.load_balancer_ips(&addresses);
             let (tables, complaints) = compile::node(&settings, self.store.own_node(), &interfaces, &lb_ips);

@@ -232,6 +232,7 @@ impl Flags {
                 snat_ports: vec![SOURCE_PORTS],
                 flags: flags.iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag),
                 netns_cookie: 1,
+                secret: 1,
             },
             interfaces: addresses(),
             cluster_cidrs: FAMILIES.map(|places| places.cluster_range.parse().unwrap()).to_vec(),

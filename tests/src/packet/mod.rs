@@ -244,6 +244,7 @@ impl World {
             snat_ports: vec![snat_ports],
             flags,
             netns_cookie: 1,
+            secret: 1,
         };
         let (uplink, bare, pod) = (index("up0")?, index("tun0")?, index("pod0")?);
         let mut world = Self {
@@ -303,6 +304,18 @@ impl World {
     /// If the kernel refuses.
     pub fn set_snat_ports(&mut self, ports: std::ops::RangeInclusive<u16>) -> Result<()> {
         self.settings.snat_ports = vec![ports];
+        let interfaces = interfaces()?.to_vec().into();
+        let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
+        self.mirror.set_node(&self.maps, &tables, Instant::now())?;
+        Ok(())
+    }
+
+    /// Takes this number for the secret of the boot.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_secret(&mut self, secret: u64) -> Result<()> {
+        self.settings.secret = secret;
         let interfaces = interfaces()?.to_vec().into();
         let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
         self.mirror.set_node(&self.maps, &tables, Instant::now())?;
