@@ -499,6 +499,7 @@ impl<F: Frame> Walk<'_, F> {
     #[inline(never)]
     fn begin(&mut self) -> Code {
         self.s.turn = ring::next::<HalfOpenRing>();
+        self.s.now = flow::now();
         self.new_flow().into()
     }
 
@@ -585,9 +586,7 @@ impl<F: Frame> Walk<'_, F> {
     fn propose(&mut self, attempt: u32) -> Code {
         let Opening { endpoints, service, affinity_seconds, source, rule } = self.s.opening;
         let chosen = if affinity_seconds == 0 {
-            // Whoever knows its own five-tuple must not know the endpoint.
-            let secret = service::node().map_or(0, |node| node.secret);
-            select::by(endpoints, self.s.key.draw(secret ^ ((flow::now() as u64) << 32 | attempt as u64)))
+            select::by(endpoints, draw(&self.s.key, self.s.now, attempt))
         } else {
             let client = affinity_client(&self.s.packet.src, source);
             affinity::select(endpoints, &AffinityKey::address(*client, service), affinity_seconds)
@@ -620,16 +619,16 @@ impl<F: Frame> Walk<'_, F> {
     }
 
     /// Both halves of a new flow to the chosen endpoint, in the walk's working memory; the source is the client's still.
-    #[inline(always)]
+    #[inline(never)]
     fn write_flow(&mut self, source: Source, chosen: &Chosen, translated: bool) {
-        let Scratch { packet, flow, reply, turn, .. } = &mut *self.s;
+        let Scratch { packet, flow, reply, turn, now, .. } = &mut *self.s;
         let from_node = source == Source::Node;
         let flags = if from_node { Flow::NODE_CLIENT } else { 0 };
         *flow = Flow::with_flags(flags | if translated { Flow::SOURCE_TRANSLATED } else { 0 });
         (flow.src, flow.src_port) = (packet.src, packet.src_port);
         (flow.dst, flow.dst_port) = (chosen.addr, chosen.port);
         (flow.backend, flow.generation) = (chosen.id, chosen.status.generation());
-        flow.last_seen = flow::now();
+        flow.last_seen = *now;
         *reply = *flow;
         flow.turn = *turn as u32;
         if packet.proto == Protocol::Tcp as u8 {
@@ -676,6 +675,13 @@ impl<F: Frame> Walk<'_, F> {
         count::packet(service, backend, Direction::In, self.s.packet.length);
         self.send(self.s.exit).into()
     }
+}
+
+/// A number by which a flow with this key chooses its endpoint: whoever knows its own five-tuple must not know it.
+#[inline(never)]
+fn draw(key: &FlowKey, now: u32, attempt: u32) -> u32 {
+    let secret = service::node().map_or(0, |node| node.secret);
+    key.draw(secret ^ ((now as u64) << 32 | attempt as u64))
 }
 
 /// Whether XDP can send a packet on: by the interface it came in on, untagged, to a known neighbour. Any other may be a veth,

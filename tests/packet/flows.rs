@@ -55,6 +55,30 @@ fn a_connection_is_established_by_the_clients_proof_alone() {
     });
 }
 
+/// C4: a connection that was picked up in its middle, after a reboot, is established by traffic in both directions.
+#[test]
+fn a_connection_picked_up_in_its_middle_is_established_when_both_ends_go_on() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let from_client = |ack| tcp_packet((f.pod, 40_000), (f.cluster_ip, 80), tcp::ACK).numbers(9_000, ack);
+        let from_endpoint = with_data(&tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::ACK), 100);
+        world.send(Hook::PodIn, &from_client(70_000)).unwrap();
+        world.send(Hook::PodIn, &from_client(70_000)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0], "nobody has answered");
+        world.send(Hook::PodOut, &from_endpoint.clone().numbers(70_000, 9_000)).unwrap();
+        world.send(Hook::PodIn, &from_client(69_000)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0], "the answer was not seen");
+        world.send(Hook::PodIn, &from_client(70_100)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [0, 2, 0]);
+        // Where a SYN began it, only a SYN-ACK answers.
+        world.forget_flows().unwrap();
+        world.send(Hook::PodIn, &syn(f)).unwrap();
+        world.send(Hook::PodOut, &from_endpoint.numbers(70_000, 1_001)).unwrap();
+        world.send(Hook::PodIn, &ack(f, 70_100)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0]);
+    });
+}
+
 /// C4: a UDP flow is established by a further datagram after a reply.
 #[test]
 fn a_udp_flow_is_established_when_both_ends_have_spoken() {

@@ -63,6 +63,8 @@ pub(super) struct Service {
     metrics: Arc<Metrics>,
     clock: Arc<Clock>,
     idle: IdleTimes,
+    /// How many entries the table of flows had when it was last swept.
+    flow_entries: usize,
     audit_period: Duration,
     audited: Instant,
     /// The last audit had to repair something: the next tells whether that goes on (H2).
@@ -152,6 +154,7 @@ impl Service {
             metrics,
             clock: Arc::new(clock),
             idle,
+            flow_entries: 0,
             audit_period: args.audit_period,
             audited: Instant::now(),
             audit_soon: false,
@@ -222,10 +225,10 @@ impl Service {
         let maps = self.dataplane.mirror().1;
         tokio::task::block_in_place(|| {
             let mut carried = Carried::default();
-            let before = carried.carry(&pins, maps);
+            let before = carried.carry(&pins, maps, self.clock.tick());
             hooks.start();
             // What the other programs began until their last packet.
-            let after = carried.carry(&pins, maps);
+            let after = carried.carry(&pins, maps, self.clock.tick());
             match before.and_then(|before| Ok(before + after?)) {
                 Ok(entries) => tracing::info!("{} flows of other layouts were carried over", entries / 2),
                 Err(error) => tracing::warn!("flows of other layouts are not carried over: {error}"),

@@ -47,11 +47,12 @@ pub struct Carried {
 }
 
 impl Carried {
-    /// Copies the flows that the other layouts have and that were not copied before. How many entries.
+    /// Copies the flows that the other layouts have and that were not copied before, as seen at the tick `now`: those of the other
+    /// layout may be longer or shorter. How many entries.
     ///
     /// # Errors
     /// [`CarryError`]; what was copied before stays.
-    pub fn carry(&mut self, pins: &Pins, to: &KernelMaps) -> Result<usize, CarryError> {
+    pub fn carry(&mut self, pins: &Pins, to: &KernelMaps, now: u32) -> Result<usize, CarryError> {
         let (endpoints, flows) = (Endpoints::read(to)?, to.map::<Flows>()?);
         let mut carried = 0;
         for layout in pins.other_layouts()? {
@@ -59,7 +60,8 @@ impl Carried {
             let path = Pins::with_layout(pins.root(), &layout).map(Flows::NAME);
             // An upgrade that was cut short may have left a part.
             let Ok(from) = MapFd::open(&path) else { continue };
-            for (key, flow) in read(&from).map_err(failed)? {
+            for (key, mut flow) in read(&from).map_err(failed)? {
+                flow.last_seen = now;
                 if self.keys.insert(key)
                     && flows.insert(&key, &endpoints.own(&key, flow), bpf::NO_EXIST).is_ok()
                 {
