@@ -100,7 +100,7 @@ pub struct Flow {
     pub backend: u32,
     /// The generation that the backend's id had.
     pub generation: u32,
-    /// Tick of the last packet in this direction; see [`TICK_SHIFT`].
+    /// Tick of the last packet in this direction; see [`tick`].
     pub last_seen: u32,
     /// See [`Flow::expected_ack`], [`Flow::answered_at`] and [`Flow::uplink`].
     pub detail: u32,
@@ -226,16 +226,25 @@ impl PortTurn {
     }
 }
 
-/// A tick is 2^`TICK_SHIFT` jiffies: about a second at 250 Hz. "Last seen" is written when the tick changed.
+/// A tick is 2^shift jiffies, about a second: so it is where a second has 250 of them. "Last seen" is written when the tick changed.
 pub const TICK_SHIFT: u32 = 8;
 
-/// Ticks count modulo 2^24: the upper 24 bits of the low 32 bits of jiffies.
-pub const TICK_MASK: u32 = (1 << (32 - TICK_SHIFT)) - 1;
+/// The shift by which a tick is the nearest to a second where one has so many jiffies: 0.85 s at 300 Hz, 1.02 s at 250 and 1000 Hz,
+/// 1.28 s at 100 Hz.
+pub const fn tick_shift(jiffies_in_a_second: u32) -> u32 {
+    let number = if jiffies_in_a_second == 0 { 1 } else { jiffies_in_a_second as u64 };
+    // The power of two below, or the one above where that is nearer.
+    let below = number.ilog2();
+    if number - (1 << below) <= (2 << below) - number { below } else { below + 1 }
+}
 
-/// The tick of a moment, from the low 32 bits of jiffies.
+/// Ticks count modulo 2^24.
+pub const TICK_MASK: u32 = (1 << 24) - 1;
+
+/// The tick of a moment, from all bits of jiffies.
 #[inline(always)]
-pub const fn tick(jiffies: u32) -> u32 {
-    jiffies >> TICK_SHIFT
+pub const fn tick(jiffies: u64, shift: u32) -> u32 {
+    (jiffies >> shift) as u32 & TICK_MASK
 }
 
 /// How many ticks passed from `earlier` to `now`.
@@ -248,7 +257,7 @@ pub const fn ticks_between(earlier: u32, now: u32) -> u32 {
 const AHEAD: u32 = 1 << 16;
 
 /// How many ticks passed since `earlier`; none if it is after `now`, as what is written meanwhile may be. What is older than
-/// 2^24 ticks less 2^16 (49 days at 1000 Hz) looks younger than it is.
+/// 2^24 ticks less 2^16 (165 days at 300 Hz, and more at other rates) looks younger than it is.
 #[inline(always)]
 pub const fn ticks_since(earlier: u32, now: u32) -> u32 {
     if ticks_between(now, earlier) < AHEAD { 0 } else { ticks_between(earlier, now) }
@@ -410,7 +419,8 @@ mod tests {
 
     #[test]
     fn ticks_go_on_after_they_wrap() {
-        assert_eq!(ticks_between(tick(u32::MAX), tick(0)), 1);
+        assert_eq!(ticks_between(tick((1 << 32) - 1, TICK_SHIFT), tick(1 << 32, TICK_SHIFT)), 1);
+        assert_eq!([100, 250, 300, 1_000].map(tick_shift), [7, TICK_SHIFT, 8, 10]);
         assert_eq!(ticks_between(5, 12), 7);
     }
 

@@ -106,6 +106,8 @@ impl SourceRule {
 pub struct Node {
     /// Cookie of the node's own network namespace (`SO_NETNS_COOKIE`): sockets elsewhere belong to pods.
     pub netns_cookie: u64,
+    /// A random number of this boot, mixed into all choices that a client could else foresee from its own address and port.
+    pub secret: u64,
     /// Source address for translated IPv4 flows where the route names none.
     pub primary_v4: Addr,
     /// Source address for translated IPv6 flows where the route names none.

@@ -100,6 +100,7 @@ impl Node {
                 masquerade_mark: 0,
                 connection_mark: 0,
                 netns_cookie: 0,
+                secret: 1,
             };
             let lb_ips = self.compiler.load_balancer_ips(&addresses);
             let (tables, complaints) = compile::node(&settings, self.store.own_node(), &interfaces, &lb_ips);

@@ -238,6 +238,7 @@ impl Flags {
                 masquerade_mark: if self.masquerades { MARK } else { 0 },
                 connection_mark: 0,
                 netns_cookie: 1,
+                secret: 1,
             },
             interfaces: addresses(),
             cluster_cidrs: FAMILIES.map(|places| places.cluster_range.parse().unwrap()).to_vec(),

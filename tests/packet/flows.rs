@@ -55,6 +55,30 @@ fn a_connection_is_established_by_the_clients_proof_alone() {
     });
 }
 
+/// C4: a connection that was picked up in its middle, after a reboot, is established by traffic in both directions.
+#[test]
+fn a_connection_picked_up_in_its_middle_is_established_when_both_ends_go_on() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let from_client = |ack| tcp_packet((f.pod, 40_000), (f.cluster_ip, 80), tcp::ACK).numbers(9_000, ack);
+        let from_endpoint = with_data(&tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::ACK), 100);
+        world.send(Hook::PodIn, &from_client(70_000)).unwrap();
+        world.send(Hook::PodIn, &from_client(70_000)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0], "nobody has answered");
+        world.send(Hook::PodOut, &from_endpoint.clone().numbers(70_000, 9_000)).unwrap();
+        world.send(Hook::PodIn, &from_client(69_000)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0], "the answer was not seen");
+        world.send(Hook::PodIn, &from_client(70_100)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [0, 2, 0]);
+        // Where a SYN began it, only a SYN-ACK answers.
+        world.forget_flows().unwrap();
+        world.send(Hook::PodIn, &syn(f)).unwrap();
+        world.send(Hook::PodOut, &from_endpoint.numbers(70_000, 1_001)).unwrap();
+        world.send(Hook::PodIn, &ack(f, 70_100)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0]);
+    });
+}
+
 /// C4: a UDP flow is established by a further datagram after a reply.
 #[test]
 fn a_udp_flow_is_established_when_both_ends_have_spoken() {
@@ -633,5 +657,49 @@ fn an_endpoint_set_is_never_mixed_of_two() {
         let moved = world.run_while_sets_turn(Hook::Xdp, &sent.bytes(), PACKETS, 64).unwrap();
         // Of the run's end: what lies behind the one slot is nobody's.
         assert_eq!(moved, BTreeMap::from([(Reason::XdpLeftToTc, u64::from(PACKETS))]), "no route");
+    });
+}
+
+/// P12, C4: 10,000 questions by UDP in a second, by node port to one endpoint on another node, each from a port of its own: with as many
+/// source ports as a node has by default, each finds one.
+#[test]
+fn ten_thousand_questions_in_a_second_find_source_ports() {
+    const IN_A_SECOND: u16 = 10_000;
+    for_both(|f| {
+        let world = World::with_ports(&f.web("", &[f.remote_endpoint()]), 0, &[], 30_000..=63_511).unwrap();
+        for second in 0..4 {
+            for number in 0..IN_A_SECOND {
+                let client = 1_024 + second * IN_A_SECOND + number;
+                let question = udp_packet((f.client, client), (f.node, 30_080), b"q").bytes();
+                let (verdict, sent, _) = world.send_uncounted(Hook::UplinkIn, &question).unwrap();
+                assert_eq!(verdict, Verdict::Redirect, "question {number} of second {second}");
+                let answer = udp_packet((f.remote, 8080), (f.node, f.source_port(&sent)), b"a").bytes();
+                let (verdict, restored, _) = world.send_uncounted(Hook::UplinkIn, &answer).unwrap();
+                let wanted = udp_packet((f.node, 30_080), (f.client, client), b"a").ttl(63).bytes();
+                assert_eq!((verdict, restored), (Verdict::Redirect, wanted));
+            }
+            world.age_flows(1).unwrap();
+        }
+    });
+}
+
+/// C4: 100,000 questions by UDP wait for their answers at once, for six seconds.
+#[test]
+fn a_hundred_thousand_questions_wait_for_their_answers() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let all =
+            || [f.pod, f.other_pod].into_iter().flat_map(|pod| (10_000..60_000).map(move |port| (pod, port)));
+        for (pod, port) in all() {
+            let question = udp_packet((pod, port), (f.cluster_ip, 80), b"q").bytes();
+            assert_eq!(world.send_uncounted(Hook::PodIn, &question).unwrap().0, Verdict::Pass);
+        }
+        assert_eq!(world.flow_counts().unwrap(), [200_000, 0, 0]);
+        world.age_flows(6).unwrap();
+        for (pod, port) in all() {
+            let answer = udp_packet((f.remote, 8080), (pod, port), b"a");
+            let restored = world.send_uncounted(Hook::PodOut, &answer.bytes()).unwrap().1;
+            assert_eq!(restored, answer.from(f.cluster_ip, 80).bytes(), "{pod} {port}");
+        }
     });
 }

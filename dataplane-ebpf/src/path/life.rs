@@ -133,6 +133,8 @@ fn confirm(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow) -> bool {
         } else {
             flow::answered(flow, packet.proto, packet.ack, Numbers::default());
         }
+    } else if is_reply && packet.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::ACK) {
+        flow::goes_on(flow, packet.proto, packet.seq);
     }
     let confirmed = if is_reply {
         is_udp && flow::streams(flow)

@@ -39,12 +39,14 @@ use crate::kernel::{alone, capability, lasting, probe, service_route};
 use crate::memory;
 use crate::metrics::Metrics;
 use crate::status::local;
+use crate::sync::Maps as _;
 use crate::version;
 use crate::watch::cluster::{Answered, Servers};
 use crate::watch::{self, Changes, Watch};
 use anyhow::{Context as _, Result};
 use dataplane::Dataplane;
 use dataplane_common::node::Node;
+use dataplane_common::tables::Nodes;
 use hooks::{Hooks, Start};
 use keep::Keeping;
 use masquerade::Masquerading;
@@ -152,6 +154,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
     spawn_servers(&args, &gate, scrape.clone());
     let netns_cookie = links::netns_cookie().context("the cookie of this network namespace")?;
     let mut settings = Settings::new(&args, netns_cookie, features.fib_source);
+    // A boot's choices are of one kind, whichever agent runs.
+    let written = maps.get::<Nodes>(&0)?.map(|node| node.secret);
+    settings.node.secret = written.filter(|secret| *secret != 0).unwrap_or(settings.node.secret);
     if serve::take_over::is_due(&maps)? {
         settings.node.flags |= Node::TAKES_OVER;
         // Before the first flow; a look beside the loop tells what stands in the way.

@@ -16,6 +16,7 @@ use crate::config::AgentArgs;
 use crate::expire::IdleTimes;
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
+use crate::kernel::carry::Carried;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::Interfaces;
 use crate::kernel::maps::{KernelMaps, MapError};
@@ -63,6 +64,8 @@ pub(super) struct Service {
     metrics: Arc<Metrics>,
     clock: Arc<Clock>,
     idle: IdleTimes,
+    /// How many entries the table of flows had when it was last swept.
+    flow_entries: usize,
     audit_period: Duration,
     audited: Instant,
     /// The last audit had to repair something: the next tells whether that goes on (H2).
@@ -154,6 +157,7 @@ impl Service {
             metrics,
             clock: Arc::new(clock),
             idle,
+            flow_entries: 0,
             audit_period: args.audit_period,
             audited: Instant::now(),
             audit_soon: false,
@@ -203,7 +207,7 @@ impl Service {
             Start::AfterTheFirstSnapshot(hooks, pins) => {
                 tracing::info!(
                     "programs with maps of another layout are attached: they serve on until this version's maps hold all \
-                     Services; flows that they began end then"
+                     Services; their flows are carried over then"
                 );
                 if !pins.pinned_links()?.is_empty() {
                     self.health.serving();
@@ -221,7 +225,18 @@ impl Service {
     /// The first snapshot is in this layout's maps: now its programs can take the place of others, whose maps go.
     fn finish_upgrade(&mut self) {
         let Some((mut hooks, pins)) = self.hooks.take() else { return };
-        tokio::task::block_in_place(|| hooks.start());
+        let maps = self.dataplane.mirror().1;
+        tokio::task::block_in_place(|| {
+            let mut carried = Carried::default();
+            let before = carried.carry(&pins, maps, self.clock.tick());
+            hooks.start();
+            // What the other programs began until their last packet.
+            let after = carried.carry(&pins, maps, self.clock.tick());
+            match before.and_then(|before| Ok(before + after?)) {
+                Ok(entries) => tracing::info!("{} flows of other layouts were carried over", entries / 2),
+                Err(error) => tracing::warn!("flows of other layouts are not carried over: {error}"),
+            }
+        });
         match pins.remove_other_layouts() {
             Ok(layouts) => {
                 layouts.iter().for_each(|layout| tracing::info!("removed the maps of layout {layout}"))

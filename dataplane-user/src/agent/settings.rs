@@ -7,6 +7,7 @@ use crate::kernel::masquerade::Masquerade;
 use crate::kernel::roles::Choice;
 use dataplane_common::node::Node;
 use ipnet::IpNet;
+use std::hash::{BuildHasher as _, RandomState};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
@@ -58,10 +59,16 @@ impl Settings {
                 masquerade_mark: 0,
                 connection_mark: 0,
                 netns_cookie,
+                secret: random(),
             },
             needs_node: args.manifests.is_none(),
         }
     }
+}
+
+/// A number that nobody knows: the standard library has its keys from the kernel's random numbers.
+fn random() -> u64 {
+    RandomState::new().hash_one(0_u8)
 }
 
 /// The translated source ports: those of the flag, else what the node itself leaves. Says which, and why.

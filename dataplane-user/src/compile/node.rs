@@ -87,6 +87,8 @@ pub struct NodeSettings {
     pub connection_mark: u32,
     /// Cookie of the node's own network namespace.
     pub netns_cookie: u64,
+    /// A random number, mixed into the programs' choices.
+    pub secret: u64,
 }
 
 /// Compiles the node's tables from the own Node (as soon as it is known), the addresses on the node's interfaces, and those of
@@ -120,6 +122,7 @@ pub fn node(
     let [primary_v4, primary_v6] = primary.map(|ip| ip.map_or(Addr::UNSPECIFIED, Addr::from));
     let node = node::Node {
         netns_cookie: settings.netns_cookie,
+        secret: settings.secret,
         primary_v4,
         primary_v6,
         service_ranges,

@@ -5,6 +5,7 @@ pub mod attach;
 pub mod bpf;
 pub mod callers;
 pub mod capability;
+pub mod carry;
 pub mod cleanup;
 pub mod clock;
 mod clsact;

@@ -216,6 +216,14 @@ impl Flow {
             // A connection that was refused or given up.
             return None;
         }
+        // Picked up in its middle: the endpoint goes on.
+        if sender == Sender::Endpoint
+            && headers.is_tcp_with(flag::ACK)
+            && answered.is_none()
+            && self.client_said.acked.is_some()
+        {
+            return Some(Phase::HalfOpen { answered: headers.tcp.map(|(_, seq, _)| seq) });
+        }
         // What the endpoint promises, and what proves that the client saw it: a number, or SCTP's tag.
         let (promise, proof) = match (headers.tcp, headers.sctp) {
             (Some((_, seq, ack)), _) => (

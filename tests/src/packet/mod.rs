@@ -256,6 +256,7 @@ impl World {
             masquerade_mark: 0,
             connection_mark: 0,
             netns_cookie: 1,
+            secret: 1,
         };
         let (uplink, bare, pod) = (index("up0")?, index("tun0")?, index("pod0")?);
         let mut world = Self {
@@ -337,6 +338,18 @@ impl World {
     }
 
     fn write_node(&mut self) -> Result<()> {
+        let interfaces = interfaces()?.to_vec().into();
+        let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
+        self.mirror.set_node(&self.maps, &tables, Instant::now())?;
+        Ok(())
+    }
+
+    /// Takes this number for the secret of the boot.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_secret(&mut self, secret: u64) -> Result<()> {
+        self.settings.secret = secret;
         let interfaces = interfaces()?.to_vec().into();
         let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
         self.mirror.set_node(&self.maps, &tables, Instant::now())?;

@@ -16,6 +16,7 @@ fn settings(node_port_addresses: NodePortAddresses) -> NodeSettings {
         masquerade_mark: 0,
         connection_mark: 0,
         netns_cookie: 7,
+        secret: 11,
     }
 }
 
@@ -111,7 +112,7 @@ fn ranges_and_ports_are_passed_on() {
         (1_024, 61_000, 29_999)
     );
     assert_eq!((tables.node.port_count, tables.node.port(33_511)), (33_512, 65_535));
-    assert_eq!(tables.node.netns_cookie, 7);
+    assert_eq!((tables.node.netns_cookie, tables.node.secret), (7, 11));
     let inside = |text: &str| tables.node.service_ranges.iter().any(|range| range.contains(&addr(text)));
     assert!(inside("10.96.255.255") && inside("fd00:96::f:ffff"));
     assert!(!inside("10.97.0.0") && !inside("fd00:96::10:0"));
