@@ -30,6 +30,12 @@ pub enum ProbeError {
     /// Too old.
     #[error("Linux {0} is too old: 6.1 or newer is needed")]
     Kernel(String),
+    /// Programs would share the memory that they work in.
+    #[error(
+        "Linux {0} is built with PREEMPT_RT: from 6.18 on two programs can run on one CPU at the same time there, and a packet could \
+         leave with another's addresses. Use a kernel without PREEMPT_RT on this node"
+    )]
+    RealTime(String),
     /// No cgroup2.
     #[error(
         "no cgroup2 file system is mounted: mount one (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`) or name it with \
@@ -85,11 +91,21 @@ pub fn features() -> Result<Features, ProbeError> {
     if version(&kernel).is_some_and(|version| version < OLDEST) {
         return Err(ProbeError::Kernel(kernel));
     }
+    let real_time = fs::read_to_string("/sys/kernel/realtime").is_ok_and(|value| value.trim() == "1");
+    if is_unsafe(&kernel, real_time) {
+        return Err(ProbeError::RealTime(kernel));
+    }
     let fib_source = fib_source().unwrap_or_else(|error| {
         tracing::debug!("cannot probe BPF_FIB_LOOKUP_SRC: {error}");
         false
     });
     Ok(Features { kernel, tcx: tcx(), fib_source, btf: Path::new(KERNEL_BTF).exists() })
+}
+
+/// Whether bottom halves preempt each other on one CPU: with PREEMPT_RT they have no lock of their own from 6.18 on.
+fn is_unsafe(kernel: &str, real_time: bool) -> bool {
+    const WITHOUT_LOCK: (u32, u32) = (6, 18);
+    real_time && version(kernel).is_none_or(|version| version >= WITHOUT_LOCK)
 }
 
 fn version(release: &str) -> Option<(u32, u32)> {
@@ -284,6 +300,12 @@ mod tests {
         assert_eq!(version("6.1"), Some((6, 1)));
         assert!(version("5.15.0-1").unwrap() < OLDEST);
         assert_eq!(version("linux"), None);
+    }
+
+    #[test]
+    fn a_real_time_kernel_is_refused_from_the_release_on_that_makes_it_unsafe() {
+        assert!(is_unsafe("6.18.1-rt2", true) && is_unsafe("7.0.0", true) && is_unsafe("unknown", true));
+        assert!(!is_unsafe("6.17.9-rt1", true) && !is_unsafe("6.18.44", false));
     }
 
     #[test]
