@@ -11,6 +11,7 @@ use super::keep::Keeping;
 use super::masquerade::Netfilter;
 use super::notify::{self, State, notify};
 use super::signals::Signals;
+use super::sources::SourceLists;
 use super::standing::Question;
 use crate::config::AgentArgs;
 use crate::expire::IdleTimes;
@@ -63,6 +64,8 @@ pub(super) struct Service {
     metrics: Arc<Metrics>,
     clock: Arc<Clock>,
     idle: IdleTimes,
+    /// Who may call from outside.
+    sources: SourceLists,
     audit_period: Duration,
     audited: Instant,
     /// The last audit had to repair something: the next tells whether that goes on (H2).
@@ -138,6 +141,10 @@ impl Service {
             tracing::info!("{frontends} frontends of an earlier agent are in the kernel and served");
             health.serving();
         }
+        let mut sources = SourceLists::new(args.nodeport_source_ranges.clone(), args.sources_file.clone());
+        if let Some(sources) = sources.look() {
+            dataplane.set_sources(sources);
+        }
         let takes_over = dataplane.takes_over();
         metrics.taking_over.set(takes_over.into());
         let idle = IdleTimes {
@@ -154,6 +161,7 @@ impl Service {
             metrics,
             clock: Arc::new(clock),
             idle,
+            sources,
             audit_period: args.audit_period,
             audited: Instant::now(),
             audit_soon: false,
@@ -324,6 +332,9 @@ impl Service {
     async fn tick(&mut self) {
         if self.booted && !self.dataplane.is_complete() && !self.dataplane.is_current() {
             self.serve_snapshot();
+        }
+        if let Some(sources) = self.sources.look() {
+            self.dataplane.set_sources(sources);
         }
         self.flush();
         self.announce();

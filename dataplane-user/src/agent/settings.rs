@@ -1,6 +1,6 @@
 //! From flags to what the parts of the agent ask for.
 
-use crate::compile::{self, NodePortAddresses, NodeSettings};
+use crate::compile::{self, NodePortAddresses, NodeSettings, Sources};
 use crate::config::{AgentArgs, ExternalIps, FromOutside, NodePortRange, PortRange, SocketLb};
 use crate::kernel::masquerade::Masquerade;
 use crate::kernel::roles::Choice;
@@ -55,6 +55,7 @@ impl Settings {
                 flags,
                 masquerade_mark: 0,
                 connection_mark: 0,
+                sources: Sources::default(),
                 netns_cookie,
             },
             needs_node: args.manifests.is_none(),
