@@ -36,8 +36,8 @@ mod programs {
         debug!(ctx, "packet dropped or refused: reason {}", reason as u8);
     }
 
-    /// From the network, before a socket buffer exists. Packets longer than a page come in several pieces; their headers are in the first.
-    #[xdp(frags)]
+    /// From the network, before a socket buffer exists.
+    #[xdp]
     pub(crate) fn xdp_uplink(ctx: XdpContext) -> u32 {
         // SAFETY: the context the kernel handed to the program.
         let mut frame = unsafe { XdpFrame::new(ctx.ctx) };

@@ -195,15 +195,3 @@ fn too_many_extension_headers_to_a_services_own_address_are_dropped() {
         }
     });
 }
-
-/// A packet longer than a page comes to XDP in several pieces, as on an uplink with a jumbo MTU: it is translated there all the same.
-#[test]
-fn xdp_translates_a_packet_of_several_pieces() {
-    for_both(|f| {
-        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
-        let sent = udp_packet((f.client, 40_000), (f.node, 30_080), &[7; 8_000]);
-        let out = sent.clone().to(f.pod, 8080);
-        let counted = f.counted_in(8 + 8_000, true);
-        expect(&world, Hook::Xdp, &sent, Verdict::Pass, &out, &counted);
-    });
-}

@@ -4,7 +4,6 @@ use super::{ETHERNET, ETHERTYPE, Even, Frame, LINK_DESTINATION, LINK_SOURCE, Ref
 use crate::verdict::{Verdict, Way};
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::bpf_xdp_adjust_tail;
-use aya_ebpf::helpers::generated::bpf_xdp_get_buff_len;
 use core::ffi::c_void;
 use dataplane_common::checksum::{Sum, update};
 
@@ -89,11 +88,10 @@ impl Frame for XdpFrame {
         self.read(LINK_SOURCE).unwrap_or_default()
     }
 
-    /// Of all its pieces.
     #[inline(always)]
     fn length(&self) -> u32 {
-        // SAFETY: `new` promises a valid context.
-        unsafe { bpf_xdp_get_buff_len(self.ctx) as u32 }
+        let (data, end) = self.bounds();
+        (end - data) as u32
     }
 
     #[inline(always)]
