@@ -157,6 +157,12 @@ impl Node {
     pub const TAKES_OVER: u32 = 1 << 5;
     /// Bridges hand packets to netfilter before they reach tc (`br_netfilter`): what was translated enters the stack anew.
     pub const BRIDGE_NETFILTER: u32 = 1 << 6;
+    /// Only some may call node ports from outside over IPv4 (S2).
+    pub const NODE_PORT_SOURCES_V4: u32 = 1 << 7;
+    /// The same over IPv6.
+    pub const NODE_PORT_SOURCES_V6: u32 = 1 << 8;
+    /// Some may call no Service from outside (S2).
+    pub const DENIED_SOURCES: u32 = 1 << 9;
 
     /// Whether all bits of `flag` are set.
     #[inline(always)]

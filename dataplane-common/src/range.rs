@@ -16,6 +16,11 @@ pub struct SourceRangeKey {
 }
 
 impl SourceRangeKey {
+    /// In place of a service port's id: who may call node ports (S2).
+    pub const NODE_PORTS: u32 = 0;
+    /// In place of a service port's id: who may call no Service from outside (S2).
+    pub const DENIED: u32 = u32::MAX;
+
     /// The value of every entry: what is in the table is allowed.
     pub const ALLOWED: u32 = 1;
 
@@ -33,6 +38,11 @@ impl SourceRangeKey {
     #[inline(always)]
     pub const fn one(service: u32, addr: Addr) -> Self {
         Self::new(service, addr, Self::ADDRESS_BITS)
+    }
+
+    /// Whether the range is the node's own, and no service port's.
+    pub const fn is_of_node(&self) -> bool {
+        self.service == Self::NODE_PORTS || self.service == Self::DENIED
     }
 
     /// Id of the service port.

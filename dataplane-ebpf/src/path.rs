@@ -454,6 +454,14 @@ impl<F: Frame> Walk<'_, F> {
         if let Some(verdict) = self.opens_nothing() {
             return verdict;
         }
+        if source == Source::Outside && set(Node::DENIED_SOURCES) && service::denies(&packet.src) {
+            return Verdict::Drop(Reason::SourceDenied);
+        }
+        let of_family = if packet.is_v4() { Node::NODE_PORT_SOURCES_V4 } else { Node::NODE_PORT_SOURCES_V6 };
+        let at_node_port = source == Source::Outside && destination.kind == FrontendKind::NodePort;
+        if at_node_port && set(of_family) && !service::allows_node_ports(&packet.src) {
+            return Verdict::Drop(Reason::NodePortSource);
+        }
         let inside_only = set(Node::CLUSTER_IP_INSIDE_ONLY);
         if inside_only && source == Source::Outside && destination.kind == FrontendKind::ClusterIp {
             return Verdict::Drop(Reason::ClusterIpFromOutside);

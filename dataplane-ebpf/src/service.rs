@@ -103,13 +103,31 @@ pub fn restricts(destination: Destination, policy: Policy) -> bool {
 /// Whether a client at `addr` may call a restricted address (S2).
 #[inline(never)]
 pub fn allows(destination: &Destination, addr: &Addr) -> bool {
-    let key = SourceRangeKey::one(destination.service, *addr);
+    // The ranges of a service port that was just opened to all may be gone already: its policy tells.
+    is_in_range(destination.service, addr)
+        || policy(destination.service).is_ok_and(|policy| !policy.has(Policy::SOURCE_RANGES))
+}
+
+/// Whether a range of the service port, or of the node, holds `addr`.
+#[inline(always)]
+fn is_in_range(service: u32, addr: &Addr) -> bool {
+    let key = SourceRangeKey::one(service, *addr);
     // SAFETY: the trie's key is the same bytes, number of bits first.
     let key =
         unsafe { &*(&raw const key).cast::<Key<[u8; size_of::<SourceRangeKey>() - size_of::<u32>()]>>() };
-    // The ranges of a service port that was just opened to all may be gone already: its policy tells.
     SOURCE_RANGES.get(key).is_some()
-        || policy(destination.service).is_ok_and(|policy| !policy.has(Policy::SOURCE_RANGES))
+}
+
+/// Whether this node lets nobody at `addr` call anything from outside (S2).
+#[inline(never)]
+pub fn denies(addr: &Addr) -> bool {
+    is_in_range(SourceRangeKey::DENIED, addr)
+}
+
+/// Whether a client at `addr` may call node ports from outside (S2).
+#[inline(never)]
+pub fn allows_node_ports(addr: &Addr) -> bool {
+    is_in_range(SourceRangeKey::NODE_PORTS, addr)
 }
 
 /// The endpoints a client at `source` may have (P2 to P9).

@@ -4,6 +4,7 @@
 
 pub mod kube_proxy;
 
+use crate::compile::Sources;
 use crate::expire::LONGEST_IDLE;
 use crate::kernel::pins::is_layout;
 use crate::kernel::sysctls::Conntrack;
@@ -258,6 +259,14 @@ pub struct AgentArgs {
     /// Apply loadBalancerSourceRanges to node ports and external IPs too, not to load balancer addresses alone.
     #[arg(long)]
     pub source_ranges_everywhere: bool,
+    /// Who may call node ports from outside: in place of rules in netfilter's prerouting, which the programs come before. Pods of other
+    /// nodes are outside. Without it, everybody; so in a family of which no range is given.
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', num_args = 1.., value_parser = clients)]
+    pub nodeport_source_ranges: Vec<IpNet>,
+    /// A YAML file that is followed live: `nodePortSources`, ranges beside those of --nodeport-source-ranges, and `deniedSources`,
+    /// ranges that may call no Service from outside. A connection that lives goes on.
+    #[arg(long, value_name = "FILE")]
+    pub sources_file: Option<PathBuf>,
     /// Serve the Services with this value of the label service.kubernetes.io/service-proxy-name, and no others.
     #[arg(long, value_name = "NAME")]
     pub service_proxy_name: Option<String>,
@@ -765,6 +774,15 @@ fn protocol(text: &str) -> Result<Protocol, String> {
     }
 }
 
+/// A range of clients; `/0` is everybody of a family.
+fn clients(text: &str) -> Result<IpNet, String> {
+    let range: IpNet = text.parse().map_err(|error| format!("{error}"))?;
+    if range.prefix_len() != 0 {
+        Sources::check(&range)?;
+    }
+    Ok(range)
+}
+
 /// The value of a flag that has none: it is refused.
 #[derive(Clone, Debug)]
 pub enum Refused {}
@@ -845,6 +863,7 @@ mod tests {
             ["--snat-ports", "0-100"],
             ["--snat-ports", "61000"],
             ["--masquerade-bit", "32"],
+            ["--nodeport-source-ranges", "::/8"],
             ["--masquerade-ports", "29999"],
             ["--pod-cidr", "10.0.0.0"],
             ["--nodeport-addresses", "eth0"],

@@ -99,6 +99,7 @@ impl Node {
                 flags: 0,
                 masquerade_mark: 0,
                 connection_mark: 0,
+                sources: compile::Sources::default(),
                 netns_cookie: 0,
                 secret: 1,
             };

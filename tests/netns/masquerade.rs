@@ -1,4 +1,5 @@
-//! Netfilter's part of P4: the rules that translate clients from outside where the endpoint is a pod of this node.
+//! Netfilter's part of P4: the rules that translate clients from outside where the endpoint is a pod of this node. And what the
+//! operator's own rules in netfilter come too late for (S2).
 
 use crate::world::eventually;
 use dataplane_tests::lab::{AgentOptions, Client, Family, Lab, Options, PodOptions, Service, at};
@@ -194,4 +195,36 @@ fn ports_that_sockets_may_get_are_told() {
     setting(&lab, "ipv4/ip_local_reserved_ports", Some("1024-29999,61000-65535"));
     start(&lab, &[]);
     assert_eq!(told(), 1);
+}
+
+/// S2: who may call from outside follows the file, live, and what is dropped has a name.
+#[test]
+fn sources_that_the_file_denies_meet_silence_until_it_says_something_else() {
+    let lab = lab();
+    let file = std::env::temp_dir().join(format!("sources-{}.yaml", std::process::id()));
+    let write = |text: &str| std::fs::write(&file, text).unwrap();
+    let clients = lab.client_addresses();
+    start(&lab, &["--sources-file", file.to_str().unwrap()]);
+    assert_eq!(seen(&lab).len(), 4, "everybody may call");
+    let refused = |what: &str| {
+        eventually(what, || {
+            let client = Client::at(lab.client()).timeout(Duration::from_millis(300));
+            Family::BOTH.iter().all(|family| {
+                let to = at(lab.node(0).ip(*family), NODE_PORT);
+                client.tcp(to).is_err() && client.udp(to).is_err()
+            })
+        });
+    };
+    write(&format!("deniedSources: ['{}/32', '{}/128']", clients.v4, clients.v6));
+    refused("the client is denied");
+    write("nodePortSources: ['10.99.0.0/16', 'fd00:99::/32']");
+    refused("the client is none of those who may");
+    write(&format!("nodePortSources: ['{}/32', '{}/128']", clients.v4, clients.v6));
+    eventually("the client may call", || {
+        let client = Client::at(lab.client()).timeout(Duration::from_millis(300));
+        Family::BOTH.iter().all(|family| client.tcp(at(lab.node(0).ip(*family), NODE_PORT)).is_ok())
+    });
+    let drops = lab.node(0).portolan(&["drops"]).unwrap();
+    assert!(drops.contains("source-denied") && drops.contains("node-port-source"), "{drops}");
+    std::fs::remove_file(&file).unwrap();
 }

@@ -6,7 +6,7 @@ use dataplane_common::node::Node as NodeFlags;
 use dataplane_tests::oracle::{self, Range, ThisNode, Way};
 use dataplane_tests::packet::NodeFacts;
 use dataplane_tests::packet::family::NARROW as NARROW_MTU;
-use dataplane_user::compile::{NodePortAddresses, NodeSettings};
+use dataplane_user::compile::{NodePortAddresses, NodeSettings, Sources};
 use std::net::IpAddr;
 use std::process::Command;
 
@@ -237,6 +237,7 @@ impl Flags {
                 flags: flags.iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag),
                 masquerade_mark: if self.masquerades { MARK } else { 0 },
                 connection_mark: 0,
+                sources: Sources::default(),
                 netns_cookie: 1,
                 secret: 1,
             },

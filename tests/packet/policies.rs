@@ -197,3 +197,34 @@ fn a_service_of_five_thousand_endpoints_is_served() {
         assert!(chosen.len() > 350, "{}", chosen.len());
     });
 }
+
+/// S2: the operator's own rules for what comes from outside, in place of those of netfilter, which come too late.
+#[test]
+fn sources_that_the_operator_denies_or_does_not_allow_at_node_ports_are_dropped() {
+    for_both(|f| {
+        let mut world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let all = |address: &str| format!("{address}/{}", if address.contains(':') { 128 } else { 32 });
+        let other_family = if f.client.contains(':') { "10.0.0.0/8" } else { "fd00::/8" };
+        let call = |port: u16, to: &str, number: u16| tcp_packet((f.client, port), (to, number), tcp::SYN);
+        world.set_sources(&[&all(f.remote)], &[]).unwrap();
+        for hook in [Hook::Xdp, Hook::UplinkIn] {
+            crate::expect_drop(&world, hook, &call(40_000, f.node, 30_080), Reason::NodePortSource);
+        }
+        let outcome = world.send(Hook::UplinkIn, &call(40_001, f.cluster_ip, 80)).unwrap();
+        assert_ne!(outcome.verdict, Verdict::Drop, "no node port");
+        let pod = tcp_packet((f.other_pod, 40_002), (f.node, 30_080), tcp::SYN);
+        assert_eq!(world.send(Hook::PodIn, &pod).unwrap().verdict, Verdict::Pass, "not from outside");
+        world.set_sources(&[other_family], &[]).unwrap();
+        assert_eq!(world.send(Hook::UplinkIn, &call(40_003, f.node, 30_080)).unwrap().verdict, Verdict::Pass);
+        world.set_sources(&[&all(f.client)], &[]).unwrap();
+        assert_eq!(world.send(Hook::UplinkIn, &call(40_004, f.node, 30_080)).unwrap().verdict, Verdict::Pass);
+        world.set_sources(&[&all(f.client)], &[&all(f.client)]).unwrap();
+        for (to, number) in [(f.node, 30_080), (f.cluster_ip, 80)] {
+            crate::expect_drop(&world, Hook::UplinkIn, &call(40_005, to, number), Reason::SourceDenied);
+        }
+        let known = tcp_packet((f.client, 40_004), (f.node, 30_080), tcp::ACK);
+        assert_eq!(world.send(Hook::UplinkIn, &known).unwrap().verdict, Verdict::Pass, "a flow that lives");
+        world.set_sources(&[], &[]).unwrap();
+        assert_eq!(world.send(Hook::UplinkIn, &call(40_006, f.node, 30_080)).unwrap().verdict, Verdict::Pass);
+    });
+}

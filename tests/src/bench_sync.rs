@@ -144,7 +144,7 @@ pub fn cluster(count: u32, endpoints: u32) -> BTreeMap<ObjectName, ServiceTables
 /// A node with one address and zeroed settings.
 pub fn node() -> NodeTables {
     let address = (Addr::from_v4([192, 0, 2, 1]), NodeAddress::new(NodeAddress::NODE_PORTS));
-    NodeTables { node: bytemuck::Zeroable::zeroed(), addresses: [address].into() }
+    NodeTables { node: bytemuck::Zeroable::zeroed(), addresses: [address].into(), ranges: Default::default() }
 }
 
 /// Reads empty or filled maps and brings the Services in; how long that took, and the mirror.

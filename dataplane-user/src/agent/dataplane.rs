@@ -6,7 +6,7 @@ use super::masquerade::Netfilter;
 use super::settings::Settings;
 use crate::compile::{
     self, Compiler, Complaint, Context, HealthCheck, NodePortAddresses, NodeTables, OwnAddresses,
-    ServiceTables,
+    ServiceTables, Sources,
 };
 use crate::kernel::maps::MapError;
 use crate::model::{AddressType, Change, Dirty, Kind, Object, ObjectName, Store};
@@ -240,6 +240,12 @@ impl<M: Maps> Dataplane<M> {
     pub(super) fn end_take_over(&mut self) {
         self.settings.node.flags &= !Node::TAKES_OVER;
         self.dirty.node = true;
+    }
+
+    /// Who may call from outside.
+    pub(super) fn set_sources(&mut self, sources: Sources) {
+        self.dirty.node |= self.settings.node.sources != sources;
+        self.settings.node.sources = sources;
     }
 
     /// The node's netfilter does this now.

@@ -19,6 +19,7 @@ mod serve;
 mod service_routes;
 mod settings;
 mod signals;
+mod sources;
 mod standing;
 
 use crate::compile::OwnAddresses;

@@ -11,6 +11,7 @@ use super::keep::Keeping;
 use super::masquerade::Netfilter;
 use super::notify::{self, State, notify};
 use super::signals::Signals;
+use super::sources::SourceLists;
 use super::standing::Question;
 use crate::config::AgentArgs;
 use crate::expire::IdleTimes;
@@ -66,6 +67,8 @@ pub(super) struct Service {
     idle: IdleTimes,
     /// How many entries the table of flows had when it was last swept.
     flow_entries: usize,
+    /// Who may call from outside.
+    sources: SourceLists,
     audit_period: Duration,
     audited: Instant,
     /// The last audit had to repair something: the next tells whether that goes on (H2).
@@ -141,6 +144,10 @@ impl Service {
             tracing::info!("{frontends} frontends of an earlier agent are in the kernel and served");
             health.serving();
         }
+        let mut sources = SourceLists::new(args.nodeport_source_ranges.clone(), args.sources_file.clone());
+        if let Some(sources) = sources.look() {
+            dataplane.set_sources(sources);
+        }
         let takes_over = dataplane.takes_over();
         metrics.taking_over.set(takes_over.into());
         let idle = IdleTimes {
@@ -158,6 +165,7 @@ impl Service {
             clock: Arc::new(clock),
             idle,
             flow_entries: 0,
+            sources,
             audit_period: args.audit_period,
             audited: Instant::now(),
             audit_soon: false,
@@ -339,6 +347,9 @@ impl Service {
     async fn tick(&mut self) {
         if self.booted && !self.dataplane.is_complete() && !self.dataplane.is_current() {
             self.serve_snapshot();
+        }
+        if let Some(sources) = self.sources.look() {
+            self.dataplane.set_sources(sources);
         }
         self.flush();
         self.announce();

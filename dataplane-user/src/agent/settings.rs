@@ -1,6 +1,6 @@
 //! From flags to what the parts of the agent ask for.
 
-use crate::compile::{self, NodePortAddresses, NodeSettings};
+use crate::compile::{self, NodePortAddresses, NodeSettings, Sources};
 use crate::config::{AgentArgs, ExternalIps, FromOutside, NodePortRange, PortRange, SocketLb};
 use crate::kernel::local_ports;
 use crate::kernel::masquerade::Masquerade;
@@ -58,6 +58,7 @@ impl Settings {
                 flags,
                 masquerade_mark: 0,
                 connection_mark: 0,
+                sources: Sources::default(),
                 netns_cookie,
                 secret: random(),
             },

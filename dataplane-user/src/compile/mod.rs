@@ -19,7 +19,7 @@ pub mod update;
 pub use complaint::{Complaint, ComplaintReason};
 pub use explain::explain;
 pub use health_check::{HealthCheck, health_check};
-pub use node::{NodePortAddresses, NodeSettings, OwnAddresses, node};
+pub use node::{NodePortAddresses, NodeSettings, OwnAddresses, Sources, node, range_key};
 pub use service::{Context, ExternalIps, service};
 pub use tables::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables};
 pub use update::{Compiled, Compiler, Update};

@@ -6,10 +6,11 @@ use crate::model::{Kind, Node, ObjectName, Reference};
 use bytemuck::Zeroable as _;
 use dataplane_common::Addr;
 use dataplane_common::node::{self, NodeAddress, PORT_RANGES, Ports, Prefix, SERVICE_RANGES, SourceRule};
+use dataplane_common::range::SourceRangeKey;
 use dataplane_common::tables::{self, Table as _};
 use ipnet::IpNet;
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 
 /// Bits of an IPv4-mapped address before the IPv4 part.
@@ -85,10 +86,63 @@ pub struct NodeSettings {
     pub masquerade_mark: u32,
     /// The mark that netfilter notes of connections from outside; 0: none.
     pub connection_mark: u32,
+    /// Who may call from outside (S2).
+    pub sources: Sources,
     /// Cookie of the node's own network namespace.
     pub netns_cookie: u64,
     /// A random number, mixed into the programs' choices.
     pub secret: u64,
+}
+
+/// Who may call Services from outside (S2): the operator's own rules, in place of those in netfilter's `prerouting`, which the programs
+/// come before.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sources {
+    /// Who may call node ports; a family without ranges is open.
+    pub node_ports: BTreeSet<IpNet>,
+    /// Who may call nothing.
+    pub denied: BTreeSet<IpNet>,
+}
+
+impl Sources {
+    /// Whether only some may call node ports in this family.
+    fn restricts(&self, ipv6: bool) -> bool {
+        let mut of_family = self.node_ports.iter().filter(|range| range.addr().is_ipv6() == ipv6).peekable();
+        of_family.peek().is_some() && of_family.all(|range| range.prefix_len() != 0)
+    }
+
+    fn flags(&self) -> u32 {
+        let flag = |set: bool, flag| if set { flag } else { 0 };
+        flag(self.restricts(false), node::Node::NODE_PORT_SOURCES_V4)
+            | flag(self.restricts(true), node::Node::NODE_PORT_SOURCES_V6)
+            | flag(!self.denied.is_empty(), node::Node::DENIED_SOURCES)
+    }
+
+    fn keys(&self) -> BTreeSet<SourceRangeKey> {
+        let node_ports = self.node_ports.iter().filter(|range| self.restricts(range.addr().is_ipv6()));
+        let node_ports = node_ports.map(|range| range_key(SourceRangeKey::NODE_PORTS, range));
+        node_ports.chain(self.denied.iter().map(|range| range_key(SourceRangeKey::DENIED, range))).collect()
+    }
+
+    /// Why a range cannot be told from others: the tables hold IPv4 as a part of IPv6.
+    ///
+    /// # Errors
+    /// That it holds addresses of IPv4.
+    pub fn check(range: &IpNet) -> Result<(), String> {
+        let mapped = Ipv4Addr::UNSPECIFIED.to_ipv6_mapped();
+        match range {
+            IpNet::V6(v6) if v6.contains(&mapped) => Err(format!(
+                "{range} holds addresses of IPv4 as well: give narrower ranges, such as 2000::/3"
+            )),
+            IpNet::V4(_) | IpNet::V6(_) => Ok(()),
+        }
+    }
+}
+
+/// The key of a range of sources of the service port with this id.
+pub fn range_key(service: u32, range: &IpNet) -> SourceRangeKey {
+    let mapped = if range.addr().is_ipv4() { MAPPED_BITS } else { 0 };
+    SourceRangeKey::new(service, range.network().into(), mapped + u32::from(range.prefix_len()))
 }
 
 /// Compiles the node's tables from the own Node (as soon as it is known), the addresses on the node's interfaces, and those of
@@ -128,7 +182,7 @@ pub fn node(
         service_ranges,
         ports,
         port_count: ports.iter().map(|ports| u32::from(ports.number)).sum(),
-        flags: settings.flags,
+        flags: settings.flags | settings.sources.flags(),
         masquerade_mark: settings.masquerade_mark,
         connection_mark: settings.connection_mark,
         source_rules: SourceRule::all(
@@ -137,7 +191,7 @@ pub fn node(
             settings.connection_mark != 0,
         ),
     };
-    (NodeTables { node, addresses }, complaints)
+    (NodeTables { node, addresses, ranges: settings.sources.keys() }, complaints)
 }
 
 /// The node's primary address of each family, IPv4 first.

@@ -3,6 +3,7 @@
 use crate::model::ObjectName;
 use dataplane_common::frontend::{FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress};
+use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::Policy;
 use dataplane_common::{Addr, Port};
 use ipnet::IpNet;
@@ -76,4 +77,6 @@ pub struct NodeTables {
     pub node: Node,
     /// The node's addresses.
     pub addresses: BTreeMap<Addr, NodeAddress>,
+    /// Who may call from outside (S2).
+    pub ranges: BTreeSet<SourceRangeKey>,
 }

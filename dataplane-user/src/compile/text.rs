@@ -133,6 +133,9 @@ impl fmt::Display for NodeTables {
             (Node::SOURCE_RANGES_EVERYWHERE, "source-ranges-everywhere"),
             (Node::TAKES_OVER, "takes-over"),
             (Node::BRIDGE_NETFILTER, "bridge-netfilter"),
+            (Node::NODE_PORT_SOURCES_V4, "node-port-sources-v4"),
+            (Node::NODE_PORT_SOURCES_V6, "node-port-sources-v6"),
+            (Node::DENIED_SOURCES, "denied-sources"),
         ];
         let node = &self.node;
         writeln!(f, "node{}", flag_words(node.flags, &names))?;

@@ -98,6 +98,7 @@ impl Mirror {
 
     fn audit_ranges<M: Maps>(&self, maps: &M, plan: &mut Plan) -> Result<(), MapError> {
         let mut missing: HashSet<_> = self.ports().flat_map(|port| port.ranges.to_vec()).collect();
+        missing.extend(&self.node_ranges);
         maps.visit::<tables::SourceRanges>(|key, _| {
             if !missing.remove(&key) {
                 plan.removed_ranges.insert(key);

@@ -6,7 +6,7 @@ use super::plan::Plan;
 use super::recover::{self, BackendMirror, DAMAGED, PortMirror, Reading, Recovered};
 use super::slots::Slots;
 use super::{Maps, Op, apply};
-use crate::compile::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables};
+use crate::compile::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables, range_key};
 use crate::kernel::maps::MapError;
 use crate::model::ObjectName;
 use dataplane_common::Addr;
@@ -17,7 +17,6 @@ use dataplane_common::node::{Node, NodeAddress};
 use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::{EndpointSet, Policy, Service};
 use dataplane_common::tables::{self, Table as _};
-use ipnet::IpNet;
 use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
@@ -67,6 +66,8 @@ pub struct Mirror {
     pub(super) filter: Filter,
     pub(super) addresses: BTreeMap<Addr, NodeAddress>,
     pub(super) node: Option<Node>,
+    /// Ranges of sources that are of no service port, but of the node.
+    pub(super) node_ranges: BTreeSet<SourceRangeKey>,
     service_ids: Ids,
     backend_ids: Ids,
     slots: Slots,
@@ -135,6 +136,7 @@ impl Mirror {
             frontend_room: maps.capacity::<tables::Frontends>()?,
             address_room: maps.capacity::<tables::NodeAddrs>()?,
             ranges: reading.ranges,
+            node_ranges: reading.node_ranges,
             range_room: maps.capacity::<tables::SourceRanges>()?,
             waiting: BTreeMap::new(),
             recovered: Some(reading.recovered),
@@ -227,6 +229,11 @@ impl Mirror {
         }
         if self.addresses != desired.addresses {
             self.plan_addresses(&mut plan, &desired.addresses, now);
+        }
+        if self.node_ranges != desired.ranges {
+            let old: Vec<_> =
+                std::mem::replace(&mut self.node_ranges, desired.ranges.clone()).into_iter().collect();
+            self.plan_ranges(&mut plan, &old, &desired.ranges);
         }
         self.finish(maps, plan, outcome)
     }
@@ -700,13 +707,6 @@ impl PortMirror {
         let at = self.backends.partition_point(|backend| backend.endpoint < *endpoint);
         self.backends.get(at).filter(|backend| backend.endpoint == *endpoint)
     }
-}
-
-/// The key of a range of sources of the service port with this id.
-pub(super) fn range_key(service: u32, range: &IpNet) -> SourceRangeKey {
-    const MAPPED_BITS: u32 = 96;
-    let mapped = if range.addr().is_ipv4() { MAPPED_BITS } else { 0 };
-    SourceRangeKey::new(service, range.network().into(), mapped + u32::from(range.prefix_len()))
 }
 
 fn full<T: tables::Table>(capacity: usize) -> MapError {

@@ -48,7 +48,6 @@ impl Plan {
     /// and goes after it.
     pub(super) fn into_ops(self, filter: &mut Filter) -> Vec<Op> {
         let mut ops = filter.take_ops();
-        ops.extend(self.node.map(Op::Node));
         ops.extend(self.addresses.into_iter().map(|(addr, value)| Op::NodeAddress(addr, value)));
         ops.extend(self.zero_services.into_iter().map(Op::ZeroServiceTraffic));
         ops.extend(self.zero_backends.into_iter().map(Op::ZeroBackendTraffic));
@@ -56,6 +55,7 @@ impl Plan {
         ops.extend(self.slots.into_iter().map(|(slot, id)| Op::Slot(slot, id)));
         // S2: there before the policy that asks for them, and gone after it; where they change, the new ones come first.
         ops.extend(self.ranges.into_iter().map(Op::SourceRange));
+        ops.extend(self.node.map(Op::Node));
         ops.extend(self.services.into_iter().map(|(id, value)| Op::Service(id, value)));
         ops.extend(self.frontends.into_iter().map(|(key, value)| Op::Frontend(key, value)));
         ops.extend(self.removed_frontends.into_iter().map(Op::RemoveFrontend));

@@ -58,6 +58,8 @@ pub(super) struct Reading {
     /// Generation of each backend id up to the last that was ever given out.
     pub(super) generations: Vec<u32>,
     pub(super) slots: Slots,
+    /// Ranges of sources that are the node's own.
+    pub(super) node_ranges: BTreeSet<SourceRangeKey>,
     /// How many ranges of sources there are.
     pub(super) ranges: usize,
     pub(super) used_services: BTreeSet<u32>,
@@ -88,7 +90,12 @@ impl Reading {
                 ports.entry(id).or_default().value = value;
             }
         })?;
+        let mut node_ranges = BTreeSet::new();
         maps.visit::<tables::SourceRanges>(|key, _| {
+            if key.is_of_node() {
+                node_ranges.insert(key);
+                return;
+            }
             let port = ports.entry(key.service()).or_default();
             port.ranges = [&*port.ranges, &[key]].concat().into();
         })?;
@@ -100,10 +107,19 @@ impl Reading {
             (port.value.cluster, port.cluster) = recover_set(&mut slots, &held, port.value.cluster);
             (port.value.local, port.local) = recover_set(&mut slots, &held, port.value.local);
         }
-        let ranges = ports.values().map(|port| port.ranges.len()).sum();
+        let ranges = node_ranges.len() + ports.values().map(|port| port.ranges.len()).sum::<usize>();
         let used_services = ports.keys().copied().collect();
         let recovered = Recovered { ports: ports.into_iter().collect() };
-        Ok(Self { recovered, frontends, generations, slots, ranges, used_services, used_backends })
+        Ok(Self {
+            recovered,
+            frontends,
+            generations,
+            slots,
+            node_ranges,
+            ranges,
+            used_services,
+            used_backends,
+        })
     }
 }
 

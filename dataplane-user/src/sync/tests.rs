@@ -62,7 +62,11 @@ fn service(n: u8, endpoints: &[u8], port: Option<u16>) -> ServiceTables {
 
 fn node(addresses: &[Addr]) -> NodeTables {
     let flags = NodeAddress::new(NodeAddress::NODE_PORTS);
-    NodeTables { node: Node::zeroed(), addresses: addresses.iter().map(|addr| (*addr, flags)).collect() }
+    NodeTables {
+        node: Node::zeroed(),
+        addresses: addresses.iter().map(|addr| (*addr, flags)).collect(),
+        ranges: Default::default(),
+    }
 }
 
 fn status(maps: &impl Maps, wanted: Endpoint) -> Vec<(u32, BackendStatus)> {
@@ -236,7 +240,7 @@ fn a_packet_never_meets_a_service_half_restricted() {
         let after = answers();
         let wanted = CLIENTS.map(|client| {
             let in_range =
-                |range: &&str| holds(&super::mirror::range_key(0, &range.parse().unwrap()), client);
+                |range: &&str| holds(&crate::compile::range_key(0, &range.parse().unwrap()), client);
             new.is_empty() || new.iter().any(in_range)
         });
         assert_eq!(after, wanted, "{old:?} to {new:?}");
@@ -479,6 +483,36 @@ fn an_audit_repairs_what_others_changed() {
     assert_eq!(view(&maps), before);
     check(&maps);
     assert_eq!(mirror.audit(&maps, now).unwrap(), 0);
+}
+
+/// S2: an agent that comes finds the ranges of the node that one before it wrote, keeps them up, and takes no Service's for them.
+#[test]
+fn ranges_of_the_node_are_known_again_and_kept_up() {
+    let (maps, now) = (MemoryMaps::default(), Instant::now());
+    let key = |id, range: &str| crate::compile::range_key(id, &range.parse().unwrap());
+    let keys = [
+        key(SourceRangeKey::NODE_PORTS, "10.0.0.0/8"),
+        key(SourceRangeKey::DENIED, "203.0.113.0/24"),
+        key(SourceRangeKey::DENIED, "2001:db8::/64"),
+    ];
+    let desired = NodeTables { ranges: keys.into(), ..node(&[NODE]) };
+    let there =
+        || read::<tables::SourceRanges>(&maps).into_iter().map(|(key, _)| key).collect::<BTreeSet<_>>();
+    let services = BTreeMap::from([(name(1), restricted(1, &["192.0.2.0/24"]))]);
+    let mut mirror = Mirror::open(&maps, now).unwrap();
+    mirror.set_node(&maps, &desired, now).unwrap();
+    mirror.replace(&maps, &services, now).unwrap();
+    assert_eq!(there().len(), keys.len() + 1);
+    let mut next = Mirror::open(&maps, now).unwrap();
+    assert_eq!(next.set_node(&maps, &desired, now).unwrap().ops, 0);
+    next.replace(&maps, &services, now).unwrap();
+    assert_eq!(there().len(), keys.len() + 1);
+    maps.remove::<tables::SourceRanges>(&keys[..1]).unwrap();
+    assert_eq!(next.audit(&maps, now).unwrap(), 1);
+    next.set_node(&maps, &NodeTables { ranges: keys[..1].iter().copied().collect(), ..desired }, now)
+        .unwrap();
+    assert!(there().contains(&keys[0]) && there().len() == 2, "{:?}", there());
+    check(&maps);
 }
 
 /// A frontend's bit lingers for established flows; a bit that is needed never goes.

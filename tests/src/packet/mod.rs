@@ -255,6 +255,7 @@ impl World {
             flags,
             masquerade_mark: 0,
             connection_mark: 0,
+            sources: compile::Sources::default(),
             netns_cookie: 1,
             secret: 1,
         };
@@ -316,6 +317,16 @@ impl World {
     /// If the kernel refuses.
     pub fn set_masquerade_mark(&mut self, mark: u32) -> Result<()> {
         self.settings.masquerade_mark = mark;
+        self.write_node()
+    }
+
+    /// Lets only these call node ports from outside, and those nothing.
+    ///
+    /// # Errors
+    /// If a range is none, or the kernel refuses.
+    pub fn set_sources(&mut self, node_ports: &[&str], denied: &[&str]) -> Result<()> {
+        let ranges = |texts: &[&str]| texts.iter().map(|text| text.parse()).collect::<Result<_, _>>();
+        self.settings.sources = compile::Sources { node_ports: ranges(node_ports)?, denied: ranges(denied)? };
         self.write_node()
     }
 

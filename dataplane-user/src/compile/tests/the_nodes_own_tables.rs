@@ -1,7 +1,7 @@
 //! P12, P13, P16, P17 as far as the node's tables show them.
 
 use super::addr;
-use crate::compile::{NodePortAddresses, NodeSettings, NodeTables, OwnAddresses, node};
+use crate::compile::{NodePortAddresses, NodeSettings, NodeTables, OwnAddresses, Sources, node};
 use crate::model::Node;
 use crate::model::samples::ip;
 use dataplane_common::node::{NodeAddress, SERVICE_RANGES};
@@ -15,6 +15,7 @@ fn settings(node_port_addresses: NodePortAddresses) -> NodeSettings {
         flags: 0,
         masquerade_mark: 0,
         connection_mark: 0,
+        sources: Sources::default(),
         netns_cookie: 7,
         secret: 11,
     }
@@ -127,4 +128,22 @@ fn more_service_ranges_than_fit_are_complained_about_and_the_first_used() {
     assert_eq!(complaints.len(), 1);
     let inside = |text: &str| tables.node.service_ranges.iter().any(|range| range.contains(&addr(text)));
     assert!(inside("10.7.0.1") && !inside("10.8.0.1"));
+}
+
+/// S2: a family of which nothing is said, or all, is open.
+#[test]
+fn who_may_call_node_ports_is_told_by_family() {
+    use dataplane_common::node::Node as Flags;
+    let ranges = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+    for (node_ports, denied, flags, keys) in [
+        (vec!["10.0.0.0/8"], vec![], Flags::NODE_PORT_SOURCES_V4, 1),
+        (vec!["10.0.0.0/8", "::/0"], vec![], Flags::NODE_PORT_SOURCES_V4, 1),
+        (vec!["0.0.0.0/0", "10.0.0.0/8", "fd00::/8"], vec![], Flags::NODE_PORT_SOURCES_V6, 1),
+        (vec![], vec!["203.0.113.0/24", "2001:db8::/64"], Flags::DENIED_SOURCES, 2),
+    ] {
+        let sources = Sources { node_ports: ranges(&node_ports), denied: ranges(&denied) };
+        let settings = NodeSettings { sources, ..settings(NodePortAddresses::All) };
+        let (tables, _) = node(&settings, None, &interfaces(), &BTreeSet::new());
+        assert_eq!((tables.node.flags, tables.ranges.len()), (flags, keys), "{node_ports:?} {denied:?}");
+    }
 }
