@@ -312,12 +312,6 @@ mod tests {
     }
 
     #[test]
-    fn a_real_time_kernel_is_refused_from_the_release_on_that_makes_it_unsafe() {
-        assert!(is_unsafe("6.18.1-rt2", true) && is_unsafe("7.0.0", true) && is_unsafe("unknown", true));
-        assert!(!is_unsafe("6.17.9-rt1", true) && !is_unsafe("6.18.44", false));
-    }
-
-    #[test]
     fn the_cgroup2_mount_is_found_beside_cgroups_of_the_first_version() {
         let mounts = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
                       cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
