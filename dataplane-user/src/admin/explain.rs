@@ -73,7 +73,7 @@ pub struct Explanation {
     pub service: Option<ServiceFacts>,
     /// The endpoints.
     pub endpoints: Vec<EndpointLine>,
-    /// Why nothing is known of endpoints that take no part.
+    /// Why nothing is known of endpoints that take no part, or only something old.
     pub endpoints_unknown: Option<String>,
     /// The connection is in the table of flows.
     pub known_flow: bool,

@@ -60,6 +60,9 @@ pub struct StatusArgs {
     /// End with 0 in place of 3 where Services are served and somebody should look at something.
     #[arg(long)]
     pub allow_warnings: bool,
+    /// Ask each node of the cluster by `kubectl exec`, and show a row for each, and what differs. Needs no root, but `kubectl`.
+    #[arg(long)]
+    pub all_nodes: bool,
 }
 
 /// Flags of `portolan check`.
@@ -125,6 +128,15 @@ pub struct ExplainArgs {
     /// By which protocol; without it, the one that is served there.
     #[arg(long, value_name = "tcp|udp|sctp", value_parser = protocol)]
     pub protocol: Option<Protocol>,
+    /// Name of this machine's Node object, as the agent has it: where no agent answers, its snapshot tells of endpoints.
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    pub node_name: Option<String>,
+    /// The agent's --service-proxy-name, for the same.
+    #[arg(long, value_name = "NAME")]
+    pub service_proxy_name: Option<String>,
+    /// The agent's --state-dir, for the same.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
+    pub state_dir: PathBuf,
     /// Where it looks and how it is printed.
     #[command(flatten)]
     pub show: ShowArgs,

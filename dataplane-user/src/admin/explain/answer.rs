@@ -3,13 +3,18 @@
 use super::ends::Ends;
 use super::{Client, EndpointLine, Explanation, Outcome, ServiceFacts, members};
 use crate::admin::AdminError;
+use crate::admin::columns::short_time;
 use crate::admin::flows::host_and_port;
 use crate::admin::names::Names;
 use crate::admin::services::kind_name;
 use crate::admin::status::Verdict;
+use crate::agent::node_name;
+use crate::compile::{self, Context, OwnAddresses};
 use crate::config::ExplainArgs;
 use crate::kernel::rehearsal::{Fate, Rehearsal};
 use crate::kernel::whereabouts::Meeting;
+use crate::model::{Change, ObjectName, Store};
+use crate::snapshot::{self, Owner};
 use crate::status::endpoints::{self, EndpointFacts, ServiceEndpoints};
 use crate::status::local;
 use dataplane_common::backend::BackendStatus;
@@ -17,6 +22,8 @@ use dataplane_common::drop::Reason;
 use dataplane_common::flow::Flow;
 use dataplane_common::frontend::{Frontend, FrontendKind};
 use dataplane_common::service::{Policy, Service};
+use std::sync::Arc;
+use std::time::SystemTime;
 
 impl Explanation {
     pub(super) fn new(ends: &Ends, meeting: &Meeting, outcome: &Outcome) -> Self {
@@ -123,10 +130,17 @@ impl Explanation {
             });
         let told = match asked {
             Ok(told) => told,
-            Err(error) => {
-                self.endpoints_unknown = Some(error);
-                return;
-            }
+            Err(error) => match of_snapshot(args, object) {
+                Some((told, age)) => {
+                    self.endpoints_unknown =
+                        Some(format!("{error}; so this is of the snapshot, {} old", short_time(age)));
+                    told
+                }
+                None => {
+                    self.endpoints_unknown = Some(error);
+                    return;
+                }
+            },
         };
         let protocol = ends.protocol.to_string();
         let same = told
@@ -160,5 +174,62 @@ impl Explanation {
                 left_out: Some(left_out.clone().unwrap_or_else(|| "not in the kernel yet".to_owned())),
             }),
         }
+    }
+}
+
+/// The endpoints of a Service as the agent last kept them on disk, and how many seconds ago that was.
+fn of_snapshot(args: &ExplainArgs, service: &str) -> Option<(ServiceEndpoints, u64)> {
+    let (namespace, name) = service.split_once('/')?;
+    let (service, node) = (ObjectName::new(namespace, name), node_name(args.node_name.as_deref()));
+    let proxy_name = args.service_proxy_name.as_deref().map(Arc::from);
+    let owner = Owner { node: node.clone(), proxy_name: proxy_name.clone() };
+    let loaded = snapshot::File::new(&args.state_dir, owner).look()?;
+    let mut store = Store::new(node);
+    loaded.objects.into_iter().for_each(|object| drop(store.apply(Change::Applied(object))));
+    let context = Context::new(&store, proxy_name, &[], &OwnAddresses::default());
+    let ports = compile::explain(store.service(&service)?, store.slices(&service), &context);
+    let age = SystemTime::now().duration_since(loaded.taken).unwrap_or_default();
+    Some((ServiceEndpoints { zone: context.zone.as_deref().map(str::to_owned), ports }, age.as_secs()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Cli, Command};
+    use crate::model::Object;
+    use crate::model::samples::{endpoint, service, slice};
+    use clap::Parser as _;
+    use std::time::Duration;
+
+    /// H6: where no agent answers, its snapshot is read, and stays as it is.
+    #[test]
+    fn the_snapshot_tells_of_endpoints_and_how_old_it_is() {
+        let folder = std::env::temp_dir().join(format!("portolan-explain-{}", std::process::id()));
+        let mut store = Store::new("n1");
+        let mut unready = endpoint("10.1.0.2", "n1");
+        unready.ready = false;
+        store.apply(Change::Applied(Object::Service(service("web"))));
+        let slice = slice("web-1", "web", vec![endpoint("10.1.0.1", "n1"), unready]);
+        store.apply(Change::Applied(Object::EndpointSlice(slice)));
+        let owner = Owner { node: "n1".into(), proxy_name: None };
+        let taken = SystemTime::now() - Duration::from_secs(90);
+        snapshot::File::new(&folder, owner).save(&store.share(), taken).unwrap();
+        let args = |node: &str| {
+            let state = folder.to_str().unwrap();
+            let words =
+                ["portolan", "explain", "node", "default/web", "--node-name", node, "--state-dir", state];
+            let Command::Explain(args) = Cli::try_parse_from(words).unwrap().command else {
+                panic!("another verb")
+            };
+            args
+        };
+        let (told, age) = of_snapshot(&args("N1"), "default/web").unwrap();
+        assert!((90..95).contains(&age), "{age}");
+        let reasons: Vec<_> =
+            told.ports[0].endpoints.iter().map(|endpoint| endpoint.not_in_cluster_set.as_deref()).collect();
+        assert_eq!(reasons, [None, Some("not ready (T)")]);
+        assert!(of_snapshot(&args("n2"), "default/web").is_none(), "another node's");
+        assert!(of_snapshot(&args("n1"), "default/other").is_none());
+        std::fs::remove_dir_all(folder).unwrap();
     }
 }
