@@ -6,12 +6,12 @@ pub mod kube_proxy;
 mod verbs;
 
 pub use verbs::{
-    CheckArgs, CleanupArgs, CompletionArgs, ExplainArgs, NoteArgs, Output, PinArgs, ReportArgs, ShowArgs,
-    StatusArgs,
+    CheckArgs, CleanupArgs, CompletionArgs, ExplainArgs, NoteArgs, Output, ReportArgs, ShowArgs, StatusArgs,
 };
 
 use crate::expire::LONGEST_IDLE;
 use crate::kernel::pins::is_layout;
+use crate::kernel::sysctls::Conntrack;
 use crate::pattern::Pattern;
 use crate::watch::cluster::ApiServer;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -76,6 +76,11 @@ pub enum Command {
     /// For an init container: the kubeconfig names credentials, and of these nothing is noted. Where there is no such file, or none
     /// that can be read, nothing is done.
     NoteApiServer(NoteArgs),
+    /// Make the settings of the node's conntrack that the agent may not make: their number, and how long they may be idle.
+    ///
+    /// For an init container that is privileged: a container that is not sees the kernel's settings read-only. What cannot be set is
+    /// told, and is no error.
+    SetConntrack(ConntrackArgs),
     /// Remove every program, map and pin, and what is kept on disk, and say what was removed.
     ///
     /// Services are then served no more on this node, and connections through them break. An agent that runs must be stopped
@@ -179,7 +184,19 @@ pub struct AgentArgs {
     pub pod_interface: Vec<Pattern>,
     /// Ranges of pod addresses of the whole cluster: no external or load balancer address may lie in them.
     #[arg(long, value_name = "CIDR", value_delimiter = ',', num_args = 1..)]
-    pub cluster_cidr: Vec<IpNet>,
+    pub pod_cidr: Vec<IpNet>,
+    /// Flags of kube-proxy that say which clients are pods: they are refused, with what to use.
+    #[arg(long, value_parser = told_by_interface, hide = true)]
+    pub cluster_cidr: Option<Refused>,
+    /// As above.
+    #[arg(long, value_parser = told_by_interface, hide = true)]
+    pub detect_local_mode: Option<Refused>,
+    /// As above.
+    #[arg(long, value_parser = told_by_interface, hide = true)]
+    pub pod_bridge_interface: Option<Refused>,
+    /// As above.
+    #[arg(long, value_parser = told_by_interface, hide = true)]
+    pub pod_interface_name_prefix: Option<Refused>,
     /// Ranges of ClusterIPs; without it, those of the ServiceCIDR objects.
     #[arg(long, value_name = "CIDR", value_delimiter = ',', num_args = 1..)]
     pub service_cidr: Vec<IpNet>,
@@ -190,8 +207,9 @@ pub struct AgentArgs {
     /// Ranges in which the node's addresses answer on node ports, or `primary`; without it, all its addresses.
     #[arg(long, value_name = "CIDR|primary", value_delimiter = ',', num_args = 1..)]
     pub nodeport_addresses: Vec<NodePortRange>,
-    /// Whose TCP connections get their endpoint when they connect, at no cost per packet.
-    #[arg(long, value_enum, default_value_t = SocketLb::All)]
+    /// Whose TCP connections get their endpoint when they connect, at no cost per packet. With `all`, what runs beside a program in its
+    /// pod and tells Services by their addresses (the sidecar of a mesh, a sandbox, a cluster in a pod) sees endpoints instead.
+    #[arg(long, value_enum, default_value_t = SocketLb::Host)]
     pub socket_lb: SocketLb,
     /// XDP on uplinks: `auto` is native where the driver keeps its offloads, else off.
     #[arg(long, value_enum, default_value_t = XdpMode::Auto)]
@@ -205,20 +223,39 @@ pub struct AgentArgs {
     /// The name of the maps' layout, for tests of an upgrade that changes it.
     #[arg(long, value_name = "vN", default_value = LAYOUT, value_parser = layout, hide = true)]
     pub map_layout: String,
-    /// Ports that translated sources get; no local socket may use them.
-    #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
-    pub snat_ports: PortRange,
-    /// How many established flows there is room for.
+    /// Ports that translated sources get; no local socket may use them. Without it, all from 1024 on that the node itself does not
+    /// use: but for `ip_local_port_range`, `ip_local_reserved_ports`, 30000-32767 and the ports of sockets that are open at the start.
+    #[arg(long, value_name = "FIRST-LAST")]
+    pub snat_ports: Option<PortRange>,
+    /// How many established flows there is room for; without it, by the node's memory, at least 131,072 and 32,768 for each CPU. What is
+    /// not used takes 16 bytes for a direction of a flow.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1_024..=16_777_216))]
     pub max_flows: Option<u32>,
     /// Room in one map, such as `frontends=131072`.
     #[arg(long, value_name = "MAP=ENTRIES", value_delimiter = ',', num_args = 1..)]
     pub map_size: Vec<MapSize>,
+    /// Which externalIPs of Services are served: whoever may write a Service can take any address by them.
+    #[arg(long, value_enum, default_value_t = ExternalIps::All)]
+    pub external_ips: ExternalIps,
     /// What becomes of a ClusterIP that is called from outside the cluster.
     #[arg(long, value_enum, default_value_t = FromOutside::Allow)]
     pub cluster_ip_from_outside: FromOutside,
-    /// Translate the source of all that comes from outside to node ports and load balancer addresses, as kube-proxy
-    /// does, also where the reply would come back anyway.
+    /// Have endpoints of this node see the client's own address where it calls a node port, an external IP or a load balancer's from
+    /// outside, also with externalTrafficPolicy Cluster. kube-proxy translates it, and so does Portolan without this flag.
+    #[arg(long)]
+    pub keep_client_source: bool,
+    /// The bit of a packet's mark by which netfilter is told whose source it is to translate.
+    #[arg(long, visible_alias = "iptables-masquerade-bit", value_name = "BIT", default_value_t = 14, value_parser = clap::value_parser!(u8).range(0..=31))]
+    pub masquerade_bit: u8,
+    /// The bit of a packet's mark that is set on what comes from outside to a Service, and that netfilter notes of the connection, for
+    /// nodes with rules of routing by a connection's mark: 7 where the CNI plugin of AWS marks so.
+    #[arg(long, value_name = "BIT", value_parser = clap::value_parser!(u8).range(0..=31))]
+    pub connection_mark_bit: Option<u8>,
+    /// Ports that netfilter gives these clients: none of --snat-ports, of node ports, and of those that the node's own sockets get.
+    #[arg(long, value_name = "FIRST-LAST", default_value = "1024-29999")]
+    pub masquerade_ports: PortRange,
+    /// Translate the source of all that pods send to ClusterIPs, as some pod networks need it. Their TCP goes by packet then, also with
+    /// --socket-lb=all.
     #[arg(long)]
     pub masquerade_all: bool,
     /// Apply loadBalancerSourceRanges to node ports and external IPs too, not to load balancer addresses alone.
@@ -239,9 +276,9 @@ pub struct AgentArgs {
     /// Tell the counters of endpoints as metrics too, five series each: on every node, those of all endpoints of the cluster.
     #[arg(long)]
     pub metrics_endpoints: bool,
-    /// Idle time after which an established TCP flow is forgotten.
-    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = idle_time)]
-    pub conntrack_tcp_timeout_established: Duration,
+    /// Settings of conntrack.
+    #[command(flatten)]
+    pub conntrack: ConntrackArgs,
     /// Idle time after which an answered UDP flow is forgotten.
     #[arg(long, value_name = "TIME", default_value = "3m", value_parser = idle_time)]
     pub conntrack_udp_timeout_stream: Duration,
@@ -272,6 +309,45 @@ pub struct AgentArgs {
     pub dry_run: bool,
 }
 
+/// Flags of `portolan mount-bpffs`.
+#[derive(Clone, Debug, Args)]
+pub struct PinArgs {
+    /// Folder of the pins.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    pub bpffs: PathBuf,
+}
+
+/// What conntrack is to be: as with kube-proxy.
+#[derive(Clone, Debug, Args)]
+pub struct ConntrackArgs {
+    /// Idle time after which an established TCP flow is forgotten, by the programs and by the node's conntrack.
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = idle_time)]
+    pub conntrack_tcp_timeout_established: Duration,
+    /// The same in the node's conntrack where one end has closed; 0: as it is.
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    pub conntrack_tcp_timeout_close_wait: Duration,
+    /// Connections that the node's conntrack has room for, for each CPU; 0: as many as it has.
+    #[arg(long, value_name = "N", default_value_t = 32_768)]
+    pub conntrack_max_per_core: u32,
+    /// And at least so many.
+    #[arg(long, value_name = "N", default_value_t = 131_072)]
+    pub conntrack_min: u32,
+}
+
+impl ConntrackArgs {
+    /// What conntrack is to be on this machine.
+    pub fn wanted(&self) -> Conntrack {
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Conntrack::new(
+            self.conntrack_max_per_core,
+            self.conntrack_min,
+            cpus,
+            self.conntrack_tcp_timeout_established,
+            self.conntrack_tcp_timeout_close_wait,
+        )
+    }
+}
+
 /// `--service-route`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ServiceRoute {
@@ -284,7 +360,7 @@ pub enum ServiceRoute {
 /// `--socket-lb`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SocketLb {
-    /// The node's sockets and those of pods.
+    /// The node's own sockets and those of pods.
     All,
     /// The node's own sockets.
     Host,
@@ -312,6 +388,17 @@ pub enum TcMode {
     Auto,
     /// clsact filters.
     Clsact,
+}
+
+/// `--external-ips`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExternalIps {
+    /// All that can be addresses of hosts.
+    All,
+    /// All but those of this node itself.
+    NotOfNode,
+    /// None.
+    None,
 }
 
 /// `--cluster-ip-from-outside`.
@@ -447,26 +534,56 @@ impl FromStr for MapSize {
     }
 }
 
+/// What the room for flows depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// Bytes of memory.
+    pub memory: u64,
+    /// CPUs.
+    pub cpus: usize,
+}
+
+impl Machine {
+    /// This one.
+    pub fn this() -> Self {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next());
+        let kibibytes: u64 = total.and_then(|number| number.parse().ok()).unwrap_or_default();
+        Self { memory: kibibytes << 10, cpus: std::thread::available_parallelism().map_or(1, usize::from) }
+    }
+
+    /// How many established flows there is room for beside so many of the other stages: as kube-proxy has it at least, and an entry
+    /// for each 32 KiB of memory, up to four million.
+    fn established(self, others: usize) -> usize {
+        const LEAST: usize = 131_072;
+        const FOR_EACH_CPU: usize = 32_768;
+        const MEMORY_OF_AN_ENTRY: u64 = 32 << 10;
+        const MOST_ENTRIES: u64 = 1 << 22;
+        let entries = (self.memory / MEMORY_OF_AN_ENTRY).min(MOST_ENTRIES) as usize;
+        let by_memory = (entries / 2).saturating_sub(others);
+        by_memory.max(LEAST).max(FOR_EACH_CPU.saturating_mul(self.cpus))
+    }
+}
+
 /// Maps whose size the programs know, or that have none.
 const FIXED: &[&str] =
-    &["node", "filter", "callers", "turns", "port_turn", "reasons", "scratch", "socket_names"];
+    &["node", "filter", "callers", "turns", "port_turn", "reasons", "answers", "scratch", "socket_names"];
 
 impl AgentArgs {
-    /// Each map whose size differs from its default, and the size.
+    /// Each map whose size differs from its default on this machine, and the size.
     ///
     /// `flows` has room for what is established and for all that the rings of the other stages name, two entries each; the
     /// traffic of services and backends has as many as these.
-    pub fn map_sizes(&self) -> Vec<MapSize> {
+    pub fn map_sizes(&self, machine: Machine) -> Vec<MapSize> {
         let mut sizes: Vec<MapSize> = Vec::new();
         let set = |map: &str| self.map_size.iter().rfind(|size| size.map == map);
         let rings = [(HalfOpen::NAME, HalfOpen::CAPACITY), (Closing::NAME, Closing::CAPACITY)];
-        if self.max_flows.is_some() || rings.iter().any(|(ring, _)| set(ring).is_some()) {
-            let [half_open, closing] =
-                rings.map(|(ring, default)| set(ring).map_or(default, |size| size.entries as usize));
-            let established = self.max_flows.map_or(tables::ESTABLISHED, |flows| flows as usize);
-            let entries = tables::flow_entries(established, half_open, closing);
-            sizes.push(MapSize { map: Flows::NAME, entries: u32::try_from(entries).unwrap_or(u32::MAX) });
-        }
+        let [half_open, closing] =
+            rings.map(|(ring, default)| set(ring).map_or(default, |size| size.entries as usize));
+        let named = half_open + closing;
+        let established = self.max_flows.map_or_else(|| machine.established(named), |flows| flows as usize);
+        let entries = tables::flow_entries(established, half_open, closing);
+        sizes.push(MapSize { map: Flows::NAME, entries: u32::try_from(entries).unwrap_or(u32::MAX) });
         for size in &self.map_size {
             sizes.push(size.clone());
             let follower = match size.map {
@@ -505,6 +622,18 @@ fn duration(text: &str) -> Result<Duration, String> {
     if text.is_empty() { Err(wrong()) } else { Ok(total) }
 }
 
+/// The value of a flag that has none: it is refused.
+#[derive(Clone, Debug)]
+pub enum Refused {}
+
+/// kube-proxy asks an address, a bridge or a name for what the kernel tells of each interface.
+fn told_by_interface(_: &str) -> Result<Refused, String> {
+    let text = "Portolan tells pods by the interfaces that they are behind, whatever their addresses: leave this flag out. \
+                --pod-interface names those interfaces where the log says that it takes them for something else; --pod-cidr \
+                keeps external IPs out of ranges of pods";
+    Err(text.to_owned())
+}
+
 fn layout(text: &str) -> Result<String, String> {
     if is_layout(text) { Ok(text.to_owned()) } else { Err(format!("`{text}` is no layout such as {LAYOUT}")) }
 }
@@ -541,12 +670,15 @@ mod tests {
     fn the_defaults_are_the_documented_ones() {
         let args = agent(&[]).unwrap();
         assert_eq!(args.bpffs, PathBuf::from("/sys/fs/bpf/portolan"));
-        assert_eq!(args.snat_ports, PortRange { first: 61_000, last: 65_535 });
+        assert_eq!(args.snat_ports, None);
+        assert_eq!(args.masquerade_ports, PortRange { first: 1_024, last: 29_999 });
+        assert_eq!((args.masquerade_bit, args.keep_client_source), (14, false));
         assert_eq!(args.healthz_bind_address.0.unwrap().to_string(), "0.0.0.0:10256");
         assert_eq!(args.metrics_bind_address.0.unwrap().to_string(), "127.0.0.1:10249");
-        assert_eq!(args.socket_lb, SocketLb::All);
+        assert_eq!(args.socket_lb, SocketLb::Host);
         assert_eq!(args.xdp, XdpMode::Auto);
-        assert!(args.map_sizes().is_empty());
+        let sizes = args.map_sizes(SMALL);
+        assert_eq!(sizes.iter().map(|size| size.map).collect::<Vec<_>>(), ["flows"]);
     }
 
     #[test]
@@ -569,7 +701,9 @@ mod tests {
             ["--snat-ports", "65535-61000"],
             ["--snat-ports", "0-100"],
             ["--snat-ports", "61000"],
-            ["--cluster-cidr", "10.0.0.0"],
+            ["--masquerade-bit", "32"],
+            ["--masquerade-ports", "29999"],
+            ["--pod-cidr", "10.0.0.0"],
             ["--nodeport-addresses", "eth0"],
             ["--max-flows", "0"],
             ["--map-size", "node=7"],
@@ -584,14 +718,45 @@ mod tests {
         assert!(agent(&["--kubeconfig", "a", "--manifests", "b"]).is_err());
     }
 
+    const SMALL: Machine = Machine { memory: 2 << 30, cpus: 2 };
+
+    /// C4
+    #[test]
+    fn the_room_for_flows_follows_the_machine() {
+        let entries = |memory_gib: u64, cpus| {
+            let sizes = agent(&[]).unwrap().map_sizes(Machine { memory: memory_gib << 30, cpus });
+            sizes.iter().find(|size| size.map == "flows").unwrap().entries
+        };
+        let named = 2 * (HalfOpen::CAPACITY + Closing::CAPACITY) as u32;
+        assert_eq!(entries(2, 2), 2 * 131_072 + named);
+        assert_eq!(entries(0, 1), 2 * 131_072 + named, "what cannot be read");
+        assert_eq!(entries(2, 64), 2 * 32_768 * 64 + named, "as kube-proxy");
+        assert_eq!(entries(64, 16), 1 << 21);
+        assert_eq!(entries(4_096, 16), 1 << 22);
+        assert!(Machine::this().memory > 1 << 28 && Machine::this().cpus > 0);
+    }
+
+    #[test]
+    fn flags_of_kube_proxy_that_tell_pods_are_refused_with_what_to_use() {
+        for flags in [
+            ["--cluster-cidr", "10.244.0.0/16"],
+            ["--detect-local-mode", "ClusterCIDR"],
+            ["--pod-bridge-interface", "cni0"],
+            ["--pod-interface-name-prefix", "veth"],
+        ] {
+            let refusal = agent(&flags).unwrap_err().to_string();
+            assert!(refusal.contains("--pod-interface") && refusal.contains("--pod-cidr"), "{refusal}");
+        }
+    }
+
     #[test]
     fn the_room_for_flows_counts_both_directions() {
-        let sizes = agent(&["--max-flows", "50000", "--map-size", "backends=1000"]).unwrap().map_sizes();
+        let sizes = agent(&["--max-flows", "50000", "--map-size", "backends=1000"]).unwrap().map_sizes(SMALL);
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
         assert_eq!(sizes, [("flows", 493_216), ("backends", 1_000), ("backend_traffic", 1_000)]);
-        let sizes = agent(&["--map-size", "half_open=100,closing=200"]).unwrap().map_sizes();
+        let sizes = agent(&["--map-size", "half_open=100,closing=200"]).unwrap().map_sizes(SMALL);
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
-        assert_eq!(sizes, [("flows", 200_600), ("half_open", 100), ("closing", 200)]);
+        assert_eq!(sizes, [("flows", 262_744), ("half_open", 100), ("closing", 200)]);
     }
 
     #[test]

@@ -48,6 +48,11 @@ fn run(command: Command, matches: &ArgMatches) -> Result<ExitCode> {
             None => println!("{} lies on a BPF file system already", args.bpffs.display()),
         },
         Command::NoteApiServer(args) => note_api_server(&args)?,
+        Command::SetConntrack(args) => {
+            for (setting, made) in args.wanted().apply() {
+                println!("{}: {}", setting.name(), made.told(&setting));
+            }
+        }
         Command::Cleanup(args) => clean_up(&args)?,
         Command::Status(args) => {
             let (verdict, text) = if args.all_nodes {

@@ -243,7 +243,7 @@ impl Case<'_> {
         self.bench.packets += 1;
         self.rehearse(place, frame)?;
         let world = &self.bench.world;
-        let (verdict, out) =
+        let (verdict, out, mark) =
             world.send_uncounted(hook(place), frame).map_err(|error| format!("{error:#}"))?;
         let after = reasons(world)?;
         let before = std::mem::replace(&mut self.bench.reasons, after);
@@ -251,7 +251,7 @@ impl Case<'_> {
             let more = count - before.get(reason).copied().unwrap_or(0);
             (more != 0).then_some((*reason, more))
         });
-        let seen = Seen { place, frame, verdict, out: &out, moved: moved.collect() };
+        let seen = Seen { place, frame, verdict, out: &out, mark, moved: moved.collect() };
         let headers = wire::parse(frame, place == Place::Early);
         let alternatives = self.model.expect(place, frame);
         let mut complaints = Vec::new();
@@ -293,7 +293,7 @@ impl Case<'_> {
         let rehearsed_now = world.rehearse(rehearsal, hook(place), frame, key);
         let (verdict, trial) = rehearsed_now.map_err(|error| format!("{error:#}"))?;
         *rehearsed += 1;
-        let seen = Seen { place, frame, verdict, out: &trial.data, moved: trial.moved };
+        let seen = Seen { place, frame, verdict, out: &trial.data, mark: trial.mark, moved: trial.moved };
         let alternatives = self.model.expect(place, frame);
         let allowed = alternatives.iter().any(|it| fits(&self.model, it, Some(&headers), &seen).is_ok());
         if allowed { Ok(()) } else { Err(format!("rehearsed at {place:?} {seen}, which is not allowed")) }

@@ -2,6 +2,7 @@
 //!
 //! It keeps what could not be written yet and tries it again; nothing that an object says can end it (Z5).
 
+use super::masquerade::Netfilter;
 use super::settings::Settings;
 use crate::compile::{
     self, Compiler, Complaint, Context, HealthCheck, NodePortAddresses, NodeTables, OwnAddresses,
@@ -211,7 +212,7 @@ impl<M: Maps> Dataplane<M> {
         }
         let (old, new) = (self.addresses.addrs(), addresses.addrs());
         let changed = old.symmetric_difference(&new).copied().collect();
-        self.dirty.services.append(&mut self.store.services_with_cluster_ip(&changed));
+        self.dirty.services.append(&mut self.store.services_with_address(&changed));
         self.dirty.node = true;
         self.addresses = addresses;
     }
@@ -231,7 +232,7 @@ impl<M: Maps> Dataplane<M> {
     }
 
     /// The source ports that the programs translate to (P12).
-    pub(super) fn translated_ports(&self) -> RangeInclusive<u16> {
+    pub(super) fn translated_ports(&self) -> Vec<RangeInclusive<u16>> {
         self.settings.node.snat_ports.clone()
     }
 
@@ -239,6 +240,17 @@ impl<M: Maps> Dataplane<M> {
     pub(super) fn end_take_over(&mut self) {
         self.settings.node.flags &= !Node::TAKES_OVER;
         self.dirty.node = true;
+    }
+
+    /// The node's netfilter does this now.
+    pub(super) fn set_netfilter(&mut self, netfilter: Netfilter) {
+        let node = &mut self.settings.node;
+        let flags = if netfilter.before_tc { Node::BRIDGE_NETFILTER } else { 0 };
+        let flags = node.flags & !Node::BRIDGE_NETFILTER | flags;
+        let Netfilter { mark, connection_mark, .. } = netfilter;
+        let before = (node.masquerade_mark, node.connection_mark, node.flags);
+        self.dirty.node |= before != (mark, connection_mark, flags);
+        (node.masquerade_mark, node.connection_mark, node.flags) = (mark, connection_mark, flags);
     }
 
     /// Compiles and writes what waits, as soon as all was told that it needs. What fails waits for the next flush.
@@ -277,7 +289,8 @@ impl<M: Maps> Dataplane<M> {
 
     fn context(&self) -> Context {
         let (proxy_name, cidrs) = (self.settings.proxy_name.clone(), &self.settings.cluster_cidrs);
-        Context::new(&self.store, proxy_name, cidrs, &self.addresses)
+        let context = Context::new(&self.store, proxy_name, cidrs, &self.addresses);
+        Context { external_ips: self.settings.external_ips, ..context }
     }
 
     /// Adds to what is dirty what it touches elsewhere: after a failure all of it is to be written again.

@@ -11,6 +11,7 @@ mod health_checks;
 mod histories;
 mod hooks;
 mod keep;
+mod masquerade;
 mod notify;
 mod roles;
 mod scrape;
@@ -21,7 +22,7 @@ mod signals;
 mod standing;
 
 use crate::compile::OwnAddresses;
-use crate::config::{AgentArgs, ServiceRoute, SocketLb, TcMode};
+use crate::config::{AgentArgs, Machine, ServiceRoute, SocketLb, TcMode};
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
 use crate::http::{self, Gate};
@@ -33,18 +34,22 @@ use crate::kernel::maps::KernelMaps;
 use crate::kernel::object::{Object, Options, ProgramLog};
 use crate::kernel::pins::{self, Pins};
 use crate::kernel::roles::Choice;
+use crate::kernel::sysctls::{self, Made};
 use crate::kernel::{alone, capability, lasting, probe, service_route};
 use crate::memory;
 use crate::metrics::Metrics;
 use crate::status::local;
+use crate::sync::Maps as _;
 use crate::version;
 use crate::watch::cluster::{Answered, Servers};
 use crate::watch::{self, Changes, Watch};
 use anyhow::{Context as _, Result};
 use dataplane::Dataplane;
 use dataplane_common::node::Node;
+use dataplane_common::tables::Nodes;
 use hooks::{Hooks, Start};
 use keep::Keeping;
+use masquerade::Masquerading;
 use scrape::Scrape;
 use serve::{Inputs, Service, Told};
 use settings::Settings;
@@ -55,7 +60,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch as state};
 
 /// How many questions by the command line may wait for the loop.
 const QUESTIONS: usize = 16;
@@ -111,8 +116,12 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let upgrade = pins.is_upgrade()?;
 
     let log = tracing::enabled!(target: "dataplane_ebpf", tracing::Level::DEBUG);
-    let mut object =
-        Object::open(&Options { pins: Some(&pins), sizes: &args.map_sizes(), log, reads: None })?;
+    let mut object = Object::open(&Options {
+        pins: Some(&pins),
+        sizes: &args.map_sizes(Machine::this()),
+        log,
+        reads: None,
+    })?;
     if log {
         tokio::spawn(forward_log(object.logger().context("the programs' log")?));
     }
@@ -146,6 +155,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
     spawn_servers(&args, &gate, scrape.clone());
     let netns_cookie = links::netns_cookie().context("the cookie of this network namespace")?;
     let mut settings = Settings::new(&args, netns_cookie, features.fib_source);
+    // A boot's choices are of one kind, whichever agent runs.
+    let written = maps.get::<Nodes>(&0)?.map(|node| node.secret);
+    settings.node.secret = written.filter(|secret| *secret != 0).unwrap_or(settings.node.secret);
     if serve::take_over::is_due(&maps)? {
         settings.node.flags |= Node::TAKES_OVER;
         // Before the first flow; a look beside the loop tells what stands in the way.
@@ -188,7 +200,14 @@ async fn serve(args: AgentArgs) -> Result<()> {
 
     let addresses = own_addresses(&interfaces.borrow(), &choice);
     let keeping = Keeping::new(&args, &settings, metrics.clone());
-    let dataplane = Dataplane::open(settings, maps, addresses)?;
+    let mut dataplane = Dataplane::open(settings, maps, addresses)?;
+    // Before the first tables: what is marked must be masqueraded.
+    let wanted = settings::masquerade(&args);
+    let mut masquerading = Masquerading::new(wanted, interfaces.clone(), choice.clone(), metrics.clone());
+    let first = masquerading.look();
+    dataplane.set_netfilter(first);
+    let (sender, netfilter) = state::channel(first);
+    check_settings(&args);
     let tell = health_checks::tell(watch.events());
     let checks = tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), gate, tell));
     let told = Told { health: health.clone(), health_checks, metrics: metrics.clone() };
@@ -200,9 +219,36 @@ async fn serve(args: AgentArgs) -> Result<()> {
         let routes = tokio::spawn(service_routes::keep(wanted, own_device, settled, metrics, beat));
         service.look_after("the task that keeps routes", routes);
     }
+    let beat = health.heartbeat().part("the task that keeps netfilter's rules", masquerade::PATIENCE);
+    service
+        .look_after("the task that keeps netfilter's rules", tokio::spawn(masquerading.keep(sender, beat)));
     service.start_hooks(hooks)?;
     starting.abort();
-    service.run(Inputs { changes, interfaces, questions: asked, signals }, choice).await
+    service.run(Inputs { changes, interfaces, netfilter, questions: asked, signals }, choice).await
+}
+
+/// Makes the settings of the node that it may make, and says which are not as they should be.
+fn check_settings(args: &AgentArgs) {
+    for (setting, made) in args.conntrack.wanted().apply() {
+        let told = made.told(&setting);
+        match made {
+            Made::Was => {}
+            Made::Changed(_) => tracing::info!("{}: {told}", setting.name()),
+            Made::Refused(..) => tracing::warn!(
+                "{}: {told}. Set it on the node, or have `portolan set-conntrack` run before the agent, as deploy/portolan.yaml does",
+                setting.name()
+            ),
+        }
+    }
+    let ports = args.masquerade_ports.first..=args.masquerade_ports.last;
+    if let Some(shared) = sysctls::shared_with_sockets(&ports) {
+        tracing::warn!(
+            "sockets of the node may get ports of --masquerade-ports, {} to {}: their connections to an endpoint can meet those of \
+             a Service. Narrow net.ipv4.ip_local_port_range, or add these to net.ipv4.ip_local_reserved_ports",
+            shared.start(),
+            shared.end()
+        );
+    }
 }
 
 fn own_addresses(interfaces: &Interfaces, choice: &Choice) -> OwnAddresses {

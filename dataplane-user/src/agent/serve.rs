@@ -8,6 +8,7 @@ mod write;
 use super::dataplane::Dataplane;
 use super::hooks::{Hooks, Start};
 use super::keep::Keeping;
+use super::masquerade::Netfilter;
 use super::notify::{self, State, notify};
 use super::signals::Signals;
 use super::standing::Question;
@@ -15,6 +16,7 @@ use crate::config::AgentArgs;
 use crate::expire::IdleTimes;
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
+use crate::kernel::carry::Carried;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::Interfaces;
 use crate::kernel::maps::{KernelMaps, MapError};
@@ -62,6 +64,8 @@ pub(super) struct Service {
     metrics: Arc<Metrics>,
     clock: Arc<Clock>,
     idle: IdleTimes,
+    /// How many entries the table of flows had when it was last swept.
+    flow_entries: usize,
     audit_period: Duration,
     audited: Instant,
     /// The last audit had to repair something: the next tells whether that goes on (H2).
@@ -115,6 +119,8 @@ pub(super) struct Inputs {
     pub(super) changes: mpsc::Receiver<Change>,
     /// Of the node's interfaces.
     pub(super) interfaces: watch::Receiver<Interfaces>,
+    /// Of what netfilter does for the programs.
+    pub(super) netfilter: watch::Receiver<Netfilter>,
     /// By the command line.
     pub(super) questions: mpsc::Receiver<Question>,
     /// From whoever started it.
@@ -138,7 +144,7 @@ impl Service {
         let takes_over = dataplane.takes_over();
         metrics.taking_over.set(takes_over.into());
         let idle = IdleTimes {
-            established: args.conntrack_tcp_timeout_established,
+            established: args.conntrack.conntrack_tcp_timeout_established,
             udp: args.conntrack_udp_timeout_stream,
             ..IdleTimes::default()
         };
@@ -151,6 +157,7 @@ impl Service {
             metrics,
             clock: Arc::new(clock),
             idle,
+            flow_entries: 0,
             audit_period: args.audit_period,
             audited: Instant::now(),
             audit_soon: false,
@@ -200,7 +207,7 @@ impl Service {
             Start::AfterTheFirstSnapshot(hooks, pins) => {
                 tracing::info!(
                     "programs with maps of another layout are attached: they serve on until this version's maps hold all \
-                     Services; flows that they began end then"
+                     Services; their flows are carried over then"
                 );
                 if !pins.pinned_links()?.is_empty() {
                     self.health.serving();
@@ -218,7 +225,18 @@ impl Service {
     /// The first snapshot is in this layout's maps: now its programs can take the place of others, whose maps go.
     fn finish_upgrade(&mut self) {
         let Some((mut hooks, pins)) = self.hooks.take() else { return };
-        tokio::task::block_in_place(|| hooks.start());
+        let maps = self.dataplane.mirror().1;
+        tokio::task::block_in_place(|| {
+            let mut carried = Carried::default();
+            let before = carried.carry(&pins, maps, self.clock.tick());
+            hooks.start();
+            // What the other programs began until their last packet.
+            let after = carried.carry(&pins, maps, self.clock.tick());
+            match before.and_then(|before| Ok(before + after?)) {
+                Ok(entries) => tracing::info!("{} flows of other layouts were carried over", entries / 2),
+                Err(error) => tracing::warn!("flows of other layouts are not carried over: {error}"),
+            }
+        });
         match pins.remove_other_layouts() {
             Ok(layouts) => {
                 layouts.iter().for_each(|layout| tracing::info!("removed the maps of layout {layout}"))
@@ -230,7 +248,7 @@ impl Service {
 
     /// Until SIGTERM or SIGINT.
     pub(super) async fn run(mut self, inputs: Inputs, choice: Choice) -> Result<()> {
-        let Inputs { mut changes, mut interfaces, mut questions, mut signals } = inputs;
+        let Inputs { mut changes, mut interfaces, mut netfilter, mut questions, mut signals } = inputs;
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
@@ -260,6 +278,11 @@ impl Service {
                 Some(question) = questions.recv() => {
                     // Who asked may have left.
                     let _ = question.answer.send(self.dataplane.explain(&question.service));
+                }
+                changed = netfilter.changed() => {
+                    changed?;
+                    self.dataplane.set_netfilter(*netfilter.borrow_and_update());
+                    self.flush();
                 }
                 count = changes.recv_many(&mut batch, BATCH) => {
                     if count == 0 {

@@ -1,7 +1,7 @@
 //! kube-proxy's configuration file (`KubeProxyConfiguration`, `kubeproxy.config.k8s.io/v1alpha1`): the fields that mean something here,
 //! taken as the flags of the same meaning; and the names of those that do not, for somebody may rely on them.
 
-use super::{AgentArgs, BindAddress, NodePortRange, idle_time};
+use super::{AgentArgs, BindAddress, NodePortRange, duration, idle_time};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,17 +41,13 @@ pub enum ConfigFileError {
 type Take = fn(&mut AgentArgs, &Value) -> Result<(), String>;
 
 /// The fields that are taken: where they are, the flag whose place they take, and how.
-const FIELDS: [(&str, &str, Take); 11] = [
+const FIELDS: [(&str, &str, Take); 15] = [
     ("clientConnection.kubeconfig", "kubeconfig", |args, value| {
         args.kubeconfig = Some(text(value)?.into());
         Ok(())
     }),
     ("hostnameOverride", "node_name", |args, value| {
         args.node_name = Some(text(value)?.to_owned());
-        Ok(())
-    }),
-    ("clusterCIDR", "cluster_cidr", |args, value| {
-        args.cluster_cidr = parsed(text(value)?.split(','))?;
         Ok(())
     }),
     ("healthzBindAddress", "healthz_bind_address", |args, value| {
@@ -72,9 +68,23 @@ const FIELDS: [(&str, &str, Take); 11] = [
     ("iptables.masqueradeAll", "masquerade_all", masquerade_all),
     ("nftables.masqueradeAll", "masquerade_all", masquerade_all),
     ("conntrack.tcpEstablishedTimeout", "conntrack_tcp_timeout_established", |args, value| {
-        args.conntrack_tcp_timeout_established = idle_time(text(value)?)?;
+        args.conntrack.conntrack_tcp_timeout_established = idle_time(text(value)?)?;
         Ok(())
     }),
+    ("conntrack.tcpCloseWaitTimeout", "conntrack_tcp_timeout_close_wait", |args, value| {
+        args.conntrack.conntrack_tcp_timeout_close_wait = duration(text(value)?)?;
+        Ok(())
+    }),
+    ("conntrack.maxPerCore", "conntrack_max_per_core", |args, value| {
+        args.conntrack.conntrack_max_per_core = number(value)?;
+        Ok(())
+    }),
+    ("conntrack.min", "conntrack_min", |args, value| {
+        args.conntrack.conntrack_min = number(value)?;
+        Ok(())
+    }),
+    ("iptables.masqueradeBit", "masquerade_bit", masquerade_bit),
+    ("nftables.masqueradeBit", "masquerade_bit", masquerade_bit),
     ("conntrack.udpStreamTimeout", "conntrack_udp_timeout_stream", |args, value| {
         args.conntrack_udp_timeout_stream = idle_time(text(value)?)?;
         Ok(())
@@ -84,6 +94,20 @@ const FIELDS: [(&str, &str, Take); 11] = [
 fn masquerade_all(args: &mut AgentArgs, value: &Value) -> Result<(), String> {
     args.masquerade_all |= value.as_bool().ok_or("is neither true nor false")?;
     Ok(())
+}
+
+fn masquerade_bit(args: &mut AgentArgs, value: &Value) -> Result<(), String> {
+    let bit = number(value)?;
+    args.masquerade_bit = u8::try_from(bit)
+        .ok()
+        .filter(|bit| *bit < 32)
+        .ok_or_else(|| format!("`{bit}` is no bit of a mark"))?;
+    Ok(())
+}
+
+fn number(value: &Value) -> Result<u32, String> {
+    let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+    number.ok_or_else(|| format!("`{value}` is no number of 32 bits"))
 }
 
 fn text(value: &Value) -> Result<&str, String> {
@@ -129,7 +153,8 @@ pub fn apply(
     ignored.retain(|path| !["kind", "apiVersion"].contains(&path.as_str()));
     for (path, flag, take) in FIELDS {
         let value = path.split('.').try_fold(&config, |value, name| value.get(name));
-        let Some(value) = value.filter(|value| !is_unset(value)) else { continue };
+        // A 0 that somebody writes here is a number: as many connections as there are, or the first bit.
+        let Some(value) = value.filter(|value| value.is_number() || !is_unset(value)) else { continue };
         let is_it = |leaf: &String| leaf == path || leaf.starts_with(&format!("{path}["));
         ignored.retain(|leaf| !is_it(leaf));
         if !given(flag) {
@@ -182,13 +207,13 @@ bindAddressHardFail: false
 clientConnection: {acceptContentTypes: '', burst: 0, contentType: '', kubeconfig: /var/lib/kube-proxy/kubeconfig.conf, qps: 0}
 clusterCIDR: 10.244.0.0/16,fd00:10:244::/56
 configSyncPeriod: 0s
-conntrack: {maxPerCore: null, min: null, tcpBeLiberal: false, tcpCloseWaitTimeout: null, tcpEstablishedTimeout: 2h0m0s, udpStreamTimeout: 0s}
+conntrack: {maxPerCore: 0, min: 262144, tcpBeLiberal: false, tcpCloseWaitTimeout: null, tcpEstablishedTimeout: 2h0m0s, udpStreamTimeout: 0s}
 detectLocal: {bridgeInterface: '', interfaceNamePrefix: ''}
 detectLocalMode: ''
 enableProfiling: false
 healthzBindAddress: 127.0.0.1
 hostnameOverride: ''
-iptables: {localhostNodePorts: null, masqueradeAll: true, masqueradeBit: null, minSyncPeriod: 1s, syncPeriod: 0s}
+iptables: {localhostNodePorts: null, masqueradeAll: true, masqueradeBit: 15, minSyncPeriod: 1s, syncPeriod: 0s}
 kind: KubeProxyConfiguration
 metricsBindAddress: 0.0.0.0:10249
 mode: nftables
@@ -215,22 +240,24 @@ oomScoreAdj: null
     #[test]
     fn what_kubeadm_writes_is_taken_and_what_means_nothing_is_named() {
         let (args, ignored) = apply_text(KUBEADM, &[]);
-        assert_eq!(ignored.unwrap(), ["bindAddress", "iptables.minSyncPeriod", "mode"]);
+        assert_eq!(ignored.unwrap(), ["bindAddress", "clusterCIDR", "iptables.minSyncPeriod", "mode"]);
         assert_eq!(args.kubeconfig.unwrap().to_str(), Some("/var/lib/kube-proxy/kubeconfig.conf"));
-        assert_eq!((args.cluster_cidr.len(), args.node_name), (2, None));
+        assert_eq!(args.node_name, None);
         assert_eq!(args.healthz_bind_address, "127.0.0.1:10256".parse().unwrap());
         assert_eq!(args.metrics_bind_address, "0.0.0.0:10249".parse().unwrap());
         assert_eq!(args.nodeport_addresses, [NodePortRange::Primary]);
         assert!(args.masquerade_all);
-        assert_eq!(args.conntrack_tcp_timeout_established, Duration::from_secs(7_200));
+        assert_eq!(args.masquerade_bit, 15);
+        assert_eq!((args.conntrack.conntrack_max_per_core, args.conntrack.conntrack_min), (0, 262_144));
+        assert_eq!(args.conntrack.conntrack_tcp_timeout_established, Duration::from_secs(7_200));
         assert_eq!(args.conntrack_udp_timeout_stream, Duration::from_secs(180), "unset is the default");
     }
 
     #[test]
     fn a_flag_says_more_than_the_file() {
         let (args, ignored) = apply_text(KUBEADM, &["kubeconfig", "healthz_bind_address"]);
-        assert_eq!(ignored.unwrap().len(), 3);
-        assert_eq!((args.kubeconfig, args.cluster_cidr.len()), (None, 2));
+        assert_eq!(ignored.unwrap().len(), 4);
+        assert_eq!((args.kubeconfig, args.masquerade_all), (None, true));
         assert_eq!(args.healthz_bind_address, "0.0.0.0:10256".parse().unwrap());
     }
 
@@ -238,7 +265,10 @@ oomScoreAdj: null
     fn a_file_that_is_none_is_refused_with_what_is_wrong() {
         let error = |text: &str| apply_text(text, &[]).1.unwrap_err().to_string();
         assert!(error("kind: KubeletConfiguration\n").contains("it is a KubeletConfiguration"));
-        assert!(error("kind: KubeProxyConfiguration\nclusterCIDR: all\n").contains("clusterCIDR: `all`: "));
+        assert!(
+            error("kind: KubeProxyConfiguration\nmetricsBindAddress: all\n")
+                .contains("metricsBindAddress: `all` is no address")
+        );
         assert!(error("a: [\n").contains("must be a KubeProxyConfiguration"));
     }
 

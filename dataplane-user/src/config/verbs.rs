@@ -1,4 +1,4 @@
-//! The flags of all verbs but `agent`.
+//! The flags of the verbs that ask, and of those that tidy up.
 
 use super::{DEFAULT_BPFFS, DEFAULT_STATE, PortRange, ServerChoice, named};
 use crate::watch::cluster::ApiServer;
@@ -6,14 +6,6 @@ use clap::{Args, ValueEnum};
 use clap_complete::Shell;
 use dataplane_common::Protocol;
 use std::path::{Path, PathBuf};
-
-/// Flags of `portolan mount-bpffs`.
-#[derive(Clone, Debug, Args)]
-pub struct PinArgs {
-    /// Folder of the pins.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
-    pub bpffs: PathBuf,
-}
 
 /// Flags of `portolan note-api-server`.
 #[derive(Clone, Debug, Args)]

@@ -30,6 +30,12 @@ pub enum ProbeError {
     /// Too old.
     #[error("Linux {0} is too old: 6.1 or newer is needed")]
     Kernel(String),
+    /// Programs at one hook interrupt each other, on one CPU.
+    #[error(
+        "Linux {0} has PREEMPT_RT, and since 6.18 its programs of one CPU interrupt each other, so that a packet could leave with the \
+         addresses of another: boot a kernel without PREEMPT_RT"
+    )]
+    RealTime(String),
     /// No cgroup2.
     #[error(
         "no cgroup2 file system is mounted: mount one (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`) or name it with \
@@ -85,11 +91,24 @@ pub fn features() -> Result<Features, ProbeError> {
     if version(&kernel).is_some_and(|version| version < OLDEST) {
         return Err(ProbeError::Kernel(kernel));
     }
+    if nests(
+        fs::read_to_string("/sys/kernel/realtime").is_ok_and(|text| text.trim() == "1"),
+        version(&kernel),
+    ) {
+        return Err(ProbeError::RealTime(kernel));
+    }
     let fib_source = fib_source().unwrap_or_else(|error| {
         tracing::debug!("cannot probe BPF_FIB_LOOKUP_SRC: {error}");
         false
     });
     Ok(Features { kernel, tcx: tcx(), fib_source, btf: Path::new(KERNEL_BTF).exists() })
+}
+
+/// Whether sections with bottom halves disabled interrupt each other on one CPU: with PREEMPT_RT, since the lock that kept them apart is
+/// gone (kernel commit 3253cb49cbad). The programs' memory of a CPU has one user at a time.
+fn nests(is_real_time: bool, version: Option<(u32, u32)>) -> bool {
+    const SINCE: (u32, u32) = (6, 18);
+    is_real_time && version.is_none_or(|version| version >= SINCE)
 }
 
 fn version(release: &str) -> Option<(u32, u32)> {
@@ -277,6 +296,12 @@ pub fn driver(interface: &str) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_whose_programs_interrupt_each_other_is_told_apart() {
+        assert!(nests(true, Some((6, 18))) && nests(true, None));
+        assert!(!nests(true, Some((6, 12))) && !nests(false, Some((6, 19))));
+    }
 
     #[test]
     fn a_kernel_s_release_is_read_up_to_its_second_number() {

@@ -70,6 +70,8 @@ pub struct Trial {
     pub action: i32,
     /// The packet afterwards.
     pub data: Vec<u8>,
+    /// Its mark.
+    pub mark: u32,
     /// The reasons that were counted, and how often.
     pub moved: BTreeMap<Reason, u64>,
     /// The flow of the packet.
@@ -187,7 +189,8 @@ impl Rehearsal {
             (more > 0).then_some((Reason::from_number(index as u8), more))
         });
         let (action, flow) = (result.retval as i32, flows.get(&arrival.key)?);
-        Ok(Trial { action, data: result.data, moved: moved.collect(), flow, known })
+        let mark = mark_of(&result.context);
+        Ok(Trial { action, data: result.data, mark, moved: moved.collect(), flow, known })
     }
 
     /// Whether flows may have replies to an end of a packet: without a mark nobody looks for them.
@@ -252,6 +255,13 @@ impl Rehearsal {
     fn reasons(&self) -> Result<BTreeMap<u32, u64>, MapError> {
         Ok(self.maps.map::<Reasons>()?.sums()?.into_iter().collect())
     }
+}
+
+/// The mark in a `struct __sk_buff`.
+fn mark_of(context: &[u8]) -> u32 {
+    const MARK: usize = 8;
+    let mark = context.get(MARK..MARK + 4);
+    mark.and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
 }
 
 /// `struct __sk_buff` of a packet of an interface.

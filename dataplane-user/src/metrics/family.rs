@@ -118,6 +118,10 @@ families! {
         "Service ranges with a route to Portolan's own device, for what the node itself sends";
     SERVICE_ROUTES_RESTORED = "portolan_service_routes_restored_total", Counter, [],
         "Routes for service ranges that something removed and that were made again";
+    MASQUERADING = "portolan_masquerading", Gauge, [],
+        "1 while netfilter translates the source of clients from outside where the endpoint is on this node, else 0: the log says why";
+    MASQUERADE_RESTORED = "portolan_masquerade_restored_total", Counter, [],
+        "How often something removed or changed the nftables table inet portolan, and it was made again";
     PRIVATE_PINS = "portolan_private_pins", Gauge, [],
         "1 if pins, and with them programs and flows, end with the agent: no other process has their BPF file system; else 0";
     SERVICE_PORTS = "portolan_service_ports", Gauge, [],

@@ -107,6 +107,10 @@ pub struct Metrics {
     pub routes: Number,
     /// Those that something had removed.
     pub routes_restored: Number,
+    /// 1 while netfilter masquerades what the programs mark.
+    pub masquerading: Number,
+    /// How often something had removed or changed its rules.
+    pub masquerade_restored: Number,
     /// 1 while another proxy's connections may run.
     pub taking_over: Number,
     /// 1 if pins end with the agent.
@@ -226,6 +230,8 @@ impl Metrics {
             (&family::TAKING_OVER, &self.taking_over),
             (&family::SERVICE_ROUTES, &self.routes),
             (&family::SERVICE_ROUTES_RESTORED, &self.routes_restored),
+            (&family::MASQUERADING, &self.masquerading),
+            (&family::MASQUERADE_RESTORED, &self.masquerade_restored),
             (&family::PRIVATE_PINS, &self.private_pins),
             (&family::SERVICE_PORTS, ports),
             (&family::BACKENDS, backends),

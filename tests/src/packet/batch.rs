@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
-use dataplane_common::flow::{Flow, FlowKey, Stage, TICK_MASK};
+use dataplane_common::flow::{Flow, FlowKey, Numbers, Stage, TICK_MASK};
 use dataplane_common::service::EndpointSet;
 use dataplane_common::tables::{self, Table as _};
 use dataplane_common::{Addr, Port, Protocol};
@@ -118,7 +118,9 @@ impl World {
         let table = self.maps.map::<tables::Flows>()?;
         let half_open = table.entries()?.into_iter().filter(|(_, flow)| flow.stage() == Stage::HalfOpen);
         for (key, mut flow) in half_open {
+            // As if they had been picked up in their middle: nothing is known of their numbers.
             flow.set(Flow::CONFIRMED);
+            flow.numbers = Numbers::default();
             table.insert(&key, &flow, 0)?;
         }
         Ok(())
@@ -218,7 +220,20 @@ impl World {
         let datagrams: Vec<_> = fragments.entries()?.into_iter().map(|(key, _)| key).collect();
         affinities.remove_batch(&clients)?;
         fragments.remove_batch(&datagrams)?;
-        Ok(())
+        self.forget_answers()
+    }
+
+    /// Lets all CPUs give as many answers that say no as they may at once.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget_answers(&self) -> Result<()> {
+        let (_, answers) =
+            self.maps.iter().find(|(name, _)| *name == tables::Answers::NAME).context("answers")?;
+        let none = vec![0; answers.copied_size()];
+        (0..tables::Answers::CAPACITY as u32)
+            .try_for_each(|index| answers.update(&index.to_ne_bytes(), &none, 0))
+            .context("answers")
     }
 
     /// Pins the maps below a folder that is mounted for that, so that a second copy of the programs finds them.
@@ -259,13 +274,13 @@ impl World {
         Ok((super::verdict(hook, trial.action)?, trial))
     }
 
-    /// Sends these bytes, and counts nothing.
+    /// Sends these bytes, and counts nothing: the verdict, what left, and its mark.
     ///
     /// # Errors
     /// If the kernel refuses to run it.
-    pub fn send_uncounted(&self, hook: Hook, data: &[u8]) -> Result<(Verdict, Vec<u8>)> {
+    pub fn send_uncounted(&self, hook: Hook, data: &[u8]) -> Result<(Verdict, Vec<u8>, u32)> {
         let (verdict, result) = self.run(hook, hook.program(), data, 0)?;
-        Ok((verdict, result.data))
+        Ok((verdict, result.data, super::mark_of(&result.context)))
     }
 
     /// How often each reason has occurred.

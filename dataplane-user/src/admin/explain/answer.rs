@@ -66,6 +66,8 @@ impl Explanation {
         let source = flow.src.to_ip();
         if source != ends.from.ip() {
             self.translated_source = Some(source.to_string());
+        } else if flow.has(Flow::MASQUERADED) {
+            self.translated_source = Some("an address of this node, by netfilter".to_owned());
         }
         let list = |all: Vec<String>| match all.len() {
             0..=4 => all.join(", "),
