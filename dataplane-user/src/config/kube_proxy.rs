@@ -153,7 +153,8 @@ pub fn apply(
     ignored.retain(|path| !["kind", "apiVersion"].contains(&path.as_str()));
     for (path, flag, take) in FIELDS {
         let value = path.split('.').try_fold(&config, |value, name| value.get(name));
-        let Some(value) = value.filter(|value| !is_unset(value)) else { continue };
+        // A 0 that somebody writes here is a number: as many connections as there are, or the first bit.
+        let Some(value) = value.filter(|value| value.is_number() || !is_unset(value)) else { continue };
         let is_it = |leaf: &String| leaf == path || leaf.starts_with(&format!("{path}["));
         ignored.retain(|leaf| !is_it(leaf));
         if !given(flag) {
@@ -264,7 +265,10 @@ oomScoreAdj: null
     fn a_file_that_is_none_is_refused_with_what_is_wrong() {
         let error = |text: &str| apply_text(text, &[]).1.unwrap_err().to_string();
         assert!(error("kind: KubeletConfiguration\n").contains("it is a KubeletConfiguration"));
-        assert!(error("kind: KubeProxyConfiguration\nnodePortAddresses: [all]\n").contains("nodePortAddresses: `all`: "));
+        assert!(
+            error("kind: KubeProxyConfiguration\nmetricsBindAddress: all\n")
+                .contains("metricsBindAddress: `all` is no address")
+        );
         assert!(error("a: [\n").contains("must be a KubeProxyConfiguration"));
     }
 
