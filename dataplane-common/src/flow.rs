@@ -286,6 +286,10 @@ impl Flow {
     pub const CONFIRMED: u16 = 1 << 9;
     /// The flow ended or was reset.
     pub const CLOSING: u16 = 1 << 10;
+    /// In the client's half: its packets are marked, so that netfilter translates their source as they leave for the endpoint.
+    pub const MASQUERADED: u16 = 1 << 12;
+    /// In the client's half: its packets are marked, so that netfilter notes that mark of their connection.
+    pub const NOTED: u16 = 1 << 13;
 
     /// An entry with these flags that says nothing else yet.
     #[inline(always)]
@@ -314,6 +318,12 @@ impl Flow {
     #[inline(always)]
     pub const fn has(&self, flag: u16) -> bool {
         self.flags & flag == flag
+    }
+
+    /// Whether any bit of `flags` is set.
+    #[inline(always)]
+    pub const fn has_any(&self, flags: u16) -> bool {
+        self.flags & flags != 0
     }
 
     /// How far the flow is. A flag is only ever set, so a flow never goes back.

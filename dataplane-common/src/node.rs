@@ -1,6 +1,7 @@
 //! What the programs must know of the node they run on.
 
 use crate::Addr;
+use crate::flow::Flow;
 use bytemuck::{Pod, Zeroable};
 
 /// How many service ranges a node may have: two families, each with a second one while ranges are migrated (KEP-1880).
@@ -35,6 +36,70 @@ impl Prefix {
     }
 }
 
+/// What becomes of the source of a flow's packets, by where its endpoint is: flags of the flow. [`Flow::SOURCE_TRANSLATED`]: the
+/// programs translate it; [`Flow::MASQUERADED`]: netfilter does; [`Flow::NOTED`]: netfilter notes a mark. One word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C, align(8))]
+pub struct SourceRule {
+    at_node: u16,
+    in_pod: [u16; 2],
+    _zero: u16,
+}
+
+/// Whose flows a [`SourceRule`] is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum SourceCase {
+    /// Of pods of this node (P4, P5).
+    Pod = 0,
+    /// Of pods of this node, to ClusterIPs (P9).
+    PodToClusterIp = 1,
+    /// Of the node itself (P6, P9).
+    Node = 2,
+    /// Of others, to ClusterIPs (P10).
+    OutsideToClusterIp = 3,
+    /// Of others, where the traffic policy keeps their source (P7).
+    OutsideLocal = 4,
+    /// Of others (P4).
+    Outside = 5,
+}
+
+/// How many cases there are.
+pub const SOURCE_CASES: usize = 6;
+
+impl SourceRule {
+    /// The rules of a node, by [`SourceCase`].
+    pub fn all(masquerades: bool, masquerades_pods: bool, notes: bool) -> [Self; SOURCE_CASES] {
+        let rule = |at_node, here, elsewhere| Self { at_node, in_pod: [elsewhere, here], _zero: 0 };
+        let translated = Flow::SOURCE_TRANSLATED;
+        let by_netfilter = if masquerades { Flow::MASQUERADED } else { 0 };
+        let noted = if notes { Flow::NOTED } else { 0 };
+        let of_pods = if masquerades_pods { by_netfilter } else { 0 };
+        let cluster_ip = if masquerades { by_netfilter | noted } else { translated };
+        let mut rules = [Self::default(); SOURCE_CASES];
+        rules[SourceCase::PodToClusterIp as usize] = rule(0, of_pods, of_pods);
+        // The node as a client of an endpoint in its own network: also a hairpin, whatever address it sends from.
+        rules[SourceCase::Node as usize] = rule(translated, 0, 0);
+        rules[SourceCase::OutsideToClusterIp as usize] = rule(translated, cluster_ip, translated);
+        rules[SourceCase::OutsideLocal as usize] = rule(noted, noted, noted);
+        // An endpoint in the node's own network would meet a martian.
+        rules[SourceCase::Outside as usize] = rule(noted, by_netfilter | noted, translated);
+        rules
+    }
+
+    /// For an endpoint in the node's own network, whatever its slice says of its node.
+    #[inline(always)]
+    pub const fn at_node(&self) -> u16 {
+        self.at_node
+    }
+
+    /// For an endpoint in a pod: of another node (0), of this node (1).
+    #[inline(always)]
+    pub const fn in_pod(&self, local: bool) -> u16 {
+        self.in_pod[local as usize]
+    }
+}
+
 /// Settings of the node: the only element of the `node` array.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
@@ -55,6 +120,13 @@ pub struct Node {
     pub port_count: u32,
     /// The flags below.
     pub flags: u32,
+    /// The bit of a packet's mark by which netfilter translates its source where it leaves for an endpoint (P4); 0: nobody does.
+    pub masquerade_mark: u32,
+    /// The bits of the mark that netfilter notes of a connection from outside, for rules of routing to find the way of its answers by;
+    /// 0: none.
+    pub connection_mark: u32,
+    /// What becomes of sources, by [`SourceCase`].
+    pub source_rules: [SourceRule; SOURCE_CASES],
 }
 
 /// How many ranges the translated source ports may be made of: what is in use lies between them.
@@ -77,12 +149,14 @@ impl Node {
     pub const SOCKET_LB_PODS: u32 = 1 << 1;
     /// A ClusterIP called from outside the cluster is refused (P10).
     pub const CLUSTER_IP_INSIDE_ONLY: u32 = 1 << 2;
-    /// Translate the source of every node port, LB and external IP flow from outside, as kube-proxy does (P4).
+    /// Translate the source of all that pods send to ClusterIPs (P9): the rules of sources say it to the programs.
     pub const MASQUERADE_ALL: u32 = 1 << 3;
     /// Source ranges hold for node ports and external IPs too (S2).
     pub const SOURCE_RANGES_EVERYWHERE: u32 = 1 << 4;
     /// TCP connections that another proxy translates may still run: what belongs to no flow is left to it (C5).
     pub const TAKES_OVER: u32 = 1 << 5;
+    /// Bridges hand packets to netfilter before they reach tc (`br_netfilter`): what was translated enters the stack anew.
+    pub const BRIDGE_NETFILTER: u32 = 1 << 6;
 
     /// Whether all bits of `flag` are set.
     #[inline(always)]

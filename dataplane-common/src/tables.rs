@@ -187,6 +187,7 @@ mod tests {
         assert_eq!(size_of::<crate::affinity::Choice>(), 8);
         assert_eq!(size_of::<NodeAddress>(), 8);
         assert_eq!(size_of::<crate::flow::Numbers>(), 8);
+        assert_eq!(size_of::<crate::node::SourceRule>(), 8);
         assert_eq!(size_of::<PortTurn>(), 16);
         assert_eq!(size_of::<Uplink>(), 8);
         assert_eq!(size_of::<FragmentPorts>(), 8);

@@ -12,7 +12,7 @@ use crate::frame::Frame;
 use crate::parse::{ICMP, ICMPV6, Obstacle, Packet, parse};
 use crate::reject::{self, IcmpError};
 use crate::ring::{self, HalfOpenRing};
-use crate::scratch::{Opening, Scratch, SourceRule};
+use crate::scratch::{Opening, Scratch};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use crate::verdict::{Code, Exit, Verdict, Way};
@@ -22,9 +22,9 @@ use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
 use dataplane_common::flow::{Flow, FlowKey, Stage};
 use dataplane_common::frontend::FrontendKind;
-use dataplane_common::node::Node;
+use dataplane_common::node::{Node, SourceCase, SourceRule};
 use dataplane_common::service::Policy;
-use dataplane_common::{Addr, Protocol};
+use dataplane_common::{Addr, Protocol, read_word};
 pub use life::End;
 
 /// Where the packet is met.
@@ -308,6 +308,9 @@ impl<F: Frame> Walk<'_, F> {
         if node_client || flow.has(Flow::SOURCE_TRANSLATED) {
             return self.routed_exit();
         }
+        if F::LEAVES_TO_TC && flow.has_any(MARKED) {
+            return Err(Verdict::LeaveToTc);
+        }
         Ok(Exit::Stack)
     }
 
@@ -359,7 +362,29 @@ impl<F: Frame> Walk<'_, F> {
         if nat::apply(self.frame, packet, &nat::plan(packet, flow, self.is_routed(exit))).is_err() {
             return Verdict::Drop(Reason::WriteFailed);
         }
-        exit.verdict()
+        if F::LEAVES_TO_TC || !self.hook.is_ingress() {
+            return exit.verdict();
+        }
+        self.leave(exit).verdict()
+    }
+
+    /// The verdict on a packet that was written; tells netfilter what the flow wants of it. Where bridges hand theirs to netfilter
+    /// before tc, that knows it by its old addresses: what goes on to the stack enters anew, and meets the program once more, as
+    /// somebody else's.
+    #[inline(always)]
+    fn leave(&mut self, exit: Exit) -> Code {
+        let Some(node) = service::node() else { return exit.verdict().into() };
+        // Without a branch: the verifier walks all that follows for each way there is.
+        let flags = self.s.flow.flags();
+        let bits = |flag: u16, mark: u32| mark & u32::from(flags & flag != 0).wrapping_neg();
+        self.frame
+            .mark(bits(Flow::MASQUERADED, node.masquerade_mark) | bits(Flow::NOTED, node.connection_mark));
+        if self.hook == Hook::UplinkIngress && exit == Exit::Stack && node.has(Node::BRIDGE_NETFILTER) {
+            self.s.way.ifindex = self.frame.ifindex();
+            self.s.way.destination_mac = self.frame.link_destination();
+            return Verdict::HandUp.into();
+        }
+        exit.verdict().into()
     }
 
     /// Whether the time to live falls: a router lowers it, not the sender itself.
@@ -531,6 +556,9 @@ impl<F: Frame> Walk<'_, F> {
             if proposed != Code::BEGIN {
                 return proposed.verdict();
             }
+            if F::LEAVES_TO_TC && self.s.flow.has_any(MARKED) {
+                return Verdict::LeaveToTc;
+            }
             if sent || self.s.flow.has(Flow::SOURCE_TRANSLATED) {
                 self.s.exit = match self.routed_exit() {
                     Ok(exit) => exit,
@@ -584,7 +612,7 @@ impl<F: Frame> Walk<'_, F> {
     /// same: if each drew for itself, what XDP can finish alone would have more than its share.
     #[inline(never)]
     fn propose(&mut self, attempt: u32) -> Code {
-        let Opening { endpoints, service, affinity_seconds, source, rule } = self.s.opening;
+        let Opening { endpoints, service, affinity_seconds, source, .. } = self.s.opening;
         let chosen = if affinity_seconds == 0 {
             select::by(endpoints, draw(&self.s.key, self.s.now, attempt))
         } else {
@@ -593,43 +621,42 @@ impl<F: Frame> Walk<'_, F> {
         };
         match chosen {
             Ok(chosen) => {
-                let translated = self.translates_source(rule, &chosen);
-                self.write_flow(source, &chosen, translated);
+                let change = self.source_change(&chosen);
+                self.write_flow(source, &chosen, change);
                 Code::BEGIN
             }
             Err(reason) => Verdict::Drop(reason).into(),
         }
     }
 
-    /// Whether the endpoint must see an address of this node instead of the client's (P4, P5, P9, P10, P11).
+    /// Whether the endpoint must see an address of this node instead of the client's, and who sees to that: flags of the flow
+    /// (P4, P5, P9, P10, P11).
     #[inline(always)]
-    fn translates_source(&self, rule: SourceRule, chosen: &Chosen) -> bool {
-        // P11: the endpoint is the client.
+    fn source_change(&self, chosen: &Chosen) -> u16 {
+        let rule = &self.s.opening.rule;
         if chosen.addr == self.s.packet.src {
-            return true;
-        }
-        let to_node = || service::node_address(&chosen.addr).is_some();
-        match rule {
-            SourceRule::Keep => false,
-            SourceRule::TranslateToNode => to_node(),
-            SourceRule::TranslateToOthers => !chosen.status.has(BackendStatus::LOCAL) && !to_node(),
-            SourceRule::TranslateToPods => !to_node(),
-            SourceRule::Translate => true,
+            // P11: the endpoint is the client.
+            Flow::SOURCE_TRANSLATED
+        } else if service::node_address(&chosen.addr).is_some() {
+            rule.at_node()
+        } else {
+            rule.in_pod(chosen.status.has(BackendStatus::LOCAL))
         }
     }
 
     /// Both halves of a new flow to the chosen endpoint, in the walk's working memory; the source is the client's still.
     #[inline(never)]
-    fn write_flow(&mut self, source: Source, chosen: &Chosen, translated: bool) {
+    fn write_flow(&mut self, source: Source, chosen: &Chosen, change: u16) {
         let Scratch { packet, flow, reply, turn, now, .. } = &mut *self.s;
         let from_node = source == Source::Node;
         let flags = if from_node { Flow::NODE_CLIENT } else { 0 };
-        *flow = Flow::with_flags(flags | if translated { Flow::SOURCE_TRANSLATED } else { 0 });
+        *flow = Flow::with_flags(flags | change & Flow::SOURCE_TRANSLATED);
         (flow.src, flow.src_port) = (packet.src, packet.src_port);
         (flow.dst, flow.dst_port) = (chosen.addr, chosen.port);
         (flow.backend, flow.generation) = (chosen.id, chosen.status.generation());
         flow.last_seen = *now;
         *reply = *flow;
+        flow.set(change);
         flow.turn = *turn as u32;
         if packet.proto == Protocol::Tcp as u8 {
             flow.numbers = life::numbers(packet);
@@ -696,20 +723,19 @@ fn back_out<F: Frame>(frame: &mut F, packet: &Packet, way: &Way) -> bool {
 /// The rule by which a flow's source address is kept or translated (P4, P5, P7, P9, P10).
 #[inline(always)]
 fn source_rule(destination: Destination, source: Source, policy: Policy) -> SourceRule {
-    match source {
-        Source::Pod => SourceRule::Keep,
-        // The node as a client of an endpoint in its own network: also a hairpin, whatever address it sends from.
-        Source::Node => SourceRule::TranslateToNode,
-        // P10.
-        Source::Outside if destination.kind == FrontendKind::ClusterIp => SourceRule::Translate,
-        // P7.
-        Source::Outside if service::keeps_source(destination, source, policy) => SourceRule::Keep,
-        // P4.
-        Source::Outside if service::node().is_some_and(|node| node.has(Node::MASQUERADE_ALL)) => {
-            SourceRule::TranslateToPods
-        }
-        Source::Outside => SourceRule::TranslateToOthers,
-    }
+    let cluster_ip = destination.kind == FrontendKind::ClusterIp;
+    let case = match source {
+        Source::Pod if cluster_ip => SourceCase::PodToClusterIp,
+        Source::Pod => SourceCase::Pod,
+        Source::Node => SourceCase::Node,
+        Source::Outside if cluster_ip => SourceCase::OutsideToClusterIp,
+        Source::Outside if service::keeps_source(destination, source, policy) => SourceCase::OutsideLocal,
+        Source::Outside => SourceCase::Outside,
+    };
+    // SAFETY: array elements stay; the rule of a case is one word.
+    service::node().map_or(SourceRule::default(), |node| unsafe {
+        read_word(&raw const node.source_rules[case as usize])
+    })
 }
 
 /// The address by which a client is told from others (S1): the node is one, whichever of its addresses it calls from.
@@ -720,6 +746,9 @@ fn affinity_client(src: &Addr, source: Source) -> &Addr {
         (Source::Node, None) | (Source::Pod | Source::Outside, _) => src,
     }
 }
+
+/// The flags of a flow whose packets are marked.
+const MARKED: u16 = Flow::MASQUERADED | Flow::NOTED;
 
 /// How many endpoints are tried before the source port is translated to avoid a collision.
 const ENDPOINT_TRIES: u32 = 3;

@@ -12,6 +12,7 @@ use crate::service::Source;
 use crate::verdict::{Code, Exit, Way};
 use aya_ebpf::bindings::bpf_fib_lookup;
 use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::node::SourceRule;
 use dataplane_common::service::EndpointSet;
 
 /// What a walk knows.
@@ -70,21 +71,6 @@ pub struct Opening {
     pub source: Source,
     /// What becomes of the client's address.
     pub rule: SourceRule,
-}
-
-/// Which endpoints see an address of this node instead of the client's, the client itself aside (P11).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourceRule {
-    /// None.
-    Keep,
-    /// Those in the node's own network.
-    TranslateToNode,
-    /// Those that are not on this node. An endpoint at an address of the node is on it, whatever its slice says.
-    TranslateToOthers,
-    /// All but those in the node's own network: to those, a client with the node's address would be a martian.
-    TranslateToPods,
-    /// All.
-    Translate,
 }
 
 impl Scratch {

@@ -2,8 +2,11 @@
 //!
 //! A flag that means what a flag of kube-proxy means has its name.
 
+pub mod kube_proxy;
+
 use crate::expire::LONGEST_IDLE;
 use crate::kernel::pins::is_layout;
+use crate::kernel::sysctls::Conntrack;
 use crate::pattern::Pattern;
 use crate::watch::cluster::ApiServer;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -12,7 +15,7 @@ use dataplane_common::Protocol;
 use dataplane_common::tables::{self, Closing, Flows, HalfOpen, LAYOUT, Table as _};
 use ipnet::IpNet;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -40,6 +43,19 @@ pub struct Cli {
         display_order = 1_000
     )]
     pub log: String,
+    /// How it is logged.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, display_order = 1_001)]
+    pub logging_format: LogFormat,
+}
+
+/// `--logging-format`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// A JSON object for each line, with `timestamp`, `level` and `fields`.
+    Json,
 }
 
 /// The verbs.
@@ -57,6 +73,11 @@ pub enum Command {
     /// For an init container: the kubeconfig names credentials, and of these nothing is noted. Where there is no such file, or none
     /// that can be read, nothing is done.
     NoteApiServer(NoteArgs),
+    /// Make the settings of the node's conntrack that the agent may not make: their number, and how long they may be idle.
+    ///
+    /// For an init container that is privileged: a container that is not sees the kernel's settings read-only. What cannot be set is
+    /// told, and is no error.
+    SetConntrack(ConntrackArgs),
     /// Remove every program, map and pin, and what is kept on disk, and say what was removed.
     ///
     /// Services are then served no more on this node, and connections through them break. An agent that runs must be stopped
@@ -94,6 +115,17 @@ pub enum Command {
     /// Reads the pinned maps and the node's conntrack: needs root and the node's network namespace, but no agent. EXPIRES is the
     /// time after which conntrack forgets a connection if nothing comes.
     TakeOver(ShowArgs),
+    /// Whether this node can run Portolan, before an install; and whether it serves, afterwards. Beside each fault it says what helps.
+    ///
+    /// Changes nothing. Needs root and the node's network namespace. Where an agent runs it opens a connection to the API server's
+    /// Service and to DNS, as any process of the node does. The exit code is 0 if all is well, 3 if somebody should look at something,
+    /// and 4 if something does not work.
+    Check(CheckArgs),
+    /// One archive for a bug report: what the other verbs show, the agent's metrics, and how the node is set up.
+    ///
+    /// Needs root. Without --output it is written to stdout: `kubectl exec POD -- portolan report > report.tar.gz`. It holds no
+    /// credentials; it names Services, addresses and nodes.
+    Report(ReportArgs),
     /// What becomes of a new connection, and why: computed by the programs that forward, on the live tables, and changing nothing.
     ///
     /// FROM is an address, with a port or without, or `node`. TO is an address and port, a Service (`default/kubernetes:https`), or a
@@ -107,6 +139,10 @@ pub enum Command {
 /// Flags of `portolan agent`.
 #[derive(Clone, Debug, Args)]
 pub struct AgentArgs {
+    /// kube-proxy's configuration file (KubeProxyConfiguration): what has a counterpart here is taken, where no flag says otherwise, and
+    /// the log lists what is ignored.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Name of this machine's Node object; without it, the host name.
     #[arg(long, env = "NODE_NAME", value_name = "NAME", visible_alias = "hostname-override")]
     pub node_name: Option<String>,
@@ -145,7 +181,19 @@ pub struct AgentArgs {
     pub pod_interface: Vec<Pattern>,
     /// Ranges of pod addresses of the whole cluster: no external or load balancer address may lie in them.
     #[arg(long, value_name = "CIDR", value_delimiter = ',', num_args = 1..)]
-    pub cluster_cidr: Vec<IpNet>,
+    pub pod_cidr: Vec<IpNet>,
+    /// Flags of kube-proxy that say which clients are pods: they are refused, with what to use.
+    #[arg(long, value_parser = told_by_interface, hide = true)]
+    pub cluster_cidr: Option<Refused>,
+    /// As above.
+    #[arg(long, value_parser = told_by_interface, hide = true)]
+    pub detect_local_mode: Option<Refused>,
+    /// As above.
+    #[arg(long, value_parser = told_by_interface, hide = true)]
+    pub pod_bridge_interface: Option<Refused>,
+    /// As above.
+    #[arg(long, value_parser = told_by_interface, hide = true)]
+    pub pod_interface_name_prefix: Option<Refused>,
     /// Ranges of ClusterIPs; without it, those of the ServiceCIDR objects.
     #[arg(long, value_name = "CIDR", value_delimiter = ',', num_args = 1..)]
     pub service_cidr: Vec<IpNet>,
@@ -156,8 +204,9 @@ pub struct AgentArgs {
     /// Ranges in which the node's addresses answer on node ports, or `primary`; without it, all its addresses.
     #[arg(long, value_name = "CIDR|primary", value_delimiter = ',', num_args = 1..)]
     pub nodeport_addresses: Vec<NodePortRange>,
-    /// Whose TCP connections get their endpoint when they connect, at no cost per packet.
-    #[arg(long, value_enum, default_value_t = SocketLb::All)]
+    /// Whose TCP connections get their endpoint when they connect, at no cost per packet. With `all`, what runs beside a program in its
+    /// pod and tells Services by their addresses (the sidecar of a mesh, a sandbox, a cluster in a pod) sees endpoints instead.
+    #[arg(long, value_enum, default_value_t = SocketLb::Host)]
     pub socket_lb: SocketLb,
     /// XDP on uplinks: `auto` is native where the driver keeps its offloads, else off.
     #[arg(long, value_enum, default_value_t = XdpMode::Auto)]
@@ -182,11 +231,28 @@ pub struct AgentArgs {
     /// Room in one map, such as `frontends=131072`.
     #[arg(long, value_name = "MAP=ENTRIES", value_delimiter = ',', num_args = 1..)]
     pub map_size: Vec<MapSize>,
+    /// Which externalIPs of Services are served: whoever may write a Service can take any address by them.
+    #[arg(long, value_enum, default_value_t = ExternalIps::All)]
+    pub external_ips: ExternalIps,
     /// What becomes of a ClusterIP that is called from outside the cluster.
     #[arg(long, value_enum, default_value_t = FromOutside::Allow)]
     pub cluster_ip_from_outside: FromOutside,
-    /// Translate the source of all that comes from outside to node ports and load balancer addresses, as kube-proxy
-    /// does, also where the reply would come back anyway.
+    /// Have endpoints of this node see the client's own address where it calls a node port, an external IP or a load balancer's from
+    /// outside, also with externalTrafficPolicy Cluster. kube-proxy translates it, and so does Portolan without this flag.
+    #[arg(long)]
+    pub keep_client_source: bool,
+    /// The bit of a packet's mark by which netfilter is told whose source it is to translate.
+    #[arg(long, visible_alias = "iptables-masquerade-bit", value_name = "BIT", default_value_t = 14, value_parser = clap::value_parser!(u8).range(0..=31))]
+    pub masquerade_bit: u8,
+    /// The bit of a packet's mark that is set on what comes from outside to a Service, and that netfilter notes of the connection, for
+    /// nodes with rules of routing by a connection's mark: 7 where the CNI plugin of AWS marks so.
+    #[arg(long, value_name = "BIT", value_parser = clap::value_parser!(u8).range(0..=31))]
+    pub connection_mark_bit: Option<u8>,
+    /// Ports that netfilter gives these clients: none of --snat-ports, of node ports, and of those that the node's own sockets get.
+    #[arg(long, value_name = "FIRST-LAST", default_value = "1024-29999")]
+    pub masquerade_ports: PortRange,
+    /// Translate the source of all that pods send to ClusterIPs, as some pod networks need it. Their TCP goes by packet then, also with
+    /// --socket-lb=all.
     #[arg(long)]
     pub masquerade_all: bool,
     /// Apply loadBalancerSourceRanges to node ports and external IPs too, not to load balancer addresses alone.
@@ -204,9 +270,12 @@ pub struct AgentArgs {
     /// How many series of service ports and endpoints are told as metrics; the others are left out.
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     pub metrics_max_series: usize,
-    /// Idle time after which an established TCP flow is forgotten.
-    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = idle_time)]
-    pub conntrack_tcp_timeout_established: Duration,
+    /// Tell the counters of endpoints as metrics too, five series each: on every node, those of all endpoints of the cluster.
+    #[arg(long)]
+    pub metrics_endpoints: bool,
+    /// Settings of conntrack.
+    #[command(flatten)]
+    pub conntrack: ConntrackArgs,
     /// Idle time after which an answered UDP flow is forgotten.
     #[arg(long, value_name = "TIME", default_value = "3m", value_parser = idle_time)]
     pub conntrack_udp_timeout_stream: Duration,
@@ -243,6 +312,37 @@ pub struct PinArgs {
     /// Folder of the pins.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
     pub bpffs: PathBuf,
+}
+
+/// What conntrack is to be: as with kube-proxy.
+#[derive(Clone, Debug, Args)]
+pub struct ConntrackArgs {
+    /// Idle time after which an established TCP flow is forgotten, by the programs and by the node's conntrack.
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = idle_time)]
+    pub conntrack_tcp_timeout_established: Duration,
+    /// The same in the node's conntrack where one end has closed; 0: as it is.
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    pub conntrack_tcp_timeout_close_wait: Duration,
+    /// Connections that the node's conntrack has room for, for each CPU; 0: as many as it has.
+    #[arg(long, value_name = "N", default_value_t = 32_768)]
+    pub conntrack_max_per_core: u32,
+    /// And at least so many.
+    #[arg(long, value_name = "N", default_value_t = 131_072)]
+    pub conntrack_min: u32,
+}
+
+impl ConntrackArgs {
+    /// What conntrack is to be on this machine.
+    pub fn wanted(&self) -> Conntrack {
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Conntrack::new(
+            self.conntrack_max_per_core,
+            self.conntrack_min,
+            cpus,
+            self.conntrack_tcp_timeout_established,
+            self.conntrack_tcp_timeout_close_wait,
+        )
+    }
 }
 
 /// Flags of `portolan note-api-server`.
@@ -290,6 +390,59 @@ pub struct StatusArgs {
     /// End with 0 in place of 3 where Services are served and somebody should look at something.
     #[arg(long)]
     pub allow_warnings: bool,
+}
+
+/// Flags of `portolan check`.
+#[derive(Clone, Debug, Args)]
+pub struct CheckArgs {
+    /// Credentials for the API server; without it, those of the pod this runs in.
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Where API servers are, as the agent's flag has it.
+    #[arg(long, env = "PORTOLAN_API_SERVER", value_name = "SERVER|auto", default_value = "auto", value_delimiter = ',', num_args = 1..)]
+    pub api_server: Vec<ServerChoice>,
+    /// The cgroup whose sockets would be served; without it, the root of the cgroup2 mount.
+    #[arg(long, value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
+    /// Ports that translated sources would get.
+    #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
+    pub snat_ports: PortRange,
+    /// Folder of what outlives a reboot.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
+    pub state_dir: PathBuf,
+    /// Where it looks and how it is printed.
+    #[command(flatten)]
+    pub show: ShowArgs,
+}
+
+/// Flags of `portolan report`.
+#[derive(Clone, Debug, Args)]
+pub struct ReportArgs {
+    /// Folder of the pins.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    pub bpffs: PathBuf,
+    /// The file that is written, a tar.gz.
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+impl CheckArgs {
+    /// The defaults, for another pin folder.
+    pub fn of(bpffs: &Path) -> Self {
+        Self {
+            kubeconfig: None,
+            api_server: Vec::new(),
+            cgroup: None,
+            snat_ports: PortRange { first: 61_000, last: 65_535 },
+            state_dir: DEFAULT_STATE.into(),
+            show: ShowArgs { bpffs: bpffs.to_owned(), output: Output::Table },
+        }
+    }
+
+    /// The API servers that were named; none: one is looked for.
+    pub fn named_servers(&self) -> Vec<ApiServer> {
+        named(&self.api_server)
+    }
 }
 
 /// Flags of `portolan explain`.
@@ -341,7 +494,7 @@ pub enum ServiceRoute {
 /// `--socket-lb`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SocketLb {
-    /// The node's sockets and those of pods.
+    /// The node's own sockets and those of pods.
     All,
     /// The node's own sockets.
     Host,
@@ -369,6 +522,17 @@ pub enum TcMode {
     Auto,
     /// clsact filters.
     Clsact,
+}
+
+/// `--external-ips`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExternalIps {
+    /// All that can be addresses of hosts.
+    All,
+    /// All but those of this node itself.
+    NotOfNode,
+    /// None.
+    None,
 }
 
 /// `--cluster-ip-from-outside`.
@@ -400,12 +564,16 @@ impl FromStr for ServerChoice {
 impl AgentArgs {
     /// The API servers that were named; none: one is looked for.
     pub fn named_servers(&self) -> Vec<ApiServer> {
-        let named = self.api_server.iter().filter_map(|choice| match choice {
-            ServerChoice::Auto => None,
-            ServerChoice::Server(server) => Some(server.clone()),
-        });
-        named.collect()
+        named(&self.api_server)
     }
+}
+
+fn named(choices: &[ServerChoice]) -> Vec<ApiServer> {
+    let named = choices.iter().filter_map(|choice| match choice {
+        ServerChoice::Auto => None,
+        ServerChoice::Server(server) => Some(server.clone()),
+    });
+    named.collect()
 }
 
 /// One entry of `--nodeport-addresses`.
@@ -597,6 +765,18 @@ fn protocol(text: &str) -> Result<Protocol, String> {
     }
 }
 
+/// The value of a flag that has none: it is refused.
+#[derive(Clone, Debug)]
+pub enum Refused {}
+
+/// kube-proxy asks an address, a bridge or a name for what the kernel tells of each interface.
+fn told_by_interface(_: &str) -> Result<Refused, String> {
+    let text = "Portolan tells pods by the interfaces that they are behind, whatever their addresses: leave this flag out. \
+                --pod-interface names those interfaces where the log says that it takes them for something else; --pod-cidr \
+                keeps external IPs out of ranges of pods";
+    Err(text.to_owned())
+}
+
 fn layout(text: &str) -> Result<String, String> {
     if is_layout(text) { Ok(text.to_owned()) } else { Err(format!("`{text}` is no layout such as {LAYOUT}")) }
 }
@@ -634,9 +814,11 @@ mod tests {
         let args = agent(&[]).unwrap();
         assert_eq!(args.bpffs, PathBuf::from("/sys/fs/bpf/portolan"));
         assert_eq!(args.snat_ports, None);
+        assert_eq!(args.masquerade_ports, PortRange { first: 1_024, last: 29_999 });
+        assert_eq!((args.masquerade_bit, args.keep_client_source), (14, false));
         assert_eq!(args.healthz_bind_address.0.unwrap().to_string(), "0.0.0.0:10256");
         assert_eq!(args.metrics_bind_address.0.unwrap().to_string(), "127.0.0.1:10249");
-        assert_eq!(args.socket_lb, SocketLb::All);
+        assert_eq!(args.socket_lb, SocketLb::Host);
         assert_eq!(args.xdp, XdpMode::Auto);
         let sizes = args.map_sizes(SMALL);
         assert_eq!(sizes.iter().map(|size| size.map).collect::<Vec<_>>(), ["flows"]);
@@ -662,7 +844,9 @@ mod tests {
             ["--snat-ports", "65535-61000"],
             ["--snat-ports", "0-100"],
             ["--snat-ports", "61000"],
-            ["--cluster-cidr", "10.0.0.0"],
+            ["--masquerade-bit", "32"],
+            ["--masquerade-ports", "29999"],
+            ["--pod-cidr", "10.0.0.0"],
             ["--nodeport-addresses", "eth0"],
             ["--max-flows", "0"],
             ["--map-size", "node=7"],
@@ -693,6 +877,19 @@ mod tests {
         assert_eq!(entries(64, 16), 1 << 21);
         assert_eq!(entries(4_096, 16), 1 << 22);
         assert!(Machine::this().memory > 1 << 28 && Machine::this().cpus > 0);
+    }
+
+    #[test]
+    fn flags_of_kube_proxy_that_tell_pods_are_refused_with_what_to_use() {
+        for flags in [
+            ["--cluster-cidr", "10.244.0.0/16"],
+            ["--detect-local-mode", "ClusterCIDR"],
+            ["--pod-bridge-interface", "cni0"],
+            ["--pod-interface-name-prefix", "veth"],
+        ] {
+            let refusal = agent(&flags).unwrap_err().to_string();
+            assert!(refusal.contains("--pod-interface") && refusal.contains("--pod-cidr"), "{refusal}");
+        }
     }
 
     #[test]

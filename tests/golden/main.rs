@@ -97,6 +97,8 @@ impl Node {
                 node_port_addresses: self.flags.node_port_addresses()?,
                 snat_ports: vec![61_000..=65_535],
                 flags: 0,
+                masquerade_mark: 0,
+                connection_mark: 0,
                 netns_cookie: 0,
                 secret: 1,
             };

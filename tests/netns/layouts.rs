@@ -1,4 +1,4 @@
-//! Nodes as people have them, with an agent that has its default flags: whoever calls is served, whatever the node's interfaces and
+//! Nodes as people have them, with an agent that has its default flags wherever they do: whoever calls is served, whatever the node's interfaces and
 //! routes are (P9, P10, P13, P16, P17).
 
 use crate::world::{BOTH, SILENCE, ask};
@@ -47,6 +47,8 @@ layouts!(
     left_over_from_ipvs
     cache_at_a_cluster_ip
     lb_ips_on_the_node
+    pods_that_answer_by_a_road_of_their_own
+    routes_by_the_mark_of_a_connection
 );
 
 fn run(layout: &'static Layout) {

@@ -72,7 +72,7 @@ fn killing_and_restarting_the_agent_disturbs_no_connection_by_packet() {
 /// C3
 #[test]
 fn killing_and_restarting_the_agent_disturbs_no_connection_by_socket() {
-    an_agent_that_goes_and_comes(&[]);
+    an_agent_that_goes_and_comes(&["--socket-lb=all"]);
 }
 
 /// C3 with clsact filters, which have no links.

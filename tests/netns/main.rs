@@ -16,6 +16,7 @@ mod layouts;
 mod load;
 mod load_balancers;
 mod manifests;
+mod masquerade;
 mod others;
 mod own;
 mod policies;

@@ -1,6 +1,8 @@
 //! Who answers and which source the endpoint sees, by policy and by where the client is: P4 to P9, P12.
 
-use crate::world::{BOTH, PATIENCE, SILENCE, Transport, Udp, World, ask, ask_many, everywhere, pods};
+use crate::world::{
+    BOTH, PATIENCE, SILENCE, Transport, Udp, World, ask, ask_many, everywhere, keeps_client_source, pods,
+};
 use dataplane_tests::lab::{Answer, Asked, Client, Stream, ask_datagram, next_source};
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, UdpSocket};
@@ -8,9 +10,16 @@ use std::net::{SocketAddr, UdpSocket};
 /// Asserts what a pod of `node` (from 1) saw of the outside client that called that node's port.
 #[track_caller]
 pub(crate) fn assert_source_by_place(world: &World, called: usize, answer: &Answer) {
-    let local = answer.node == world.node(called).name();
-    let expected = if local { world.outside_ip() } else { world.node_source(called) };
-    assert_eq!(answer.client_ip(), expected, "node-{called} was called: {answer}");
+    let (seen, port) = (answer.client_ip(), answer.client.port());
+    if answer.node != world.node(called).name() {
+        assert_eq!(seen, world.node_source(called), "node-{called} was called: {answer}");
+        assert!((61_000..=65_535).contains(&port), "{answer}");
+    } else if keeps_client_source(called) {
+        assert_eq!(seen, world.outside_ip(), "node-{called} was called: {answer}");
+    } else {
+        assert!(world.node_sources(called).contains(&seen), "node-{called} was called: {answer}");
+        assert!((1_024..=29_999).contains(&port), "{answer}");
+    }
 }
 
 everywhere! {
@@ -35,19 +44,14 @@ everywhere! {
 }
 
 everywhere! {
-    /// P4, P12: kept for an endpoint of the node that was called, else a node address and a port of the range.
-    fn a_node_port_keeps_the_source_for_local_endpoints_only(world) {
+    /// P4, P12: an address of the node and a port of the range; but the client's own with the flag, if the endpoint is of the node.
+    fn endpoints_behind_a_node_port_see_the_node_or_with_the_flag_the_client(world) {
         world.apply(&world.node_port_service(0).endpoints(world.webs()));
         for transport in BOTH {
             for node in 1..=3 {
                 let answers = ask_many(&world.outside(), transport, world.node_frontend(node, 0));
                 assert_eq!(pods(&answers), BTreeSet::from(["web-1", "web-3"]));
-                for answer in &answers {
-                    assert_source_by_place(world, node, answer);
-                    if answer.client_ip() == world.node_source(node) {
-                        assert!((61_000..=65_535).contains(&answer.client.port()), "{answer}");
-                    }
-                }
+                answers.iter().for_each(|answer| assert_source_by_place(world, node, answer));
             }
         }
     }
@@ -150,7 +154,9 @@ fn ask_from(
 /// Asserts that nobody answers on any of these addresses, all called from one port.
 #[track_caller]
 fn assert_silent_to_one_port(client: &Client, socket: &UdpSocket, called: &[SocketAddr]) {
-    called.iter().for_each(|to| drop(socket.send_to(b"hello", to).unwrap()));
+    for to in called {
+        socket.send_to(b"hello", to).unwrap();
+    }
     let source = socket.local_addr().unwrap();
     std::thread::scope(|scope| {
         let connect = |to| scope.spawn(move || client.clone().timeout(SILENCE).source(source).connect(to));

@@ -3,7 +3,7 @@
 //!
 //! Each laboratory has three nodes. `web-1` and `shell-1` are pods of `node-1`, `web-3` and `shell-2` of `node-2`, `shell-3` is
 //! the only pod of `node-3`. `db-1`, of `node-1` too, serves as they do, but a policy of netfilter's FORWARD drops what `shell-1`
-//! sends to it. The `web` pods serve TCP and UDP on [`TARGET`], and each node itself serves on [`HOST_TARGET`].
+//! sends to it. The agent of `node-2` keeps clients' sources (`--keep-client-source`), the others have netfilter translate them. The `web` pods serve TCP and UDP on [`TARGET`], and each node itself serves on [`HOST_TARGET`].
 
 use dataplane_common::frontend::FrontendKey;
 use dataplane_common::{Port, Protocol, tables};
@@ -47,15 +47,15 @@ pub(crate) const MANY: usize = 24;
 /// on and off, and the pairs of these that meet in one program or at one interface; not each with each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
-    /// Host routes, everything by default.
+    /// Host routes, socket hooks for all.
     Plain,
     /// Host routes, no tx checksumming, strict `rp_filter`, no socket hooks.
     PacketPath,
-    /// Pods on a bridge, no tx checksumming, socket hooks for the node only.
+    /// Pods on a bridge, no tx checksumming, everything by default: socket hooks for the node only.
     BridgeHostSockets,
     /// Pods on a bridge, tx checksumming, strict `rp_filter`, no socket hooks.
     BridgePacketPath,
-    /// Host routes, native XDP on uplinks, strict `rp_filter`.
+    /// Host routes, native XDP on uplinks, strict `rp_filter`, socket hooks for all.
     Xdp,
     /// Host routes between nodes behind a router, generic XDP on uplinks, no socket hooks.
     RoutedGenericXdp,
@@ -89,12 +89,12 @@ impl Kind {
 
     fn arguments(self) -> &'static [&'static str] {
         match self {
-            Self::Plain | Self::RoutedTun => &[],
+            Self::Plain | Self::RoutedTun => &["--socket-lb=all"],
             Self::PacketPath | Self::BridgePacketPath | Self::Vxlan => &["--socket-lb=off"],
-            Self::BridgeHostSockets => &["--socket-lb=host"],
-            Self::Xdp => &["--xdp=native"],
+            Self::BridgeHostSockets => &[],
+            Self::Xdp => &["--xdp=native", "--socket-lb=all"],
             Self::RoutedGenericXdp => &["--xdp=generic", "--socket-lb=off"],
-            Self::RoutedVxlanXdp => &["--xdp=native", "--socket-lb=host"],
+            Self::RoutedVxlanXdp => &["--xdp=native"],
             Self::TunXdp => &["--xdp=native", "--socket-lb=off"],
         }
     }
@@ -106,8 +106,7 @@ impl Kind {
 
     /// Whether the TCP connections of pods go by packet, and not by the socket hooks.
     pub(crate) fn pods_connect_by_packet(self) -> bool {
-        let by_packet = ["--socket-lb=off", "--socket-lb=host"];
-        self.arguments().iter().any(|argument| by_packet.contains(argument))
+        !self.arguments().contains(&"--socket-lb=all")
     }
 
     /// Whether nodes reach the pods of others through a tunnel, and each other beside it.
@@ -642,8 +641,9 @@ pub(crate) fn metric(node: &Node, line: &str) -> Option<f64> {
 /// A laboratory with agents and the pods that all tests know.
 fn raise(options: Options, arguments: &[&str]) -> Lab {
     let lab = options.create().unwrap();
-    for node in lab.nodes() {
-        node.launch_agent(&AgentOptions::default().arguments(arguments)).unwrap();
+    for (number, node) in (1..).zip(lab.nodes()) {
+        let keeps: &[&str] = if keeps_client_source(number) { &["--keep-client-source"] } else { &[] };
+        node.launch_agent(&AgentOptions::default().arguments(arguments).arguments(keeps)).unwrap();
     }
     for (name, node, options) in [
         ("web-1", 0, PodOptions::default()),
@@ -666,6 +666,11 @@ fn raise(options: Options, arguments: &[&str]) -> Lab {
         assert!(!log.contains("cannot attach"), "{log}");
     }
     lab
+}
+
+/// Whether endpoints of this node (from 1) see clients outside as they are, also with externalTrafficPolicy Cluster.
+pub(crate) const fn keeps_client_source(node: usize) -> bool {
+    node == 2
 }
 
 /// A policy of the node of two pods, as CNIs make them: what the one sends to the other is dropped in FORWARD.

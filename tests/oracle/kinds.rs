@@ -37,6 +37,7 @@ const LEAST: &[(&str, usize)] = &[
     ("later fragment translated, IPv6", 33),
     ("left to another proxy", 350),
     ("left to tc behind VLAN tags", 140),
+    ("left to netfilter to masquerade", 300),
     ("loopback from the network", 167),
     ("no endpoints", 5953),
     ("no local endpoints", 283),
@@ -77,6 +78,10 @@ impl Kinds {
 pub(crate) fn of(place: Place, headers: &Headers, alternative: &Alternative, kinds: &mut Kinds) {
     let outcome = &alternative.outcome;
     let translated = matches!(outcome, Outcome::Translated(..) | Outcome::Begun { .. });
+    let masqueraded = matches!(
+        outcome,
+        Outcome::Translated(_, Exit::Masqueraded) | Outcome::Begun { exit: Exit::Masqueraded, .. }
+    );
     let family = if headers.is_v6() { "IPv6" } else { "IPv4" };
     let (v4, v6) = (!headers.is_v6() && translated, headers.is_v6() && translated);
     let proto = headers.proto;
@@ -125,6 +130,7 @@ pub(crate) fn of(place: Place, headers: &Headers, alternative: &Alternative, kin
         (is(Why::NoRoute), "link-local client forwarded nowhere"),
         (matches!(outcome, Outcome::Reject(Why::Unreachable, _)), "no route"),
         (matches!(outcome, Outcome::Translated(_, Exit::HandUp(_))), "handed up"),
+        (masqueraded, "left to netfilter to masquerade"),
         (matches!(outcome, Outcome::Translated(_, Exit::Forward)), "sent on"),
         (place == Place::Early && translated, "translated by XDP"),
         (*outcome == Outcome::Pass && family == "IPv4", "passed, IPv4"),

@@ -110,7 +110,7 @@ impl Books {
         frame: Vec<u8>,
         own: &BTreeSet<SocketAddr>,
     ) -> Result<(), String> {
-        let (verdict, out) = bench
+        let (verdict, out, _) = bench
             .world
             .send_uncounted(hook(place), &frame)
             .map_err(|error| format!("{error:#}: {frame:02x?}"))?;

@@ -16,6 +16,8 @@ pub(crate) const HERE: &str = "here";
 pub(crate) const PORTS: [u16; 4] = [80, 443, 53, 8080];
 /// Numbers of node ports.
 pub(crate) const NODE_PORTS: [u16; 6] = [30_080, 30_081, 30_082, 30_053, 31_000, 31_001];
+/// The mark of what netfilter masquerades.
+pub(crate) const MARK: u32 = 1 << 14;
 /// Source ports of translated flows.
 const SOURCE_PORTS: std::ops::RangeInclusive<u16> = 61_000..=61_999;
 
@@ -187,6 +189,7 @@ pub(crate) fn is_pod(ip: IpAddr) -> bool {
 /// How the agent was started: a choice of flags.
 #[derive(Clone, Debug)]
 pub(crate) struct Flags {
+    pub(crate) masquerades: bool,
     pub(crate) masquerade_all: bool,
     pub(crate) inside_only: bool,
     pub(crate) ranges_everywhere: bool,
@@ -199,6 +202,7 @@ pub(crate) struct Flags {
 impl Flags {
     pub(crate) fn random(random: &mut Random) -> Self {
         Self {
+            masquerades: random.chance(60),
             masquerade_all: random.chance(15),
             inside_only: random.chance(15),
             ranges_everywhere: random.chance(25),
@@ -231,6 +235,8 @@ impl Flags {
                 node_port_addresses,
                 snat_ports: vec![SOURCE_PORTS],
                 flags: flags.iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag),
+                masquerade_mark: if self.masquerades { MARK } else { 0 },
+                connection_mark: 0,
                 netns_cookie: 1,
                 secret: 1,
             },
@@ -256,6 +262,7 @@ impl Flags {
             primary: FAMILIES.map(|places| places.node[0].parse().ok()),
             node_ports,
             source_ports: SOURCE_PORTS,
+            masquerades: self.masquerades,
             masquerade_all: self.masquerade_all,
             cluster_ip_inside_only: self.inside_only,
             source_ranges_everywhere: self.ranges_everywhere,

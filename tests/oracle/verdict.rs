@@ -16,6 +16,7 @@ pub(crate) struct Seen<'a> {
     pub(crate) frame: &'a [u8],
     pub(crate) verdict: Verdict,
     pub(crate) out: &'a [u8],
+    pub(crate) mark: u32,
     pub(crate) moved: BTreeMap<Reason, u64>,
 }
 
@@ -88,6 +89,14 @@ pub(crate) fn fits(
         Outcome::Drop(why) | Outcome::Reject(why, _) => Some(reason(*why)),
     };
     counters.extend(counted.map(|reason| (reason, 1)));
+    let masqueraded = matches!(
+        outcome,
+        Outcome::Translated(_, Exit::Masqueraded) | Outcome::Begun { exit: Exit::Masqueraded, .. }
+    );
+    let mark = if masqueraded { crate::universe::MARK } else { 0 };
+    if seen.mark != mark {
+        return Err(format!("the mark is {:#x}, and should be {mark:#x}", seen.mark));
+    }
     if seen.moved != counters {
         return Err(format!("counters should be {counters:?}"));
     }
@@ -141,7 +150,7 @@ fn translated(seen: &Seen<'_>, headers: &Headers, rewrite: &Rewrite, exit: Exit)
     const LINK: usize = 12;
     let mut wanted = wire::rewritten(seen.frame, headers, rewrite);
     match (exit, seen.place) {
-        (Exit::Stack, _) => {
+        (Exit::Stack | Exit::Masqueraded, _) => {
             verdict(seen, Verdict::Pass)?;
             same(seen, &wanted, 0)
         }

@@ -671,10 +671,10 @@ fn ten_thousand_questions_in_a_second_find_source_ports() {
             for number in 0..IN_A_SECOND {
                 let client = 1_024 + second * IN_A_SECOND + number;
                 let question = udp_packet((f.client, client), (f.node, 30_080), b"q").bytes();
-                let (verdict, sent) = world.send_uncounted(Hook::UplinkIn, &question).unwrap();
+                let (verdict, sent, _) = world.send_uncounted(Hook::UplinkIn, &question).unwrap();
                 assert_eq!(verdict, Verdict::Redirect, "question {number} of second {second}");
                 let answer = udp_packet((f.remote, 8080), (f.node, f.source_port(&sent)), b"a").bytes();
-                let (verdict, restored) = world.send_uncounted(Hook::UplinkIn, &answer).unwrap();
+                let (verdict, restored, _) = world.send_uncounted(Hook::UplinkIn, &answer).unwrap();
                 let wanted = udp_packet((f.node, 30_080), (f.client, client), b"a").ttl(63).bytes();
                 assert_eq!((verdict, restored), (Verdict::Redirect, wanted));
             }

@@ -29,10 +29,24 @@ fn expect(
     out: &Packet,
     moved: &BTreeMap<String, u64>,
 ) {
+    expect_marked(world, hook, sent, verdict, (out, 0), moved);
+}
+
+/// The same of a packet that leaves with a mark.
+#[track_caller]
+fn expect_marked(
+    world: &World,
+    hook: Hook,
+    sent: &Packet,
+    verdict: Verdict,
+    (out, mark): (&Packet, u32),
+    moved: &BTreeMap<String, u64>,
+) {
     let outcome = world.send(hook, sent).unwrap();
-    let expected = Outcome { verdict, packet: out.bytes(), moved: moved.clone() };
+    let expected = Outcome { verdict, packet: out.bytes(), mark, moved: moved.clone() };
     assert_eq!(outcome.verdict, expected.verdict, "{sent:?}: {:?}", outcome.moved);
     assert_eq!(outcome.moved, expected.moved, "counters");
+    assert_eq!(outcome.mark, expected.mark, "the mark of {sent:?}");
     assert_eq!(hex(&outcome.packet), hex(&expected.packet), "the packet out");
 }
 

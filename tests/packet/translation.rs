@@ -100,15 +100,103 @@ fn xdp_sends_a_packet_to_a_remote_endpoint_on_by_itself() {
     });
 }
 
-/// P4: the flag that brings kube-proxy's way back.
+/// The mark of what netfilter masquerades.
+const MARK: u32 = 1 << 14;
+
+/// P4, P10: what comes from outside to an endpoint of this node is marked for netfilter, packet by packet, and left to the stack; what
+/// comes back has met netfilter, and is restored as ever.
 #[test]
-fn masquerade_all_translates_the_source_of_local_endpoints_too() {
+fn clients_from_outside_are_marked_for_netfilter_where_the_endpoint_is_here() {
     for_both(|f| {
-        let world = World::with(&f.web("", &[f.local_endpoint()]), Node::MASQUERADE_ALL, &[]).unwrap();
-        let sent = tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::SYN);
-        let outcome = world.send(Hook::UplinkIn, &sent).unwrap();
-        let out = sent.clone().from(f.node, f.source_port(&outcome.packet)).to(f.pod, 8080).ttl(63);
-        assert_eq!((outcome.verdict, outcome.packet), (Verdict::Redirect, out.bytes()));
+        for (called, port) in [(f.node, 30_080), (f.cluster_ip, 80)] {
+            let mut world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+            world.set_masquerade_mark(MARK).unwrap();
+            for (flags, new) in [(tcp::SYN, true), (tcp::ACK, false)] {
+                let sent = tcp_packet((f.client, 40_000), (called, port), flags);
+                let out = sent.clone().to(f.pod, 8080);
+                let left = dataplane_tests::packet::reason(Reason::XdpLeftToTc);
+                expect(&world, Hook::Xdp, &sent, Verdict::Pass, &sent, &left);
+                let counted = f.counted_in(20, new);
+                crate::expect_marked(&world, Hook::UplinkIn, &sent, Verdict::Pass, (&out, MARK), &counted);
+                let reply = tcp_packet((f.pod, 8080), (f.client, 40_000), tcp::SYN | tcp::ACK);
+                let restored = reply.clone().from(called, port);
+                expect(&world, Hook::UplinkOut, &reply, Verdict::Pass, &restored, &f.counted_out(20));
+            }
+            let sent = udp_packet((f.client, 40_000), (called, port), b"question");
+            let out = sent.clone().to(f.pod, 8080);
+            let counted = f.counted_in(16, true);
+            crate::expect_marked(&world, Hook::UplinkIn, &sent, Verdict::Pass, (&out, MARK), &counted);
+        }
+    });
+}
+
+/// P4, P5, P7: nobody else is marked.
+#[test]
+fn only_clients_from_outside_are_marked_for_netfilter_and_not_with_a_local_policy() {
+    for_both(|f| {
+        let mut world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        world.set_masquerade_mark(MARK).unwrap();
+        for (from, to) in [(40_000, (f.node, 30_080)), (40_002, (f.cluster_ip, 80))] {
+            let sent = tcp_packet((f.other_pod, from), to, tcp::SYN);
+            let out = sent.clone().to(f.pod, 8080);
+            expect(&world, Hook::PodIn, &sent, Verdict::Pass, &out, &f.counted_in(20, true));
+        }
+        world.apply(&f.web("externalTrafficPolicy: Local", &[f.local_endpoint()])).unwrap();
+        let sent = tcp_packet((f.client, 40_001), (f.node, 30_080), tcp::SYN);
+        let out = sent.clone().to(f.pod, 8080);
+        expect(&world, Hook::UplinkIn, &sent, Verdict::Pass, &out, &f.counted_in(20, true));
+    });
+}
+
+/// P9: with the flag, what pods send to a ClusterIP is marked wherever the endpoint is, and goes through the stack.
+#[test]
+fn with_the_flag_pods_are_marked_for_netfilter_at_cluster_ips() {
+    for_both(|f| {
+        for endpoint in [f.local_endpoint(), f.remote_endpoint()] {
+            let to = endpoint.0;
+            let mut world = World::with(&f.web("", &[endpoint]), Node::MASQUERADE_ALL, &[]).unwrap();
+            world.set_masquerade_mark(MARK).unwrap();
+            let sent = tcp_packet((f.other_pod, 40_000), (f.cluster_ip, 80), tcp::SYN);
+            let (out, counted) = (sent.clone().to(to, 8080), f.counted_in(20, true));
+            crate::expect_marked(&world, Hook::PodIn, &sent, Verdict::Pass, (&out, MARK), &counted);
+        }
+    });
+}
+
+/// P4: rules of routing find the way of answers by what netfilter notes of the connection.
+#[test]
+fn what_comes_from_outside_has_the_mark_of_its_connection() {
+    const CONNECTION: u32 = 1 << 7;
+    for_both(|f| {
+        for (mark, policy) in [(MARK, ""), (0, "externalTrafficPolicy: Local")] {
+            let mut world = World::new(&f.web(policy, &[f.local_endpoint()])).unwrap();
+            world.set_masquerade_mark(MARK).unwrap();
+            world.set_connection_mark(CONNECTION).unwrap();
+            let sent = tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::SYN);
+            let left = dataplane_tests::packet::reason(Reason::XdpLeftToTc);
+            expect(&world, Hook::Xdp, &sent, Verdict::Pass, &sent, &left);
+            let (out, counted) = ((&sent.clone().to(f.pod, 8080), mark | CONNECTION), f.counted_in(20, true));
+            crate::expect_marked(&world, Hook::UplinkIn, &sent, Verdict::Pass, out, &counted);
+            let reply = tcp_packet((f.pod, 8080), (f.client, 40_000), tcp::SYN | tcp::ACK);
+            let restored = reply.clone().from(f.node, 30_080);
+            expect(&world, Hook::UplinkOut, &reply, Verdict::Pass, &restored, &f.counted_out(20));
+        }
+    });
+}
+
+/// P4: a bridge has handed the packet to netfilter by its old addresses, so it comes in anew, and is then nobody's.
+#[test]
+fn behind_a_bridge_that_asks_netfilter_first_a_translated_packet_comes_in_anew() {
+    for_both(|f| {
+        let mut world = World::with(&f.web("", &[f.local_endpoint()]), Node::BRIDGE_NETFILTER, &[]).unwrap();
+        world.set_masquerade_mark(MARK).unwrap();
+        for new in [true, false] {
+            let sent =
+                tcp_packet((f.client, 40_000), (f.node, 30_080), if new { tcp::SYN } else { tcp::ACK });
+            let (out, counted) = (sent.clone().to(f.pod, 8080), f.counted_in(20, new));
+            crate::expect_marked(&world, Hook::UplinkIn, &sent, Verdict::Redirect, (&out, MARK), &counted);
+            expect_untouched(&world, Hook::UplinkIn, &out);
+        }
     });
 }
 
@@ -580,13 +668,14 @@ fn the_node_reaches_its_own_server_by_packet() {
 }
 
 /// P4: an endpoint at an address of this node keeps the client's address, whatever its slice says of its node, and whatever
-/// the flag says: the node's own address would be a martian there.
+/// netfilter does: the node's own address would be a martian there.
 #[test]
 fn a_server_in_the_nodes_own_network_sees_the_client() {
     for_both(|f| {
-        for (flags, node) in [(0, "there"), (Node::MASQUERADE_ALL, "here")] {
+        for (mark, node) in [(0, "there"), (MARK, "here")] {
             for hook in [Hook::UplinkIn, Hook::Xdp] {
-                let world = World::with(&f.web("", &[(f.node, node, "ready: true")]), flags, &[]).unwrap();
+                let mut world = World::new(&f.web("", &[(f.node, node, "ready: true")])).unwrap();
+                world.set_masquerade_mark(mark).unwrap();
                 let sent = tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::SYN);
                 let out = sent.clone().to(f.node, 8080);
                 expect(&world, hook, &sent, Verdict::Pass, &out, &f.counted_in(20, true));

@@ -118,6 +118,9 @@ pub trait Frame {
     /// As [`Frame::write`].
     fn resize(&mut self, length: u32) -> Result<(), Refused>;
 
+    /// Sets bits of the packet's mark, for netfilter and rules of routing.
+    fn mark(&mut self, bits: u32);
+
     /// Turns a verdict into the return code of the hook. `ingress`: the hook is on the way in.
     fn finish(&mut self, verdict: Verdict, way: &Way, ingress: bool) -> i32;
 }

@@ -240,6 +240,12 @@ impl<const LINK: u32> Frame for SkbFrame<LINK> {
     }
 
     #[inline(always)]
+    fn mark(&mut self, bits: u32) {
+        // SAFETY: `new` promises a valid context, whose mark a program may write.
+        unsafe { (*self.skb).mark |= bits };
+    }
+
+    #[inline(always)]
     fn finish(&mut self, verdict: Verdict, way: &Way, ingress: bool) -> i32 {
         match verdict {
             // Not TC_ACT_OK, which would end the chain for the programs of others.

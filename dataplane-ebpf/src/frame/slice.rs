@@ -13,12 +13,14 @@ pub struct SliceFrame {
     pub bytes: Vec<u8>,
     /// Whether the transport checksum is left to the device.
     pub partial: bool,
+    /// The bits that were set in its mark.
+    pub mark: u32,
 }
 
 impl SliceFrame {
     /// A frame whose checksums are complete.
     pub fn new(bytes: impl Into<Vec<u8>>) -> Self {
-        Self { bytes: bytes.into(), partial: false }
+        Self { bytes: bytes.into(), partial: false, mark: 0 }
     }
 }
 
@@ -97,6 +99,10 @@ impl Frame for SliceFrame {
     fn resize(&mut self, length: u32) -> Result<(), Refused> {
         self.bytes.resize(length as usize, 0);
         Ok(())
+    }
+
+    fn mark(&mut self, bits: u32) {
+        self.mark |= bits;
     }
 
     fn finish(&mut self, verdict: Verdict, _way: &Way, _ingress: bool) -> i32 {

@@ -152,6 +152,10 @@ impl Frame for XdpFrame {
         if unsafe { bpf_xdp_adjust_tail(self.ctx, delta) } == 0 { Ok(()) } else { Err(Refused) }
     }
 
+    /// Nothing here has a mark: the walk leaves what needs one to tc.
+    #[inline(always)]
+    fn mark(&mut self, _bits: u32) {}
+
     #[inline(always)]
     fn finish(&mut self, verdict: Verdict, way: &Way, _ingress: bool) -> i32 {
         let action = match verdict {

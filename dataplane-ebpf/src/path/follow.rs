@@ -149,17 +149,18 @@ impl<F: Frame> Walk<'_, F> {
     /// Writes the translation of the network header, and of what an error quotes.
     #[inline(never)]
     fn translate(&mut self, mut exit: Exit) -> Code {
-        let (packet, flow) = (&self.s.packet, &self.s.flow);
-        let mut rewrite = nat::plan(packet, flow, self.is_routed(exit));
-        let is_error = packet.obstacle == Obstacle::IcmpError;
+        let is_error = self.s.packet.obstacle == Obstacle::IcmpError;
         // The far end speaks by the address under which it is known here. So does a router in between where the error is
         // sent on by this node itself: nobody believes it that router's address.
-        if is_error && packet.src != self.s.key.src && exit != Exit::Forward {
+        let in_own_name = is_error && self.s.packet.src != self.s.key.src && exit != Exit::Forward;
+        if in_own_name && self.hook.is_ingress() {
+            // That address has come in where it belongs.
+            exit = Exit::Stack;
+        }
+        let (packet, flow) = (&self.s.packet, &self.s.flow);
+        let mut rewrite = nat::plan(packet, flow, self.is_routed(exit));
+        if in_own_name {
             rewrite.src = packet.src;
-            if self.hook.is_ingress() {
-                // That address has come in where it belongs.
-                exit = Exit::Stack;
-            }
         }
         match nat::apply_to_network(self.frame, packet, &rewrite) {
             Ok(outer) => self.s.changes.outer = outer.0,
@@ -168,6 +169,9 @@ impl<F: Frame> Walk<'_, F> {
         if is_error && icmp::requote(self.frame, self.s).is_err() {
             return Verdict::Drop(Reason::WriteFailed).into();
         }
-        exit.verdict().into()
+        if F::LEAVES_TO_TC || !self.hook.is_ingress() {
+            return exit.verdict().into();
+        }
+        self.leave(exit)
     }
 }

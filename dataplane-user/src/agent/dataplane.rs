@@ -2,13 +2,14 @@
 //!
 //! It keeps what could not be written yet and tries it again; nothing that an object says can end it (Z5).
 
+use super::masquerade::Netfilter;
 use super::settings::Settings;
 use crate::compile::{
     self, Compiler, Complaint, Context, HealthCheck, NodePortAddresses, NodeTables, OwnAddresses,
     ServiceTables,
 };
 use crate::kernel::maps::MapError;
-use crate::model::{Change, Dirty, Kind, Object, ObjectName, Store};
+use crate::model::{AddressType, Change, Dirty, Kind, Object, ObjectName, Store};
 use crate::status::endpoints::ServiceEndpoints;
 use crate::sync::{Maps, Mirror, Outcome};
 use dataplane_common::node::{Node, NodeAddress};
@@ -26,13 +27,22 @@ const KINDS: [Kind; 4] = crate::watch::KINDS;
 /// may let more come together.
 const TRIGGERS: usize = 64;
 
+/// When endpoints of a Service changed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Trigger {
+    /// Of which family they are.
+    pub(super) ipv6: bool,
+    /// The moment.
+    pub(super) time: SystemTime,
+}
+
 /// What a flush came to.
 #[derive(Debug, Default)]
 pub(super) struct Flushed {
     /// What `sync` says.
     pub(super) outcome: Outcome,
     /// When the endpoints of Services changed that are in the kernel now.
-    pub(super) triggers: Vec<SystemTime>,
+    pub(super) triggers: Vec<Trigger>,
     /// The health checks of the Services that may have another now (S4).
     pub(super) health_checks: Vec<(ObjectName, Option<HealthCheck>)>,
     /// If it may differ now: where node ports answer, `None` for every address (P17).
@@ -66,7 +76,7 @@ pub(super) struct Dataplane<M> {
     dirty: Dirty,
     complete: bool,
     /// When endpoints changed that are not in the kernel yet, by Service.
-    triggers: BTreeMap<ObjectName, Vec<SystemTime>>,
+    triggers: BTreeMap<ObjectName, Vec<Trigger>>,
     /// What objects get wrong now, by Service; without a name, the node.
     complaints: BTreeMap<Option<ObjectName>, Vec<Complaint>>,
     /// What of it nobody was told yet.
@@ -186,10 +196,10 @@ impl<M: Maps> Dataplane<M> {
         let trigger = if self.complete { trigger(&change) } else { None };
         let dirty = self.store.apply(change);
         // As kube-proxy: a slice that is as it was, or of no Service, is no change.
-        if let Some((service, time)) = trigger.filter(|(service, _)| dirty.services.contains(service)) {
+        if let Some((service, trigger)) = trigger.filter(|(service, _)| dirty.services.contains(service)) {
             let triggers = self.triggers.entry(service).or_default();
             if triggers.len() < TRIGGERS {
-                triggers.push(time);
+                triggers.push(trigger);
             }
         }
         self.dirty.merge(dirty);
@@ -202,7 +212,7 @@ impl<M: Maps> Dataplane<M> {
         }
         let (old, new) = (self.addresses.addrs(), addresses.addrs());
         let changed = old.symmetric_difference(&new).copied().collect();
-        self.dirty.services.append(&mut self.store.services_with_cluster_ip(&changed));
+        self.dirty.services.append(&mut self.store.services_with_address(&changed));
         self.dirty.node = true;
         self.addresses = addresses;
     }
@@ -230,6 +240,17 @@ impl<M: Maps> Dataplane<M> {
     pub(super) fn end_take_over(&mut self) {
         self.settings.node.flags &= !Node::TAKES_OVER;
         self.dirty.node = true;
+    }
+
+    /// The node's netfilter does this now.
+    pub(super) fn set_netfilter(&mut self, netfilter: Netfilter) {
+        let node = &mut self.settings.node;
+        let flags = if netfilter.before_tc { Node::BRIDGE_NETFILTER } else { 0 };
+        let flags = node.flags & !Node::BRIDGE_NETFILTER | flags;
+        let Netfilter { mark, connection_mark, .. } = netfilter;
+        let before = (node.masquerade_mark, node.connection_mark, node.flags);
+        self.dirty.node |= before != (mark, connection_mark, flags);
+        (node.masquerade_mark, node.connection_mark, node.flags) = (mark, connection_mark, flags);
     }
 
     /// Compiles and writes what waits, as soon as all was told that it needs. What fails waits for the next flush.
@@ -268,7 +289,8 @@ impl<M: Maps> Dataplane<M> {
 
     fn context(&self) -> Context {
         let (proxy_name, cidrs) = (self.settings.proxy_name.clone(), &self.settings.cluster_cidrs);
-        Context::new(&self.store, proxy_name, cidrs, &self.addresses)
+        let context = Context::new(&self.store, proxy_name, cidrs, &self.addresses);
+        Context { external_ips: self.settings.external_ips, ..context }
     }
 
     /// Adds to what is dirty what it touches elsewhere: after a failure all of it is to be written again.
@@ -394,10 +416,11 @@ impl<M: Maps> Dataplane<M> {
 }
 
 /// The Service whose endpoints changed, and when, as far as the change says so.
-fn trigger(change: &Change) -> Option<(ObjectName, SystemTime)> {
+fn trigger(change: &Change) -> Option<(ObjectName, Trigger)> {
     let Change::Applied(Object::EndpointSlice(slice)) = change else { return None };
-    let time = slice.trigger_time.as_deref()?.parse::<jiff::Timestamp>().ok()?;
-    Some((slice.service.clone(), time.into()))
+    let time = slice.trigger_time.as_deref()?.parse::<jiff::Timestamp>().ok()?.into();
+    let ipv6 = slice.address_type == AddressType::Ipv6;
+    Some((slice.service.clone(), Trigger { ipv6, time }))
 }
 
 /// Both outcomes as one.
@@ -546,11 +569,11 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
         let mut dataplane = dataplane(MemoryMaps::default());
         list(&mut dataplane, &KINDS, &WEB.replace("clusterIP", "internalTrafficPolicy: Local, clusterIP"));
         dataplane.flush(Instant::now()).unwrap();
-        assert_eq!(dataplane.mirror().0.without_local_endpoints(), [1, 0]);
+        assert_eq!(dataplane.mirror().0.without_local_endpoints(), [[1, 0], [0, 0]]);
         let here = WEB.replace("{addresses: [10.0.0.1]}", "{addresses: [10.0.0.1], nodeName: n}");
         list(&mut dataplane, &[Kind::EndpointSlice], &here);
         dataplane.flush(Instant::now()).unwrap();
-        assert_eq!(dataplane.mirror().0.without_local_endpoints(), [0, 0]);
+        assert_eq!(dataplane.mirror().0.without_local_endpoints(), [[0; 2]; 2]);
     }
 
     /// Z5

@@ -11,6 +11,7 @@ mod health_checks;
 mod histories;
 mod hooks;
 mod keep;
+mod masquerade;
 mod notify;
 mod roles;
 mod scrape;
@@ -33,6 +34,7 @@ use crate::kernel::maps::KernelMaps;
 use crate::kernel::object::{Object, Options, ProgramLog};
 use crate::kernel::pins::{self, Pins};
 use crate::kernel::roles::Choice;
+use crate::kernel::sysctls::{self, Made};
 use crate::kernel::{alone, capability, lasting, probe, service_route};
 use crate::memory;
 use crate::metrics::Metrics;
@@ -47,6 +49,7 @@ use dataplane_common::node::Node;
 use dataplane_common::tables::Nodes;
 use hooks::{Hooks, Start};
 use keep::Keeping;
+use masquerade::Masquerading;
 use scrape::Scrape;
 use serve::{Inputs, Service, Told};
 use settings::Settings;
@@ -56,7 +59,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch as state};
 
 /// How many questions by the command line may wait for the loop.
 const QUESTIONS: usize = 16;
@@ -145,6 +148,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
         health_checks: health_checks.clone(),
         status: OnceLock::new(),
         max_series: args.metrics_max_series,
+        endpoints: args.metrics_endpoints,
     };
     let (gate, scrape) = (Gate::default(), Arc::new(scrape));
     spawn_servers(&args, &gate, scrape.clone());
@@ -195,7 +199,14 @@ async fn serve(args: AgentArgs) -> Result<()> {
 
     let addresses = own_addresses(&interfaces.borrow(), &choice);
     let keeping = Keeping::new(&args, &settings, metrics.clone());
-    let dataplane = Dataplane::open(settings, maps, addresses)?;
+    let mut dataplane = Dataplane::open(settings, maps, addresses)?;
+    // Before the first tables: what is marked must be masqueraded.
+    let wanted = settings::masquerade(&args);
+    let mut masquerading = Masquerading::new(wanted, interfaces.clone(), choice.clone(), metrics.clone());
+    let first = masquerading.look();
+    dataplane.set_netfilter(first);
+    let (sender, netfilter) = state::channel(first);
+    check_settings(&args);
     let tell = health_checks::tell(watch.events());
     let checks = tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), gate, tell));
     let told = Told { health: health.clone(), health_checks, metrics: metrics.clone() };
@@ -207,9 +218,36 @@ async fn serve(args: AgentArgs) -> Result<()> {
         let routes = tokio::spawn(service_routes::keep(wanted, own_device, settled, metrics, beat));
         service.look_after("the task that keeps routes", routes);
     }
+    let beat = health.heartbeat().part("the task that keeps netfilter's rules", masquerade::PATIENCE);
+    service
+        .look_after("the task that keeps netfilter's rules", tokio::spawn(masquerading.keep(sender, beat)));
     service.start_hooks(hooks)?;
     starting.abort();
-    service.run(Inputs { changes, interfaces, questions: asked, signals }, choice).await
+    service.run(Inputs { changes, interfaces, netfilter, questions: asked, signals }, choice).await
+}
+
+/// Makes the settings of the node that it may make, and says which are not as they should be.
+fn check_settings(args: &AgentArgs) {
+    for (setting, made) in args.conntrack.wanted().apply() {
+        let told = made.told(&setting);
+        match made {
+            Made::Was => {}
+            Made::Changed(_) => tracing::info!("{}: {told}", setting.name()),
+            Made::Refused(..) => tracing::warn!(
+                "{}: {told}. Set it on the node, or have `portolan set-conntrack` run before the agent, as deploy/portolan.yaml does",
+                setting.name()
+            ),
+        }
+    }
+    let ports = args.masquerade_ports.first..=args.masquerade_ports.last;
+    if let Some(shared) = sysctls::shared_with_sockets(&ports) {
+        tracing::warn!(
+            "sockets of the node may get ports of --masquerade-ports, {} to {}: their connections to an endpoint can meet those of \
+             a Service. Narrow net.ipv4.ip_local_port_range, or add these to net.ipv4.ip_local_reserved_ports",
+            shared.start(),
+            shared.end()
+        );
+    }
 }
 
 fn own_addresses(interfaces: &Interfaces, choice: &Choice) -> OwnAddresses {

@@ -8,6 +8,7 @@ mod write;
 use super::dataplane::Dataplane;
 use super::hooks::{Hooks, Start};
 use super::keep::Keeping;
+use super::masquerade::Netfilter;
 use super::notify::{self, State, notify};
 use super::signals::Signals;
 use super::standing::Question;
@@ -118,6 +119,8 @@ pub(super) struct Inputs {
     pub(super) changes: mpsc::Receiver<Change>,
     /// Of the node's interfaces.
     pub(super) interfaces: watch::Receiver<Interfaces>,
+    /// Of what netfilter does for the programs.
+    pub(super) netfilter: watch::Receiver<Netfilter>,
     /// By the command line.
     pub(super) questions: mpsc::Receiver<Question>,
     /// From whoever started it.
@@ -141,7 +144,7 @@ impl Service {
         let takes_over = dataplane.takes_over();
         metrics.taking_over.set(takes_over.into());
         let idle = IdleTimes {
-            established: args.conntrack_tcp_timeout_established,
+            established: args.conntrack.conntrack_tcp_timeout_established,
             udp: args.conntrack_udp_timeout_stream,
             ..IdleTimes::default()
         };
@@ -245,7 +248,7 @@ impl Service {
 
     /// Until SIGTERM or SIGINT.
     pub(super) async fn run(mut self, inputs: Inputs, choice: Choice) -> Result<()> {
-        let Inputs { mut changes, mut interfaces, mut questions, mut signals } = inputs;
+        let Inputs { mut changes, mut interfaces, mut netfilter, mut questions, mut signals } = inputs;
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
@@ -275,6 +278,11 @@ impl Service {
                 Some(question) = questions.recv() => {
                     // Who asked may have left.
                     let _ = question.answer.send(self.dataplane.explain(&question.service));
+                }
+                changed = netfilter.changed() => {
+                    changed?;
+                    self.dataplane.set_netfilter(*netfilter.borrow_and_update());
+                    self.flush();
                 }
                 count = changes.recv_many(&mut batch, BATCH) => {
                     if count == 0 {
@@ -358,7 +366,8 @@ impl Service {
                 number.set(size as u64);
             }
             let lacking = self.dataplane.mirror().0.without_local_endpoints();
-            for (number, lacking) in self.metrics.without_local_endpoints.iter().zip(lacking) {
+            let numbers = self.metrics.without_local_endpoints.iter().flatten();
+            for (number, lacking) in numbers.zip(lacking.into_iter().flatten()) {
                 number.set(lacking as u64);
             }
             self.close_orphans();

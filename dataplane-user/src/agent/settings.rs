@@ -1,8 +1,9 @@
 //! From flags to what the parts of the agent ask for.
 
-use crate::compile::{NodePortAddresses, NodeSettings};
-use crate::config::{AgentArgs, FromOutside, NodePortRange, PortRange, SocketLb};
+use crate::compile::{self, NodePortAddresses, NodeSettings};
+use crate::config::{AgentArgs, ExternalIps, FromOutside, NodePortRange, PortRange, SocketLb};
 use crate::kernel::local_ports;
+use crate::kernel::masquerade::Masquerade;
 use crate::kernel::roles::Choice;
 use dataplane_common::node::Node;
 use ipnet::IpNet;
@@ -17,8 +18,10 @@ pub(super) struct Settings {
     pub(super) node_name: Arc<str>,
     /// `--service-proxy-name`.
     pub(super) proxy_name: Option<Arc<str>>,
-    /// `--cluster-cidr`.
+    /// `--pod-cidr`.
     pub(super) cluster_cidrs: Vec<IpNet>,
+    /// `--external-ips`.
+    pub(super) external_ips: compile::ExternalIps,
     /// `--service-cidr`; empty if the ServiceCIDR objects say it.
     pub(super) service_cidrs: Vec<IpNet>,
     /// All else that the node's tables say. The service ranges in it are those of the moment.
@@ -32,7 +35,7 @@ impl Settings {
     pub(super) fn new(args: &AgentArgs, netns_cookie: u64, fib_source: bool) -> Self {
         let flags = [
             (fib_source, Node::FIB_SOURCE),
-            (args.socket_lb == SocketLb::All, Node::SOCKET_LB_PODS),
+            (args.socket_lb == SocketLb::All && !args.masquerade_all, Node::SOCKET_LB_PODS),
             (args.cluster_ip_from_outside == FromOutside::Refuse, Node::CLUSTER_IP_INSIDE_ONLY),
             (args.masquerade_all, Node::MASQUERADE_ALL),
             (args.source_ranges_everywhere, Node::SOURCE_RANGES_EVERYWHERE),
@@ -41,13 +44,20 @@ impl Settings {
         Self {
             node_name: node_name(args.node_name.as_deref()),
             proxy_name: args.service_proxy_name.as_deref().map(Arc::from),
-            cluster_cidrs: args.cluster_cidr.clone(),
+            cluster_cidrs: args.pod_cidr.clone(),
+            external_ips: match args.external_ips {
+                ExternalIps::All => compile::ExternalIps::All,
+                ExternalIps::NotOfNode => compile::ExternalIps::NotOfNode,
+                ExternalIps::None => compile::ExternalIps::None,
+            },
             service_cidrs: args.service_cidr.clone(),
             node: NodeSettings {
                 service_ranges: args.service_cidr.clone(),
                 node_port_addresses: node_port_addresses(&args.nodeport_addresses),
                 snat_ports: translated_ports(args.snat_ports),
                 flags,
+                masquerade_mark: 0,
+                connection_mark: 0,
                 netns_cookie,
                 secret: random(),
             },
@@ -83,6 +93,14 @@ fn translated_ports(given: Option<PortRange>) -> Vec<RangeInclusive<u16>> {
     let ranges: Vec<_> = ports.iter().map(|ports| format!("{}-{}", ports.start(), ports.end())).collect();
     tracing::info!("{number} translated source ports, {}: all but {taken}", ranges.join(","));
     ports
+}
+
+/// What netfilter is to do.
+pub(super) fn masquerade(args: &AgentArgs) -> Masquerade {
+    let PortRange { first, last } = args.masquerade_ports;
+    let mark = if args.keep_client_source && !args.masquerade_all { 0 } else { 1 << args.masquerade_bit };
+    let connection_mark = args.connection_mark_bit.map_or(0, |bit| 1 << bit);
+    Masquerade { mark, ports: first..=last, connection_mark }
 }
 
 /// Which interfaces the flags choose.
@@ -128,9 +146,10 @@ mod tests {
 
     #[test]
     fn flags_become_the_bits_that_programs_read() {
-        assert_eq!(settings(&[]).node.flags, Node::FIB_SOURCE | Node::SOCKET_LB_PODS);
+        assert_eq!(settings(&[]).node.flags, Node::FIB_SOURCE);
+        assert_eq!(settings(&["--socket-lb=all"]).node.flags, Node::FIB_SOURCE | Node::SOCKET_LB_PODS);
         let flags = [
-            "--socket-lb=host",
+            "--socket-lb=all",
             "--cluster-ip-from-outside=refuse",
             "--masquerade-all",
             "--source-ranges-everywhere",
@@ -153,6 +172,14 @@ mod tests {
             ranges,
             NodePortAddresses::Within(vec!["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()])
         );
+    }
+
+    /// Z1
+    #[test]
+    fn external_ips_are_served_unless_told() {
+        assert_eq!(settings(&[]).external_ips, compile::ExternalIps::All);
+        assert_eq!(settings(&["--external-ips=not-of-node"]).external_ips, compile::ExternalIps::NotOfNode);
+        assert_eq!(settings(&["--external-ips=none"]).external_ips, compile::ExternalIps::None);
     }
 
     #[test]

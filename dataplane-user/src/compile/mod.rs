@@ -20,6 +20,6 @@ pub use complaint::{Complaint, ComplaintReason};
 pub use explain::explain;
 pub use health_check::{HealthCheck, health_check};
 pub use node::{NodePortAddresses, NodeSettings, OwnAddresses, node};
-pub use service::{Context, service};
+pub use service::{Context, ExternalIps, service};
 pub use tables::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables};
 pub use update::{Compiled, Compiler, Update};

@@ -5,7 +5,7 @@ use super::tables::NodeTables;
 use crate::model::{Kind, Node, ObjectName, Reference};
 use bytemuck::Zeroable as _;
 use dataplane_common::Addr;
-use dataplane_common::node::{self, NodeAddress, PORT_RANGES, Ports, Prefix, SERVICE_RANGES};
+use dataplane_common::node::{self, NodeAddress, PORT_RANGES, Ports, Prefix, SERVICE_RANGES, SourceRule};
 use dataplane_common::tables::{self, Table as _};
 use ipnet::IpNet;
 use std::collections::BTreeSet;
@@ -81,6 +81,10 @@ pub struct NodeSettings {
     pub snat_ports: Vec<RangeInclusive<u16>>,
     /// Flags of [`dataplane_common::node::Node`].
     pub flags: u32,
+    /// The mark by which netfilter translates sources; 0: it does not (P4).
+    pub masquerade_mark: u32,
+    /// The mark that netfilter notes of connections from outside; 0: none.
+    pub connection_mark: u32,
     /// Cookie of the node's own network namespace.
     pub netns_cookie: u64,
     /// A random number, mixed into the programs' choices.
@@ -125,6 +129,13 @@ pub fn node(
         ports,
         port_count: ports.iter().map(|ports| u32::from(ports.number)).sum(),
         flags: settings.flags,
+        masquerade_mark: settings.masquerade_mark,
+        connection_mark: settings.connection_mark,
+        source_rules: SourceRule::all(
+            settings.masquerade_mark != 0,
+            settings.flags & node::Node::MASQUERADE_ALL != 0,
+            settings.connection_mark != 0,
+        ),
     };
     (NodeTables { node, addresses }, complaints)
 }

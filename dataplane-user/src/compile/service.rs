@@ -31,6 +31,20 @@ pub struct Context {
     pub primary: [Option<IpAddr>; 2],
     /// The cluster's pod ranges: no external IP may lie in one (Z1).
     pub pod_ranges: Vec<IpNet>,
+    /// Which external IPs are programmed (Z1).
+    pub external_ips: ExternalIps,
+}
+
+/// Which `externalIPs` are programmed (Z1): whoever may write a Service can claim any address by them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExternalIps {
+    /// All that Z1 allows.
+    #[default]
+    All,
+    /// None that is an address of this node.
+    NotOfNode,
+    /// None at all.
+    None,
 }
 
 impl Context {
@@ -51,6 +65,19 @@ impl Context {
             node_addresses: on_interfaces.addrs(),
             primary: primary_addresses(store.own_node(), &on_interfaces.own),
             pod_ranges,
+            external_ips: ExternalIps::default(),
+        }
+    }
+
+    /// Why an external IP is not programmed by choice.
+    fn refuses_external(&self, ip: IpAddr) -> Option<&'static str> {
+        match self.external_ips {
+            ExternalIps::All => None,
+            ExternalIps::NotOfNode if !self.node_addresses.contains(&Addr::from(ip)) => None,
+            ExternalIps::NotOfNode => {
+                Some("an address of this node, which --external-ips=not-of-node refuses")
+            }
+            ExternalIps::None => Some("an external IP, which --external-ips=none refuses"),
         }
     }
 }
@@ -170,7 +197,9 @@ impl Job<'_> {
         for (ip, kind) in cluster.chain(ingress).chain(external).filter(|(ip, _)| ip.is_ipv6() == ipv6) {
             let pod = kind != FrontendKind::ClusterIp
                 && self.context.pod_ranges.iter().any(|range| range.contains(&ip));
-            match refused(ip).or(pod.then_some("inside a pod range")) {
+            let by_choice =
+                || (kind == FrontendKind::ExternalIp).then(|| self.context.refuses_external(ip)).flatten();
+            match refused(ip).or(pod.then_some("inside a pod range")).or_else(by_choice) {
                 Some(why) => {
                     let text = format!("{ip} is not programmed: it is {why}");
                     self.complain(ComplaintReason::RefusedAddress, text);

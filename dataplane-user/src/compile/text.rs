@@ -132,6 +132,7 @@ impl fmt::Display for NodeTables {
             (Node::MASQUERADE_ALL, "masquerade-all"),
             (Node::SOURCE_RANGES_EVERYWHERE, "source-ranges-everywhere"),
             (Node::TAKES_OVER, "takes-over"),
+            (Node::BRIDGE_NETFILTER, "bridge-netfilter"),
         ];
         let node = &self.node;
         writeln!(f, "node{}", flag_words(node.flags, &names))?;
@@ -142,6 +143,9 @@ impl fmt::Display for NodeTables {
         let ports: Vec<_> =
             ports.map(|ports| format!("{}-{}", ports.first, ports.first + (ports.number - 1))).collect();
         writeln!(f, "  snat-ports {}", ports.join(","))?;
+        if node.masquerade_mark != 0 {
+            writeln!(f, "  masquerade-mark {:#x}", node.masquerade_mark)?;
+        }
         for range in node.service_ranges.iter().filter(|range| range.mask != Addr::UNSPECIFIED) {
             writeln!(f, "  service-range {}", PrefixText(range))?;
         }

@@ -5,6 +5,7 @@ use super::clsact;
 use super::hook::Hook;
 use super::link::interface_name;
 use super::links::LinksError;
+use super::masquerade::{self, MasqueradeError};
 use super::pins::{self, PinError, Pins};
 use super::service_route::{self, RouteError};
 use crate::admin::names::Names;
@@ -23,6 +24,9 @@ pub enum CleanupError {
     /// The routes to Services.
     #[error(transparent)]
     Route(#[from] RouteError),
+    /// The rules of netfilter.
+    #[error("cannot remove the nftables table inet {table}: {0}", table = masquerade::TABLE)]
+    Netfilter(#[source] MasqueradeError),
 }
 
 /// Removes everything of the agent whose pin folder is `bpffs`, and the clsact filters in this network namespace; tells each
@@ -43,6 +47,12 @@ pub async fn cleanup(bpffs: &Path, mut removed: impl FnMut(String)) -> Result<()
     filters(&mut removed).await?;
     if service_route::remove(&handle()?).await? {
         removed(format!("interface {} and its routes", service_route::DEVICE));
+    }
+    match masquerade::remove() {
+        Ok(true) => removed(format!("nftables table inet {}", masquerade::TABLE)),
+        Ok(false) => {}
+        Err(error) if error.is_lacking() => {}
+        Err(error) => return Err(CleanupError::Netfilter(error)),
     }
     for map in pins.pinned_maps()? {
         pins.remove(&map)?;

@@ -24,12 +24,25 @@ pub(super) fn send<M>(netlink: &Socket, flags: u16, message: M) -> io::Result<()
 where
     M: NetlinkSerializable + Into<NetlinkPayload<M>>,
 {
-    let mut header = NetlinkHeader::default();
-    header.flags = flags;
-    let mut message = NetlinkMessage::new(header, message.into());
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
+    send_all(netlink, vec![(flags, message)])
+}
+
+/// Sends several at once, each with its flags.
+pub(super) fn send_all<M>(netlink: &Socket, messages: Vec<(u16, M)>) -> io::Result<()>
+where
+    M: NetlinkSerializable + Into<NetlinkPayload<M>>,
+{
+    let mut bytes = Vec::new();
+    for (flags, message) in messages {
+        let mut header = NetlinkHeader::default();
+        header.flags = flags;
+        let mut message = NetlinkMessage::new(header, message.into());
+        message.finalize();
+        let start = bytes.len();
+        // Each message is padded to four bytes.
+        bytes.resize(start + message.buffer_len().next_multiple_of(4), 0);
+        message.serialize(&mut bytes[start..start + message.buffer_len()]);
+    }
     netlink.send(&bytes, 0).map(drop)
 }
 
@@ -42,7 +55,7 @@ pub(super) fn receive<M: NetlinkDeserializable>(netlink: &Socket) -> io::Result<
     let mut messages = Vec::new();
     while !rest.is_empty() {
         let message = NetlinkMessage::<M>::deserialize(rest).map_err(io::Error::other)?;
-        // Each message is padded to four bytes.
+        // As above.
         let length = (message.header.length as usize).next_multiple_of(4);
         rest = rest.get(length..).unwrap_or_default();
         messages.push(message.payload);

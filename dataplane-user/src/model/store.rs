@@ -144,9 +144,12 @@ impl Store {
         IpNet::aggregate(&ranges)
     }
 
-    /// Services with one of these ClusterIPs: what a change of the interfaces' addresses may have made stale (P13).
-    pub fn services_with_cluster_ip(&self, addrs: &BTreeSet<Addr>) -> BTreeSet<ObjectName> {
-        let has = |service: &&Service| service.cluster_ips.iter().any(|ip| addrs.contains(&Addr::from(*ip)));
+    /// Services with one of these ClusterIPs or external IPs: what a change of the interfaces' addresses may have made stale (P13, Z1).
+    pub fn services_with_address(&self, addrs: &BTreeSet<Addr>) -> BTreeSet<ObjectName> {
+        let has = |service: &&Service| {
+            let mut all = service.cluster_ips.iter().chain(service.external_ips.iter());
+            all.any(|ip| addrs.contains(&Addr::from(*ip)))
+        };
         self.services().filter(has).map(|service| service.name.clone()).collect()
     }
 
@@ -465,7 +468,11 @@ mod tests {
         let mut store = store();
         add(&mut store, Object::Service(service("web")));
         add(&mut store, Object::Service(Service { cluster_ips: vec![], ..service("headless") }));
-        let found = store.services_with_cluster_ip(&BTreeSet::from([Addr::from(ip("10.96.0.10"))]));
+        let found = store.services_with_address(&BTreeSet::from([Addr::from(ip("10.96.0.10"))]));
         assert_eq!(found, dirty(&["web"]).services);
+        let external = Service { external_ips: [ip("203.0.113.1")].into(), ..service("headless") };
+        add(&mut store, Object::Service(external));
+        let found = store.services_with_address(&BTreeSet::from([Addr::from(ip("203.0.113.1"))]));
+        assert_eq!(found, dirty(&["headless"]).services);
     }
 }

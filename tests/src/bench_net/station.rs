@@ -110,7 +110,7 @@ impl Station {
                 self._hooks = hooks::attach_empty(&self.node)?;
                 Ok(())
             }
-            Leg::PortolanSocket => self.start_agent(plane, &[]),
+            Leg::PortolanSocket => self.start_agent(plane, &["--socket-lb=all"]),
             Leg::PortolanPacket => self.start_agent(plane, &["--socket-lb=off"]),
             Leg::PortolanXdp => self.start_agent(plane, &["--socket-lb=off", "--xdp=native"]),
             Leg::KubeProxyNftables => self.start_kube_proxy(plane, "nftables"),

@@ -96,7 +96,7 @@ fn prepare(lab: &Lab) -> Result<(Process, Vec<Leg>)> {
     let endpoint = Endpoint::new("server", server.address(), server.node());
     let service = Service::new("bench", CLUSTER_IP).tcp(PORT, PORT).endpoints([endpoint]);
     lab.manifests().apply(&service)?;
-    lab.start_agents(&AgentOptions::default())?;
+    lab.start_agents(&AgentOptions::default().arguments(&["--socket-lb=all"]))?;
     let answered = Client::at(client.place()).timeout(Duration::from_secs(10)).connect(at(CLUSTER_IP, PORT));
     answered.map_err(|failure| anyhow::anyhow!("the Service does not answer: {failure:?}"))?;
     // The hooks go by cgroup: the outside client's is not below the node's.

@@ -99,7 +99,7 @@ impl Agent {
         command.arg("--bpffs").arg(node.bpffs());
         command.arg("--cgroup").arg(node.cgroup());
         command.arg("--state-dir").arg(node.state_folder());
-        command.args(["--cluster-cidr", super::POD_RANGES]);
+        command.args(["--pod-cidr", super::POD_RANGES]);
         match &options.source {
             Source::Manifests => {
                 command.arg("--manifests").arg(node.manifests_folder());

@@ -1,8 +1,7 @@
 //! Layouts of a node, as people have them, as data: what its interfaces and routes are, who calls whom, and who must answer.
 //!
 //! Each is a lab of two nodes. Pod `a` and pod `q` are on `node-1`, which has the agent, pod `c` is on `node-2`. `here` is a Service
-//! with the endpoint `a`, `there` one with the endpoint `c`. Nothing here says what the agent's flags are: a layout is for the
-//! default ones.
+//! with the endpoint `a`, `there` one with the endpoint `c`. The agent has its default flags, but where a layout needs what only its operator knows.
 
 use super::agent::AgentOptions;
 use super::client::{Client, at};
@@ -33,6 +32,8 @@ pub enum Who {
     Other,
     /// The pod `q` of `node-1`.
     Pod,
+    /// The pod `a` of `node-1`.
+    Server,
 }
 
 /// Which of the two Services.
@@ -85,6 +86,8 @@ pub struct Layout {
     pub lines: &'static [(Who, &'static [&'static str])],
     /// Commands of `nft` on `node-1`.
     pub rules: &'static [&'static str],
+    /// Flags of the agent.
+    pub flags: &'static [&'static str],
     /// Addresses at which `node-1` has the server `cache`.
     pub cache: &'static [&'static str],
     /// Who calls what over TCP and UDP, and must be answered.
@@ -104,6 +107,7 @@ const PLAIN: Layout = Layout {
     later: &[],
     lines: &[],
     rules: &[],
+    flags: &[],
     cache: &[],
     answered: &[],
     unanswered: &[],
@@ -341,6 +345,51 @@ pub const LAYOUTS: &[Layout] = &[
         answered: &[(Who::Node, &[LbIp(Here), LbIp(There)]), (Who::Pod, &[LbIp(Here), LbIp(There)])],
         ..PLAIN
     },
+    Layout {
+        name: "pods_that_answer_by_a_road_of_their_own",
+        lines: &[(
+            Who::Server,
+            &[
+                "link add vpn0 type bridge mcast_snooping 0",
+                "link set vpn0 up",
+                "addr add 10.99.0.2/24 dev vpn0",
+                "addr add fd00:99::2/64 dev vpn0 nodad",
+                "route add 10.244.0.0/16 via 10.244.1.1 dev eth0",
+                "route add fd00:10:244::/48 via fd00:10:244:1::1 dev eth0",
+                "route add 192.168.100.11/32 via 10.244.1.1 dev eth0",
+                "route add fd00:100::11/128 via fd00:10:244:1::1 dev eth0",
+                "route replace 0.0.0.0/0 via 10.99.0.1 dev vpn0",
+                "route replace ::/0 via fd00:99::1 dev vpn0",
+            ],
+        )],
+        answered: &[(Who::Client, NODE_PORTS), (Who::Pod, CLUSTER_IPS)],
+        ..PLAIN
+    },
+    Layout {
+        name: "routes_by_the_mark_of_a_connection",
+        second: &[Who::Node],
+        // What AWS' plugin does for pods whose address is of the second NIC.
+        lines: &[(
+            Who::Node,
+            &[
+                "route add 0.0.0.0/0 via 10.201.0.200 dev eth1 table 2",
+                "route add ::/0 via fd00:201::200 dev eth1 table 2",
+                "-4 rule add fwmark 0x80/0x80 lookup main priority 1024",
+                "-6 rule add fwmark 0x80/0x80 lookup main priority 1024",
+                "-4 rule add from 10.244.1.2 lookup 2 priority 1536",
+                "-6 rule add from fd00:10:244:1::2 lookup 2 priority 1536",
+            ],
+        )],
+        rules: &[
+            "add table inet plugin",
+            "add chain inet plugin in { type filter hook prerouting priority mangle; }",
+            "add rule inet plugin in iifname eth0 fib daddr type local ct mark set ct mark or 0x80",
+            "add rule inet plugin in iifname \"veth*\" meta mark set ct mark and 0x80",
+        ],
+        flags: &["--connection-mark-bit=7"],
+        answered: &[(Who::Client, NODE_PORTS)],
+        ..PLAIN
+    },
 ];
 
 /// The name of the VPN device.
@@ -426,8 +475,14 @@ impl Layout {
             raised.raise_vpn()?;
         }
         for (who, lines) in self.lines {
-            let lines: Vec<_> = lines.iter().map(|&line| line.to_owned()).collect();
-            raised.place(*who)?.ip(&lines)?;
+            // Rules of routing have the family of an option, and a batch has none.
+            let (alone, batch): (Vec<_>, Vec<_>) = lines.iter().partition(|line| line.starts_with('-'));
+            let batch: Vec<_> = batch.into_iter().map(|line: &&str| (*line).to_owned()).collect();
+            raised.place(*who)?.ip(&batch)?;
+            for line in alone {
+                let words: Vec<_> = line.split_whitespace().collect();
+                raised.place(*who)?.run("ip", &words)?;
+            }
         }
         for rule in self.rules {
             raised.lab.node(0).place().run("nft", &[rule])?;
@@ -440,7 +495,7 @@ impl Layout {
 impl Raised {
     /// Starts the agent with its default flags, and does what comes later.
     pub fn start_agent(&self) -> Result<()> {
-        self.lab.node(0).start_agent(&AgentOptions::default())?;
+        self.lab.node(0).start_agent(&AgentOptions::default().arguments(self.layout.flags))?;
         self.layout.later.iter().try_for_each(|who| self.join_second(*who))
     }
 
@@ -476,6 +531,7 @@ impl Raised {
             Who::Node => Some(self.lab.node(0).place().clone()),
             Who::Other => Some(self.lab.node(1).place().clone()),
             Who::Pod => self.lab.pod("q").map(|pod| pod.place().clone()),
+            Who::Server => self.lab.pod("a").map(|pod| pod.place().clone()),
         };
         place.with_context(|| format!("{}: there is no {who:?}", self.layout.name))
     }
@@ -485,7 +541,7 @@ impl Raised {
             Who::Node => NODE_HOST,
             Who::Other => NODE_HOST + 1,
             Who::Vpn => VPN_HOST,
-            Who::Client | Who::Second | Who::Pod => 200,
+            Who::Client | Who::Second | Who::Pod | Who::Server => 200,
         };
         let place = self.place(who)?;
         let port = format!("{}-2", place.name());

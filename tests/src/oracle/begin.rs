@@ -20,6 +20,13 @@ enum Change {
     Source,
 }
 
+/// What a flow that begins changes, and whether netfilter translates its source later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Changes {
+    here: Change,
+    masqueraded: bool,
+}
+
 impl Model {
     /// A flow to one of these endpoints.
     pub(super) fn begun(
@@ -44,60 +51,71 @@ impl Model {
             let other = self.flows.with_reply(reply_of(to));
             other.is_some_and(|other| other.client != Tuple::of(headers) && other.phase != Phase::Closing)
         };
-        let collides = endpoints
-            .iter()
-            .any(|to| taken(*to) && !self.translates_source(client, port, kind, headers, *to));
-        let begun_with = |to, change| {
-            let outcome = self.begin(place, headers, client, to, change);
+        let changes = |to| self.changes(client, port, kind, headers, to);
+        let collides = endpoints.iter().any(|to| taken(*to) && changes(*to).here == Change::Nothing);
+        let begun_with = |to, changes: Changes| {
+            let outcome = self.begin(place, headers, client, to, changes);
             let mut alternative = self.remembered(headers, client, port, to, outcome, who);
             if let Then::Begin(flow) = &mut alternative.then {
-                flow.source_translated = change == Change::Source;
+                flow.source_translated = changes.here == Change::Source;
+                flow.masqueraded = changes.masqueraded;
             }
             alternative
         };
         for &to in endpoints {
-            let translates = self.translates_source(client, port, kind, headers, to);
-            if translates || !taken(to) {
-                let change = if translates { Change::Source } else { Change::Nothing };
-                alternatives.push(begun_with(to, change));
+            let changes = changes(to);
+            if changes.here == Change::Source || !taken(to) {
+                alternatives.push(begun_with(to, changes));
             }
-            if collides && !translates {
+            if collides && changes.here == Change::Nothing {
                 // P12: of the node's own packets the address may change as well.
-                let change = if client == Client::Node { Change::Source } else { Change::Port };
-                alternatives.push(Alternative { collided: true, ..begun_with(to, change) });
+                let here = if client == Client::Node { Change::Source } else { Change::Port };
+                alternatives
+                    .push(Alternative { collided: true, ..begun_with(to, Changes { here, ..changes }) });
             }
         }
         alternatives.iter_mut().for_each(|alternative| alternative.bound = endpoints.len() < all);
         alternatives
     }
 
-    /// Whether the endpoint must see an address of this node in place of the client's (P4 to P7, P9 to P11).
-    fn translates_source(
+    /// Whether the endpoint must see an address of this node in place of the client's, and who translates it (P4 to P7, P9 to P11).
+    fn changes(
         &self,
         client: Client,
         port: &ServicePort,
         kind: Kind,
         headers: &Headers,
         to: SocketAddr,
-    ) -> bool {
+    ) -> Changes {
+        let kept = Changes { here: Change::Nothing, masqueraded: false };
+        let translated = Changes { here: Change::Source, masqueraded: false };
         // P11.
         if to.ip() == headers.src.ip() {
-            return true;
+            return translated;
         }
         let on_this_node = port.sets.usable.get(&to).copied().unwrap_or(false);
+        let at_node = self.node.has(to.ip());
+        let by_netfilter = Changes { here: Change::Nothing, masqueraded: self.node.masquerades };
         match (client, kind) {
+            // P9.
+            (Client::Pod, Kind::ClusterIp) if self.node.masquerade_all && !at_node => by_netfilter,
             // P5, P9, P4: the client is a pod of this node.
-            (Client::Pod, _) => false,
+            (Client::Pod, _) => kept,
             // P6, P9: its source is an address of the node already. But a server in the node's own network must not see
             // its own address as its client's, and what leaves by another interface has the source that belongs there.
-            (Client::Node, _) => self.node.has(to.ip()) || self.leaves_elsewhere(headers, to),
+            (Client::Node, _) if at_node || self.leaves_elsewhere(headers, to) => translated,
+            (Client::Node, _) => kept,
             // P10.
-            (Client::Outside, Kind::ClusterIp) => true,
+            (Client::Outside, Kind::ClusterIp) if on_this_node && !at_node && self.node.masquerades => {
+                by_netfilter
+            }
+            (Client::Outside, Kind::ClusterIp) => translated,
             // P7.
-            (Client::Outside, _) if port.external_local => false,
+            (Client::Outside, _) if port.external_local => kept,
             // P4. A server in the node's own network answers through the node anyway.
-            (Client::Outside, _) if self.node.has(to.ip()) => false,
-            (Client::Outside, _) => self.node.masquerade_all || !on_this_node,
+            (Client::Outside, _) if at_node => kept,
+            (Client::Outside, _) if on_this_node => by_netfilter,
+            (Client::Outside, _) => translated,
         }
     }
 
@@ -114,12 +132,13 @@ impl Model {
         headers: &Headers,
         client: Client,
         to: SocketAddr,
-        change: Change,
+        Changes { here: change, masqueraded }: Changes,
     ) -> Outcome {
         if change != Change::Source && client != Client::Node {
             let kept = change == Change::Nothing;
             let source = if kept { NewSource::Kept } else { NewSource::Port(headers.src.ip()) };
-            return Outcome::Begun { to, source, ttl_falls: false, exit: Exit::Stack };
+            let exit = if masqueraded { Exit::Masqueraded } else { Exit::Stack };
+            return Outcome::Begun { to, source, ttl_falls: false, exit };
         }
         let exit = match self.way_past_the_stack(place, headers, to.ip()) {
             Ok(exit) => exit,
@@ -154,6 +173,7 @@ impl Model {
             port: port.id.clone(),
             local: port.sets.usable.get(&to).copied().unwrap_or(false),
             source_translated: false,
+            masqueraded: false,
             node_client: (client == Client::Node).then_some(headers.link),
             phase: Phase::HalfOpen { answered: None },
             client_said: Said::by(headers),

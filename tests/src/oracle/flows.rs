@@ -102,6 +102,8 @@ pub struct Flow {
     pub local: bool,
     /// The source was translated too.
     pub source_translated: bool,
+    /// Netfilter translates it.
+    pub masqueraded: bool,
     /// The client is this node itself: the link-layer address that its packets came from.
     pub node_client: Option<[u8; 6]>,
     /// How far it is.

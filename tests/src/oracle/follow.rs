@@ -108,7 +108,7 @@ impl Model {
             // Routers on the way speak in their own name, where that can reach the sender.
             if headers.src.ip() != back.src.ip() && *exit != Exit::Forward {
                 rewrite.src = headers.src;
-                if place.is_way_in() {
+                if place.is_way_in() && *exit != Exit::Masqueraded {
                     *exit = Exit::Stack;
                 }
             }

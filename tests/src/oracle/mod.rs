@@ -84,7 +84,9 @@ pub struct ThisNode {
     pub node_ports: NodePortAddresses,
     /// Source ports of translated flows (P12).
     pub source_ports: RangeInclusive<u16>,
-    /// The flag of P4.
+    /// Netfilter translates the source of what is marked (P4).
+    pub masquerades: bool,
+    /// The flag of P9.
     pub masquerade_all: bool,
     /// The switch of P10.
     pub cluster_ip_inside_only: bool,

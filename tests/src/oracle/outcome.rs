@@ -76,6 +76,8 @@ pub enum NewSource {
 pub enum Exit {
     /// On to the host's stack.
     Stack,
+    /// The same, marked: netfilter translates its source where it leaves.
+    Masqueraded,
     /// Past it, routed.
     Forward,
     /// Up the stack as if it had come in on the uplink, with this link-layer destination.

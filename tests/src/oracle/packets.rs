@@ -41,6 +41,10 @@ impl Model {
         if place == Place::Early {
             for alternative in &mut alternatives {
                 if self.leaves_to_tc(&headers, &alternative.outcome) {
+                    // What is masqueraded is left before its reply is looked at.
+                    let masqueraded =
+                        matches!(alternative.outcome, Outcome::Begun { exit: Exit::Masqueraded, .. });
+                    alternative.collided &= !masqueraded;
                     (alternative.outcome, alternative.then) = (Outcome::LeftToTc, Then::Nothing);
                 }
             }
@@ -68,8 +72,8 @@ impl Model {
     /// unwritten, and with it the other fragments.
     fn leaves_to_tc(&self, headers: &Headers, outcome: &Outcome) -> bool {
         match outcome {
-            Outcome::Reject(..) | Outcome::Translated(_, Exit::HandUp(_)) => true,
-            Outcome::Begun { exit: Exit::HandUp(_), .. } => true,
+            Outcome::Reject(..) | Outcome::Translated(_, Exit::HandUp(_) | Exit::Masqueraded) => true,
+            Outcome::Begun { exit: Exit::HandUp(_) | Exit::Masqueraded, .. } => true,
             Outcome::Translated(rewrite, Exit::Forward) => {
                 headers.is_tagged() || self.is_pod_here(rewrite.dst.ip())
             }
@@ -134,7 +138,9 @@ impl Model {
             return Outcome::Translated(flow.rewrite(sender, false), exit);
         }
         if flow.node_client.is_none() && !flow.source_translated {
-            return Outcome::Translated(flow.rewrite(sender, false), Exit::Stack);
+            let marked = flow.masqueraded && sender == Sender::Client;
+            let exit = if marked { Exit::Masqueraded } else { Exit::Stack };
+            return Outcome::Translated(flow.rewrite(sender, false), exit);
         }
         let to = flow.rewrite(sender, false).dst.ip();
         match self.way_past_the_stack(place, headers, to) {

@@ -12,13 +12,17 @@ use dataplane_common::tables::{self, Table as _};
 use dataplane_common::{Addr, Port, Protocol};
 use dataplane_user::compile::{self, Context, NodeSettings};
 use dataplane_user::expire::{self, Clock, IdleTimes};
+use dataplane_user::kernel::bpf;
 use dataplane_user::kernel::callers::{CallerCells, OldMarks};
+use dataplane_user::kernel::pins::Pins;
+use dataplane_user::kernel::rehearsal::{Arrival, Rehearsal, Trial};
 use dataplane_user::model::{Change, Dirty, Kind};
 use dataplane_user::sync::LingeringBits;
 use dataplane_user::watch::manifests;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -232,13 +236,51 @@ impl World {
             .context("answers")
     }
 
-    /// Sends these bytes, and counts nothing.
+    /// Pins the maps below a folder that is mounted for that, so that a second copy of the programs finds them.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn pin(&self, pins: &Pins) -> Result<()> {
+        pins.prepare()?;
+        for (name, map) in self.maps.iter() {
+            bpf::obj_pin(map.as_fd(), &pins.map(name)).with_context(|| name.to_owned())?;
+        }
+        Ok(())
+    }
+
+    /// Has a second copy of the programs run on a frame at a hook as [`World::send_uncounted`] does, without a trace in the maps
+    /// of the first.
     ///
     /// # Errors
     /// If the kernel refuses to run it.
-    pub fn send_uncounted(&self, hook: Hook, data: &[u8]) -> Result<(Verdict, Vec<u8>)> {
+    pub fn rehearse(
+        &self,
+        rehearsal: &mut Rehearsal,
+        hook: Hook,
+        data: &[u8],
+        key: FlowKey,
+    ) -> Result<(Verdict, Trial)> {
+        rehearsal.refresh()?;
+        let replies: Vec<_> =
+            self.maps.map::<tables::Flows>()?.entries()?.into_iter().map(|(key, _)| key).collect();
+        let interface = match hook {
+            Hook::Xdp => bail!("XDP is not rehearsed: it runs the same walk"),
+            Hook::UplinkIn | Hook::UplinkOut => self.uplink,
+            Hook::BareIn | Hook::BareOut => self.bare,
+            Hook::PodIn | Hook::PodOut => self.pod,
+        };
+        let arrival = Arrival { program: hook.program(), interface, data, key, replies: &replies };
+        let trial = rehearsal.trial(&arrival)?;
+        Ok((super::verdict(hook, trial.action)?, trial))
+    }
+
+    /// Sends these bytes, and counts nothing: the verdict, what left, and its mark.
+    ///
+    /// # Errors
+    /// If the kernel refuses to run it.
+    pub fn send_uncounted(&self, hook: Hook, data: &[u8]) -> Result<(Verdict, Vec<u8>, u32)> {
         let (verdict, result) = self.run(hook, hook.program(), data, 0)?;
-        Ok((verdict, result.data))
+        Ok((verdict, result.data, super::mark_of(&result.context)))
     }
 
     /// How often each reason has occurred.

@@ -102,6 +102,8 @@ pub struct Outcome {
     pub verdict: Verdict,
     /// The whole packet.
     pub packet: Vec<u8>,
+    /// Its mark; XDP has none.
+    pub mark: u32,
     /// The counters that moved, by how much. Reasons by their label; `service …` and `backend …` over all ids.
     pub moved: BTreeMap<String, u64>,
 }
@@ -181,6 +183,14 @@ fn sk_buff(interface: u32, segment: u32) -> Vec<u8> {
     context
 }
 
+/// The mark in a `struct __sk_buff`; XDP's context is shorter.
+fn mark_of(context: &[u8]) -> u32 {
+    const MARK: usize = 8;
+    const SHORTEST: usize = 192;
+    let mark = context.get(MARK..MARK + 4).filter(|_| context.len() >= SHORTEST);
+    mark.and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
+}
+
 /// `struct xdp_md` of a packet that came in by an interface: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
 /// egress_ifindex.
 pub(crate) fn xdp_md(length: usize, interface: u32) -> Vec<u8> {
@@ -243,6 +253,8 @@ impl World {
             node_port_addresses: compile::NodePortAddresses::All,
             snat_ports: vec![snat_ports],
             flags,
+            masquerade_mark: 0,
+            connection_mark: 0,
             netns_cookie: 1,
             secret: 1,
         };
@@ -298,12 +310,34 @@ impl World {
         Ok(())
     }
 
+    /// Has netfilter masquerade what has this mark; 0: nothing.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_masquerade_mark(&mut self, mark: u32) -> Result<()> {
+        self.settings.masquerade_mark = mark;
+        self.write_node()
+    }
+
+    /// Has netfilter note this mark of connections from outside; 0: none.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_connection_mark(&mut self, mark: u32) -> Result<()> {
+        self.settings.connection_mark = mark;
+        self.write_node()
+    }
+
     /// Takes these ports for translated sources.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn set_snat_ports(&mut self, ports: std::ops::RangeInclusive<u16>) -> Result<()> {
         self.settings.snat_ports = vec![ports];
+        self.write_node()
+    }
+
+    fn write_node(&mut self) -> Result<()> {
         let interfaces = interfaces()?.to_vec().into();
         let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
         self.mirror.set_node(&self.maps, &tables, Instant::now())?;
@@ -354,7 +388,7 @@ impl World {
             let difference = count - before.get(&name).copied().unwrap_or(0);
             (difference != 0).then_some((name, difference))
         });
-        Ok(Outcome { verdict, packet: result.data, moved: moved.collect() })
+        Ok(Outcome { verdict, packet: result.data, mark: mark_of(&result.context), moved: moved.collect() })
     }
 
     /// Runs the program at a hook once, and looks at no counter: what it decided, and how many nanoseconds it took.
@@ -404,18 +438,7 @@ impl World {
         let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
         object.load(program)?;
         let result = bpf::prog_test_run(object.program(program)?, &run)?;
-        let verdict = match (hook, result.retval as i32) {
-            (Hook::Xdp, 2) => Verdict::Pass,
-            (Hook::Xdp, 1) => Verdict::Drop,
-            (Hook::Xdp, 3) => Verdict::Tx,
-            (Hook::Xdp, 4) => Verdict::Redirect,
-            (Hook::Xdp, code) => bail!("{hook:?} returned {code}"),
-            (_, -1) => Verdict::Pass,
-            (_, 2) => Verdict::Drop,
-            (_, 7) => Verdict::Redirect,
-            (hook, code) => bail!("{hook:?} returned {code}"),
-        };
-        Ok((verdict, result))
+        Ok((verdict(hook, result.retval as i32)?, result))
     }
 
     /// All counters, added up over CPUs and ids.
@@ -467,6 +490,21 @@ impl World {
     pub fn rest(&self) {
         std::thread::sleep(dataplane_user::sync::REST + Duration::from_millis(50));
     }
+}
+
+/// What a program at a hook returned, in words.
+fn verdict(hook: Hook, code: i32) -> Result<Verdict> {
+    Ok(match (hook, code) {
+        (Hook::Xdp, 2) => Verdict::Pass,
+        (Hook::Xdp, 1) => Verdict::Drop,
+        (Hook::Xdp, 3) => Verdict::Tx,
+        (Hook::Xdp, 4) => Verdict::Redirect,
+        (Hook::Xdp, code) => bail!("{hook:?} returned {code}"),
+        (_, -1) => Verdict::Pass,
+        (_, 2) => Verdict::Drop,
+        (_, 7) => Verdict::Redirect,
+        (hook, code) => bail!("{hook:?} returned {code}"),
+    })
 }
 
 /// The counters of one packet of `bytes` bytes from a client; `new` if it began a flow.

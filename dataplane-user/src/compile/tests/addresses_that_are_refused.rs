@@ -1,7 +1,7 @@
 //! Z1 (without rivals) and Z2.
 
 use super::{addr, context, frontends, only_port, set, tables, texts};
-use crate::compile::Context;
+use crate::compile::{Context, ExternalIps};
 use crate::model::samples::{endpoint, ip, service, slice};
 use crate::model::{AddressType, EndpointSlice, LoadBalancerIngress, Service};
 use dataplane_common::frontend::FrontendKind;
@@ -76,6 +76,26 @@ fn a_nodes_own_address_is_programmed() {
     let own = Service { external_ips: [ip("192.0.2.1")].into(), ..service("web") };
     let tables = tables(&own, &[]);
     assert!(frontends(only_port(&tables)).contains(&("192.0.2.1".into(), 80, 6, FrontendKind::ExternalIp)));
+}
+
+/// Z1
+#[test]
+fn a_flag_refuses_external_ips_of_the_node_or_all_of_them_and_no_other_kind_of_address() {
+    let service = Service {
+        external_ips: [ip("192.0.2.1"), ip("203.0.113.1")].into(),
+        ingress: [LoadBalancerIngress { ip: ip("192.0.2.1"), proxy: false }].into(),
+        ..service("web")
+    };
+    for (external_ips, kept, refused) in
+        [(ExternalIps::All, 1, 0), (ExternalIps::NotOfNode, 1, 1), (ExternalIps::None, 0, 2)]
+    {
+        let context = Context { external_ips, ..context() };
+        let (tables, complaints) = crate::compile::service(&service, &[], &context);
+        let frontends = frontends(only_port(&tables));
+        let of = |kind: FrontendKind| frontends.iter().filter(|(.., other)| *other == kind).count();
+        assert_eq!((of(FrontendKind::LoadBalancerIp), of(FrontendKind::ClusterIp)), (1, 1));
+        assert_eq!((of(FrontendKind::ExternalIp), complaints.len()), (kept, refused), "{external_ips:?}");
+    }
 }
 
 /// An unspecified ClusterIP would be the key of node ports.

@@ -13,6 +13,8 @@ fn settings(node_port_addresses: NodePortAddresses) -> NodeSettings {
         node_port_addresses,
         snat_ports: vec![1_024..=29_999, 61_000..=65_535],
         flags: 0,
+        masquerade_mark: 0,
+        connection_mark: 0,
         netns_cookie: 7,
         secret: 11,
     }
