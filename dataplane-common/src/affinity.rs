@@ -28,6 +28,11 @@ impl AffinityKey {
         Self { client: Addr::from_words([cookie, 0]), service, by_cookie: 1 }
     }
 
+    /// The client, if it is told by its address; else the cookie in its place.
+    pub const fn client(&self) -> &Addr {
+        &self.client
+    }
+
     /// Id of the service port.
     pub const fn service(&self) -> u32 {
         self.service

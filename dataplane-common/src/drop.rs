@@ -115,6 +115,9 @@ reasons! {
     /// The kernel had no memory for a new flow, and nothing goes for it: see the limits of the agent's pod, to which flows count, and the
     /// node's memory.
     NoMemory = 32, "no-memory", Dropped;
+    /// A packet would have been refused by a TCP reset or an ICMP error, but this CPU has given as many as it may: somebody floods a
+    /// Service that has no endpoints, or asks too much.
+    AnswerLimited = 33, "answer-limited", Dropped;
     /// A node port was called from outside by a source that is in none of `--nodeport-source-ranges` (S2): intended, or add its range.
     NodePortSource = 40, "node-port-source", Dropped;
     /// A Service was called from outside by a source that `deniedSources` of `--sources-file` denies (S2).

@@ -78,7 +78,7 @@ pub enum Stage {
     Closing,
 }
 
-/// One direction of a flow: what its packets become. 64 bytes.
+/// One direction of a flow: what its packets become. 72 bytes.
 ///
 /// Both directions are made and removed together (C4). The partner's key is [`Flow::partner`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
@@ -100,13 +100,74 @@ pub struct Flow {
     pub backend: u32,
     /// The generation that the backend's id had.
     pub generation: u32,
-    /// Tick of the last packet in this direction; see [`TICK_SHIFT`].
+    /// Tick of the last packet in this direction; see [`tick`].
     pub last_seen: u32,
     /// See [`Flow::expected_ack`], [`Flow::answered_at`] and [`Flow::uplink`].
     pub detail: u32,
     /// In the client's half, while half-open or closing: the low bits of [`Name::turn`] of its name.
     pub turn: u32,
     spare: u32,
+    /// TCP: the numbers of this direction's segments.
+    pub numbers: Numbers,
+}
+
+/// What the segments of one end of a TCP connection have said; all zero: nothing yet. One word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C, align(8))]
+pub struct Numbers {
+    /// The sequence number behind the last that it used.
+    pub end: u32,
+    /// What it has acknowledged; 0: nothing yet.
+    pub ack: u32,
+}
+
+/// How far a segment may be from those before it: more than a network holds back.
+const NEAR: u32 = 1 << 21;
+
+impl Numbers {
+    /// Whether anything was said.
+    #[inline(always)]
+    pub const fn is_known(self) -> bool {
+        self.end | self.ack != 0
+    }
+
+    /// Whether a segment with these numbers can be of the same end: who guesses them comes as near once in a million times.
+    #[inline(always)]
+    pub const fn is_near(self, segment: Self) -> bool {
+        const fn near(a: u32, b: u32) -> bool {
+            b.wrapping_sub(a).wrapping_add(NEAR) < 2 * NEAR
+        }
+        let acks = self.ack == 0 || segment.ack == 0 || near(self.ack, segment.ack);
+        !self.is_known() || near(self.end, segment.end) && acks
+    }
+
+    /// After a segment with these numbers.
+    #[inline(always)]
+    #[must_use]
+    pub const fn after(self, segment: Self) -> Self {
+        const fn later(a: u32, b: u32) -> u32 {
+            if (b.wrapping_sub(a) as i32) > 0 { b } else { a }
+        }
+        if !self.is_known() {
+            return segment;
+        }
+        let ack = match (self.ack, segment.ack) {
+            (known, 0) => known,
+            (0, said) => said,
+            (known, said) => later(known, said),
+        };
+        Self { end: later(self.end, segment.end), ack }
+    }
+
+    /// Whether a reset of this end is believed (RFC 5961, 3): it has the number that `peer` waits for, or that comes after this end's
+    /// last, or answers the SYN of a connection that nobody has accepted. Of a connection of which nothing is known, each is.
+    #[inline(always)]
+    pub const fn resets(self, peer: Self, seq: u32, ack: u32, is_half_open: bool) -> bool {
+        let expected = peer.ack != 0 && seq == peer.ack;
+        let next = self.is_known() && seq == self.end;
+        let refuses = is_half_open && ack != 0 && ack == peer.end;
+        expected || next || refuses || !self.is_known() && !peer.is_known()
+    }
 }
 
 /// A slot of the rings `half_open` and `closing`: the name of a flow. 48 bytes.
@@ -165,16 +226,25 @@ impl PortTurn {
     }
 }
 
-/// A tick is 2^`TICK_SHIFT` jiffies: about a second at 250 Hz. "Last seen" is written when the tick changed.
+/// A tick is 2^shift jiffies, about a second: so it is where a second has 250 of them. "Last seen" is written when the tick changed.
 pub const TICK_SHIFT: u32 = 8;
 
-/// Ticks count modulo 2^24: the upper 24 bits of the low 32 bits of jiffies.
-pub const TICK_MASK: u32 = (1 << (32 - TICK_SHIFT)) - 1;
+/// The shift by which a tick is the nearest to a second where one has so many jiffies: 0.85 s at 300 Hz, 1.02 s at 250 and 1000 Hz,
+/// 1.28 s at 100 Hz.
+pub const fn tick_shift(jiffies_in_a_second: u32) -> u32 {
+    let number = if jiffies_in_a_second == 0 { 1 } else { jiffies_in_a_second as u64 };
+    // The power of two below, or the one above where that is nearer.
+    let below = number.ilog2();
+    if number - (1 << below) <= (2 << below) - number { below } else { below + 1 }
+}
 
-/// The tick of a moment, from the low 32 bits of jiffies.
+/// Ticks count modulo 2^24.
+pub const TICK_MASK: u32 = (1 << 24) - 1;
+
+/// The tick of a moment, from all bits of jiffies.
 #[inline(always)]
-pub const fn tick(jiffies: u32) -> u32 {
-    jiffies >> TICK_SHIFT
+pub const fn tick(jiffies: u64, shift: u32) -> u32 {
+    (jiffies >> shift) as u32 & TICK_MASK
 }
 
 /// How many ticks passed from `earlier` to `now`.
@@ -187,7 +257,7 @@ pub const fn ticks_between(earlier: u32, now: u32) -> u32 {
 const AHEAD: u32 = 1 << 16;
 
 /// How many ticks passed since `earlier`; none if it is after `now`, as what is written meanwhile may be. What is older than
-/// 2^24 ticks less 2^16 (49 days at 1000 Hz) looks younger than it is.
+/// 2^24 ticks less 2^16 (165 days at 300 Hz, and more at other rates) looks younger than it is.
 #[inline(always)]
 pub const fn ticks_since(earlier: u32, now: u32) -> u32 {
     if ticks_between(now, earlier) < AHEAD { 0 } else { ticks_between(earlier, now) }
@@ -320,9 +390,28 @@ mod tests {
     use super::*;
 
     #[test]
+    fn numbers_go_on_and_take_nothing_far_away() {
+        let said = Numbers { end: u32::MAX - 9, ack: 70 };
+        assert_eq!(said.after(Numbers { end: 20, ack: 0 }), Numbers { end: 20, ack: 70 });
+        assert_eq!(said.after(Numbers { end: u32::MAX - 99, ack: 69 }), said, "an old one");
+        assert_eq!(Numbers::default().after(said), said);
+        assert!(said.is_near(Numbers { end: 90, ack: u32::MAX }) && Numbers::default().is_near(said));
+        assert!(
+            !said.is_near(Numbers { end: NEAR, ack: 70 })
+                && !said.is_near(Numbers { end: 9, ack: NEAR + 70 })
+        );
+        let peer = Numbers { end: 100, ack: 7 };
+        assert!(said.resets(peer, 7, 0, false) && said.resets(peer, u32::MAX - 9, 0, false));
+        assert!(!said.resets(peer, 8, 0, false) && !said.resets(peer, 0, 100, false));
+        let (none, opened) = (Numbers::default(), Numbers { end: 100, ack: 0 });
+        assert!(none.resets(opened, 0, 100, true) && !none.resets(opened, 0, 99, true));
+        assert!(none.resets(none, 8, 0, false));
+    }
+
+    #[test]
     fn a_flag_is_found_in_the_first_word() {
         let mut flow = Flow::with_flags(Flow::REPLY);
-        let words: &mut [u64; 8] = bytemuck::must_cast_mut(&mut flow);
+        let words: &mut [u64; 9] = bytemuck::must_cast_mut(&mut flow);
         words[0] |= Flow::in_first_word(Flow::CLOSING | Flow::OVER);
         assert_eq!(flow.flags(), Flow::REPLY | Flow::CLOSING | Flow::OVER);
         assert_eq!((flow.check, flow.src_port, flow.dst_port), (0, Port::new(0), Port::new(0)));
@@ -330,7 +419,8 @@ mod tests {
 
     #[test]
     fn ticks_go_on_after_they_wrap() {
-        assert_eq!(ticks_between(tick(u32::MAX), tick(0)), 1);
+        assert_eq!(ticks_between(tick((1 << 32) - 1, TICK_SHIFT), tick(1 << 32, TICK_SHIFT)), 1);
+        assert_eq!([100, 250, 300, 1_000].map(tick_shift), [7, TICK_SHIFT, 8, 10]);
         assert_eq!(ticks_between(5, 12), 7);
     }
 

@@ -37,7 +37,7 @@ pub struct FragmentPorts {
     tick_and_proto: u32,
 }
 
-/// For how many ticks the first fragment of a datagram is remembered: about half a minute at 250 Hz, as long as Linux waits
+/// For how many ticks the first fragment of a datagram is remembered: about half a minute, as long as Linux waits
 /// for the rest of a datagram.
 pub const FRAGMENT_TICKS: u32 = 30;
 

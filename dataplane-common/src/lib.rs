@@ -10,6 +10,7 @@ extern crate std;
 
 pub mod addr;
 pub mod affinity;
+pub mod answers;
 pub mod backend;
 pub mod checksum;
 pub mod counter;

@@ -106,16 +106,18 @@ impl SourceRule {
 pub struct Node {
     /// Cookie of the node's own network namespace (`SO_NETNS_COOKIE`): sockets elsewhere belong to pods.
     pub netns_cookie: u64,
+    /// A random number of this boot, mixed into all choices that a client could else foresee from its own address and port.
+    pub secret: u64,
     /// Source address for translated IPv4 flows where the route names none.
     pub primary_v4: Addr,
     /// Source address for translated IPv6 flows where the route names none.
     pub primary_v6: Addr,
     /// The service ranges (P13).
     pub service_ranges: [Prefix; SERVICE_RANGES],
-    /// First translated source port, host order (P12).
-    pub first_port: u16,
-    /// Last translated source port, host order, inclusive (P12).
-    pub last_port: u16,
+    /// The translated source ports (P12); entries of number 0 are unused, and behind all others.
+    pub ports: [Ports; PORT_RANGES],
+    /// How many ports that are.
+    pub port_count: u32,
     /// The flags below.
     pub flags: u32,
     /// The bit of a packet's mark by which netfilter translates its source where it leaves for an endpoint (P4); 0: nobody does.
@@ -125,6 +127,19 @@ pub struct Node {
     pub connection_mark: u32,
     /// What becomes of sources, by [`SourceCase`].
     pub source_rules: [SourceRule; SOURCE_CASES],
+}
+
+/// How many ranges the translated source ports may be made of: what is in use lies between them.
+pub const PORT_RANGES: usize = 8;
+
+/// A range of ports. 4 bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Ports {
+    /// The first, host order.
+    pub first: u16,
+    /// How many; 65,535 at most, for nobody has port 0.
+    pub number: u16,
 }
 
 impl Node {
@@ -153,6 +168,21 @@ impl Node {
     #[inline(always)]
     pub const fn has(&self, flag: u32) -> bool {
         self.flags & flag == flag
+    }
+
+    /// The translated source port of this number, of all from 0 to [`Node::port_count`]; 0 if there is none.
+    #[inline(always)]
+    pub fn port(&self, number: u32) -> u16 {
+        let (mut left, mut at) = (number, 0);
+        while at < PORT_RANGES {
+            let Ports { first, number } = self.ports[at];
+            if left < number as u32 {
+                return first + left as u16;
+            }
+            left -= number as u32;
+            at += 1;
+        }
+        0
     }
 }
 
@@ -189,6 +219,18 @@ impl NodeAddress {
 mod tests {
     use super::*;
     use core::net::IpAddr;
+
+    #[test]
+    fn each_port_of_each_range_has_its_number() {
+        let mut node = Node::zeroed();
+        for (at, (first, number)) in [(1_024, 3), (40_000, 1), (65_000, 536)].into_iter().enumerate() {
+            node.ports[at] = Ports { first, number };
+        }
+        let ports: std::vec::Vec<_> = (0..540).map(|number| node.port(number)).collect();
+        let wanted: std::vec::Vec<_> = (1_024..1_027).chain([40_000]).chain(65_000..=65_535).collect();
+        assert_eq!(ports, wanted);
+        assert_eq!(node.port(540), 0);
+    }
 
     #[test]
     fn a_prefix_holds_its_own_addresses_only() {

@@ -1,10 +1,11 @@
 //! Every map by name, with its key, its value, its kind and how many entries it has by default.
 //!
 //! Nothing else names a map. The default sizes hold 30,000 service ports with two addresses each, 120,000 endpoints and
-//! 100,000 established flows; each can be changed by a flag of the agent.
+//! 131,072 established flows; each can be changed by a flag of the agent.
 
 use crate::Addr;
 use crate::affinity::{Affinity, AffinityKey};
+use crate::answers::ANSWER_RATES;
 use crate::backend::Backend;
 use crate::counter::Traffic;
 use crate::drop::REASON_SLOTS;
@@ -60,8 +61,8 @@ pub trait Table {
     type Value: Pod;
 }
 
-/// How many established flows there is room for by default.
-pub const ESTABLISHED: usize = 100_000;
+/// How many established flows there is room for at least, unless a flag says otherwise; the agent gives more where there is memory.
+pub const ESTABLISHED: usize = 131_072;
 
 /// How many entries `flows` has where there is room for so many flows of each stage.
 pub const fn flow_entries(established: usize, half_open: usize, closing: usize) -> usize {
@@ -138,6 +139,9 @@ tables! {
     BackendTraffic = "backend_traffic", PerCpuArray<u32, Traffic>, 122_880;
     /// How often each reason occurred.
     Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
+    /// How many answers that say no a CPU has given: the moments up to which they were given, in nanoseconds of the coarse monotonic
+    /// clock.
+    Answers = "answers", PerCpuArray<u32, u64>, ANSWER_RATES;
     /// Working memory of the walk, opaque: the stack of an eBPF program has 512 bytes only.
     Scratch = "scratch", PerCpuArray<u32, [u64; 96]>, 1;
     /// What programs called by TCP.
@@ -182,6 +186,7 @@ mod tests {
         assert_eq!(size_of::<SocketChoice>(), 8);
         assert_eq!(size_of::<crate::affinity::Choice>(), 8);
         assert_eq!(size_of::<NodeAddress>(), 8);
+        assert_eq!(size_of::<crate::flow::Numbers>(), 8);
         assert_eq!(size_of::<crate::node::SourceRule>(), 8);
         assert_eq!(size_of::<PortTurn>(), 16);
         assert_eq!(size_of::<Uplink>(), 8);
@@ -192,7 +197,7 @@ mod tests {
     fn the_sizes_of_keys_and_values_are_the_documented_ones() {
         assert_eq!(size_of::<FrontendKey>(), 24);
         assert_eq!(size_of::<FlowKey>(), 40);
-        assert_eq!(size_of::<Flow>(), 64);
+        assert_eq!(size_of::<Flow>(), 72);
         assert_eq!((size_of::<Name>(), size_of::<RingTurns>()), (48, 64));
         assert_eq!(size_of::<FragmentKey>(), 40);
         assert_eq!(size_of::<Service>(), 24);

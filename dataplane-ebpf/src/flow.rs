@@ -11,8 +11,8 @@ use crate::scratch::Scratch;
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_jiffies64;
 use core::sync::atomic::{Ordering, compiler_fence};
-use dataplane_common::Protocol;
-use dataplane_common::flow::{Flow, FlowKey, Stage, tick, ticks_between};
+use dataplane_common::flow::{Flow, FlowKey, Numbers, Stage, TICK_SHIFT, tick, ticks_between};
+use dataplane_common::{Protocol, read_word};
 
 /// How far beyond the number remembered from the SYN-ACK a client's first acknowledgement may lie: what a server may
 /// send before it hears from the client.
@@ -31,6 +31,13 @@ impl Found {
             // SAFETY: an element of a map, valid until the program ends; one aligned store.
             unsafe { (&raw mut (*self.0).last_seen).write_volatile(now) };
         }
+    }
+
+    /// Notes what this direction's segments have said.
+    #[inline(always)]
+    pub fn note(self, numbers: Numbers) {
+        // SAFETY: an element of a map, valid until the program ends; one aligned word.
+        unsafe { (&raw mut (*self.0).numbers).cast::<u64>().write_volatile(bytemuck::cast(numbers)) };
     }
 
     /// Sets flags in both directions.
@@ -89,14 +96,14 @@ unsafe fn set(entry: *mut Flow, flags: u16) {
 /// The tick of this moment.
 #[inline(always)]
 pub fn now() -> u32 {
-    tick(jiffies())
+    // SAFETY: a helper without arguments, and a valid static. Volatile, because the agent changes what the compiler sees.
+    unsafe { tick(bpf_jiffies64(), (&raw const TICK_LENGTH).read_volatile()) }
 }
 
-#[inline(always)]
-fn jiffies() -> u32 {
-    // SAFETY: a helper without arguments.
-    unsafe { bpf_jiffies64() as u32 }
-}
+/// How many jiffies a tick lasts: the logarithm to the base of two. The agent writes it before it loads the programs.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".rodata")]
+static TICK_LENGTH: u32 = TICK_SHIFT;
 
 /// Finds the flow with this key and copies it to `flow`, if it still belonged to `key` when the copy was complete.
 #[inline(always)]
@@ -250,7 +257,8 @@ pub fn wait(key: &FlowKey, turn: u64) -> bool {
     }
     let Some(entry) = FLOWS.get_ptr_mut(key) else { return true };
     if given == 0 {
-        remove_live(key, entry);
+        // SAFETY: an element of the map.
+        unsafe { remove_live(key, entry) };
         return false;
     }
     // SAFETY: an element of a map, valid until the program ends; one aligned store.
@@ -266,18 +274,42 @@ pub fn make_room() {
     }
 }
 
-/// Notes in the client's half what an endpoint's answer shows: the number that the client will acknowledge.
+/// Notes in the client's half what an endpoint's answer shows: the number that the client will acknowledge, and the client's own.
 #[inline(always)]
-pub fn answered(reply: &Flow, proto: u8, expected_ack: u32) {
+pub fn answered(reply: &Flow, proto: u8, expected_ack: u32, numbers: Numbers) {
     let Some(forward) = FLOWS.get_ptr_mut(&reply.partner(proto)) else { return };
     let flags = Flow::ANSWERED | Flow::ACK_KNOWN;
     // SAFETY: an element of a map, valid until the program ends; each field is one aligned store, the flags last.
     unsafe {
         (&raw mut (*forward).detail).write_volatile(expected_ack);
+        Found(forward).note(numbers);
         if !(*forward).has(flags) {
             set(forward, flags);
         }
     }
+}
+
+/// Notes in the client's half of a connection that was picked up in its middle that the endpoint goes on with it, from this number: who
+/// acknowledges that has seen it. Where a SYN began the flow only its SYN-ACK says so.
+#[inline(always)]
+pub fn goes_on(reply: &Flow, proto: u8, seq: u32) {
+    let Some(forward) = FLOWS.get_ptr_mut(&reply.partner(proto)) else { return };
+    // SAFETY: an element of a map, valid until the program ends; one aligned read and store, the flags last.
+    unsafe {
+        if read_word(&raw const (*forward).numbers).ack != 0 && !(*forward).has(Flow::ACK_KNOWN) {
+            (&raw mut (*forward).detail).write_volatile(seq);
+            set(forward, Flow::ANSWERED | Flow::ACK_KNOWN);
+        }
+    }
+}
+
+/// What the segments of the other direction have said; `key` is memory for its key.
+#[inline(always)]
+pub fn numbers_of_peer(flow: &Flow, proto: u8, key: &mut FlowKey) -> Numbers {
+    *key = flow.partner(proto);
+    let Some(other) = FLOWS.get_ptr(&*key) else { return Numbers::default() };
+    // SAFETY: an element of a map, valid until the program ends.
+    unsafe { read_word(&raw const (*other).numbers) }
 }
 
 /// Notes in the client's half that an endpoint answers by UDP. Whether it has gone on answering for a while: that is a stream, whose
@@ -310,9 +342,12 @@ pub fn remove(key: &FlowKey, flow: &Flow) {
 }
 
 /// Removes the flow of this entry, both directions, if the entry is the key's still. Whether it was.
+///
+/// # Safety
+/// `entry` must be an element of `flows`, which is valid until the program ends.
 #[inline(never)]
-pub fn remove_live(key: &FlowKey, entry: *const Flow) -> bool {
-    // SAFETY: an element of a map, valid until the program ends. What is read of it may be another's, which is found out.
+pub unsafe fn remove_live(key: &FlowKey, entry: *const Flow) -> bool {
+    // SAFETY: the caller promises it. What is read may be another's, which is found out.
     let partner = unsafe { (*entry).partner(key.proto()) };
     compiler_fence(Ordering::SeqCst);
     if !Found(entry.cast_mut()).is_of(key) {

@@ -9,12 +9,12 @@ mod programs {
     use aya_ebpf::EbpfContext;
     use aya_ebpf::bindings::TC_ACT_UNSPEC;
     use aya_ebpf::bindings::xdp_action::XDP_PASS;
-    use aya_ebpf::helpers::bpf_jiffies64;
     use aya_ebpf::macros::{cgroup_sock_addr, classifier, xdp};
     use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
     use aya_log_ebpf::debug;
     use dataplane_common::drop::Reason;
     use dataplane_ebpf::connect::{self, Inet4, Inet6};
+    use dataplane_ebpf::flow;
     use dataplane_ebpf::frame::skb::SkbFrame;
     use dataplane_ebpf::frame::xdp::XdpFrame;
     use dataplane_ebpf::frame::{ETHERNET, Frame as _};
@@ -82,11 +82,10 @@ mod programs {
         tc::<ETHERNET>(&ctx, Hook::PodEgress)
     }
 
-    /// Gives the low 32 bits of jiffies, for the agent to read the programs' clock.
+    /// Gives the tick, for the agent to read the programs' clock.
     #[classifier]
     pub(crate) fn clock(_ctx: TcContext) -> i32 {
-        // SAFETY: a helper without arguments.
-        unsafe { bpf_jiffies64() as i32 }
+        flow::now() as i32
     }
 
     /// Does nothing: what the others are measured against.

@@ -68,6 +68,7 @@ maps! {
     SERVICE_TRAFFIC: PerCpuArray = "service_traffic", ServiceTraffic;
     BACKEND_TRAFFIC: PerCpuArray = "backend_traffic", BackendTraffic;
     REASONS: PerCpuArray = "reasons", Reasons;
+    ANSWERS: PerCpuArray = "answers", Answers;
     SCRATCH: PerCpuArray = "scratch", Scratch;
     SOCKET_NAMES: SkStorage = "socket_names", SocketNames;
     SOCKET_PEERS: LruHashMap = "socket_peers", SocketPeers;

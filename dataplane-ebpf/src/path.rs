@@ -16,7 +16,7 @@ use crate::scratch::{Opening, Scratch};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Source};
 use crate::verdict::{Code, Exit, Verdict, Way};
-use crate::{interest, nat, outgoing, uplink};
+use crate::{interest, limit, nat, outgoing, uplink};
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
@@ -155,6 +155,11 @@ fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Cod
     } else {
         None
     };
+    let is_reset = error.is_none() && packet.proto == Protocol::Tcp as u8;
+    if !(if is_reset { limit::allows_reset() } else { limit::allows_icmp(&packet.src) }) {
+        count::reason(Reason::AnswerLimited);
+        return Verdict::Drop(Reason::AnswerLimited).into();
+    }
     let written = match error {
         Some(error) => {
             // In the node's own name, as a router would; but to the node itself that would be a martian.
@@ -224,7 +229,8 @@ impl<F: Frame> Walk<'_, F> {
             let direction = if reply { Direction::Out } else { Direction::In };
             count::packet(service, self.s.flow.backend, direction, self.s.packet.length);
         }
-        self.s.end = life::progress(&self.s.key, found, &self.s.packet, &self.s.flow);
+        let Scratch { key, packet, flow, keys: [peer, _], .. } = &mut *self.s;
+        self.s.end = life::progress(key, found, packet, flow, peer);
         self.send(exit)
     }
 
@@ -526,6 +532,7 @@ impl<F: Frame> Walk<'_, F> {
     #[inline(never)]
     fn begin(&mut self) -> Code {
         self.s.turn = ring::next::<HalfOpenRing>();
+        self.s.now = flow::now();
         self.new_flow().into()
     }
 
@@ -615,7 +622,7 @@ impl<F: Frame> Walk<'_, F> {
     fn propose(&mut self, attempt: u32) -> Code {
         let Opening { endpoints, service, affinity_seconds, source, .. } = self.s.opening;
         let chosen = if affinity_seconds == 0 {
-            select::by(endpoints, self.s.key.draw((flow::now() as u64) << 32 | attempt as u64))
+            select::by(endpoints, draw(&self.s.key, self.s.now, attempt))
         } else {
             let client = affinity_client(&self.s.packet.src, source);
             affinity::select(endpoints, &AffinityKey::address(*client, service), affinity_seconds)
@@ -646,19 +653,22 @@ impl<F: Frame> Walk<'_, F> {
     }
 
     /// Both halves of a new flow to the chosen endpoint, in the walk's working memory; the source is the client's still.
-    #[inline(always)]
+    #[inline(never)]
     fn write_flow(&mut self, source: Source, chosen: &Chosen, change: u16) {
-        let Scratch { packet, flow, reply, turn, .. } = &mut *self.s;
+        let Scratch { packet, flow, reply, turn, now, .. } = &mut *self.s;
         let from_node = source == Source::Node;
         let flags = if from_node { Flow::NODE_CLIENT } else { 0 };
         *flow = Flow::with_flags(flags | change & Flow::SOURCE_TRANSLATED);
         (flow.src, flow.src_port) = (packet.src, packet.src_port);
         (flow.dst, flow.dst_port) = (chosen.addr, chosen.port);
         (flow.backend, flow.generation) = (chosen.id, chosen.status.generation());
-        flow.last_seen = flow::now();
+        flow.last_seen = *now;
         *reply = *flow;
         flow.set(change);
         flow.turn = *turn as u32;
+        if packet.proto == Protocol::Tcp as u8 {
+            flow.numbers = life::numbers(packet);
+        }
         if from_node {
             reply.detail = self.frame.ifindex();
             // The node's own packets carry the uplink's address as they leave.
@@ -700,6 +710,13 @@ impl<F: Frame> Walk<'_, F> {
         count::packet(service, backend, Direction::In, self.s.packet.length);
         self.send(self.s.exit).into()
     }
+}
+
+/// A number by which a flow with this key chooses its endpoint: whoever knows its own five-tuple must not know it.
+#[inline(never)]
+fn draw(key: &FlowKey, now: u32, attempt: u32) -> u32 {
+    let secret = service::node().map_or(0, |node| node.secret);
+    key.draw(secret ^ ((now as u64) << 32 | attempt as u64))
 }
 
 /// Whether XDP can send a packet on: by the interface it came in on, untagged, to a known neighbour. Any other may be a veth,

@@ -252,5 +252,6 @@ unsafe fn evict<R: Ring>(key: *const FlowKey, turn: u64) -> bool {
     // SAFETY: an element of a map, valid until the program ends; each field is one aligned read.
     let flow: &Flow = unsafe { &*entry };
     let named = flow.stage() == R::STAGE && flow.turn == turn as u32;
-    named && flow::remove_live(key, entry)
+    // SAFETY: an element of the map.
+    named && unsafe { flow::remove_live(key, entry) }
 }

@@ -42,6 +42,8 @@ pub struct Scratch {
     pub ending: Ending,
     /// What the flow that begins has to choose from.
     pub opening: Opening,
+    /// The tick at which it begins.
+    pub now: u32,
     /// The turn in which it is named among the half-open.
     pub turn: u64,
     /// The keys of its reply, and of another flow that has it.

@@ -2,6 +2,8 @@
 //!
 //! A flag that means what a flag of kube-proxy means has its name.
 
+pub mod kube_proxy;
+
 use crate::compile::Sources;
 use crate::expire::LONGEST_IDLE;
 use crate::kernel::pins::is_layout;
@@ -14,7 +16,7 @@ use dataplane_common::Protocol;
 use dataplane_common::tables::{self, Closing, Flows, HalfOpen, LAYOUT, Table as _};
 use ipnet::IpNet;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -42,6 +44,19 @@ pub struct Cli {
         display_order = 1_000
     )]
     pub log: String,
+    /// How it is logged.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, display_order = 1_001)]
+    pub logging_format: LogFormat,
+}
+
+/// `--logging-format`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// A JSON object for each line, with `timestamp`, `level` and `fields`.
+    Json,
 }
 
 /// The verbs.
@@ -101,6 +116,17 @@ pub enum Command {
     /// Reads the pinned maps and the node's conntrack: needs root and the node's network namespace, but no agent. EXPIRES is the
     /// time after which conntrack forgets a connection if nothing comes.
     TakeOver(ShowArgs),
+    /// Whether this node can run Portolan, before an install; and whether it serves, afterwards. Beside each fault it says what helps.
+    ///
+    /// Changes nothing. Needs root and the node's network namespace. Where an agent runs it opens a connection to the API server's
+    /// Service and to DNS, as any process of the node does. The exit code is 0 if all is well, 3 if somebody should look at something,
+    /// and 4 if something does not work.
+    Check(CheckArgs),
+    /// One archive for a bug report: what the other verbs show, the agent's metrics, and how the node is set up.
+    ///
+    /// Needs root. Without --output it is written to stdout: `kubectl exec POD -- portolan report > report.tar.gz`. It holds no
+    /// credentials; it names Services, addresses and nodes.
+    Report(ReportArgs),
     /// What becomes of a new connection, and why: computed by the programs that forward, on the live tables, and changing nothing.
     ///
     /// FROM is an address, with a port or without, or `node`. TO is an address and port, a Service (`default/kubernetes:https`), or a
@@ -114,6 +140,10 @@ pub enum Command {
 /// Flags of `portolan agent`.
 #[derive(Clone, Debug, Args)]
 pub struct AgentArgs {
+    /// kube-proxy's configuration file (KubeProxyConfiguration): what has a counterpart here is taken, where no flag says otherwise, and
+    /// the log lists what is ignored.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Name of this machine's Node object; without it, the host name.
     #[arg(long, env = "NODE_NAME", value_name = "NAME", visible_alias = "hostname-override")]
     pub node_name: Option<String>,
@@ -191,10 +221,12 @@ pub struct AgentArgs {
     /// The name of the maps' layout, for tests of an upgrade that changes it.
     #[arg(long, value_name = "vN", default_value = LAYOUT, value_parser = layout, hide = true)]
     pub map_layout: String,
-    /// Ports that translated sources get; no local socket may use them.
-    #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
-    pub snat_ports: PortRange,
-    /// How many established flows there is room for.
+    /// Ports that translated sources get; no local socket may use them. Without it, all from 1024 on that the node itself does not
+    /// use: but for `ip_local_port_range`, `ip_local_reserved_ports`, 30000-32767 and the ports of sockets that are open at the start.
+    #[arg(long, value_name = "FIRST-LAST")]
+    pub snat_ports: Option<PortRange>,
+    /// How many established flows there is room for; without it, by the node's memory, at least 131,072 and 32,768 for each CPU. What is
+    /// not used takes 16 bytes for a direction of a flow.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1_024..=16_777_216))]
     pub max_flows: Option<u32>,
     /// Room in one map, such as `frontends=131072`.
@@ -247,6 +279,9 @@ pub struct AgentArgs {
     /// How many series of service ports and endpoints are told as metrics; the others are left out.
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     pub metrics_max_series: usize,
+    /// Tell the counters of endpoints as metrics too, five series each: on every node, those of all endpoints of the cluster.
+    #[arg(long)]
+    pub metrics_endpoints: bool,
     /// Settings of conntrack.
     #[command(flatten)]
     pub conntrack: ConntrackArgs,
@@ -364,6 +399,59 @@ pub struct StatusArgs {
     /// End with 0 in place of 3 where Services are served and somebody should look at something.
     #[arg(long)]
     pub allow_warnings: bool,
+}
+
+/// Flags of `portolan check`.
+#[derive(Clone, Debug, Args)]
+pub struct CheckArgs {
+    /// Credentials for the API server; without it, those of the pod this runs in.
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Where API servers are, as the agent's flag has it.
+    #[arg(long, env = "PORTOLAN_API_SERVER", value_name = "SERVER|auto", default_value = "auto", value_delimiter = ',', num_args = 1..)]
+    pub api_server: Vec<ServerChoice>,
+    /// The cgroup whose sockets would be served; without it, the root of the cgroup2 mount.
+    #[arg(long, value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
+    /// Ports that translated sources would get.
+    #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
+    pub snat_ports: PortRange,
+    /// Folder of what outlives a reboot.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
+    pub state_dir: PathBuf,
+    /// Where it looks and how it is printed.
+    #[command(flatten)]
+    pub show: ShowArgs,
+}
+
+/// Flags of `portolan report`.
+#[derive(Clone, Debug, Args)]
+pub struct ReportArgs {
+    /// Folder of the pins.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    pub bpffs: PathBuf,
+    /// The file that is written, a tar.gz.
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+impl CheckArgs {
+    /// The defaults, for another pin folder.
+    pub fn of(bpffs: &Path) -> Self {
+        Self {
+            kubeconfig: None,
+            api_server: Vec::new(),
+            cgroup: None,
+            snat_ports: PortRange { first: 61_000, last: 65_535 },
+            state_dir: DEFAULT_STATE.into(),
+            show: ShowArgs { bpffs: bpffs.to_owned(), output: Output::Table },
+        }
+    }
+
+    /// The API servers that were named; none: one is looked for.
+    pub fn named_servers(&self) -> Vec<ApiServer> {
+        named(&self.api_server)
+    }
 }
 
 /// Flags of `portolan explain`.
@@ -485,12 +573,16 @@ impl FromStr for ServerChoice {
 impl AgentArgs {
     /// The API servers that were named; none: one is looked for.
     pub fn named_servers(&self) -> Vec<ApiServer> {
-        let named = self.api_server.iter().filter_map(|choice| match choice {
-            ServerChoice::Auto => None,
-            ServerChoice::Server(server) => Some(server.clone()),
-        });
-        named.collect()
+        named(&self.api_server)
     }
+}
+
+fn named(choices: &[ServerChoice]) -> Vec<ApiServer> {
+    let named = choices.iter().filter_map(|choice| match choice {
+        ServerChoice::Auto => None,
+        ServerChoice::Server(server) => Some(server.clone()),
+    });
+    named.collect()
 }
 
 /// One entry of `--nodeport-addresses`.
@@ -585,26 +677,56 @@ impl FromStr for MapSize {
     }
 }
 
+/// What the room for flows depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// Bytes of memory.
+    pub memory: u64,
+    /// CPUs.
+    pub cpus: usize,
+}
+
+impl Machine {
+    /// This one.
+    pub fn this() -> Self {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next());
+        let kibibytes: u64 = total.and_then(|number| number.parse().ok()).unwrap_or_default();
+        Self { memory: kibibytes << 10, cpus: std::thread::available_parallelism().map_or(1, usize::from) }
+    }
+
+    /// How many established flows there is room for beside so many of the other stages: as kube-proxy has it at least, and an entry
+    /// for each 32 KiB of memory, up to four million.
+    fn established(self, others: usize) -> usize {
+        const LEAST: usize = 131_072;
+        const FOR_EACH_CPU: usize = 32_768;
+        const MEMORY_OF_AN_ENTRY: u64 = 32 << 10;
+        const MOST_ENTRIES: u64 = 1 << 22;
+        let entries = (self.memory / MEMORY_OF_AN_ENTRY).min(MOST_ENTRIES) as usize;
+        let by_memory = (entries / 2).saturating_sub(others);
+        by_memory.max(LEAST).max(FOR_EACH_CPU.saturating_mul(self.cpus))
+    }
+}
+
 /// Maps whose size the programs know, or that have none.
 const FIXED: &[&str] =
-    &["node", "filter", "callers", "turns", "port_turn", "reasons", "scratch", "socket_names"];
+    &["node", "filter", "callers", "turns", "port_turn", "reasons", "answers", "scratch", "socket_names"];
 
 impl AgentArgs {
-    /// Each map whose size differs from its default, and the size.
+    /// Each map whose size differs from its default on this machine, and the size.
     ///
     /// `flows` has room for what is established and for all that the rings of the other stages name, two entries each; the
     /// traffic of services and backends has as many as these.
-    pub fn map_sizes(&self) -> Vec<MapSize> {
+    pub fn map_sizes(&self, machine: Machine) -> Vec<MapSize> {
         let mut sizes: Vec<MapSize> = Vec::new();
         let set = |map: &str| self.map_size.iter().rfind(|size| size.map == map);
         let rings = [(HalfOpen::NAME, HalfOpen::CAPACITY), (Closing::NAME, Closing::CAPACITY)];
-        if self.max_flows.is_some() || rings.iter().any(|(ring, _)| set(ring).is_some()) {
-            let [half_open, closing] =
-                rings.map(|(ring, default)| set(ring).map_or(default, |size| size.entries as usize));
-            let established = self.max_flows.map_or(tables::ESTABLISHED, |flows| flows as usize);
-            let entries = tables::flow_entries(established, half_open, closing);
-            sizes.push(MapSize { map: Flows::NAME, entries: u32::try_from(entries).unwrap_or(u32::MAX) });
-        }
+        let [half_open, closing] =
+            rings.map(|(ring, default)| set(ring).map_or(default, |size| size.entries as usize));
+        let named = half_open + closing;
+        let established = self.max_flows.map_or_else(|| machine.established(named), |flows| flows as usize);
+        let entries = tables::flow_entries(established, half_open, closing);
+        sizes.push(MapSize { map: Flows::NAME, entries: u32::try_from(entries).unwrap_or(u32::MAX) });
         for size in &self.map_size {
             sizes.push(size.clone());
             let follower = match size.map {
@@ -652,6 +774,15 @@ fn clients(text: &str) -> Result<IpNet, String> {
     Ok(range)
 }
 
+fn protocol(text: &str) -> Result<Protocol, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "tcp" => Ok(Protocol::Tcp),
+        "udp" => Ok(Protocol::Udp),
+        "sctp" => Ok(Protocol::Sctp),
+        _ => Err(format!("`{text}` is none of tcp, udp and sctp")),
+    }
+}
+
 /// The value of a flag that has none: it is refused.
 #[derive(Clone, Debug)]
 pub enum Refused {}
@@ -662,15 +793,6 @@ fn told_by_interface(_: &str) -> Result<Refused, String> {
                 --pod-interface names those interfaces where the log says that it takes them for something else; --pod-cidr \
                 keeps external IPs out of ranges of pods";
     Err(text.to_owned())
-}
-
-fn protocol(text: &str) -> Result<Protocol, String> {
-    match text.to_ascii_lowercase().as_str() {
-        "tcp" => Ok(Protocol::Tcp),
-        "udp" => Ok(Protocol::Udp),
-        "sctp" => Ok(Protocol::Sctp),
-        _ => Err(format!("`{text}` is none of tcp, udp and sctp")),
-    }
 }
 
 fn layout(text: &str) -> Result<String, String> {
@@ -709,14 +831,15 @@ mod tests {
     fn the_defaults_are_the_documented_ones() {
         let args = agent(&[]).unwrap();
         assert_eq!(args.bpffs, PathBuf::from("/sys/fs/bpf/portolan"));
-        assert_eq!(args.snat_ports, PortRange { first: 61_000, last: 65_535 });
+        assert_eq!(args.snat_ports, None);
         assert_eq!(args.masquerade_ports, PortRange { first: 1_024, last: 29_999 });
         assert_eq!((args.masquerade_bit, args.keep_client_source), (14, false));
         assert_eq!(args.healthz_bind_address.0.unwrap().to_string(), "0.0.0.0:10256");
         assert_eq!(args.metrics_bind_address.0.unwrap().to_string(), "127.0.0.1:10249");
         assert_eq!(args.socket_lb, SocketLb::Host);
         assert_eq!(args.xdp, XdpMode::Auto);
-        assert!(args.map_sizes().is_empty());
+        let sizes = args.map_sizes(SMALL);
+        assert_eq!(sizes.iter().map(|size| size.map).collect::<Vec<_>>(), ["flows"]);
     }
 
     #[test]
@@ -757,6 +880,24 @@ mod tests {
         assert!(agent(&["--kubeconfig", "a", "--manifests", "b"]).is_err());
     }
 
+    const SMALL: Machine = Machine { memory: 2 << 30, cpus: 2 };
+
+    /// C4
+    #[test]
+    fn the_room_for_flows_follows_the_machine() {
+        let entries = |memory_gib: u64, cpus| {
+            let sizes = agent(&[]).unwrap().map_sizes(Machine { memory: memory_gib << 30, cpus });
+            sizes.iter().find(|size| size.map == "flows").unwrap().entries
+        };
+        let named = 2 * (HalfOpen::CAPACITY + Closing::CAPACITY) as u32;
+        assert_eq!(entries(2, 2), 2 * 131_072 + named);
+        assert_eq!(entries(0, 1), 2 * 131_072 + named, "what cannot be read");
+        assert_eq!(entries(2, 64), 2 * 32_768 * 64 + named, "as kube-proxy");
+        assert_eq!(entries(64, 16), 1 << 21);
+        assert_eq!(entries(4_096, 16), 1 << 22);
+        assert!(Machine::this().memory > 1 << 28 && Machine::this().cpus > 0);
+    }
+
     #[test]
     fn flags_of_kube_proxy_that_tell_pods_are_refused_with_what_to_use() {
         for flags in [
@@ -772,12 +913,12 @@ mod tests {
 
     #[test]
     fn the_room_for_flows_counts_both_directions() {
-        let sizes = agent(&["--max-flows", "50000", "--map-size", "backends=1000"]).unwrap().map_sizes();
+        let sizes = agent(&["--max-flows", "50000", "--map-size", "backends=1000"]).unwrap().map_sizes(SMALL);
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
         assert_eq!(sizes, [("flows", 493_216), ("backends", 1_000), ("backend_traffic", 1_000)]);
-        let sizes = agent(&["--map-size", "half_open=100,closing=200"]).unwrap().map_sizes();
+        let sizes = agent(&["--map-size", "half_open=100,closing=200"]).unwrap().map_sizes(SMALL);
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
-        assert_eq!(sizes, [("flows", 200_600), ("half_open", 100), ("closing", 200)]);
+        assert_eq!(sizes, [("flows", 262_744), ("half_open", 100), ("closing", 200)]);
     }
 
     #[test]

@@ -51,8 +51,8 @@ impl Default for IdleTimes {
 /// A direction without its partner is removed only when it is older: the partner may just be on its way.
 const ALONE: Duration = Duration::from_secs(5);
 
-/// The longest time after which a flow may be removed: what is older than 49 days looks younger than it is at 1000 Hz
-/// ([`ticks_since`]), and an agent may be away for some days.
+/// The longest time after which a flow may be removed: what is older than 165 days may look younger than it is ([`ticks_since`]), and an
+/// agent may be away for some days.
 pub const LONGEST_IDLE: Duration = Duration::from_secs(40 * 24 * 3_600);
 
 /// The kernel's clock, as the programs write it into flows.
@@ -60,7 +60,7 @@ pub const LONGEST_IDLE: Duration = Duration::from_secs(40 * 24 * 3_600);
 pub struct Clock {
     /// The tick now ([`dataplane_common::flow::tick`]).
     pub now: u32,
-    /// The time from one tick to the next; about a second at 250 Hz.
+    /// The time from one tick to the next; about a second.
     pub tick: Duration,
 }
 
@@ -141,6 +141,27 @@ fn sweep_at_most<M: Maps>(
 }
 
 impl IdleTimes {
+    /// From this part of the table's room on, in per cent, flows that may be of nobody are forgotten sooner.
+    const PRESSURE: usize = 70;
+    /// Then UDP may rest for so long.
+    const UDP_UNDER_PRESSURE: Duration = Duration::from_secs(30);
+    /// And a connection of which one end closed.
+    const HALF_CLOSED_UNDER_PRESSURE: Duration = Duration::from_secs(60);
+
+    /// For a table with so many entries: the fuller it is, the sooner those flows go that one packet or two can begin. A connection that
+    /// is established rests as long as ever.
+    #[must_use]
+    pub fn for_table(self, entries: usize, room: usize) -> Self {
+        if entries.saturating_mul(100) < room.saturating_mul(Self::PRESSURE) {
+            return self;
+        }
+        Self {
+            udp: self.udp.min(Self::UDP_UNDER_PRESSURE),
+            half_closed: self.half_closed.min(Self::HALF_CLOSED_UNDER_PRESSURE),
+            ..self
+        }
+    }
+
     /// For a flow, by its protocol and the flags of both directions.
     fn limit(&self, proto: u8, flags: u16) -> Duration {
         let flow = Flow::with_flags(flags);
@@ -366,6 +387,18 @@ mod tests {
         assert_limit(180, UDP, confirmed | Flow::ANSWERED);
     }
 
+    /// C4
+    #[test]
+    fn flows_that_rest_go_sooner_where_the_table_fills() {
+        let times = IdleTimes::default();
+        assert_eq!(times.for_table(699, 1_000), times);
+        let pressed = times.for_table(700, 1_000);
+        assert_eq!((pressed.udp.as_secs(), pressed.half_closed.as_secs()), (30, 60));
+        assert_eq!(IdleTimes { udp: times.udp, half_closed: times.half_closed, ..pressed }, times);
+        let short = IdleTimes { udp: Duration::from_secs(5), ..times };
+        assert_eq!(short.for_table(1, 1).udp, short.udp);
+    }
+
     /// A flag that only one direction has yet is of both.
     #[test]
     fn the_stage_of_a_flow_is_what_either_direction_says() {
@@ -455,13 +488,20 @@ mod tests {
     /// What a program writes into a flow at that moment.
     fn moment(jiffies: u64, hz: u64) -> u32 {
         // Jiffies begin five minutes before their lower half wraps (`INITIAL_JIFFIES`).
-        dataplane_common::flow::tick(jiffies.wrapping_sub(300 * hz) as u32)
+        dataplane_common::flow::tick((1 << 32) - 300 * hz + jiffies, shift(hz))
+    }
+
+    fn shift(hz: u64) -> u32 {
+        dataplane_common::flow::tick_shift(hz as u32)
     }
 
     /// Moments of a hundred years, in jiffies: around every wrap of the ticks, and between.
     fn a_century(hz: u64) -> impl Iterator<Item = u64> {
         const DAY: u64 = 24 * 3_600;
-        let wraps = (0..(100 * 366 * DAY * hz) >> 32).map(move |wrap| (wrap << 32) + 300 * hz);
+        let round = 1_u64 << (24 + shift(hz));
+        let begun = (1 << 32) - 300 * hz;
+        let wraps =
+            (1..=(100 * 366 * DAY * hz) / round).map(move |wrap| (wrap * round).saturating_sub(begun));
         let around = [0, 1, 255, 256, 10 * hz, 60 * hz, 3_600 * hz, DAY * hz, 20 * DAY * hz];
         let sides = around.into_iter().flat_map(|after| [after as i64, -(after as i64)]);
         // An uptime of more than the longest idle time.

@@ -1,12 +1,16 @@
 //! `portolan`: the node agent and its command line.
 
 use anyhow::{Context as _, Result};
-use clap::{CommandFactory as _, FromArgMatches as _};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _};
 use dataplane_user::admin::status::Verdict;
-use dataplane_user::admin::{self, View, explain, status};
+use dataplane_user::admin::{self, View, check, explain, report, status};
 use dataplane_user::agent;
 use dataplane_user::causes::causes;
-use dataplane_user::config::{CleanupArgs, Cli, Command, NoteArgs, ShowArgs};
+use dataplane_user::config::kube_proxy;
+use dataplane_user::config::{
+    AgentArgs, CleanupArgs, Cli, Command, LogFormat, NoteArgs, ReportArgs, ShowArgs,
+};
 use dataplane_user::heartbeat::Log;
 use dataplane_user::kernel::capability;
 use dataplane_user::kernel::cleanup::cleanup;
@@ -22,9 +26,9 @@ fn main() -> ExitCode {
     end_at_a_panic();
     // Here and not in the library: a new commit compiles this file alone again.
     version::set_revision(option_env!("PORTOLAN_REVISION"));
-    let command = Cli::command().version(version::text());
-    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
-    match log_to_stderr(&cli.log).and_then(|()| run(cli.command)) {
+    let matches = Cli::command().version(version::text()).get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    match log_to_stderr(&cli.log, cli.logging_format).and_then(|()| run(cli.command, &matches)) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("portolan: {}", causes(&*error));
@@ -33,9 +37,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<ExitCode> {
+fn run(command: Command, matches: &ArgMatches) -> Result<ExitCode> {
     match command {
-        Command::Agent(args) => agent::run(*args)?,
+        Command::Agent(mut args) => {
+            read_config(&mut args, matches)?;
+            agent::run(*args)?;
+        }
         Command::MountBpffs(args) => match Pins::new(&args.bpffs).prepare()? {
             Some(at) => println!("mounted a BPF file system at {}", at.display()),
             None => println!("{} lies on a BPF file system already", args.bpffs.display()),
@@ -58,6 +65,13 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Flows(args) => show(View::Flows, &args)?,
         Command::Drops(args) => show(View::Drops, &args)?,
         Command::TakeOver(args) => show(View::TakeOver, &args)?,
+        Command::Check(args) => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let page = runtime.block_on(check::look(&args))?;
+            print(&page.print(args.show.output)?)?;
+            return Ok(page.verdict.code().into());
+        }
+        Command::Report(args) => report(&args)?,
         Command::Explain(args) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let explanation = runtime.block_on(explain::explain(&args))?;
@@ -71,6 +85,43 @@ fn run(command: Command) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What kube-proxy's configuration file says, where no flag says otherwise.
+fn read_config(args: &mut AgentArgs, matches: &ArgMatches) -> Result<()> {
+    let Some(file) = args.config.clone() else { return Ok(()) };
+    let given = |flag: &str| {
+        let source = matches.subcommand_matches("agent").and_then(|matches| matches.value_source(flag));
+        source.is_some_and(|source| source != ValueSource::DefaultValue)
+    };
+    let ignored = kube_proxy::apply(args, &file, &given)?;
+    if !ignored.is_empty() {
+        tracing::warn!(
+            "{} says what means nothing here and is ignored: {}",
+            file.display(),
+            ignored.join(", ")
+        );
+    }
+    Ok(())
+}
+
+fn report(args: &ReportArgs) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut archive = Vec::new();
+    runtime.block_on(report::write(args, &mut archive))?;
+    match &args.output {
+        Some(file) => {
+            std::fs::write(file, archive).with_context(|| format!("cannot write {}", file.display()))?;
+            println!("wrote {}", file.display());
+        }
+        None if std::io::stdout().is_terminal() => {
+            anyhow::bail!(
+                "an archive is nothing for a terminal: name a file by --output, or send it to one by >"
+            )
+        }
+        None => std::io::stdout().write_all(&archive)?,
+    }
+    Ok(())
 }
 
 fn clean_up(args: &CleanupArgs) -> Result<()> {
@@ -130,12 +181,15 @@ fn print(text: &str) -> Result<()> {
 }
 
 /// stdout is for results and the line `ready`; everything else goes to stderr.
-fn log_to_stderr(filter: &str) -> Result<()> {
-    tracing_subscriber::fmt()
+fn log_to_stderr(filter: &str, format: LogFormat) -> Result<()> {
+    let lines = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_new(format!("{},{filter}", dataplane_user::watch::LOG_FILTER))?)
         .with_writer(|| Log)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
+        .with_target(false);
+    match format {
+        LogFormat::Text => lines.init(),
+        LogFormat::Json => lines.json().init(),
+    }
     Ok(())
 }

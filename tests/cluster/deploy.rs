@@ -15,14 +15,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-const LABEL: &str = "app.kubernetes.io/name=portolan";
+pub(crate) const LABEL: &str = "app.kubernetes.io/name=portolan";
 
 fn file(name: &str) -> String {
     format!("{}/../deploy/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 
 /// A cluster whose kubelet knows the image that `cargo xtask image` wrote.
-fn raise() -> Cluster {
+pub(crate) fn raise() -> Cluster {
     raise_on(&Options::default())
 }
 
@@ -218,7 +218,7 @@ fn assert_the_base_is_the_manifest(cluster: &Cluster) {
 }
 
 /// Empties the tables of a node, as a boot does.
-fn clean(node: &Node) {
+pub(crate) fn clean(node: &Node) {
     let [program, pins] = [portolan().unwrap(), node.bpffs().join("portolan")];
     let arguments = ["cleanup", "--keep-state", "--bpffs", pins.to_str().unwrap()];
     node.place().run(program.to_str().unwrap(), &arguments).unwrap();

@@ -95,12 +95,13 @@ impl Node {
             let settings = NodeSettings {
                 service_ranges: self.store.service_ranges(),
                 node_port_addresses: self.flags.node_port_addresses()?,
-                snat_ports: 61_000..=65_535,
+                snat_ports: vec![61_000..=65_535],
                 flags: 0,
                 masquerade_mark: 0,
                 connection_mark: 0,
                 sources: compile::Sources::default(),
                 netns_cookie: 0,
+                secret: 1,
             };
             let lb_ips = self.compiler.load_balancer_ips(&addresses);
             let (tables, complaints) = compile::node(&settings, self.store.own_node(), &interfaces, &lb_ips);

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 pub(crate) const KEPT: Ipv4Addr = Ipv4Addr::new(10, 96, 8, 1);
-const PORT: u16 = 80;
+pub(crate) const PORT: u16 = 80;
 
 /// A node with an agent to be, and an API server on it that knows the Node and one Service.
 pub(crate) struct Scene {
@@ -83,7 +83,7 @@ impl Scene {
         self.node().agent().unwrap().process().output().lines().any(|line| line == "ready")
     }
 
-    fn shell(&self) -> Client {
+    pub(crate) fn shell(&self) -> Client {
         Client::at(self.lab.pod("shell").unwrap().place())
     }
 

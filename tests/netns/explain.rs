@@ -127,6 +127,7 @@ fn an_explanation_says_why_and_changes_nothing() {
     assert_eq!(written(&lab), before, "nothing was counted and nothing entered");
 
     let (_, text, _) = node.portolan_verdict(&["explain", &shell, "default/web"]).unwrap();
+    println!("{text}");
     assert!(text.starts_with(&format!("UDP {shell} → {ADDRESS}:80\n")), "{text}");
     assert!(text.contains("2 of 3 take part") && text.contains("✓ would connect to"), "{text}");
     let (code, _, error) = node.portolan_verdict(&["explain", &shell, "default/nobody"]).unwrap();

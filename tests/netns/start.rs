@@ -1,6 +1,6 @@
 //! How an agent begins: what it is told meanwhile, what it tells systemd, and what it finds of a version with other maps.
 
-use crate::api_server::{KEPT, Scene, under_new_connections};
+use crate::api_server::{KEPT, PORT, Scene, under_new_connections};
 use crate::health::{HEALTH, get, until};
 use dataplane_tests::api_server::Treatment;
 use dataplane_tests::lab::{AgentOptions, at, portolan};
@@ -127,4 +127,29 @@ fn another_layout_takes_over_when_its_maps_hold_everything() {
     let told = scene.log().matches("another layout").count();
     scene.node().start_agent(&scene.options(&[])).unwrap();
     assert_eq!(scene.log().matches("another layout").count(), told, "{}", scene.log());
+}
+
+/// C3: an upgrade to another layout of the maps, and the way back, breaks no connection: its flow is there under the new version's maps.
+#[test]
+fn flows_go_on_when_another_layout_takes_over() {
+    let scene = Scene::set("node-1");
+    let options = |more: &[&str]| scene.options(&[&["--socket-lb=off"], more].concat());
+    scene.node().start_agent(&options(&[])).unwrap();
+    let mut stream = scene.shell().connect(at(KEPT, PORT)).unwrap();
+    let first = stream.ask().unwrap();
+    let known = || {
+        let flows = scene.node().portolan(&["flows"]).unwrap();
+        flows
+            .lines()
+            .filter(|line| line.contains("established") && line.contains(&first.client.to_string()))
+            .count()
+    };
+    assert_eq!(known(), 1);
+    for arguments in [&["--map-layout=v999"][..], &[]] {
+        scene.node().agent().unwrap().stop().unwrap();
+        scene.node().start_agent(&options(arguments)).unwrap();
+        scene.says(&["1 flows of other layouts were carried over"]);
+        assert_eq!(stream.ask().unwrap().client, first.client);
+    }
+    assert_eq!(known(), 1, "{}", scene.log());
 }

@@ -44,6 +44,7 @@ fn one_screen_tells_how_a_node_is_and_the_exit_code_says_it_too() {
     {
         assert!(text.contains(part), "{part} in {text}");
     }
+    println!("{text}");
     let page = json(&lab);
     assert_eq!(page["verdict"], "well");
     assert_eq!(page["agent"]["node"], "node-1");
@@ -96,4 +97,89 @@ fn shells_complete_the_verbs() {
                  _portolan portolan sta portolan && echo \"${COMPREPLY[@]}\"";
     assert!(script.contains("_portolan"), "{script}");
     assert_eq!(lab.node(0).place().run("bash", &["-c", words, portolan]).unwrap(), "status\n");
+}
+
+fn check(lab: &Lab, arguments: &[&str]) -> (i32, Vec<Value>) {
+    let all = [&["check", "-o", "json"], arguments].concat();
+    let (code, out, err) = lab.node(0).portolan_verdict(&all).unwrap();
+    let page: Value = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"));
+    (code, page["checks"].as_array().unwrap().clone())
+}
+
+/// What was found of one thing: verdict, text, and what helps.
+fn found(checks: &[Value], check: &str) -> (String, String, String) {
+    let line =
+        checks.iter().find(|line| line["check"] == check).unwrap_or_else(|| panic!("{check}: {checks:?}"));
+    let text = |field: &str| line[field].as_str().unwrap_or_default().to_owned();
+    (text("verdict"), text("found"), text("helps"))
+}
+
+/// F2, P1, P12: before an install a node is told what it lacks, and afterwards what it serves badly.
+#[test]
+fn a_node_is_checked_before_an_install_and_after() {
+    let lab = lab();
+    let cgroup = lab.node(0).cgroup().display().to_string();
+    let own = ["--cgroup", &cgroup];
+    let (code, checks) = check(&lab, &own);
+    assert_eq!(code, 3, "{checks:?}");
+    for what in
+        ["rights", "kernel", "cgroup2", "BPF file system", "forwarding", "source ports", "other proxies"]
+    {
+        assert_eq!(found(&checks, what).0, "well", "{checks:?}");
+    }
+    assert_eq!(found(&checks, "health port").1, "10256 is free");
+    assert_eq!(found(&checks, "API server").1, "not asked");
+
+    let stranger =
+        lab.node(0).place().enter(|| std::net::TcpListener::bind("0.0.0.0:10256").unwrap()).unwrap();
+    let (code, checks) = check(&lab, &own);
+    let (verdict, text, _) = found(&checks, "health port");
+    assert!(code == 4 && verdict == "failing" && text.contains("is taken by "), "{text}");
+    drop(stranger);
+    let (code, checks) = check(&lab, &[&own[..], &["--snat-ports", "40000-50000"]].concat());
+    let (verdict, text, helps) = found(&checks, "source ports");
+    assert!(code == 4 && verdict == "failing" && text.contains("overlap"), "{text}");
+    assert!(helps.contains("ip_local_port_range"), "{helps}");
+
+    lab.start_agents(&AgentOptions::default()).unwrap();
+    let (code, checks) = check(&lab, &own);
+    assert_eq!(code, 0, "{checks:?}");
+    assert!(found(&checks, "agent").1.ends_with("serves node-1"), "{checks:?}");
+    assert_eq!(found(&checks, "health port").1, "10256 is the agent's");
+    assert_eq!(found(&checks, "endpoints").1, "each of 1 service ports has one");
+    lab.manifests().apply(&Service::new("empty", Ipv4Addr::new(10, 96, 13, 3)).tcp(80, 8080)).unwrap();
+    until("a Service without endpoints is named", || {
+        let (code, checks) = check(&lab, &own);
+        code == 3 && found(&checks, "endpoints").1.contains("default/empty")
+    });
+}
+
+/// One archive, from a node with an agent.
+#[test]
+fn a_report_has_what_the_verbs_show() {
+    let lab = lab();
+    lab.start_agents(&AgentOptions::default()).unwrap();
+    let file = lab.logs().join("report.tar.gz");
+    let (code, out, err) = lab.node(0).portolan_verdict(&["report", "-o", file.to_str().unwrap()]).unwrap();
+    assert_eq!((code, out), (0, format!("wrote {}\n", file.display())), "{err}");
+    let list = lab.node(0).place().run("tar", &["-tzf", file.to_str().unwrap()]).unwrap();
+    for name in [
+        "status.json",
+        "check.json",
+        "services.json",
+        "flows.json",
+        "drops.json",
+        "metrics.txt",
+        "interfaces.txt",
+    ] {
+        assert!(list.lines().any(|line| line == format!("portolan-report/{name}")), "{name} in {list}");
+    }
+    assert!(!list.contains(".error"), "{list}");
+    let text = |name: &str| {
+        let member = format!("portolan-report/{name}");
+        lab.node(0).place().run("tar", &["-xOzf", file.to_str().unwrap(), &member]).unwrap()
+    };
+    assert!(
+        text("services.json").contains("default/web") && text("metrics.txt").contains("portolan_healthy 1")
+    );
 }

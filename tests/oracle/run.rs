@@ -6,9 +6,13 @@ use crate::shape::Shape;
 use crate::universe::{Places, is_pod};
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
+use dataplane_common::flow::FlowKey;
+use dataplane_common::{Addr, Port};
 use dataplane_tests::oracle::wire::{self, Headers, Segment, TAG};
 use dataplane_tests::oracle::{Alternative, Flow, Model, Place, Way};
 use dataplane_tests::packet::{Hook, NodeFacts, Verdict, World};
+use dataplane_user::kernel::pins::Pins;
+use dataplane_user::kernel::rehearsal::Rehearsal;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -21,6 +25,9 @@ const KINDS_V4: &[([u8; 2], u32)] =
 /// The same of ICMPv6.
 const KINDS_V6: &[([u8; 2], u32)] =
     &[([1, 0], 0), ([1, 4], 0), ([2, 0], 1_280), ([3, 0], 0), ([4, 0], 40), ([129, 0], 0)];
+
+/// One packet in so many is rehearsed: it takes several times as long as the packet itself.
+const REHEARSED: usize = 4;
 
 /// Hooks that one packet may pass one after the other.
 const LONGEST_WALK: usize = 4;
@@ -37,6 +44,9 @@ pub(crate) struct Bench {
     pub(crate) packets: usize,
     /// Of which kinds they were.
     pub(crate) kinds: Kinds,
+    /// A second copy of the programs, by which `portolan explain` answers, and what it has answered.
+    rehearsal: Option<Rehearsal>,
+    pub(crate) rehearsed: usize,
 }
 
 impl Bench {
@@ -52,7 +62,16 @@ impl Bench {
             reasons,
             packets: 0,
             kinds: Kinds::default(),
+            rehearsal: None,
+            rehearsed: 0,
         }
+    }
+
+    /// Has packets rehearsed before they are sent.
+    pub(crate) fn rehearsing(mut self, pins: &Pins) -> Self {
+        self.world.pin(pins).unwrap_or_else(|error| panic!("{error:#}"));
+        self.rehearsal = Some(Rehearsal::open(pins).unwrap_or_else(|error| panic!("{error}")));
+        self
     }
 
     /// Runs a case; the error is the first disagreement.
@@ -222,6 +241,7 @@ impl Case<'_> {
     /// One packet at one hook, by the programs and by the oracle.
     fn compare(&mut self, place: Place, frame: &[u8]) -> Result<(Verdict, Vec<u8>), String> {
         self.bench.packets += 1;
+        self.rehearse(place, frame)?;
         let world = &self.bench.world;
         let (verdict, out, mark) =
             world.send_uncounted(hook(place), frame).map_err(|error| format!("{error:#}"))?;
@@ -250,6 +270,33 @@ impl Case<'_> {
         }
         let allowed = complaints.iter().map(|complaint| format!("\n  {complaint}")).collect::<String>();
         Err(format!("at {place:?} {seen}\nallowed was:{allowed}"))
+    }
+
+    /// What the second copy of the programs makes of a packet must be allowed as well: verdict, every byte, next hop, reasons. That
+    /// it changes nothing shows when the packet itself comes, and in the counters.
+    fn rehearse(&mut self, place: Place, frame: &[u8]) -> Result<(), String> {
+        let Bench { rehearsal: Some(rehearsal), packets, rehearsed, world, .. } = &mut *self.bench else {
+            return Ok(());
+        };
+        let Some(headers) = wire::parse(frame, false).filter(|it| place != Place::Early && it.flaw.is_none())
+        else {
+            return Ok(());
+        };
+        let is_simple =
+            matches!(headers.proto, 6 | 17 | 132) && headers.src.port() != 0 && headers.fragment.is_none();
+        if !is_simple || *packets % REHEARSED != 0 {
+            return Ok(());
+        }
+        let end = |end: SocketAddr| (Addr::from(end.ip()), Port::new(end.port()));
+        let ((src, src_port), (dst, dst_port)) = (end(headers.src), end(headers.dst));
+        let key = FlowKey::new(src, src_port, dst, dst_port, headers.proto);
+        let rehearsed_now = world.rehearse(rehearsal, hook(place), frame, key);
+        let (verdict, trial) = rehearsed_now.map_err(|error| format!("{error:#}"))?;
+        *rehearsed += 1;
+        let seen = Seen { place, frame, verdict, out: &trial.data, mark: trial.mark, moved: trial.moved };
+        let alternatives = self.model.expect(place, frame);
+        let allowed = alternatives.iter().any(|it| fits(&self.model, it, Some(&headers), &seen).is_ok());
+        if allowed { Ok(()) } else { Err(format!("rehearsed at {place:?} {seen}, which is not allowed")) }
     }
 
     /// What the traffic counters must count of it.

@@ -195,6 +195,8 @@ impl Author {
         let (seq, ack) = match flags {
             chunk::INIT if sctp => (0, 1_001),
             _ if sctp => (ack, 1_001),
+            // Of a reset the number counts: what the endpoint waits for, what comes next, and what somebody guesses.
+            _ if flags & flag::RST != 0 => (random.of(&[1_001, 1_001, 1_001, 1_000, 77]), ack),
             _ => (1_000, if flags & flag::ACK == 0 { 0 } else { ack }),
         };
         let segment = Segment {
@@ -225,7 +227,11 @@ impl Author {
     fn reply(&mut self, random: &mut Random, to: usize, proto: u8, flags: u8) {
         let (id, data) = (self.id(), random.below(9));
         let (flags, ack) = if proto == SCTP { (chunk_of(flags), ISS + 1) } else { (flags, 1_001) };
-        let seq = if proto == SCTP { 1_001 } else { ISS };
+        let seq = match proto {
+            SCTP => 1_001,
+            _ if flags & flag::RST != 0 => random.of(&[ISS + 1, ISS + 1, ISS + 1, ISS + 9, 77]),
+            _ => ISS,
+        };
         let early = random.chance(40);
         let shape = shape::random(random, false);
         self.steps.push(Step::Reply { id, to, early, flags, seq, ack, data, shape });

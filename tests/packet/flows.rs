@@ -3,7 +3,7 @@
 use crate::{expect, expect_untouched};
 use dataplane_common::drop::Reason;
 use dataplane_common::node::Node;
-use dataplane_tests::packet::build::{Packet, tcp, tcp_packet, udp_packet};
+use dataplane_tests::packet::build::{Packet, Transport, tcp, tcp_packet, udp_packet};
 use dataplane_tests::packet::family::{Family, V4, for_both};
 use dataplane_tests::packet::{Hook, Outcome, Verdict, World, in_namespace, reason};
 use std::collections::BTreeMap;
@@ -20,6 +20,15 @@ fn syn_ack(f: &Family) -> Packet {
 /// The client's segment that acknowledges `ack`.
 fn ack(f: &Family, ack: u32) -> Packet {
     tcp_packet((f.pod, 40_000), (f.cluster_ip, 80), tcp::ACK).numbers(1_001, ack)
+}
+
+/// The same segment with so many bytes of data.
+fn with_data(segment: &Packet, bytes: usize) -> Packet {
+    let mut segment = segment.clone();
+    if let Transport::Tcp { data, .. } = &mut segment.transport {
+        *data = vec![0; bytes];
+    }
+    segment
 }
 
 fn establish(f: &Family, world: &World) {
@@ -43,6 +52,30 @@ fn a_connection_is_established_by_the_clients_proof_alone() {
         let out = ack(f, 5_001).to(f.remote, 8080);
         expect(&world, Hook::PodIn, &ack(f, 5_001), Verdict::Pass, &out, &f.counted_in(20, false));
         assert_eq!(world.flow_counts().unwrap(), [0, 2, 0]);
+    });
+}
+
+/// C4: a connection that was picked up in its middle, after a reboot, is established by traffic in both directions.
+#[test]
+fn a_connection_picked_up_in_its_middle_is_established_when_both_ends_go_on() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let from_client = |ack| tcp_packet((f.pod, 40_000), (f.cluster_ip, 80), tcp::ACK).numbers(9_000, ack);
+        let from_endpoint = with_data(&tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::ACK), 100);
+        world.send(Hook::PodIn, &from_client(70_000)).unwrap();
+        world.send(Hook::PodIn, &from_client(70_000)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0], "nobody has answered");
+        world.send(Hook::PodOut, &from_endpoint.clone().numbers(70_000, 9_000)).unwrap();
+        world.send(Hook::PodIn, &from_client(69_000)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0], "the answer was not seen");
+        world.send(Hook::PodIn, &from_client(70_100)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [0, 2, 0]);
+        // Where a SYN began it, only a SYN-ACK answers.
+        world.forget_flows().unwrap();
+        world.send(Hook::PodIn, &syn(f)).unwrap();
+        world.send(Hook::PodOut, &from_endpoint.numbers(70_000, 1_001)).unwrap();
+        world.send(Hook::PodIn, &ack(f, 70_100)).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0]);
     });
 }
 
@@ -117,7 +150,7 @@ fn a_reset_closes_a_connection() {
     for_both(|f| {
         let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
         establish(f, &world);
-        let rst = tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::RST);
+        let rst = tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::RST).numbers(5_001, 0);
         expect(
             &world,
             Hook::PodOut,
@@ -130,13 +163,54 @@ fn a_reset_closes_a_connection() {
     });
 }
 
+/// C4: a RST or FIN with a number that somebody has guessed ends nothing, of neither end, neither before a connection is accepted nor
+/// after; the right one does.
+#[test]
+fn a_guessed_number_ends_no_connection() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let client = |flags| tcp_packet((f.pod, 40_000), (f.cluster_ip, 80), flags);
+        let endpoint = |flags| tcp_packet((f.remote, 8080), (f.pod, 40_000), flags);
+        let guess = |counts: [usize; 3]| {
+            for number in [0, 1, 1_000, 5_000, 5_002, 3_000_000, 0xdead_beef] {
+                world.send(Hook::PodIn, &client(tcp::RST).numbers(number + 7, 0)).unwrap();
+                world.send(Hook::PodOut, &endpoint(tcp::RST).numbers(number + 7, 0)).unwrap();
+                world.send(Hook::PodOut, &endpoint(tcp::RST | tcp::ACK).numbers(0, number + 7)).unwrap();
+                let far = number + 10_000_000;
+                world.send(Hook::PodIn, &client(tcp::FIN | tcp::ACK).numbers(far, 5_001)).unwrap();
+                world.send(Hook::PodOut, &endpoint(tcp::FIN | tcp::ACK).numbers(far, 1_001)).unwrap();
+                assert_eq!(world.flow_counts().unwrap(), counts, "{number}");
+            }
+        };
+        world.send(Hook::PodIn, &syn(f)).unwrap();
+        for number in [0, 1_000, 1_002, 0xdead_beef] {
+            world.send(Hook::PodOut, &endpoint(tcp::RST | tcp::ACK).numbers(0, number)).unwrap();
+            world.send(Hook::PodIn, &client(tcp::RST).numbers(number, 0)).unwrap();
+        }
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0]);
+        world.send(Hook::PodOut, &syn_ack(f)).unwrap();
+        world.send(Hook::PodIn, &ack(f, 5_001)).unwrap();
+        guess([0, 2, 0]);
+        // Data in flight: the number after it, and what the client has acknowledged.
+        let data = with_data(&endpoint(tcp::ACK).numbers(5_001, 1_001), 100);
+        world.send(Hook::PodOut, &data).unwrap();
+        guess([0, 2, 0]);
+        let restored = endpoint(tcp::RST).numbers(5_101, 0).from(f.cluster_ip, 80);
+        let right = endpoint(tcp::RST).numbers(5_101, 0);
+        expect(&world, Hook::PodOut, &right, Verdict::Pass, &restored, &f.counted_out(20));
+        assert_eq!(world.flow_counts().unwrap(), [0, 0, 2]);
+    });
+}
+
 /// A new connection on the ports of one that is closing is a new flow.
 #[test]
 fn a_port_that_is_used_again_begins_a_new_flow() {
     for_both(|f| {
         let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
         establish(f, &world);
-        world.send(Hook::PodOut, &tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::RST)).unwrap();
+        world
+            .send(Hook::PodOut, &tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::RST).numbers(5_001, 0))
+            .unwrap();
         let out = syn(f).to(f.remote, 8080);
         expect(&world, Hook::PodIn, &syn(f), Verdict::Pass, &out, &f.counted_in(20, true));
         assert_eq!(world.flow_counts().unwrap(), [2, 0, 0]);
@@ -151,7 +225,9 @@ fn a_port_that_is_used_again_without_the_service_is_left_alone() {
         establish(f, &world);
         let restored = syn_ack(f).from(f.cluster_ip, 80);
         expect(&world, Hook::PodOut, &syn_ack(f), Verdict::Pass, &restored, &f.counted_out(20));
-        world.send(Hook::PodOut, &tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::RST)).unwrap();
+        world
+            .send(Hook::PodOut, &tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::RST).numbers(5_001, 0))
+            .unwrap();
         let direct = tcp_packet((f.pod, 40_000), (f.remote, 8080), tcp::SYN);
         expect_untouched(&world, Hook::PodIn, &direct);
         expect_untouched(&world, Hook::PodOut, &syn_ack(f));
@@ -166,7 +242,10 @@ fn a_refused_connection_leaves_no_flow() {
         let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
         world.send(Hook::PodIn, &syn(f)).unwrap();
         world
-            .send(Hook::PodOut, &tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::RST | tcp::ACK))
+            .send(
+                Hook::PodOut,
+                &tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::RST | tcp::ACK).numbers(0, 1_001),
+            )
             .unwrap();
         assert_eq!(world.flow_counts().unwrap(), [0, 0, 0]);
     });
@@ -203,7 +282,7 @@ impl Connection<'_> {
     }
 
     fn reset(&self) {
-        self.world.send(Hook::PodIn, &self.to_service(tcp::RST)).unwrap();
+        self.world.send(Hook::PodIn, &self.to_service(tcp::RST).numbers(1_001, 0)).unwrap();
     }
 
     /// Whether the endpoint's packets are restored.
@@ -414,7 +493,9 @@ fn a_closing_flow_does_not_cost_the_next_one_its_source() {
     for_both(|f| {
         let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
         establish(f, &world);
-        world.send(Hook::PodOut, &tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::RST)).unwrap();
+        world
+            .send(Hook::PodOut, &tcp_packet((f.remote, 8080), (f.pod, 40_000), tcp::RST).numbers(5_001, 0))
+            .unwrap();
         assert_eq!(world.flow_counts().unwrap(), [0, 0, 2]);
         let sent = tcp_packet((f.pod, 40_000), (f.node, 30_080), tcp::SYN);
         let out = sent.clone().to(f.remote, 8080);
@@ -576,5 +657,49 @@ fn an_endpoint_set_is_never_mixed_of_two() {
         let moved = world.run_while_sets_turn(Hook::Xdp, &sent.bytes(), PACKETS, 64).unwrap();
         // Of the run's end: what lies behind the one slot is nobody's.
         assert_eq!(moved, BTreeMap::from([(Reason::XdpLeftToTc, u64::from(PACKETS))]), "no route");
+    });
+}
+
+/// P12, C4: 10,000 questions by UDP in a second, by node port to one endpoint on another node, each from a port of its own: with as many
+/// source ports as a node has by default, each finds one.
+#[test]
+fn ten_thousand_questions_in_a_second_find_source_ports() {
+    const IN_A_SECOND: u16 = 10_000;
+    for_both(|f| {
+        let world = World::with_ports(&f.web("", &[f.remote_endpoint()]), 0, &[], 30_000..=63_511).unwrap();
+        for second in 0..4 {
+            for number in 0..IN_A_SECOND {
+                let client = 1_024 + second * IN_A_SECOND + number;
+                let question = udp_packet((f.client, client), (f.node, 30_080), b"q").bytes();
+                let (verdict, sent, _) = world.send_uncounted(Hook::UplinkIn, &question).unwrap();
+                assert_eq!(verdict, Verdict::Redirect, "question {number} of second {second}");
+                let answer = udp_packet((f.remote, 8080), (f.node, f.source_port(&sent)), b"a").bytes();
+                let (verdict, restored, _) = world.send_uncounted(Hook::UplinkIn, &answer).unwrap();
+                let wanted = udp_packet((f.node, 30_080), (f.client, client), b"a").ttl(63).bytes();
+                assert_eq!((verdict, restored), (Verdict::Redirect, wanted));
+            }
+            world.age_flows(1).unwrap();
+        }
+    });
+}
+
+/// C4: 100,000 questions by UDP wait for their answers at once, for six seconds.
+#[test]
+fn a_hundred_thousand_questions_wait_for_their_answers() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        let all =
+            || [f.pod, f.other_pod].into_iter().flat_map(|pod| (10_000..60_000).map(move |port| (pod, port)));
+        for (pod, port) in all() {
+            let question = udp_packet((pod, port), (f.cluster_ip, 80), b"q").bytes();
+            assert_eq!(world.send_uncounted(Hook::PodIn, &question).unwrap().0, Verdict::Pass);
+        }
+        assert_eq!(world.flow_counts().unwrap(), [200_000, 0, 0]);
+        world.age_flows(6).unwrap();
+        for (pod, port) in all() {
+            let answer = udp_packet((f.remote, 8080), (pod, port), b"a");
+            let restored = world.send_uncounted(Hook::PodOut, &answer.bytes()).unwrap().1;
+            assert_eq!(restored, answer.from(f.cluster_ip, 80).bytes(), "{pod} {port}");
+        }
     });
 }

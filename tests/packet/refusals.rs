@@ -2,9 +2,10 @@
 
 use crate::{expect, expect_drop};
 use dataplane_common::drop::Reason;
-use dataplane_tests::packet::build::{icmp_error, tcp, tcp_packet, udp_packet};
+use dataplane_tests::packet::build::{Packet, icmp_error, tcp, tcp_packet, udp_packet};
 use dataplane_tests::packet::family::{V6, for_both};
 use dataplane_tests::packet::{Hook, Verdict, World, in_namespace, reason};
+use dataplane_user::kernel::bpf;
 
 /// P1: ClusterIP and NodePort alike, TCP.
 #[test]
@@ -101,5 +102,31 @@ fn a_link_local_client_is_forwarded_nowhere() {
             let out = sent.clone().to(f.pod, 8080);
             expect(&world, hook, &sent, Verdict::Pass, &out, &f.counted_in(8 + 8, true));
         }
+    });
+}
+
+/// "Reject" of the contract: answers are limited, by source first, so that one that floods does not take them from all. What is not
+/// answered is counted.
+#[test]
+fn a_flood_is_not_answered_one_for_one() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[])).unwrap();
+        let ask = |client| udp_packet((client, 40_000), (f.cluster_ip, 80), b"q");
+        let answered = |packet: &Packet, most: usize| {
+            let bytes = packet.bytes();
+            let refused = |_: &usize| world.time(Hook::PodIn, &bytes).unwrap().0 == Verdict::Redirect;
+            (0..most).take_while(refused).count()
+        };
+        let cpus = bpf::possible_cpus().unwrap();
+        let flood = answered(&ask(f.pod), 4_000 * cpus);
+        assert!((500..4_000 * cpus).contains(&flood), "{flood}");
+        let silent = world.send(Hook::PodIn, &ask(f.pod)).unwrap();
+        if silent.verdict == Verdict::Drop {
+            assert_eq!(silent.moved, reason(Reason::AnswerLimited));
+        }
+        assert!(answered(&ask(f.other_pod), 10) == 10, "another source is answered");
+        // TCP has its own, larger number.
+        let opens = tcp_packet((f.pod, 40_000), (f.cluster_ip, 80), tcp::SYN);
+        assert_eq!(answered(&opens, 1_000), 1_000);
     });
 }

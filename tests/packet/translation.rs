@@ -585,6 +585,30 @@ fn xdp_and_tc_together_choose_evenly() {
     });
 }
 
+/// P4: a client that knows its own port does not know to which endpoint that leads: a secret is part of the choice.
+#[test]
+fn nobody_foresees_the_endpoint_from_its_own_port() {
+    for_both(|f| {
+        let endpoints = [(f.other_pod, "here", "ready: true"), (f.remote, "there", "ready: true")];
+        let mut world = World::new(&f.web("", &endpoints)).unwrap();
+        let mut choices = |secret| {
+            world.set_secret(secret).unwrap();
+            world.forget_flows().unwrap();
+            let choice = |port| {
+                let sent = tcp_packet((f.pod, port), (f.cluster_ip, 80), tcp::SYN).bytes();
+                f.destination(&world.send_uncounted(Hook::PodIn, &sent).unwrap().1)
+            };
+            (40_000..40_032).map(choice).collect::<Vec<_>>()
+        };
+        // The choice is another one each second as well: what is told is of one.
+        let told = (0..100).find_map(|_| {
+            let [first, other, again] = [1, 2, 1].map(&mut choices);
+            (first == again).then(|| first == other)
+        });
+        assert_eq!(told, Some(false));
+    });
+}
+
 /// Both directions of a flow find each other by their own tuples.
 #[test]
 fn a_new_flow_has_both_directions() {

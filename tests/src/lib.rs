@@ -9,6 +9,7 @@ pub mod bench_prog;
 pub mod bench_sync;
 pub mod controlplane;
 pub mod deploy;
+mod docs;
 pub mod lab;
 pub mod load;
 pub mod oracle;

@@ -18,9 +18,9 @@ const MODULES: &[&str] =
 /// Arguments of `portolan-lab run --once`, a tour each. Emulated, forty requests take longer than pods usually drain, and a
 /// verifier that walks every program for three agents at once takes more than a minute.
 const TOURS: &[&str] = &[
-    "--drain 20 --patience 300",
-    "--drain 20 --patience 300 --xdp",
-    "--drain 20 --patience 300 --pod-network bridge --strict-rp-filter --no-tx-checksums",
+    "--drain 60 --patience 300",
+    "--drain 60 --patience 300 --xdp",
+    "--drain 60 --patience 300 --pod-network bridge --strict-rp-filter --no-tx-checksums",
 ];
 
 /// Boots a kernel of this series, has it run tours, and gives what it said.

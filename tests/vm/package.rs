@@ -79,18 +79,39 @@ pub(crate) fn kernel(archive: &Archive, series: &str) -> Result<Kernel> {
              its security updates or backports"
         )
     })?;
-    let folder = unpacked(archive, name)?;
-    let boot = fs::read_dir(folder.join("boot"))?.flatten().map(|entry| entry.path());
-    let image = boot.into_iter().find(|path| path.to_string_lossy().contains("/vmlinuz-"));
+    let mut folders = vec![unpacked(archive, name)?];
+    // Since 7.1 that package is empty and needs two others.
+    let rest = name.trim_start_matches("linux-image-");
+    for part in ["linux-binary", "linux-modules"].map(|part| format!("{part}-{rest}")) {
+        let exactly = format!("^{}$", part.replace('.', "\\.").replace('+', "\\+"));
+        let found = archive.run("apt-cache", &["search", "--names-only", &exactly], Path::new("."))?;
+        if !found.is_empty() {
+            folders.push(unpacked(archive, &part)?);
+        }
+    }
+    let below = |place: &str| folders.iter().map(|folder| folder.join(place)).collect::<Vec<_>>();
+    let images = below("boot").into_iter().flat_map(entries).filter(|path| is_kernel(path));
+    let modules: Vec<_> = ["usr/lib/modules", "lib/modules"].into_iter().flat_map(below).collect();
+    let beside_modules =
+        modules.iter().cloned().flat_map(entries).flat_map(entries).filter(|path| is_kernel(path));
     Ok(Kernel {
         name: name.to_owned(),
-        image: image.with_context(|| format!("{name} holds no kernel"))?,
-        modules: ["usr/lib/modules", "lib/modules"]
-            .map(|path| folder.join(path))
-            .into_iter()
-            .find(|path| path.is_dir())
-            .with_context(|| format!("{name} holds no modules"))?,
+        image: images.chain(beside_modules).next().with_context(|| format!("{name} holds no kernel"))?,
+        modules: modules
+            .iter()
+            .find(|folder| entries((*folder).clone()).any(|version| version.join("kernel").is_dir()))
+            .with_context(|| format!("{name} holds no modules"))?
+            .clone(),
     })
+}
+
+/// What lies in a folder, if there is one.
+fn entries(folder: PathBuf) -> impl Iterator<Item = PathBuf> {
+    fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+fn is_kernel(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"))
 }
 
 /// The folder of a package's files.

@@ -3,7 +3,7 @@
 use crate::flow::{self, Found};
 use crate::parse::{Packet, sctp, tcp};
 use dataplane_common::Protocol;
-use dataplane_common::flow::{Flow, FlowKey, Stage};
+use dataplane_common::flow::{Flow, FlowKey, Numbers, Stage};
 
 /// How a flow ends: the flags for the half of its last packet, and for the other. Without any it goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,26 +22,33 @@ impl End {
     const RESET: Self = Self { own: Flow::OVER, others: Flow::OVER };
 }
 
-/// Moves a flow through its life: half-open, established, closing. How it ends, if it does.
+/// Moves a flow through its life: half-open, established, closing. How it ends, if it does. `peer` is memory for the other half's key.
 #[inline(always)]
-pub(super) fn progress(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow) -> End {
-    match flow.stage() {
+pub(super) fn progress(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow, peer: &mut FlowKey) -> End {
+    let stage = flow.stage();
+    let is_tcp = packet.proto == Protocol::Tcp as u8;
+    let (is_near, resets) = if is_tcp {
+        (follow(found, packet, flow), packet.resets() && is_reset(packet, flow, peer))
+    } else {
+        (true, packet.resets())
+    };
+    match stage {
         Stage::HalfOpen => {
             // A connection that was refused leaves nothing behind.
-            if !confirm(key, found, packet, flow) && packet.resets() {
+            if !confirm(key, found, packet, flow) && resets {
                 flow::remove(key, flow);
             }
         }
-        Stage::Established if packet.proto == Protocol::Tcp as u8 => {
-            if packet.flags & tcp::RST != 0 {
+        Stage::Established if is_tcp => {
+            if resets {
                 return End::RESET;
             }
-            if packet.flags & tcp::FIN != 0 {
+            if packet.tcp(tcp::FIN | tcp::RST, tcp::FIN) && is_near {
                 return finish(key, found, flow);
             }
         }
         Stage::Established if packet.proto == Protocol::Sctp as u8 => {
-            if packet.flags == sctp::ABORT || packet.flags == sctp::SHUTDOWN_COMPLETE {
+            if resets || packet.flags == sctp::SHUTDOWN_COMPLETE {
                 return End::RESET;
             }
             if packet.flags == sctp::SHUTDOWN || packet.flags == sctp::SHUTDOWN_ACK {
@@ -49,14 +56,54 @@ pub(super) fn progress(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow
             }
         }
         Stage::Closing if !flow.has(Flow::OVER) => {
-            let answers = !flow.has(Flow::LAST_FIN) && packet.tcp(tcp::SYN | tcp::FIN, 0);
-            if answers || packet.resets() || packet.sctp(sctp::SHUTDOWN_COMPLETE) {
+            let answers =
+                !flow.has(Flow::LAST_FIN) && packet.tcp(tcp::SYN | tcp::FIN | tcp::RST, 0) && is_near;
+            if answers || resets || packet.sctp(sctp::SHUTDOWN_COMPLETE) {
                 found.mark(key, flow, Flow::OVER);
             }
         }
         Stage::Established | Stage::Closing => {}
     }
     End::NONE
+}
+
+/// The numbers of a TCP segment.
+#[inline(always)]
+pub(super) fn numbers(packet: &Packet) -> Numbers {
+    let data = packet.length.wrapping_sub(packet.network_header()).wrapping_sub(packet.transport_header());
+    let flags = (packet.flags & tcp::SYN != 0) as u32 + (packet.flags & tcp::FIN != 0) as u32;
+    let ack = if packet.flags & tcp::ACK != 0 { packet.ack } else { 0 };
+    Numbers { end: packet.seq.wrapping_add(data).wrapping_add(flags), ack }
+}
+
+/// Follows the numbers of a direction's segments. Whether this one's are near those before: what is not is somebody's guess.
+#[inline(always)]
+fn follow(found: Found, packet: &Packet, flow: &Flow) -> bool {
+    let segment = numbers(packet);
+    let is_near = flow.numbers.is_near(segment);
+    // A client that has not seen an answer may begin anew, with other numbers.
+    let opens = packet.opens() && !flow.has(Flow::REPLY) && flow.stage() == Stage::HalfOpen;
+    let after = if opens { segment } else { flow.numbers.after(segment) };
+    let goes_on = packet.tcp(tcp::SYN | tcp::RST, 0) && is_near;
+    if (opens || goes_on) && after != flow.numbers {
+        found.note(after);
+    }
+    is_near
+}
+
+/// Whether a TCP reset has the number that its receiver waits for (RFC 5961, 3). Anybody can send one with another.
+#[inline(always)]
+fn is_reset(packet: &Packet, flow: &Flow, peer: &mut FlowKey) -> bool {
+    let peer = flow::numbers_of_peer(flow, packet.proto, peer);
+    flow.numbers.resets(peer, packet.seq, numbers(packet).ack, flow.stage() == Stage::HalfOpen)
+}
+
+/// Notes what an endpoint's SYN-ACK says of both ends.
+#[inline(always)]
+fn accept(found: Found, packet: &Packet, flow: &Flow) {
+    let (own, proof) = (numbers(packet), packet.seq.wrapping_add(1));
+    found.note(own);
+    flow::answered(flow, packet.proto, proof, Numbers { end: own.ack, ack: proof });
 }
 
 /// A FIN, or what SCTP has for it, on an established flow: when both ends have sent one, the flow is closing.
@@ -81,8 +128,13 @@ fn confirm(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow) -> bool {
     let (is_tcp, is_udp) = (packet.proto == Protocol::Tcp as u8, packet.proto == Protocol::Udp as u8);
     let is_reply = flow.has(Flow::REPLY);
     if is_reply && packet.accepts() {
-        let proof = if is_tcp { packet.seq.wrapping_add(1) } else { packet.ack };
-        flow::answered(flow, packet.proto, proof);
+        if is_tcp {
+            accept(found, packet, flow);
+        } else {
+            flow::answered(flow, packet.proto, packet.ack, Numbers::default());
+        }
+    } else if is_reply && packet.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::ACK) {
+        flow::goes_on(flow, packet.proto, packet.seq);
     }
     let confirmed = if is_reply {
         is_udp && flow::streams(flow)

@@ -8,6 +8,7 @@ use crate::{outgoing, service};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::Port;
 use dataplane_common::flow::PortTurn;
+use dataplane_common::node::Node;
 
 /// How many steps a search for a translated source port takes (P12). More than every other one tries a port: with nine of ten
 /// taken, all of these are once in 10^11 searches. A search that is in vain costs some tens of microseconds.
@@ -28,8 +29,7 @@ const LAST_RESORT: u32 = 64;
 /// The search for a translated source port, as its steps see it.
 struct PortSearch<'a> {
     scratch: &'a mut Scratch,
-    first: u32,
-    range: u32,
+    node: &'a Node,
     mask: u32,
     turn: PortTurn,
 }
@@ -42,12 +42,10 @@ pub(super) fn claim(scratch: &mut Scratch) {
     let (Some(node), Some(turn)) = (service::node(), PORT_TURN.get_ptr_mut(0)) else {
         return;
     };
-    let (first, last) = (node.first_port as u32, node.last_port as u32);
-    if last < first {
+    if node.port_count == 0 {
         return;
     }
-    let range = last - first + 1;
-    let mut mask = range - 1;
+    let mut mask = node.port_count - 1;
     mask |= mask >> 1;
     mask |= mask >> 2;
     mask |= mask >> 4;
@@ -57,7 +55,7 @@ pub(super) fn claim(scratch: &mut Scratch) {
     if begun.order == 0 || begun.number > mask as u64 {
         begun = PortTurn { order: random(), number: 0 };
     }
-    let mut search = PortSearch { scratch, first, range, mask, turn: begun };
+    let mut search = PortSearch { scratch, node, mask, turn: begun };
     repeat(PORT_STEPS, &mut search);
     // SAFETY: as above.
     unsafe { turn.write_volatile(PortTurn { number: search.turn.number, ..begun }) };
@@ -76,11 +74,12 @@ impl Steps for PortSearch<'_> {
         }
         let offset = self.turn.place(self.mask);
         self.turn.number = self.turn.number.wrapping_add(1);
-        if offset >= self.range {
+        let port = self.node.port(offset);
+        if port == 0 {
             return Step::Next;
         }
         let Scratch { key, flow, keys, ending, .. } = &mut *self.scratch;
-        flow.src_port = Port::new((self.first + offset) as u16);
+        flow.src_port = Port::new(port);
         // Somebody else's connection by way of netfilter, whose answers would be taken for the flow's.
         keys[0] = flow.partner(key.proto());
         if outgoing::is_answered_by(&keys[0]) {

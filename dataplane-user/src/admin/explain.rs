@@ -14,11 +14,12 @@ use crate::kernel::pins::Pins;
 use crate::kernel::rehearsal::{Arrival, Fate, Rehearsal};
 use crate::kernel::roles::Role;
 use crate::kernel::whereabouts::{Meeting, Whereabouts};
+
 use crate::status::endpoints::{self, EndpointFacts, ServiceEndpoints};
 use crate::status::local;
 use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::drop::Reason;
-use dataplane_common::flow::Flow;
+use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::frontend::{Frontend, FrontendKind};
 use dataplane_common::service::{EndpointSet, Policy, Service};
 use dataplane_common::tables::{Backends, Frontends, Services, Slots};
@@ -83,7 +84,7 @@ pub struct Explanation {
     pub translated_source: Option<String>,
     /// The packets go past the host's stack.
     pub past_stack: bool,
-    /// The interface by which they leave, and the next hop.
+    /// The interface by which those to one of the endpoints leave, and the next hop.
     pub way: Option<String>,
 }
 
@@ -152,11 +153,12 @@ pub async fn explain(args: &ExplainArgs) -> Result<Explanation, AdminError> {
     }
     if let Fate::Served { flow, .. } = &outcome.fate {
         let way = whereabouts.way(flow.dst.to_ip()).await.ok();
-        explanation.way = way.map(|way| match way.gateway {
+        let way = way.map(|way| match way.gateway {
             _ if way.local => "this node itself".to_owned(),
-            Some(gateway) => format!("{} by {gateway}", way.interface),
+            Some(gateway) => format!("{}, next hop {gateway}", way.interface),
             None => way.interface,
         });
+        explanation.way = way.map(|way| format!("to {} by {way}", flow.dst.to_ip()));
     }
     Ok(explanation)
 }
@@ -183,17 +185,37 @@ fn rehearse(
         Client::Pod | Client::Outside => [own, NEIGHBOUR],
     });
     let mut outcome = Outcome { chosen: BTreeMap::new(), fate: Fate::Untouched };
+    let replies = replies(rehearsal, ends, service)?;
     for run in 0..runs {
         let port = if ends.from.port() == 0 { FIRST_PORT + run as u16 } else { ends.from.port() };
         let from = SocketAddr::new(ends.from.ip(), port);
         let opening = Opening { protocol: ends.protocol, from, to: ends.to };
         let (data, key) = (opening.bytes(link), opening.key());
-        let arrival = Arrival { program: meeting.program, interface: meeting.index, data: &data, key };
+        let arrival = Arrival {
+            program: meeting.program,
+            interface: meeting.index,
+            data: &data,
+            key,
+            replies: &replies,
+        };
         outcome.fate = rehearsal.run(&arrival)?;
         let Fate::Served { flow, .. } = &outcome.fate else { break };
         *outcome.chosen.entry(SocketAddr::new(flow.dst.to_ip(), flow.dst_port.number())).or_default() += 1;
     }
     Ok(outcome)
+}
+
+/// The replies of a client whose port is named, one of each endpoint: another flow may have one of them (P12).
+fn replies(
+    rehearsal: &Rehearsal,
+    ends: &Ends,
+    service: Option<&Service>,
+) -> Result<Vec<FlowKey>, AdminError> {
+    let (Some(service), true) = (service, ends.from.port() != 0) else { return Ok(Vec::new()) };
+    let mut all = members(rehearsal, service.cluster)?;
+    all.extend(members(rehearsal, service.local)?);
+    let reply = |endpoint| Opening { protocol: ends.protocol, from: endpoint, to: ends.from }.key();
+    Ok(all.into_keys().map(reply).collect())
 }
 
 impl Explanation {
@@ -237,6 +259,8 @@ impl Explanation {
         let source = flow.src.to_ip();
         if source != ends.from.ip() {
             self.translated_source = Some(source.to_string());
+        } else if flow.has(Flow::MASQUERADED) {
+            self.translated_source = Some("an address of this node, by netfilter".to_owned());
         }
         let list = |all: Vec<String>| match all.len() {
             0..=4 => all.join(", "),

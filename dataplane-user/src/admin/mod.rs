@@ -6,6 +6,7 @@
 pub mod names;
 
 mod backends;
+pub mod check;
 pub mod clock;
 mod columns;
 mod drops;
@@ -13,6 +14,7 @@ pub mod explain;
 mod flows;
 #[cfg(test)]
 mod reference;
+pub mod report;
 mod services;
 pub mod status;
 mod take_over;
@@ -70,6 +72,9 @@ pub enum AdminError {
     /// An end of a connection is none.
     #[error("{0}")]
     End(String),
+    /// Something cannot be written.
+    #[error("cannot write: {0}")]
+    Write(#[from] std::io::Error),
     /// JSON cannot be written, or what the agent answered cannot be read.
     #[error("JSON: {0}")]
     Json(#[from] serde_json::Error),

@@ -1,6 +1,7 @@
 //! `docs/reference.md` is made from the code: each verb with its flags as `--help` has them, and the fields of its JSON. A field
 //! that programs read cannot go or change its name without a difference that somebody reviews.
 
+use super::check::{CheckLine, CheckPage};
 use super::explain::{Client, EndpointLine, Explanation, ServiceFacts};
 use super::status::{Finding, StatusPage, Verdict};
 use super::{AddressRow, BackendRow, DropRow, FlowRow, ServiceRow, TakeOverPage, TrafficRow, TranslatedRow};
@@ -92,6 +93,11 @@ fn json(verb: &str) -> Option<Vec<String>> {
             idle_seconds: None,
             whole: true,
         }]),
+        "check" => fields_of(&CheckPage {
+            verdict: Verdict::Well,
+            installed: true,
+            checks: vec![CheckLine { verdict: Verdict::Well, check: "", found: String::new(), helps: None }],
+        }),
         "explain" => fields_of(&explain_sample()),
         "drops" => fields_of(&[drop_sample()]),
         "take-over" => fields_of(&TakeOverPage {

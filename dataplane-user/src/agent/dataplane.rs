@@ -9,7 +9,7 @@ use crate::compile::{
     ServiceTables, Sources,
 };
 use crate::kernel::maps::MapError;
-use crate::model::{Change, Dirty, Kind, Object, ObjectName, Store};
+use crate::model::{AddressType, Change, Dirty, Kind, Object, ObjectName, Store};
 use crate::status::endpoints::ServiceEndpoints;
 use crate::sync::{Maps, Mirror, Outcome};
 use dataplane_common::node::{Node, NodeAddress};
@@ -27,13 +27,22 @@ const KINDS: [Kind; 4] = crate::watch::KINDS;
 /// may let more come together.
 const TRIGGERS: usize = 64;
 
+/// When endpoints of a Service changed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Trigger {
+    /// Of which family they are.
+    pub(super) ipv6: bool,
+    /// The moment.
+    pub(super) time: SystemTime,
+}
+
 /// What a flush came to.
 #[derive(Debug, Default)]
 pub(super) struct Flushed {
     /// What `sync` says.
     pub(super) outcome: Outcome,
     /// When the endpoints of Services changed that are in the kernel now.
-    pub(super) triggers: Vec<SystemTime>,
+    pub(super) triggers: Vec<Trigger>,
     /// The health checks of the Services that may have another now (S4).
     pub(super) health_checks: Vec<(ObjectName, Option<HealthCheck>)>,
     /// If it may differ now: where node ports answer, `None` for every address (P17).
@@ -67,7 +76,7 @@ pub(super) struct Dataplane<M> {
     dirty: Dirty,
     complete: bool,
     /// When endpoints changed that are not in the kernel yet, by Service.
-    triggers: BTreeMap<ObjectName, Vec<SystemTime>>,
+    triggers: BTreeMap<ObjectName, Vec<Trigger>>,
     /// What objects get wrong now, by Service; without a name, the node.
     complaints: BTreeMap<Option<ObjectName>, Vec<Complaint>>,
     /// What of it nobody was told yet.
@@ -187,10 +196,10 @@ impl<M: Maps> Dataplane<M> {
         let trigger = if self.complete { trigger(&change) } else { None };
         let dirty = self.store.apply(change);
         // As kube-proxy: a slice that is as it was, or of no Service, is no change.
-        if let Some((service, time)) = trigger.filter(|(service, _)| dirty.services.contains(service)) {
+        if let Some((service, trigger)) = trigger.filter(|(service, _)| dirty.services.contains(service)) {
             let triggers = self.triggers.entry(service).or_default();
             if triggers.len() < TRIGGERS {
-                triggers.push(time);
+                triggers.push(trigger);
             }
         }
         self.dirty.merge(dirty);
@@ -223,7 +232,7 @@ impl<M: Maps> Dataplane<M> {
     }
 
     /// The source ports that the programs translate to (P12).
-    pub(super) fn translated_ports(&self) -> RangeInclusive<u16> {
+    pub(super) fn translated_ports(&self) -> Vec<RangeInclusive<u16>> {
         self.settings.node.snat_ports.clone()
     }
 
@@ -413,10 +422,11 @@ impl<M: Maps> Dataplane<M> {
 }
 
 /// The Service whose endpoints changed, and when, as far as the change says so.
-fn trigger(change: &Change) -> Option<(ObjectName, SystemTime)> {
+fn trigger(change: &Change) -> Option<(ObjectName, Trigger)> {
     let Change::Applied(Object::EndpointSlice(slice)) = change else { return None };
-    let time = slice.trigger_time.as_deref()?.parse::<jiff::Timestamp>().ok()?;
-    Some((slice.service.clone(), time.into()))
+    let time = slice.trigger_time.as_deref()?.parse::<jiff::Timestamp>().ok()?.into();
+    let ipv6 = slice.address_type == AddressType::Ipv6;
+    Some((slice.service.clone(), Trigger { ipv6, time }))
 }
 
 /// Both outcomes as one.
@@ -565,11 +575,11 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2]}]
         let mut dataplane = dataplane(MemoryMaps::default());
         list(&mut dataplane, &KINDS, &WEB.replace("clusterIP", "internalTrafficPolicy: Local, clusterIP"));
         dataplane.flush(Instant::now()).unwrap();
-        assert_eq!(dataplane.mirror().0.without_local_endpoints(), [1, 0]);
+        assert_eq!(dataplane.mirror().0.without_local_endpoints(), [[1, 0], [0, 0]]);
         let here = WEB.replace("{addresses: [10.0.0.1]}", "{addresses: [10.0.0.1], nodeName: n}");
         list(&mut dataplane, &[Kind::EndpointSlice], &here);
         dataplane.flush(Instant::now()).unwrap();
-        assert_eq!(dataplane.mirror().0.without_local_endpoints(), [0, 0]);
+        assert_eq!(dataplane.mirror().0.without_local_endpoints(), [[0; 2]; 2]);
     }
 
     /// Z5

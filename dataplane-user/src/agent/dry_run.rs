@@ -2,7 +2,7 @@
 
 use super::dataplane::Dataplane;
 use super::settings::{self, Settings};
-use crate::config::AgentArgs;
+use crate::config::{AgentArgs, Machine};
 use crate::kernel::links;
 use crate::sync::MemoryMaps;
 use crate::watch::cluster::Answered;
@@ -25,7 +25,7 @@ pub(super) async fn print(args: &AgentArgs) -> Result<()> {
     let settings = Settings::new(args, links::netns_cookie().unwrap_or_default(), true);
     let (sender, mut changes) = mpsc::channel(super::CHANGES);
     let _watch = super::watch_objects(args, &settings, Answered::default(), sender).await?;
-    let sizes = args.map_sizes().into_iter().map(|size| (size.map, size.entries as usize));
+    let sizes = args.map_sizes(Machine::this()).into_iter().map(|size| (size.map, size.entries as usize));
     let mut dataplane = Dataplane::open(settings, MemoryMaps::with_capacities(sizes), addresses)?;
     let listed = tokio::time::timeout(PATIENCE, async {
         while !dataplane.is_informed() {

@@ -2,9 +2,9 @@
 
 use crate::health_checks::Unbound;
 use crate::model::Kind;
-use crate::watch::events::{Event, Events, Severity};
+use crate::watch::events::{Event, Events, Severity, reason};
 
-/// What is done about such a port. The Event's reason is kube-proxy's.
+/// What is done about such a port.
 pub(super) fn tell(events: Events) -> impl Fn(&Unbound<'_>) {
     move |unbound| {
         let Unbound { service, uid, address, error } = unbound;
@@ -19,7 +19,7 @@ pub(super) fn tell(events: Events) -> impl Fn(&Unbound<'_>) {
             name: (*service).clone(),
             uid: uid.clone(),
             severity: Severity::Warning,
-            reason: "FailedToStartServiceHealthcheck",
+            reason: reason::HEALTH_CHECK_PORT,
             note,
         });
     }

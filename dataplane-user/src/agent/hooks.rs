@@ -11,7 +11,7 @@ use crate::kernel::roles::Choice;
 use crate::kernel::service_route;
 use crate::metrics::Metrics;
 use crate::model::{Kind, ObjectName};
-use crate::watch::events::{Event, Events, Severity};
+use crate::watch::events::{Event, Events, Severity, reason};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -137,7 +137,7 @@ impl Hooks {
                 // What kubelet's Events about its Node have there, and `kubectl describe node` looks for.
                 uid: self.node_name.clone(),
                 severity: Severity::Warning,
-                reason: "ProgramNotAttached",
+                reason: reason::PROGRAM_NOT_ATTACHED,
                 note: error.clone(),
             });
         }

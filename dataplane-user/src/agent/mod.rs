@@ -23,7 +23,7 @@ mod sources;
 mod standing;
 
 use crate::compile::OwnAddresses;
-use crate::config::{AgentArgs, ServiceRoute, SocketLb, TcMode};
+use crate::config::{AgentArgs, Machine, ServiceRoute, SocketLb, TcMode};
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
 use crate::http::{self, Gate};
@@ -40,12 +40,14 @@ use crate::kernel::{alone, capability, lasting, probe, service_route};
 use crate::memory;
 use crate::metrics::Metrics;
 use crate::status::local;
+use crate::sync::Maps as _;
 use crate::version;
 use crate::watch::cluster::{Answered, Servers};
 use crate::watch::{self, Changes, Watch};
 use anyhow::{Context as _, Result};
 use dataplane::Dataplane;
 use dataplane_common::node::Node;
+use dataplane_common::tables::Nodes;
 use hooks::{Hooks, Start};
 use keep::Keeping;
 use masquerade::Masquerading;
@@ -114,8 +116,12 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let upgrade = pins.is_upgrade()?;
 
     let log = tracing::enabled!(target: "dataplane_ebpf", tracing::Level::DEBUG);
-    let mut object =
-        Object::open(&Options { pins: Some(&pins), sizes: &args.map_sizes(), log, reads: None })?;
+    let mut object = Object::open(&Options {
+        pins: Some(&pins),
+        sizes: &args.map_sizes(Machine::this()),
+        log,
+        reads: None,
+    })?;
     if log {
         tokio::spawn(forward_log(object.logger().context("the programs' log")?));
     }
@@ -143,11 +149,15 @@ async fn serve(args: AgentArgs) -> Result<()> {
         health_checks: health_checks.clone(),
         status: OnceLock::new(),
         max_series: args.metrics_max_series,
+        endpoints: args.metrics_endpoints,
     };
     let (gate, scrape) = (Gate::default(), Arc::new(scrape));
     spawn_servers(&args, &gate, scrape.clone());
     let netns_cookie = links::netns_cookie().context("the cookie of this network namespace")?;
     let mut settings = Settings::new(&args, netns_cookie, features.fib_source);
+    // A boot's choices are of one kind, whichever agent runs.
+    let written = maps.get::<Nodes>(&0)?.map(|node| node.secret);
+    settings.node.secret = written.filter(|secret| *secret != 0).unwrap_or(settings.node.secret);
     if serve::take_over::is_due(&maps)? {
         settings.node.flags |= Node::TAKES_OVER;
         // Before the first flow; a look beside the loop tells what stands in the way.
@@ -230,16 +240,14 @@ fn check_settings(args: &AgentArgs) {
             ),
         }
     }
-    for (flag, ports) in [("--snat-ports", &args.snat_ports), ("--masquerade-ports", &args.masquerade_ports)]
-    {
-        if let Some(shared) = sysctls::shared_with_sockets(&(ports.first..=ports.last)) {
-            tracing::warn!(
-                "sockets of the node may get ports of {flag}, {} to {}: their connections to an endpoint can meet those of a \
-                 Service. Narrow net.ipv4.ip_local_port_range, or add these to net.ipv4.ip_local_reserved_ports",
-                shared.start(),
-                shared.end()
-            );
-        }
+    let ports = args.masquerade_ports.first..=args.masquerade_ports.last;
+    if let Some(shared) = sysctls::shared_with_sockets(&ports) {
+        tracing::warn!(
+            "sockets of the node may get ports of --masquerade-ports, {} to {}: their connections to an endpoint can meet those of \
+             a Service. Narrow net.ipv4.ip_local_port_range, or add these to net.ipv4.ip_local_reserved_ports",
+            shared.start(),
+            shared.end()
+        );
     }
 }
 

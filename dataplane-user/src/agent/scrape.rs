@@ -25,6 +25,8 @@ pub(super) struct Scrape {
     pub(super) status: OnceLock<Status>,
     /// `--metrics-max-series`.
     pub(super) max_series: usize,
+    /// `--metrics-endpoints`.
+    pub(super) endpoints: bool,
 }
 
 /// How many clients may be at metrics at once: a page of them is some megabytes, and lies there until it is sent.
@@ -82,12 +84,15 @@ impl Scrape {
         Reason::ALL.iter().map(count).collect()
     }
 
-    /// The counters of service ports, then, as far as series are left, those of endpoints.
+    /// The counters of service ports, then, if somebody wants them and as far as series are left, those of endpoints.
     fn counts(&self, ports: &Ports) -> Result<Counts, MapError> {
         let traffic = self.maps.map::<ServiceTraffic>()?;
         let mut counts = Counts { left_out: [ports.left_out, 0], ..Counts::default() };
         for (id, name) in &ports.ports {
             counts.services.push((name.clone(), traffic.sum(id)?.unwrap_or_default()));
+        }
+        if !self.endpoints {
+            return Ok(counts);
         }
         let room = (self.max_series / SERIES).saturating_sub(counts.services.len());
         let (mut told, mut all) = (Vec::new(), 0);

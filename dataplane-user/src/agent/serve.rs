@@ -17,6 +17,7 @@ use crate::config::AgentArgs;
 use crate::expire::IdleTimes;
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
+use crate::kernel::carry::Carried;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::Interfaces;
 use crate::kernel::maps::{KernelMaps, MapError};
@@ -66,6 +67,8 @@ pub(super) struct Service {
     idle: IdleTimes,
     /// Who may call from outside.
     sources: SourceLists,
+    /// How many entries the table of flows had when it was last swept.
+    flow_entries: usize,
     audit_period: Duration,
     audited: Instant,
     /// The last audit had to repair something: the next tells whether that goes on (H2).
@@ -119,7 +122,7 @@ pub(super) struct Inputs {
     pub(super) changes: mpsc::Receiver<Change>,
     /// Of the node's interfaces.
     pub(super) interfaces: watch::Receiver<Interfaces>,
-    /// Of the node's netfilter.
+    /// Of what netfilter does for the programs.
     pub(super) netfilter: watch::Receiver<Netfilter>,
     /// By the command line.
     pub(super) questions: mpsc::Receiver<Question>,
@@ -162,6 +165,7 @@ impl Service {
             clock: Arc::new(clock),
             idle,
             sources,
+            flow_entries: 0,
             audit_period: args.audit_period,
             audited: Instant::now(),
             audit_soon: false,
@@ -211,7 +215,7 @@ impl Service {
             Start::AfterTheFirstSnapshot(hooks, pins) => {
                 tracing::info!(
                     "programs with maps of another layout are attached: they serve on until this version's maps hold all \
-                     Services; flows that they began end then"
+                     Services; their flows are carried over then"
                 );
                 if !pins.pinned_links()?.is_empty() {
                     self.health.serving();
@@ -229,7 +233,18 @@ impl Service {
     /// The first snapshot is in this layout's maps: now its programs can take the place of others, whose maps go.
     fn finish_upgrade(&mut self) {
         let Some((mut hooks, pins)) = self.hooks.take() else { return };
-        tokio::task::block_in_place(|| hooks.start());
+        let maps = self.dataplane.mirror().1;
+        tokio::task::block_in_place(|| {
+            let mut carried = Carried::default();
+            let before = carried.carry(&pins, maps, self.clock.tick());
+            hooks.start();
+            // What the other programs began until their last packet.
+            let after = carried.carry(&pins, maps, self.clock.tick());
+            match before.and_then(|before| Ok(before + after?)) {
+                Ok(entries) => tracing::info!("{} flows of other layouts were carried over", entries / 2),
+                Err(error) => tracing::warn!("flows of other layouts are not carried over: {error}"),
+            }
+        });
         match pins.remove_other_layouts() {
             Ok(layouts) => {
                 layouts.iter().for_each(|layout| tracing::info!("removed the maps of layout {layout}"))
@@ -268,14 +283,14 @@ impl Service {
                     self.dataplane.set_addresses(addresses);
                     self.flush();
                 }
+                Some(question) = questions.recv() => {
+                    // Who asked may have left.
+                    let _ = question.answer.send(self.dataplane.explain(&question.service));
+                }
                 changed = netfilter.changed() => {
                     changed?;
                     self.dataplane.set_netfilter(*netfilter.borrow_and_update());
                     self.flush();
-                }
-                Some(question) = questions.recv() => {
-                    // Who asked may have left.
-                    let _ = question.answer.send(self.dataplane.explain(&question.service));
                 }
                 count = changes.recv_many(&mut batch, BATCH) => {
                     if count == 0 {
@@ -362,7 +377,8 @@ impl Service {
                 number.set(size as u64);
             }
             let lacking = self.dataplane.mirror().0.without_local_endpoints();
-            for (number, lacking) in self.metrics.without_local_endpoints.iter().zip(lacking) {
+            let numbers = self.metrics.without_local_endpoints.iter().flatten();
+            for (number, lacking) in numbers.zip(lacking.into_iter().flatten()) {
                 number.set(lacking as u64);
             }
             self.close_orphans();

@@ -2,10 +2,13 @@
 
 use crate::compile::{self, NodePortAddresses, NodeSettings, Sources};
 use crate::config::{AgentArgs, ExternalIps, FromOutside, NodePortRange, PortRange, SocketLb};
+use crate::kernel::local_ports;
 use crate::kernel::masquerade::Masquerade;
 use crate::kernel::roles::Choice;
 use dataplane_common::node::Node;
 use ipnet::IpNet;
+use std::hash::{BuildHasher as _, RandomState};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 /// What the flags say about Services and the node, once and for all.
@@ -51,16 +54,46 @@ impl Settings {
             node: NodeSettings {
                 service_ranges: args.service_cidr.clone(),
                 node_port_addresses: node_port_addresses(&args.nodeport_addresses),
-                snat_ports: args.snat_ports.first..=args.snat_ports.last,
+                snat_ports: translated_ports(args.snat_ports),
                 flags,
                 masquerade_mark: 0,
                 connection_mark: 0,
                 sources: Sources::default(),
                 netns_cookie,
+                secret: random(),
             },
             needs_node: args.manifests.is_none(),
         }
     }
+}
+
+/// A number that nobody knows: the standard library has its keys from the kernel's random numbers.
+fn random() -> u64 {
+    RandomState::new().hash_one(0_u8)
+}
+
+/// The translated source ports: those of the flag, else what the node itself leaves. Says which, and why.
+fn translated_ports(given: Option<PortRange>) -> Vec<RangeInclusive<u16>> {
+    let taken = local_ports::read();
+    if let Some(PortRange { first, last }) = given {
+        for clash in taken.clashes(&(first..=last)) {
+            tracing::warn!(
+                "--snat-ports {first}-{last}: {clash}; a flow and a connection of the node may get the same port"
+            );
+        }
+        return vec![first..=last];
+    }
+    let ports = taken.left();
+    if ports.is_empty() {
+        tracing::warn!(
+            "the node itself uses all ports, {taken}; translated sources share 61000-65535 with it"
+        );
+        return vec![61_000..=65_535];
+    }
+    let number: usize = ports.iter().map(ExactSizeIterator::len).sum();
+    let ranges: Vec<_> = ports.iter().map(|ports| format!("{}-{}", ports.start(), ports.end())).collect();
+    tracing::info!("{number} translated source ports, {}: all but {taken}", ranges.join(","));
+    ports
 }
 
 /// What netfilter is to do.

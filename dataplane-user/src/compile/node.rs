@@ -5,7 +5,7 @@ use super::tables::NodeTables;
 use crate::model::{Kind, Node, ObjectName, Reference};
 use bytemuck::Zeroable as _;
 use dataplane_common::Addr;
-use dataplane_common::node::{self, NodeAddress, Prefix, SERVICE_RANGES, SourceRule};
+use dataplane_common::node::{self, NodeAddress, PORT_RANGES, Ports, Prefix, SERVICE_RANGES, SourceRule};
 use dataplane_common::range::SourceRangeKey;
 use dataplane_common::tables::{self, Table as _};
 use ipnet::IpNet;
@@ -78,8 +78,8 @@ pub struct NodeSettings {
     pub service_ranges: Vec<IpNet>,
     /// Where node ports answer (P17).
     pub node_port_addresses: NodePortAddresses,
-    /// Translated source ports (P12).
-    pub snat_ports: RangeInclusive<u16>,
+    /// Translated source ports (P12), in ranges that have nothing in common.
+    pub snat_ports: Vec<RangeInclusive<u16>>,
     /// Flags of [`dataplane_common::node::Node`].
     pub flags: u32,
     /// The mark by which netfilter translates sources; 0: it does not (P4).
@@ -90,6 +90,8 @@ pub struct NodeSettings {
     pub sources: Sources,
     /// Cookie of the node's own network namespace.
     pub netns_cookie: u64,
+    /// A random number, mixed into the programs' choices.
+    pub secret: u64,
 }
 
 /// Who may call Services from outside (S2): the operator's own rules, in place of those in netfilter's `prerouting`, which the programs
@@ -167,14 +169,19 @@ pub fn node(
     let left_over = on_interfaces.left_over.iter().map(|ip| (Addr::from(*ip), NodeAddress::new(0)));
     let addresses = left_over.chain(own).collect();
     let (service_ranges, complaints) = service_ranges(settings, node);
+    let mut ports = [Ports::zeroed(); PORT_RANGES];
+    for (entry, range) in ports.iter_mut().zip(&settings.snat_ports) {
+        *entry = Ports { first: *range.start(), number: range.len() as u16 };
+    }
     let [primary_v4, primary_v6] = primary.map(|ip| ip.map_or(Addr::UNSPECIFIED, Addr::from));
     let node = node::Node {
         netns_cookie: settings.netns_cookie,
+        secret: settings.secret,
         primary_v4,
         primary_v6,
         service_ranges,
-        first_port: *settings.snat_ports.start(),
-        last_port: *settings.snat_ports.end(),
+        ports,
+        port_count: ports.iter().map(|ports| u32::from(ports.number)).sum(),
         flags: settings.flags | settings.sources.flags(),
         masquerade_mark: settings.masquerade_mark,
         connection_mark: settings.connection_mark,

@@ -142,7 +142,10 @@ impl fmt::Display for NodeTables {
         for primary in [node.primary_v4, node.primary_v6].iter().filter(|addr| !addr.is_unspecified()) {
             writeln!(f, "  primary {primary}")?;
         }
-        writeln!(f, "  snat-ports {}-{}", node.first_port, node.last_port)?;
+        let ports = node.ports.iter().filter(|ports| ports.number > 0);
+        let ports: Vec<_> =
+            ports.map(|ports| format!("{}-{}", ports.first, ports.first + (ports.number - 1))).collect();
+        writeln!(f, "  snat-ports {}", ports.join(","))?;
         if node.masquerade_mark != 0 {
             writeln!(f, "  masquerade-mark {:#x}", node.masquerade_mark)?;
         }

@@ -2,7 +2,7 @@
 
 use super::bpf::{TestRun, prog_test_run};
 use super::object::{Object, ObjectError};
-use dataplane_common::flow::TICK_SHIFT;
+use dataplane_common::flow::{TICK_SHIFT, tick_shift};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Mutex;
@@ -50,8 +50,19 @@ impl Clock {
 }
 
 /// The time from one tick to the next, where a jiffy lasts so long.
-pub const fn tick_length(jiffy: Duration) -> Duration {
-    jiffy.saturating_mul(1 << TICK_SHIFT)
+pub fn tick_length(jiffy: Duration) -> Duration {
+    jiffy.saturating_mul(1 << shift(jiffy))
+}
+
+/// How many jiffies a tick has, as the logarithm to the base of two, where a jiffy lasts so long.
+pub fn shift(jiffy: Duration) -> u32 {
+    let in_a_second = Duration::from_secs(1).as_nanos().checked_div(jiffy.as_nanos()).unwrap_or_default();
+    tick_shift(u32::try_from(in_a_second).unwrap_or(u32::MAX))
+}
+
+/// The same on this kernel; that of 250 Hz if it does not tell.
+pub fn own_shift() -> u32 {
+    jiffy().map_or(TICK_SHIFT, shift)
 }
 
 /// How long a jiffy lasts: the resolution of the coarse clocks, which is 1/`CONFIG_HZ` by definition (`KTIME_LOW_RES` in
@@ -73,8 +84,7 @@ pub fn jiffy() -> io::Result<Duration> {
 fn run(program: &OwnedFd) -> io::Result<u32> {
     let packet = [0; 64];
     let result = prog_test_run(program.as_fd(), &TestRun { data: &packet, ..TestRun::default() })?;
-    // The program gives the low 32 bits of jiffies.
-    Ok(dataplane_common::flow::tick(result.retval))
+    Ok(result.retval)
 }
 
 #[cfg(test)]

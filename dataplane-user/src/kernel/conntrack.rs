@@ -100,10 +100,10 @@ pub fn tcp_to(frontends: &Map<Frontends>) -> Result<Vec<Translated>, ConntrackEr
 ///
 /// # Errors
 /// [`ConntrackError`].
-pub fn answers_to(ports: &RangeInclusive<u16>) -> Result<Vec<FlowKey>, ConntrackError> {
+pub fn answers_to(ports: &[RangeInclusive<u16>]) -> Result<Vec<FlowKey>, ConntrackError> {
     let mut all = Vec::new();
     each_tcp(|Translated { client, endpoint, answered, .. }| {
-        if answered != client && ports.contains(&answered.port()) {
+        if answered != client && ports.iter().any(|ports| ports.contains(&answered.port())) {
             let [from, to] = [endpoint, answered].map(|end| (end.ip().into(), Port::new(end.port())));
             all.push(FlowKey::new(from.0, from.1, to.0, to.1, Protocol::Tcp as u8));
         }

@@ -311,6 +311,18 @@ pub(super) async fn dump(handle: &Handle) -> Result<Interfaces, LinksError> {
     Ok(interfaces)
 }
 
+/// The interfaces as they are now, for who has no connection to netlink.
+///
+/// # Errors
+/// If the kernel does not list them.
+pub async fn look() -> Result<Interfaces, LinksError> {
+    let (connection, handle, _) = rtnetlink::new_connection()?;
+    let connection = tokio::spawn(connection);
+    let interfaces = dump(&handle).await;
+    connection.abort();
+    interfaces
+}
+
 /// The interfaces as they are now.
 ///
 /// # Errors

@@ -7,6 +7,7 @@
 )]
 
 use super::bpf::MapFd;
+use super::clock;
 use super::enlarge::{self, Enlarged};
 use super::maps::map_type;
 use super::pins::{PinError, Pins};
@@ -177,11 +178,13 @@ impl Object {
         /// `Level::Debug` of aya-log, and a number below all levels.
         const LEVELS: [u8; 2] = [0, 4];
         let mut enlarged = Vec::new();
+        let tick_length = clock::own_shift();
         let rooms = RINGS.map(|(name, capacity, _)| room(options, name, capacity));
         let mut loader = EbpfLoader::new();
         for ((.., global), room) in RINGS.iter().zip(&rooms) {
             loader.override_global(global, room, true);
         }
+        loader.override_global("TICK_LENGTH", &tick_length, true);
         // No program refers to the kernel's types.
         loader.btf(None);
         loader.override_global(aya_log::LEVEL, &LEVELS[usize::from(options.log)], false);

@@ -109,6 +109,15 @@ impl Pins {
         self.links().join(program)
     }
 
+    /// Whether the folder, or that in which it would be made, lies on a BPF file system.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn lies_on_bpffs(&self) -> Result<bool, PinError> {
+        let existing = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+        is_bpffs(existing).map_err(folder_error("read", existing))
+    }
+
     /// Makes the folders, and mounts a BPF file system if there is none; says where it mounted one.
     ///
     /// What counts is the kind of the file system, not whether the folder is a mount point: in a container it is one always.
@@ -116,8 +125,7 @@ impl Pins {
     /// # Errors
     /// If it cannot be mounted, or a folder cannot be made.
     pub fn prepare(&self) -> Result<Option<PathBuf>, PinError> {
-        let existing = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-        let mounted = if is_bpffs(existing).map_err(folder_error("read", existing))? {
+        let mounted = if self.lies_on_bpffs()? {
             None
         } else {
             let under_custom = self.root.starts_with(SYS_FS_BPF) && Path::new(SYS_FS_BPF).exists();

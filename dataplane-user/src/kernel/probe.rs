@@ -30,10 +30,10 @@ pub enum ProbeError {
     /// Too old.
     #[error("Linux {0} is too old: 6.1 or newer is needed")]
     Kernel(String),
-    /// Programs would share the memory that they work in.
+    /// Programs at one hook interrupt each other, on one CPU.
     #[error(
-        "Linux {0} is built with PREEMPT_RT: from 6.18 on two programs can run on one CPU at the same time there, and a packet could \
-         leave with another's addresses. Use a kernel without PREEMPT_RT on this node"
+        "Linux {0} has PREEMPT_RT, and since 6.18 its programs of one CPU interrupt each other, so that a packet could leave with the \
+         addresses of another: boot a kernel without PREEMPT_RT"
     )]
     RealTime(String),
     /// No cgroup2.
@@ -91,8 +91,10 @@ pub fn features() -> Result<Features, ProbeError> {
     if version(&kernel).is_some_and(|version| version < OLDEST) {
         return Err(ProbeError::Kernel(kernel));
     }
-    let real_time = fs::read_to_string("/sys/kernel/realtime").is_ok_and(|value| value.trim() == "1");
-    if is_unsafe(&kernel, real_time) {
+    if nests(
+        fs::read_to_string("/sys/kernel/realtime").is_ok_and(|text| text.trim() == "1"),
+        version(&kernel),
+    ) {
         return Err(ProbeError::RealTime(kernel));
     }
     let fib_source = fib_source().unwrap_or_else(|error| {
@@ -102,10 +104,11 @@ pub fn features() -> Result<Features, ProbeError> {
     Ok(Features { kernel, tcx: tcx(), fib_source, btf: Path::new(KERNEL_BTF).exists() })
 }
 
-/// Whether bottom halves preempt each other on one CPU: with PREEMPT_RT they have no lock of their own from 6.18 on.
-fn is_unsafe(kernel: &str, real_time: bool) -> bool {
-    const WITHOUT_LOCK: (u32, u32) = (6, 18);
-    real_time && version(kernel).is_none_or(|version| version >= WITHOUT_LOCK)
+/// Whether sections with bottom halves disabled interrupt each other on one CPU: with PREEMPT_RT, since the lock that kept them apart is
+/// gone (kernel commit 3253cb49cbad). The programs' memory of a CPU has one user at a time.
+fn nests(is_real_time: bool, version: Option<(u32, u32)>) -> bool {
+    const SINCE: (u32, u32) = (6, 18);
+    is_real_time && version.is_none_or(|version| version >= SINCE)
 }
 
 fn version(release: &str) -> Option<(u32, u32)> {
@@ -295,17 +298,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_kernel_whose_programs_interrupt_each_other_is_told_apart() {
+        assert!(nests(true, Some((6, 18))) && nests(true, None));
+        assert!(!nests(true, Some((6, 12))) && !nests(false, Some((6, 19))));
+    }
+
+    #[test]
     fn a_kernel_s_release_is_read_up_to_its_second_number() {
         assert_eq!(version("6.18.44-generic"), Some((6, 18)));
         assert_eq!(version("6.1"), Some((6, 1)));
         assert!(version("5.15.0-1").unwrap() < OLDEST);
         assert_eq!(version("linux"), None);
-    }
-
-    #[test]
-    fn a_real_time_kernel_is_refused_from_the_release_on_that_makes_it_unsafe() {
-        assert!(is_unsafe("6.18.1-rt2", true) && is_unsafe("7.0.0", true) && is_unsafe("unknown", true));
-        assert!(!is_unsafe("6.17.9-rt1", true) && !is_unsafe("6.18.44", false));
     }
 
     #[test]

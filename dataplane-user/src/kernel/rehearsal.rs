@@ -5,15 +5,17 @@
 //! what a packet's fate may depend on of that (its own flow, its client's affinity) is copied before.
 
 use super::bpf::{self, TestRun};
-use super::maps::{KernelMaps, Map, MapError};
+use super::maps::{Entries, KernelMaps, Map, MapError};
 use super::object::{Object, ObjectError, Options};
 use super::pins::Pins;
 use crate::config::MapSize;
+use dataplane_common::affinity::{Affinity, AffinityKey};
 use dataplane_common::drop::{Disposition, Reason};
+use dataplane_common::filter::caller_cell;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables::{
-    self, Affinities, BackendTraffic, Flows, Fragments, Outgoings, Reasons, ServiceTraffic, SocketChoices,
-    SocketPeers, Table, Uplinks,
+    self, Affinities, BackendTraffic, Callers, Closing, Flows, Fragments, HalfOpen, Nodes, Outgoings,
+    Reasons, ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
 };
 use std::collections::BTreeMap;
 use std::io;
@@ -57,6 +59,32 @@ pub struct Arrival<'a> {
     pub data: &'a [u8],
     /// Its five-tuple.
     pub key: FlowKey,
+    /// The replies that it may have, as they come in: another flow may have one of them (P12).
+    pub replies: &'a [FlowKey],
+}
+
+/// All that can be seen of a run.
+#[derive(Clone, Debug)]
+pub struct Trial {
+    /// What the program returned.
+    pub action: i32,
+    /// The packet afterwards.
+    pub data: Vec<u8>,
+    /// Its mark.
+    pub mark: u32,
+    /// The reasons that were counted, and how often.
+    pub moved: BTreeMap<Reason, u64>,
+    /// The flow of the packet.
+    pub flow: Option<Flow>,
+    /// The flow is in the live table.
+    pub known: bool,
+}
+
+impl Trial {
+    /// The reason that ended the packet, if one did.
+    fn end(&self) -> Option<Reason> {
+        self.moved.keys().copied().find(|reason| reason.disposition() != Disposition::Noted)
+    }
 }
 
 /// What became of it.
@@ -85,6 +113,9 @@ pub struct Rehearsal {
     object: Object,
     maps: KernelMaps,
     live: KernelMaps,
+    /// What the live programs remember of clients, and of what left the node.
+    affinities: Entries<Affinities>,
+    outgoings: Entries<Outgoings>,
 }
 
 impl Rehearsal {
@@ -94,10 +125,11 @@ impl Rehearsal {
     /// If there are none, or the kernel refuses.
     pub fn open(pins: &Pins) -> Result<Self, RehearsalError> {
         let live = KernelMaps::open(&pins.maps())?;
-        let affinities = live.map::<Affinities>()?.capacity() as u32;
         let sizes = [
             (Flows::NAME, FLOWS),
-            (Affinities::NAME, affinities),
+            (HalfOpen::NAME, FLOWS),
+            (Closing::NAME, FLOWS),
+            (Affinities::NAME, FLOWS),
             (ServiceTraffic::NAME, 1),
             (BackendTraffic::NAME, 1),
             (Fragments::NAME, FEW),
@@ -108,10 +140,8 @@ impl Rehearsal {
         let object = Object::open(&Options { sizes: &sizes, reads: Some(pins), ..Options::default() })?;
         let fds = tables::ALL.iter().map(|(name, ..)| Ok((*name, object.map(name)?)));
         let maps = KernelMaps::from_fds(fds.collect::<Result<Vec<_>, ObjectError>>()?)?;
-        let rehearsal = Self { object, maps, live };
-        rehearsal.copy::<Uplinks>()?;
-        rehearsal.copy::<Outgoings>()?;
-        rehearsal.copy::<Affinities>()?;
+        let mut rehearsal = Self { object, maps, live, affinities: Vec::new(), outgoings: Vec::new() };
+        rehearsal.refresh()?;
         Ok(rehearsal)
     }
 
@@ -120,36 +150,59 @@ impl Rehearsal {
         &self.live
     }
 
-    fn copy<T: Table>(&self) -> Result<(), MapError> {
-        let entries = self.live.map::<T>()?.entries()?;
-        self.maps.map::<T>()?.insert_batch(&entries)
-    }
-
     /// Has a packet come. What came of earlier ones is forgotten.
     ///
     /// # Errors
     /// If the kernel does not run the program.
     pub fn run(&mut self, arrival: &Arrival<'_>) -> Result<Fate, RehearsalError> {
+        let trial = self.trial(arrival)?;
+        Ok(match (trial.end(), trial.flow) {
+            (Some(reason), _) if reason.disposition() == Disposition::Rejected => Fate::Refused(reason),
+            (Some(reason), _) => Fate::Dropped(reason),
+            (None, Some(flow)) if trial.action != SHOT => {
+                Fate::Served { flow, past_stack: trial.action == REDIRECT, known: trial.known }
+            }
+            (None, Some(_) | None) => Fate::Untouched,
+        })
+    }
+
+    /// The same, and all that can be seen of it.
+    ///
+    /// # Errors
+    /// As [`Rehearsal::run`].
+    pub fn trial(&mut self, arrival: &Arrival<'_>) -> Result<Trial, RehearsalError> {
         let flows = self.maps.map::<Flows>()?;
+        self.settle(&flows, &arrival.key)?;
         let known = self.recall(&flows, &arrival.key)?;
+        for reply in arrival.replies {
+            self.recall(&flows, reply)?;
+        }
+        self.copy_callers(&arrival.key)?;
         let before = self.reasons()?;
         self.object.load(arrival.program)?;
         let context = sk_buff(arrival.interface);
         let run = TestRun { data: arrival.data, context: &context, ..TestRun::default() };
         let result = bpf::prog_test_run(self.object.program(arrival.program)?, &run)
             .map_err(|source| RehearsalError::Run { program: arrival.program, source })?;
-        let action = result.retval as i32;
-        let flow = flows.get(&arrival.key)?;
-        let fate = match (self.moved(&before)?, flow) {
-            (Some((Disposition::Rejected, reason)), _) => Fate::Refused(reason),
-            (Some((_, reason)), _) => Fate::Dropped(reason),
-            (None, Some(flow)) if action != SHOT => {
-                Fate::Served { flow, past_stack: action == REDIRECT, known }
+        let moved = self.reasons()?.into_iter().filter_map(|(index, count)| {
+            let more = count - before.get(&index).copied().unwrap_or_default();
+            (more > 0).then_some((Reason::from_number(index as u8), more))
+        });
+        let (action, flow) = (result.retval as i32, flows.get(&arrival.key)?);
+        let mark = mark_of(&result.context);
+        Ok(Trial { action, data: result.data, mark, moved: moved.collect(), flow, known })
+    }
+
+    /// Whether flows may have replies to an end of a packet: without a mark nobody looks for them.
+    fn copy_callers(&self, key: &FlowKey) -> Result<(), MapError> {
+        let (ours, live) = (self.maps.map::<Callers>()?, self.live.map::<Callers>()?);
+        for addr in [&key.src, &key.dst] {
+            let cell = caller_cell(addr, key.proto());
+            if let Some(mark) = live.get(&cell)? {
+                ours.insert(&cell, &mark, bpf::ANY)?;
             }
-            (None, Some(_) | None) => Fate::Untouched,
-        };
-        self.forget(&flows, &arrival.key, flow)?;
-        Ok(fate)
+        }
+        Ok(())
     }
 
     /// Copies the flow of a key, both directions of it; whether there is one.
@@ -165,33 +218,50 @@ impl Rehearsal {
         Ok(true)
     }
 
-    fn forget(&self, flows: &Map<Flows>, key: &FlowKey, flow: Option<Flow>) -> Result<(), MapError> {
-        if let Some(flow) = flow {
-            flows.remove(key)?;
-            flows.remove(&flow.partner(key.proto()))?;
-        }
-        // A client whose endpoint was drawn just now would have the same again.
-        let (ours, live) = (self.maps.map::<Affinities>()?, self.live.map::<Affinities>()?);
-        for (key, _) in ours.entries()? {
-            match live.get(&key)? {
-                Some(affinity) => ours.insert(&key, &affinity, bpf::ANY)?,
-                None => drop(ours.remove(&key)?),
-            }
-        }
+    /// Everything that this packet may meet is as it is in the live tables again: a client whose endpoint was drawn just now would
+    /// have the same again.
+    fn settle(&self, flows: &Map<Flows>, key: &FlowKey) -> Result<(), MapError> {
+        self.clear(flows)?;
+        let (affinities, outgoings) = (self.maps.map::<Affinities>()?, self.maps.map::<Outgoings>()?);
+        self.clear(&affinities)?;
+        self.clear(&outgoings)?;
+        let node = self.live.map::<Nodes>()?.get(&0)?;
+        let own = node.map_or([key.src; 2], |node| [node.primary_v4, node.primary_v6]);
+        let clients =
+            |entry: &&(AffinityKey, Affinity)| entry.0.client() == &key.src || own.contains(entry.0.client());
+        let of_client: Vec<_> = self.affinities.iter().filter(clients).copied().collect();
+        affinities.insert_batch(&of_client)?;
+        let answered: Vec<_> = self.outgoings.iter().filter(|(answer, _)| answer == key).copied().collect();
+        outgoings.insert_batch(&answered)
+    }
+
+    fn clear<T: Table>(&self, map: &Map<T>) -> Result<(), MapError> {
+        let keys: Vec<_> = map.entries()?.into_iter().map(|(key, _)| key).collect();
+        map.remove_batch(&keys).map(drop)
+    }
+
+    /// Takes over what the programs that serve have remembered since this was opened.
+    ///
+    /// # Errors
+    /// If a map cannot be read.
+    pub fn refresh(&mut self) -> Result<(), MapError> {
+        let uplinks = self.live.map::<Uplinks>()?.entries()?;
+        self.maps.map::<Uplinks>()?.insert_batch(&uplinks)?;
+        self.affinities = self.live.map::<Affinities>()?.entries()?;
+        self.outgoings = self.live.map::<Outgoings>()?.entries()?;
         Ok(())
     }
 
     fn reasons(&self) -> Result<BTreeMap<u32, u64>, MapError> {
         Ok(self.maps.map::<Reasons>()?.sums()?.into_iter().collect())
     }
+}
 
-    /// The reason that was counted since and that ended a packet, if one was.
-    fn moved(&self, before: &BTreeMap<u32, u64>) -> Result<Option<(Disposition, Reason)>, MapError> {
-        let moved = self.reasons()?.into_iter().filter(|(index, count)| before.get(index) != Some(count));
-        let reasons = moved.map(|(index, _)| Reason::from_number(index as u8));
-        let ends = reasons.filter(|reason| reason.disposition() != Disposition::Noted);
-        Ok(ends.map(|reason| (reason.disposition(), reason)).next())
-    }
+/// The mark in a `struct __sk_buff`.
+fn mark_of(context: &[u8]) -> u32 {
+    const MARK: usize = 8;
+    let mark = context.get(MARK..MARK + 4);
+    mark.and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
 }
 
 /// `struct __sk_buff` of a packet of an interface.

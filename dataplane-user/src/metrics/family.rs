@@ -50,14 +50,14 @@ macro_rules! families {
 }
 
 families! {
-    PROGRAMMING = "kubeproxy_network_programming_duration_seconds", Histogram, [],
+    PROGRAMMING = "kubeproxy_network_programming_duration_seconds", Histogram, ["ip_family"],
         "From the change of a Service's endpoints, as its EndpointSlice tells, to their tables in the kernel";
-    SYNC = "kubeproxy_sync_proxy_rules_duration_seconds", Histogram, [],
-        "From taking up changes to their tables in the kernel";
-    SYNCED = "kubeproxy_sync_proxy_rules_last_timestamp_seconds", Gauge, [],
-        "When tables last reached the kernel, in seconds since 1970";
-    QUEUED = "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds", Gauge, [],
-        "When a change was last taken up, in seconds since 1970";
+    SYNC = "kubeproxy_sync_proxy_rules_duration_seconds", Histogram, ["ip_family"],
+        "From taking up changes to their tables in the kernel; both families are written at once, and have the same";
+    SYNCED = "kubeproxy_sync_proxy_rules_last_timestamp_seconds", Gauge, ["ip_family"],
+        "When tables last reached the kernel, in seconds since 1970, the same for both families";
+    QUEUED = "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds", Gauge, ["ip_family"],
+        "When a change was last taken up, in seconds since 1970, the same for both families";
     SERVICE_CHANGES = "kubeproxy_sync_proxy_rules_service_changes_total", Counter, [],
         "Changes of Services";
     SERVICE_CHANGES_PENDING = "kubeproxy_sync_proxy_rules_service_changes_pending", Gauge, [],
@@ -66,7 +66,7 @@ families! {
         "Changes of EndpointSlices";
     ENDPOINT_CHANGES_PENDING = "kubeproxy_sync_proxy_rules_endpoint_changes_pending", Gauge, [],
         "Changes of EndpointSlices that are not in the kernel yet";
-    NO_LOCAL_ENDPOINTS = "kubeproxy_sync_proxy_rules_no_local_endpoints_total", Gauge, ["traffic_policy"],
+    NO_LOCAL_ENDPOINTS = "kubeproxy_sync_proxy_rules_no_local_endpoints_total", Gauge, ["traffic_policy", "ip_family"],
         "Service ports with a Local traffic policy whose endpoints are all on other nodes";
     HEALTHZ = "kubeproxy_proxy_healthz_total", Counter, ["code"],
         "Answers to /healthz by HTTP status";
@@ -163,7 +163,7 @@ families! {
         ["namespace", "service", "port", "protocol", "endpoint"],
         "Flows to one endpoint of a service port that began, by packet or at connect time";
     LEFT_OUT = "portolan_metrics_left_out", Gauge, ["kind"],
-        "Service ports and endpoints whose series were left out because of --metrics-max-series";
+        "Service ports, and endpoints where these are told, whose series were left out because of --metrics-max-series";
     PROGRAM_RUNS = "portolan_program_runs_total", Counter, ["program"],
         "Runs of an eBPF program. Only while kernel.bpf_stats_enabled is 1";
     PROGRAM_SECONDS = "portolan_program_seconds_total", Counter, ["program"],
@@ -248,9 +248,9 @@ mod tests {
         }
         page.push_str(
             "\n## How much there is\n\n\
-             The counters of service ports and endpoints are read from the kernel's maps when somebody asks, five series \
-             each, at most\n`--metrics-max-series` of them (20,000 unless told): those of service ports first, then those \
-             of endpoints, the oldest first.\n`portolan_metrics_left_out` says how many were left out. The kernel counts \
+             The counters of service ports are read from the kernel's maps when somebody asks, five series each, and with \
+             `--metrics-endpoints`\nthose of endpoints as well; at most `--metrics-max-series` of them (20,000 unless told): \
+             those of service ports first, the oldest first.\n`portolan_metrics_left_out` says how many were left out. The kernel counts \
              all of them all the same: `portolan services` and\n`portolan backends` show them.\n\n\
              Tables are not read to tell how full they are: `sync` knows what it wrote, and the sweep of idle flows counts \
              what it passes,\nevery 15 seconds. The agent also logs a warning once a table is nearly full.\n",

@@ -36,16 +36,17 @@ impl Histogram {
         state.sum += seconds;
     }
 
-    pub(super) fn write(&self, text: &mut Text, family: &Family) {
+    /// Its lines below the head of the family, whose only label has this value.
+    pub(super) fn write(&self, text: &mut Text, family: &Family, value: &str) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        text.head(family);
+        let own = family.labels.iter().map(|label| (*label, value)).collect::<Vec<_>>();
         let mut sum = 0;
         for (bound, bucket) in BOUNDS.iter().zip(state.buckets) {
             sum += bucket;
-            text.line(family.name, "_bucket", &[("le", &bound.to_string())], sum);
+            text.line(family.name, "_bucket", &[&own[..], &[("le", &bound.to_string())]].concat(), sum);
         }
-        text.line(family.name, "_bucket", &[("le", "+Inf")], state.count);
-        text.line(family.name, "_sum", &[], state.sum);
-        text.line(family.name, "_count", &[], state.count);
+        text.line(family.name, "_bucket", &[&own[..], &[("le", "+Inf")]].concat(), state.count);
+        text.line(family.name, "_sum", &own, state.sum);
+        text.line(family.name, "_count", &own, state.count);
     }
 }

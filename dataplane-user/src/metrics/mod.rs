@@ -20,6 +20,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
+/// Values of the label `ip_family`, as kube-proxy has them.
+pub const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
+
 /// A number that goes up, or stands for a state.
 #[derive(Debug, Default)]
 pub struct Number(AtomicU64);
@@ -50,8 +53,8 @@ impl Number {
 /// All that the agent counts.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    /// From the change of an object's endpoints to its tables in the kernel.
-    pub programming: Histogram,
+    /// From the change of an object's endpoints to its tables in the kernel, by their family ([`FAMILIES`]).
+    pub programming: [Histogram; 2],
     /// From taking up changes to their tables in the kernel.
     pub sync: Histogram,
     /// When tables last reached the kernel.
@@ -66,8 +69,8 @@ pub struct Metrics {
     pub endpoint_changes: Number,
     /// Those of them that are not in the kernel yet.
     pub endpoint_changes_pending: Number,
-    /// Service ports with a Local policy, internal and external, that have endpoints on other nodes only.
-    pub without_local_endpoints: [Number; 2],
+    /// Service ports with a Local policy, internal and external, that have endpoints on other nodes only, by family.
+    pub without_local_endpoints: [[Number; 2]; 2],
     /// Services whose tables wait for room or another try.
     pub waiting: Number,
     /// `bpf(2)` calls of the changes.
@@ -200,13 +203,14 @@ impl Metrics {
     /// All of them.
     pub fn text(&self, observed: &Observed) -> String {
         let mut text = Text::default();
-        self.programming.write(&mut text, &family::PROGRAMMING);
-        self.sync.write(&mut text, &family::SYNC);
+        text.head(&family::PROGRAMMING);
+        for (ip_family, histogram) in FAMILIES.iter().zip(&self.programming) {
+            histogram.write(&mut text, &family::PROGRAMMING, ip_family);
+        }
+        self.both_families(&mut text);
         let [ports, backends, frontends] = &self.sizes;
         let [uplinks, pods] = &self.interfaces;
         for (family, number) in [
-            (&family::SYNCED, &self.synced),
-            (&family::QUEUED, &self.queued),
             (&family::SERVICE_CHANGES, &self.service_changes),
             (&family::SERVICE_CHANGES_PENDING, &self.service_changes_pending),
             (&family::ENDPOINT_CHANGES, &self.endpoint_changes),
@@ -242,8 +246,10 @@ impl Metrics {
             text.sample(&family::INTERFACE_ROLES, &[&told.interface, told.role, told.reason], 1);
         }
         text.head(&family::NO_LOCAL_ENDPOINTS);
-        for (policy, number) in ["internal", "external"].iter().zip(&self.without_local_endpoints) {
-            text.sample(&family::NO_LOCAL_ENDPOINTS, &[policy], number.get());
+        for (policy, numbers) in ["internal", "external"].iter().zip(&self.without_local_endpoints) {
+            for (ip_family, number) in FAMILIES.iter().zip(numbers) {
+                text.sample(&family::NO_LOCAL_ENDPOINTS, &[policy, ip_family], number.get());
+            }
         }
         self.health(&mut text, observed);
         by_reason(&mut text, &family::COMPLAINTS, &self.complaints());
@@ -256,6 +262,16 @@ impl Metrics {
         text.head(&family::BUILD);
         text.sample(&family::BUILD, &[env!("CARGO_PKG_VERSION"), version::revision()], 1);
         text.into_string()
+    }
+
+    /// What kube-proxy tells by family, and here is of both: they are written together.
+    fn both_families(&self, text: &mut Text) {
+        text.head(&family::SYNC);
+        FAMILIES.iter().for_each(|ip_family| self.sync.write(text, &family::SYNC, ip_family));
+        for (family, number) in [(&family::SYNCED, &self.synced), (&family::QUEUED, &self.queued)] {
+            text.head(family);
+            FAMILIES.iter().for_each(|ip_family| text.sample(family, &[ip_family], number.get()));
+        }
     }
 
     fn health(&self, text: &mut Text, observed: &Observed) {
@@ -322,15 +338,20 @@ mod tests {
     #[test]
     fn metrics_that_kube_proxy_has_are_called_as_there() {
         let metrics = Metrics::default();
-        metrics.programming.observe(Duration::from_millis(3));
+        metrics.programming[1].observe(Duration::from_millis(3));
+        metrics.sync.observe(Duration::from_millis(3));
         metrics.service_changes.add(2);
         metrics.health_answered("/healthz", 503);
         let text = metrics.text(&Observed { reasons: vec![("no-endpoints", 7)], ..Observed::default() });
         for line in [
-            "kubeproxy_network_programming_duration_seconds_bucket{le=\"0.0025\"} 0",
-            "kubeproxy_network_programming_duration_seconds_bucket{le=\"0.005\"} 1",
-            "kubeproxy_network_programming_duration_seconds_bucket{le=\"+Inf\"} 1",
-            "kubeproxy_network_programming_duration_seconds_count 1",
+            "kubeproxy_network_programming_duration_seconds_bucket{ip_family=\"IPv6\",le=\"0.0025\"} 0",
+            "kubeproxy_network_programming_duration_seconds_bucket{ip_family=\"IPv6\",le=\"0.005\"} 1",
+            "kubeproxy_network_programming_duration_seconds_bucket{ip_family=\"IPv6\",le=\"+Inf\"} 1",
+            "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv6\"} 1",
+            "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"} 0",
+            "kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"} 1",
+            "kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family=\"IPv6\"} 0",
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"internal\",ip_family=\"IPv4\"} 0",
             "kubeproxy_sync_proxy_rules_service_changes_total 2",
             "kubeproxy_proxy_healthz_total{code=\"503\"} 1",
             "kubeproxy_proxy_livez_total{code=\"200\"} 0",

@@ -288,13 +288,15 @@ impl Mirror {
         ]
     }
 
-    /// Service ports with a Local policy, internal and external, whose endpoints are all on other nodes (P2, P3).
-    pub fn without_local_endpoints(&self) -> [usize; 2] {
+    /// Service ports with a Local policy, internal and external, whose endpoints are all on other nodes (P2, P3), of IPv4 and of
+    /// IPv6.
+    pub fn without_local_endpoints(&self) -> [[usize; 2]; 2] {
         let ports = || self.services.values().flat_map(|service| &service.ports);
         [Policy::INTERNAL_LOCAL, Policy::EXTERNAL_LOCAL].map(|local| {
             let lacking =
                 |value: &Service| value.policy.has(local | Policy::HAS_ENDPOINTS) && value.local.count() == 0;
-            ports().filter(|(_, port)| lacking(&port.value)).count()
+            [false, true]
+                .map(|ipv6| ports().filter(|(name, port)| name.ipv6 == ipv6 && lacking(&port.value)).count())
         })
     }
 

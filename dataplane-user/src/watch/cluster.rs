@@ -29,6 +29,13 @@ pub use servers::{Answered, ApiServer, Servers};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// What cannot be done without, and where it is.
+const NEEDED: [(&str, &str); 3] = [
+    ("services", "/api/v1/services"),
+    ("endpointslices", "/apis/discovery.k8s.io/v1/endpointslices"),
+    ("nodes", "/api/v1/nodes"),
+];
+
 /// How long a connection may be silent. An API server sends bookmarks about once a minute.
 const SILENCE: Duration = Duration::from_secs(90);
 
@@ -79,6 +86,42 @@ pub async fn watch(
     let server = access.session().await.server;
     tracing::info!(server = &*server, "watching the Kubernetes API");
     Ok(start(access, options, changes))
+}
+
+/// What an API server answers.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Where it is.
+    pub server: String,
+    /// Its version.
+    pub version: String,
+    /// What it does not let this account list.
+    pub denied: Vec<&'static str>,
+}
+
+/// Asks the API server what [`watch`] would follow, once, for its version and for a single object of each kind.
+///
+/// # Errors
+/// If it cannot be reached, or the credentials cannot be used.
+pub async fn ask(kubeconfig: Option<&Path>, servers: Servers) -> Result<Answer, ClusterError> {
+    let found = servers.found.clone();
+    let session = Access::open(kubeconfig, servers).await?.session().await;
+    let failed = |error: kube::Error| ClusterError::Client {
+        server: session.server.to_string(),
+        reason: causes(&error),
+    };
+    let version = session.client.apiserver_version().await.map_err(failed)?.git_version;
+    let mut denied = Vec::new();
+    for (resource, path) in NEEDED {
+        let request = http::Request::get(format!("{path}?limit=1")).body(Vec::new());
+        let Ok(request) = request else { continue };
+        match session.client.request::<serde_json::Value>(request).await {
+            Ok(_) => {}
+            Err(kube::Error::Api(status)) if status.code == 403 => denied.push(resource),
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    Ok(Answer { server: found.get().unwrap_or_else(|| session.server.to_string()), version, denied })
 }
 
 /// The API servers that a kubeconfig names; none if there is no such file.

@@ -26,6 +26,18 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What the API allows a note to hold, in bytes.
 const NOTE: usize = 1024;
 
+/// Reasons of Events besides those of complaints about objects ([`crate::compile::ComplaintReason`]).
+pub mod reason {
+    /// A Service finds no room in a table.
+    pub const NO_ROOM: &str = "NoRoom";
+    /// A program cannot be attached.
+    pub const PROGRAM_NOT_ATTACHED: &str = "ProgramNotAttached";
+    /// A health check port cannot be had. kube-proxy's name for it.
+    pub const HEALTH_CHECK_PORT: &str = "FailedToStartServiceHealthcheck";
+    /// All of them.
+    pub const ALL: [&str; 3] = [NO_ROOM, PROGRAM_NOT_ATTACHED, HEALTH_CHECK_PORT];
+}
+
 /// How serious an Event is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Severity {

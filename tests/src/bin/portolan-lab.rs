@@ -70,7 +70,7 @@ fn run() -> Result<ExitCode> {
             }
         }
         Verb::Prepare => {
-            Binaries::find_or_build()?.find_or_build_dns()?;
+            Binaries::find_or_build()?.find_or_build_extras()?;
         }
         Verb::Clean => match lab::sweep()?.as_slice() {
             [] => println!("nothing to remove"),

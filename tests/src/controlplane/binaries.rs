@@ -21,9 +21,23 @@ const KUBERNETES: [&str; 4] = [
 ];
 /// The package of etcd.
 const ETCD: &str = "go.etcd.io/etcd/server/v3";
-/// The package of CoreDNS, in a module of its own, and its program.
-const COREDNS: &str = "github.com/coredns/coredns";
-const DNS_PROGRAM: &str = "coredns";
+/// CoreDNS.
+pub(super) const COREDNS: Extra =
+    Extra { name: "CoreDNS", module: "coredns", package: "github.com/coredns/coredns", program: "coredns" };
+/// Helm.
+pub(super) const HELM: Extra =
+    Extra { name: "Helm", module: "helm", package: "helm.sh/helm/v4/cmd/helm", program: "helm" };
+
+/// A program with a Go module of its own, for it wants other versions than Kubernetes of what both are built from.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Extra {
+    /// In words.
+    name: &'static str,
+    /// The folder of its module.
+    module: &'static str,
+    package: &'static str,
+    program: &'static str,
+}
 /// How often a build that is not watched on a terminal says how far it is.
 const PROGRESS_PERIOD: Duration = Duration::from_secs(15);
 
@@ -52,22 +66,28 @@ impl Binaries {
         Ok(Self { folder: Some(folder) })
     }
 
-    /// CoreDNS: found beside the others or in PATH, or built as they are, in a folder of its own.
-    pub fn find_or_build_dns(&self) -> Result<PathBuf> {
+    /// Another program: found beside the others or in PATH, or built as they are, in a folder of its own.
+    pub(super) fn find_or_build_extra(&self, extra: Extra) -> Result<PathBuf> {
         if let Some(beside) =
-            self.folder.as_ref().map(|folder| folder.join(DNS_PROGRAM)).filter(|p| p.is_file())
+            self.folder.as_ref().map(|folder| folder.join(extra.program)).filter(|p| p.is_file())
         {
             return Ok(beside);
         }
-        if in_path(DNS_PROGRAM) {
-            return Ok(DNS_PROGRAM.into());
+        if in_path(extra.program) {
+            return Ok(extra.program.into());
         }
-        let folder = cache(&dns_module())?;
-        let program = folder.join(DNS_PROGRAM);
+        let folder = cache(&extra.folder())?;
+        let program = folder.join(extra.program);
         if !program.is_file() {
-            build(&folder, &build_dns).context("building CoreDNS from tests/controlplane/coredns")?;
+            build(&folder, &|folder| extra.build(folder))
+                .with_context(|| format!("building {} from {}", extra.name, extra.folder().display()))?;
         }
         Ok(program)
+    }
+
+    /// All that tests ask for beside the control plane itself.
+    pub fn find_or_build_extras(&self) -> Result<()> {
+        [COREDNS, HELM].into_iter().try_for_each(|extra| self.find_or_build_extra(extra).map(drop))
     }
 
     /// The path of a program.
@@ -86,9 +106,18 @@ fn module() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("controlplane")
 }
 
-/// That of CoreDNS.
-fn dns_module() -> PathBuf {
-    module().join(DNS_PROGRAM)
+impl Extra {
+    fn folder(self) -> PathBuf {
+        module().join(self.module)
+    }
+
+    fn build(self, folder: &Path) -> Result<()> {
+        eprintln!("building {} once (several minutes) …", self.name);
+        let mut progress = Progress::new(self.folder(), &[self.package])?;
+        progress.go_build("-s -w", &folder.join(self.program), &[self.package])?;
+        progress.finish(self.name);
+        Ok(())
+    }
 }
 
 /// Cargo's target folder, in which this program lies.
@@ -142,14 +171,6 @@ fn build_cluster(folder: &Path) -> Result<()> {
     progress.go_build(&version_flags(&version), &folder.join(""), &KUBERNETES)?;
     progress.go_build("-s -w", &folder.join("etcd"), &[ETCD])?;
     progress.finish("the control plane");
-    Ok(())
-}
-
-fn build_dns(folder: &Path) -> Result<()> {
-    eprintln!("building CoreDNS once (several minutes) …");
-    let mut progress = Progress::new(dns_module(), &[COREDNS])?;
-    progress.go_build("-s -w", &folder.join(DNS_PROGRAM), &[COREDNS])?;
-    progress.finish("CoreDNS");
     Ok(())
 }
 

@@ -162,6 +162,11 @@ impl Running {
         Ok(())
     }
 
+    /// Whether it ended well, if it ended.
+    pub(super) fn succeeded(&self) -> Option<bool> {
+        self.process.exit_status().map(|status| status.success())
+    }
+
     /// How it ended, if it did.
     pub(super) fn ended(&self) -> Option<String> {
         self.process.epitaph()

@@ -1,6 +1,7 @@
 //! The cluster's names: a real CoreDNS as a pod behind the Service `kube-dns`. It reaches the API server as any pod does, at the
 //! first address of the service range, so it lives by the dataplane that it is called through.
 
+use super::binaries::COREDNS;
 use super::{API_SERVER, ControlPlane};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -26,7 +27,7 @@ const NAMESPACE: &str = "kube-system";
 impl ControlPlane {
     /// Starts CoreDNS. It answers once agents run.
     pub fn start_dns(&self) -> Result<()> {
-        let program = self.binaries.find_or_build_dns()?;
+        let program = self.binaries.find_or_build_extra(COREDNS)?;
         let images = self.images();
         fs::create_dir_all(&images)?;
         symlink(which(&program)?, images.join(NAME)).context("the image of CoreDNS")?;

@@ -163,7 +163,30 @@ impl Kubelet {
         // Whatever came of it, it can be deleted now.
         self.set_stage(uid, Some(Stage::Running));
         started?;
-        self.report(node, pod, node.addresses()).await
+        self.report(node, pod, node.addresses()).await?;
+        self.report_the_end(pod, uid).await
+    }
+
+    /// Succeeded or Failed, when the containers of a pod that is not started again have ended.
+    async fn report_the_end(&self, pod: &Pod, uid: &str) -> Result<()> {
+        if pod.spec.as_ref().and_then(|spec| spec.restart_policy.as_deref()) != Some("Never") {
+            return Ok(());
+        }
+        let well = loop {
+            let running = self.on_hosts.lock().unwrap_or_else(PoisonError::into_inner).get(uid).cloned();
+            // It was deleted meanwhile.
+            let Some(running) = running else { return Ok(()) };
+            let ends: Option<Vec<_>> = running.iter().map(Running::succeeded).collect();
+            if let Some(ends) = ends {
+                break ends.into_iter().all(|well| well);
+            }
+            tokio::time::sleep(PROBE_PERIOD).await;
+        };
+        let status = json!({ "status": { "phase": if well { "Succeeded" } else { "Failed" } } });
+        let (name, parameters, status) = (pod.name_any(), PatchParams::default(), Patch::Merge(&status));
+        let api = self.api(pod);
+        insist(|| api.patch_status(&name, &parameters, &status)).await?;
+        Ok(())
     }
 
     async fn start_containers(&self, node: &Arc<Node>, pod: &Pod, uid: &str) -> Result<()> {

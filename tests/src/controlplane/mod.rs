@@ -19,6 +19,7 @@ pub(crate) use etcd::Stored;
 
 use crate::lab::{Lab, Node, Place, Process, at};
 use anyhow::{Context, Result, ensure};
+use binaries::HELM;
 use kube::Client;
 use serde_json::{Value, json};
 use std::fs;
@@ -203,6 +204,29 @@ impl ControlPlane {
             arguments.join(" "),
             String::from_utf8_lossy(&output.stderr)
         );
+        Ok(text)
+    }
+
+    /// Where `helm` is.
+    pub fn helm_program(&self) -> Result<PathBuf> {
+        self.binaries.find_or_build_extra(HELM)
+    }
+
+    /// Runs `helm`, which has no folder of its own on this machine, and returns what it printed.
+    pub fn helm(&self, arguments: &[&str]) -> Result<String> {
+        let home = self.folder.join("helm");
+        let folders =
+            [("HELM_CACHE_HOME", "cache"), ("HELM_CONFIG_HOME", "config"), ("HELM_DATA_HOME", "data")];
+        let output = Command::new(self.helm_program()?)
+            .arg("--kubeconfig")
+            .arg(self.admin_kubeconfig())
+            .args(arguments)
+            .envs(folders.map(|(variable, folder)| (variable, home.join(folder))))
+            .output()
+            .context("helm")?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "helm {}: {text}{error}", arguments.join(" "));
         Ok(text)
     }
 

@@ -1,7 +1,7 @@
 //! How a flow begins: to which endpoint, and with which source (P4 to P12, S1).
 
 use super::cluster::{Kind, ServicePort};
-use super::flows::{Flow, Phase, Tuple};
+use super::flows::{Flow, Phase, Said, Tuple};
 use super::outcome::{Alternative, Exit, NewSource, Outcome, Then};
 use super::packets::Client;
 use super::wire::Headers;
@@ -176,6 +176,8 @@ impl Model {
             masqueraded: false,
             node_client: (client == Client::Node).then_some(headers.link),
             phase: Phase::HalfOpen { answered: None },
+            client_said: Said::by(headers),
+            endpoint_said: Said::default(),
             endpoint_gone: false,
         };
         let then = if entered { Then::Begin(Box::new(flow)) } else { Then::Nothing };

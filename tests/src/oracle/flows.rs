@@ -51,6 +51,44 @@ pub enum Phase {
     Closing,
 }
 
+/// What the TCP segments of one end have said: the number behind the last that it used, and what it has acknowledged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Said {
+    end: Option<u32>,
+    acked: Option<u32>,
+}
+
+/// How far a segment may be from those before it.
+const NEAR: i32 = 1 << 21;
+
+impl Said {
+    /// By a segment.
+    pub(super) fn by(headers: &Headers) -> Self {
+        let Some((flags, seq, ack)) = headers.tcp else { return Self::default() };
+        let used =
+            headers.data as u32 + u32::from(flags & flag::SYN != 0) + u32::from(flags & flag::FIN != 0);
+        let acked = (flags & flag::ACK != 0 && ack != 0).then_some(ack);
+        Self { end: Some(seq.wrapping_add(used)), acked }
+    }
+
+    fn admits(&self, segment: Self) -> bool {
+        let near = |before: Option<u32>, now: Option<u32>| {
+            before
+                .zip(now)
+                .is_none_or(|(before, now)| (-NEAR..NEAR).contains(&(now.wrapping_sub(before) as i32)))
+        };
+        near(self.end, segment.end) && near(self.acked, segment.acked)
+    }
+
+    fn then(&self, segment: Self) -> Self {
+        let later = |before: Option<u32>, now: Option<u32>| match (before, now) {
+            (Some(before), Some(now)) if (now.wrapping_sub(before) as i32) <= 0 => Some(before),
+            (before, now) => now.or(before),
+        };
+        Self { end: later(self.end, segment.end), acked: later(self.acked, segment.acked) }
+    }
+}
+
 /// A flow from a client to an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
@@ -70,6 +108,10 @@ pub struct Flow {
     pub node_client: Option<[u8; 6]>,
     /// How far it is.
     pub phase: Phase,
+    /// What the client's segments of TCP have said.
+    pub client_said: Said,
+    /// The same of the endpoint's.
+    pub endpoint_said: Said,
     /// Its endpoint was missing or did not serve at some moment since it began.
     pub endpoint_gone: bool,
 }
@@ -106,16 +148,58 @@ impl Flow {
         match self.phase {
             Phase::HalfOpen { answered } => self.half_open_after(sender, headers, answered),
             Phase::Established { client_fin, endpoint_fin } if headers.proto != UDP => {
-                let fin = headers.flags() & flag::FIN != 0
+                let fin = headers.flags() & (flag::FIN | flag::RST) == flag::FIN
+                    && self.admits(sender, headers)
                     || headers.has_chunk(chunk::SHUTDOWN)
                     || headers.has_chunk(chunk::SHUTDOWN_ACK);
                 let client_fin = client_fin || fin && sender == Sender::Client;
                 let endpoint_fin = endpoint_fin || fin && sender == Sender::Endpoint;
-                let ended = headers.resets() || headers.has_chunk(chunk::SHUTDOWN_COMPLETE);
+                let ended = self.is_reset(sender, headers) || headers.has_chunk(chunk::SHUTDOWN_COMPLETE);
                 let over = ended || client_fin && endpoint_fin;
                 Some(if over { Phase::Closing } else { Phase::Established { client_fin, endpoint_fin } })
             }
             phase @ (Phase::Established { .. } | Phase::Closing) => Some(phase),
+        }
+    }
+
+    const fn said(&self, sender: Sender) -> (Said, Said) {
+        match sender {
+            Sender::Client => (self.client_said, self.endpoint_said),
+            Sender::Endpoint => (self.endpoint_said, self.client_said),
+        }
+    }
+
+    fn admits(&self, sender: Sender, headers: &Headers) -> bool {
+        self.said(sender).0.admits(Said::by(headers))
+    }
+
+    /// C4: whether it ends the flow at once: a reset of TCP has the number that its receiver waits for, or the one after its sender's
+    /// last, or it answers a SYN.
+    fn is_reset(&self, sender: Sender, headers: &Headers) -> bool {
+        let Some((_, seq, _)) = headers.tcp else { return headers.resets() };
+        let ((own, other), segment) = (self.said(sender), Said::by(headers));
+        let refuses = matches!(self.phase, Phase::HalfOpen { .. })
+            && segment.acked.is_some()
+            && segment.acked == other.end;
+        let unknown = own.end.is_none() && other.end.is_none();
+        headers.resets() && (other.acked == Some(seq) || own.end == Some(seq) || refuses || unknown)
+    }
+
+    /// Follows the numbers of both ends' segments.
+    pub(super) fn hear(&mut self, sender: Sender, headers: &Headers) {
+        let half_open = matches!(self.phase, Phase::HalfOpen { .. });
+        let segment = Said::by(headers);
+        if half_open && sender == Sender::Client && headers.is_tcp_with(flag::SYN) {
+            self.client_said = segment;
+        } else if half_open && sender == Sender::Endpoint && headers.is_tcp_with(flag::SYN | flag::ACK) {
+            self.endpoint_said = segment;
+            let seq = headers.tcp.map(|(_, seq, _)| seq.wrapping_add(1));
+            self.client_said = Said { end: segment.acked, acked: seq };
+        } else if headers.flags() & (flag::SYN | flag::RST) == 0 && self.admits(sender, headers) {
+            match sender {
+                Sender::Client => self.client_said = self.client_said.then(segment),
+                Sender::Endpoint => self.endpoint_said = self.endpoint_said.then(segment),
+            }
         }
     }
 
@@ -128,9 +212,17 @@ impl Flow {
                 (Sender::Client, None) => Some(self.phase),
             };
         }
-        if headers.resets() {
+        if self.is_reset(sender, headers) {
             // A connection that was refused or given up.
             return None;
+        }
+        // Picked up in its middle: the endpoint goes on.
+        if sender == Sender::Endpoint
+            && headers.is_tcp_with(flag::ACK)
+            && answered.is_none()
+            && self.client_said.acked.is_some()
+        {
+            return Some(Phase::HalfOpen { answered: headers.tcp.map(|(_, seq, _)| seq) });
         }
         // What the endpoint promises, and what proves that the client saw it: a number, or SCTP's tag.
         let (promise, proof) = match (headers.tcp, headers.sctp) {
@@ -195,7 +287,15 @@ impl Flows {
         }
     }
 
-    pub(super) fn set_phase(&mut self, client: Tuple, phase: Option<Phase>) {
+    /// A packet of a flow was translated.
+    pub(super) fn used(&mut self, client: Tuple, sender: Sender, headers: &Headers) {
+        let Some(flow) = self.by_client.get_mut(&client) else { return };
+        let phase = flow.after(sender, headers);
+        flow.hear(sender, headers);
+        self.set_phase(client, phase);
+    }
+
+    fn set_phase(&mut self, client: Tuple, phase: Option<Phase>) {
         match (phase, self.by_client.get_mut(&client)) {
             (Some(phase), Some(flow)) => flow.phase = phase,
             (None, Some(_)) => self.remove(client),

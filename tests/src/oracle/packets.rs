@@ -356,9 +356,9 @@ impl Model {
                 self.flows.insert(flow);
             }
             Then::Used(client, sender) => {
-                let phase = self.flows.find(*client).zip(headers);
-                let phase = phase.and_then(|((flow, _), headers)| flow.after(*sender, headers));
-                self.flows.set_phase(*client, phase);
+                if let Some(headers) = headers {
+                    self.flows.used(*client, *sender, headers);
+                }
             }
         }
     }

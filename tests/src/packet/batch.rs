@@ -2,23 +2,27 @@
 //! anew; a packet costs little more than the call that runs it.
 
 use super::{Hook, Verdict, World};
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
-use dataplane_common::flow::{Flow, FlowKey, Stage, TICK_MASK};
+use dataplane_common::flow::{Flow, FlowKey, Numbers, Stage, TICK_MASK};
 use dataplane_common::service::EndpointSet;
 use dataplane_common::tables::{self, Table as _};
 use dataplane_common::{Addr, Port, Protocol};
 use dataplane_user::compile::{self, Context, NodeSettings};
 use dataplane_user::expire::{self, Clock, IdleTimes};
+use dataplane_user::kernel::bpf;
 use dataplane_user::kernel::callers::{CallerCells, OldMarks};
+use dataplane_user::kernel::pins::Pins;
+use dataplane_user::kernel::rehearsal::{Arrival, Rehearsal, Trial};
 use dataplane_user::model::{Change, Dirty, Kind};
 use dataplane_user::sync::LingeringBits;
 use dataplane_user::watch::manifests;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -114,7 +118,9 @@ impl World {
         let table = self.maps.map::<tables::Flows>()?;
         let half_open = table.entries()?.into_iter().filter(|(_, flow)| flow.stage() == Stage::HalfOpen);
         for (key, mut flow) in half_open {
+            // As if they had been picked up in their middle: nothing is known of their numbers.
             flow.set(Flow::CONFIRMED);
+            flow.numbers = Numbers::default();
             table.insert(&key, &flow, 0)?;
         }
         Ok(())
@@ -214,7 +220,58 @@ impl World {
         let datagrams: Vec<_> = fragments.entries()?.into_iter().map(|(key, _)| key).collect();
         affinities.remove_batch(&clients)?;
         fragments.remove_batch(&datagrams)?;
+        self.forget_answers()
+    }
+
+    /// Lets all CPUs give as many answers that say no as they may at once.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget_answers(&self) -> Result<()> {
+        let (_, answers) =
+            self.maps.iter().find(|(name, _)| *name == tables::Answers::NAME).context("answers")?;
+        let none = vec![0; answers.copied_size()];
+        (0..tables::Answers::CAPACITY as u32)
+            .try_for_each(|index| answers.update(&index.to_ne_bytes(), &none, 0))
+            .context("answers")
+    }
+
+    /// Pins the maps below a folder that is mounted for that, so that a second copy of the programs finds them.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn pin(&self, pins: &Pins) -> Result<()> {
+        pins.prepare()?;
+        for (name, map) in self.maps.iter() {
+            bpf::obj_pin(map.as_fd(), &pins.map(name)).with_context(|| name.to_owned())?;
+        }
         Ok(())
+    }
+
+    /// Has a second copy of the programs run on a frame at a hook as [`World::send_uncounted`] does, without a trace in the maps
+    /// of the first.
+    ///
+    /// # Errors
+    /// If the kernel refuses to run it.
+    pub fn rehearse(
+        &self,
+        rehearsal: &mut Rehearsal,
+        hook: Hook,
+        data: &[u8],
+        key: FlowKey,
+    ) -> Result<(Verdict, Trial)> {
+        rehearsal.refresh()?;
+        let replies: Vec<_> =
+            self.maps.map::<tables::Flows>()?.entries()?.into_iter().map(|(key, _)| key).collect();
+        let interface = match hook {
+            Hook::Xdp => bail!("XDP is not rehearsed: it runs the same walk"),
+            Hook::UplinkIn | Hook::UplinkOut => self.uplink,
+            Hook::BareIn | Hook::BareOut => self.bare,
+            Hook::PodIn | Hook::PodOut => self.pod,
+        };
+        let arrival = Arrival { program: hook.program(), interface, data, key, replies: &replies };
+        let trial = rehearsal.trial(&arrival)?;
+        Ok((super::verdict(hook, trial.action)?, trial))
     }
 
     /// Sends these bytes, and counts nothing: the verdict, what left, and its mark.

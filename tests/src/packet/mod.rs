@@ -251,12 +251,13 @@ impl World {
         let settings = NodeSettings {
             service_ranges: vec!["10.96.0.0/16".parse()?, "fd00:10:96::/108".parse()?],
             node_port_addresses: compile::NodePortAddresses::All,
-            snat_ports,
+            snat_ports: vec![snat_ports],
             flags,
             masquerade_mark: 0,
             connection_mark: 0,
             sources: compile::Sources::default(),
             netns_cookie: 1,
+            secret: 1,
         };
         let (uplink, bare, pod) = (index("up0")?, index("tun0")?, index("pod0")?);
         let mut world = Self {
@@ -343,11 +344,23 @@ impl World {
     /// # Errors
     /// If the kernel refuses.
     pub fn set_snat_ports(&mut self, ports: std::ops::RangeInclusive<u16>) -> Result<()> {
-        self.settings.snat_ports = ports;
+        self.settings.snat_ports = vec![ports];
         self.write_node()
     }
 
     fn write_node(&mut self) -> Result<()> {
+        let interfaces = interfaces()?.to_vec().into();
+        let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
+        self.mirror.set_node(&self.maps, &tables, Instant::now())?;
+        Ok(())
+    }
+
+    /// Takes this number for the secret of the boot.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_secret(&mut self, secret: u64) -> Result<()> {
+        self.settings.secret = secret;
         let interfaces = interfaces()?.to_vec().into();
         let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
         self.mirror.set_node(&self.maps, &tables, Instant::now())?;
@@ -436,18 +449,7 @@ impl World {
         let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
         object.load(program)?;
         let result = bpf::prog_test_run(object.program(program)?, &run)?;
-        let verdict = match (hook, result.retval as i32) {
-            (Hook::Xdp, 2) => Verdict::Pass,
-            (Hook::Xdp, 1) => Verdict::Drop,
-            (Hook::Xdp, 3) => Verdict::Tx,
-            (Hook::Xdp, 4) => Verdict::Redirect,
-            (Hook::Xdp, code) => bail!("{hook:?} returned {code}"),
-            (_, -1) => Verdict::Pass,
-            (_, 2) => Verdict::Drop,
-            (_, 7) => Verdict::Redirect,
-            (hook, code) => bail!("{hook:?} returned {code}"),
-        };
-        Ok((verdict, result))
+        Ok((verdict(hook, result.retval as i32)?, result))
     }
 
     /// All counters, added up over CPUs and ids.
@@ -499,6 +501,21 @@ impl World {
     pub fn rest(&self) {
         std::thread::sleep(dataplane_user::sync::REST + Duration::from_millis(50));
     }
+}
+
+/// What a program at a hook returned, in words.
+fn verdict(hook: Hook, code: i32) -> Result<Verdict> {
+    Ok(match (hook, code) {
+        (Hook::Xdp, 2) => Verdict::Pass,
+        (Hook::Xdp, 1) => Verdict::Drop,
+        (Hook::Xdp, 3) => Verdict::Tx,
+        (Hook::Xdp, 4) => Verdict::Redirect,
+        (Hook::Xdp, code) => bail!("{hook:?} returned {code}"),
+        (_, -1) => Verdict::Pass,
+        (_, 2) => Verdict::Drop,
+        (_, 7) => Verdict::Redirect,
+        (hook, code) => bail!("{hook:?} returned {code}"),
+    })
 }
 
 /// The counters of one packet of `bytes` bytes from a client; `new` if it began a flow.

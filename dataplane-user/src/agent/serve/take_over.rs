@@ -44,7 +44,7 @@ impl TakeOver {
 /// If the map cannot be read.
 pub(in crate::agent) fn is_due(maps: &impl Maps) -> Result<bool, MapError> {
     let node = maps.get::<Nodes>(&0)?;
-    Ok(node.is_none_or(|node| node.last_port == 0 || node.has(Node::TAKES_OVER)))
+    Ok(node.is_none_or(|node| node.port_count == 0 || node.has(Node::TAKES_OVER)))
 }
 
 /// Notes what answers connections that netfilter translates to these source ports: no flow may have the same answers (P12).
@@ -53,7 +53,7 @@ pub(in crate::agent) fn is_due(maps: &impl Maps) -> Result<bool, MapError> {
 /// If conntrack does not tell them, or they cannot be written.
 pub(in crate::agent) fn note_answers(
     maps: &impl Maps,
-    ports: &RangeInclusive<u16>,
+    ports: &[RangeInclusive<u16>],
 ) -> Result<(), ConntrackError> {
     // When they last left is not known, and is not asked for TCP.
     let noted: Vec<_> = conntrack::answers_to(ports)?.into_iter().map(|answer| (answer, 0)).collect();
@@ -146,7 +146,7 @@ mod tests {
     fn connections_are_taken_over_after_a_boot_and_until_they_have_ended() {
         let maps = MemoryMaps::default();
         assert!(is_due(&maps).unwrap(), "nothing was written yet");
-        let written = |flags| Node { last_port: 65_535, flags, ..Node::zeroed() };
+        let written = |flags| Node { port_count: 1, flags, ..Node::zeroed() };
         maps.write::<Nodes>(&[(0, written(Node::TAKES_OVER | Node::FIB_SOURCE))]).unwrap();
         assert!(is_due(&maps).unwrap(), "the last agent saw some");
         maps.write::<Nodes>(&[(0, written(Node::FIB_SOURCE))]).unwrap();

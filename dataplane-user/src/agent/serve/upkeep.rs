@@ -7,6 +7,7 @@ use crate::kernel::callers::CallerCells;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::sockets::{self, SocketError};
 use crate::memory;
+use crate::sync::Maps as _;
 use dataplane_common::tables::{
     self, Backends, Closing, Flows, Frontends, HalfOpen, SocketPeers, Table as _, TableKind,
 };
@@ -74,6 +75,8 @@ impl Service {
             Some(sweeping) => match sweeping.await {
                 Ok(Ok((bits, counts))) => {
                     self.fill(&counts);
+                    self.flow_entries =
+                        counts.iter().find(|(name, _)| *name == Flows::NAME).map_or(0, |(_, count)| *count);
                     let (mirror, maps) = self.dataplane.mirror();
                     match mirror.clear_bits(maps, &bits, Instant::now()) {
                         Ok(outcome) => self.metrics.calls.add(outcome.calls),
@@ -92,7 +95,8 @@ impl Service {
         self.swept = Instant::now();
         let (mirror, maps) = self.dataplane.mirror();
         let (mut bits, maps) = (mirror.lingering_bits(Instant::now()), maps.clone());
-        let (idle, clock) = (self.idle, self.clock.clone());
+        let room = maps.capacity::<Flows>().unwrap_or(usize::MAX);
+        let (idle, clock) = (self.idle.for_table(self.flow_entries, room), self.clock.clone());
         // Programs of another version, if they could not be replaced, may mark no cells.
         let are_marked = self.health.is_attached() && self.hooks.is_none();
         let beat = self.health.heartbeat().part("the sweep of the flow tables", JOB);

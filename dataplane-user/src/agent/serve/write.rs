@@ -1,12 +1,13 @@
 //! Tables into the kernel: what was written, what found no room, and what the kernel refused.
 
 use super::{RETRY, Service};
-use crate::agent::dataplane::Flushed;
+use crate::agent::dataplane::{Flushed, Trigger};
 use crate::agent::notify::{State, notify};
 use crate::kernel::maps::MapError;
 use crate::memory;
 use crate::model::{Kind, ObjectName, Reference};
 use crate::sync::{Outcome, Refused};
+use crate::watch::events::reason;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -48,8 +49,8 @@ impl Service {
         self.backoff = None;
         self.metrics.sync.observe(took);
         let now = SystemTime::now();
-        for trigger in flushed.triggers {
-            self.metrics.programming.observe(now.duration_since(trigger).unwrap_or_default());
+        for Trigger { ipv6, time } in flushed.triggers {
+            self.metrics.programming[usize::from(ipv6)].observe(now.duration_since(time).unwrap_or_default());
         }
         tracing::debug!(
             "{} entries in {} calls and {} µs",
@@ -120,7 +121,7 @@ impl Service {
             let note = format!("{error}; what was served of it goes on");
             tracing::error!("Service {service} waits: {note}");
             let object = Reference { kind: Kind::Service, name: service.clone() };
-            self.tell_about(&object, "NoRoom", format!("its changes wait: {note}"));
+            self.tell_about(&object, reason::NO_ROOM, format!("its changes wait: {note}"));
         }
         if news.len() > NAMED {
             tracing::error!("{} Services wait for room", waiting.len());

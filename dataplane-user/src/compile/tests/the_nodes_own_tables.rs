@@ -11,12 +11,13 @@ fn settings(node_port_addresses: NodePortAddresses) -> NodeSettings {
     NodeSettings {
         service_ranges: vec!["10.96.0.0/16".parse().unwrap(), "fd00:96::/108".parse().unwrap()],
         node_port_addresses,
-        snat_ports: 61_000..=65_535,
+        snat_ports: vec![1_024..=29_999, 61_000..=65_535],
         flags: 0,
         masquerade_mark: 0,
         connection_mark: 0,
         sources: Sources::default(),
         netns_cookie: 7,
+        secret: 11,
     }
 }
 
@@ -107,8 +108,12 @@ fn node_ports_do_not_answer_on_an_lb_ip_unless_the_node_is_known_by_it() {
 fn ranges_and_ports_are_passed_on() {
     let (tables, complaints) = node(&settings(NodePortAddresses::All), None, &interfaces(), &BTreeSet::new());
     assert_eq!(complaints, []);
-    assert_eq!((tables.node.first_port, tables.node.last_port), (61_000, 65_535));
-    assert_eq!(tables.node.netns_cookie, 7);
+    assert_eq!(
+        (tables.node.port(0), tables.node.port(28_976), tables.node.port(28_975)),
+        (1_024, 61_000, 29_999)
+    );
+    assert_eq!((tables.node.port_count, tables.node.port(33_511)), (33_512, 65_535));
+    assert_eq!((tables.node.netns_cookie, tables.node.secret), (7, 11));
     let inside = |text: &str| tables.node.service_ranges.iter().any(|range| range.contains(&addr(text)));
     assert!(inside("10.96.255.255") && inside("fd00:96::f:ffff"));
     assert!(!inside("10.97.0.0") && !inside("fd00:96::10:0"));
