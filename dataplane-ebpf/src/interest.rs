@@ -2,7 +2,7 @@
 
 use crate::flow;
 use crate::maps::{CALLERS, FILTER};
-use crate::parse::Packet;
+use crate::parse::{Packet, tcp};
 use crate::path::Hook;
 use dataplane_common::Addr;
 use dataplane_common::filter::{FilterBit, caller_cell, caller_mark};
@@ -14,7 +14,8 @@ pub struct Interest {
     pub frontend: bool,
     /// Its source may be a backend, and the hook is one where such a packet may have to be restored.
     pub reply: bool,
-    /// It leaves, and its source may be a node port of this node.
+    /// It leaves, and its source may be a node port of this node, or it opens a connection that may be to an endpoint: no flow may have
+    /// the same answers.
     pub outgoing: bool,
 }
 
@@ -46,7 +47,10 @@ pub fn of(packet: &Packet, hook: Hook) -> Interest {
         Hook::UplinkEgress | Hook::PodEgress => Interest {
             frontend: hook == Hook::UplinkEgress && destination(&packet.dst).0,
             reply: reply(),
-            outgoing: test(FilterBit::node_port(&packet.src, packet.src_port, proto)),
+            outgoing: test(FilterBit::node_port(&packet.src, packet.src_port, proto))
+                || hook == Hook::UplinkEgress
+                    && packet.tcp(tcp::SYN | tcp::ACK | tcp::RST, tcp::SYN)
+                    && test(FilterBit::backend(&packet.dst, packet.dst_port, proto)),
         },
     }
 }

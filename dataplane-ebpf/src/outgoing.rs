@@ -1,5 +1,5 @@
-//! What answers others (P22): connections of this node that are of no flow and whose port is the number of a node port. Such a
-//! port has whoever bound it, and a pod's connection whose source somebody masquerades to it. Conntrack knows both; the programs
+//! What answers others (P12, P22): connections of this node that are of no flow and that go to an endpoint, or whose port is the number
+//! of a node port. Such a port has whoever bound it, and a pod's connection whose source somebody masquerades to it. Conntrack knows both; the programs
 //! note what leaves, and ask for the node's TCP sockets.
 
 use crate::clock::{SECOND, nanoseconds};
@@ -23,7 +23,7 @@ const CURRENT_NETNS: u64 = u64::MAX;
 /// State of a socket that waits for connections (`TCP_LISTEN`).
 const LISTEN: u32 = 10;
 
-/// Notes a packet with this five-tuple that leaves from the number of a node port, if it is the node's and of no flow.
+/// Notes a packet with this five-tuple that leaves from the number of a node port or to an endpoint, if it is the node's and of no flow.
 #[inline(never)]
 pub fn note(packet: &Packet, key: &FlowKey) {
     // A reset ends what it answers, and of SCTP only what opens an association begins a flow.

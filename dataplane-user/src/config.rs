@@ -3,6 +3,11 @@
 //! A flag that means what a flag of kube-proxy means has its name.
 
 pub mod kube_proxy;
+mod verbs;
+
+pub use verbs::{
+    CheckArgs, CleanupArgs, CompletionArgs, ExplainArgs, NoteArgs, Output, ReportArgs, ShowArgs, StatusArgs,
+};
 
 use crate::compile::Sources;
 use crate::expire::LONGEST_IDLE;
@@ -11,12 +16,10 @@ use crate::kernel::sysctls::Conntrack;
 use crate::pattern::Pattern;
 use crate::watch::cluster::ApiServer;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use clap_complete::Shell;
-use dataplane_common::Protocol;
 use dataplane_common::tables::{self, Closing, Flows, HalfOpen, LAYOUT, Table as _};
 use ipnet::IpNet;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -354,143 +357,6 @@ impl ConntrackArgs {
     }
 }
 
-/// Flags of `portolan note-api-server`.
-#[derive(Clone, Debug, Args)]
-pub struct NoteArgs {
-    /// The kubelet's kubeconfig.
-    #[arg(long, value_name = "FILE", default_value = "/etc/kubernetes/kubelet.conf")]
-    pub kubelet_kubeconfig: PathBuf,
-    /// Folder of what outlives a reboot.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
-    pub state_dir: PathBuf,
-}
-
-/// Flags of `portolan cleanup`.
-#[derive(Clone, Debug, Args)]
-pub struct CleanupArgs {
-    /// Folder of the pins.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
-    pub bpffs: PathBuf,
-    /// Folder of what outlives a reboot.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
-    pub state_dir: PathBuf,
-    /// Leave what is in the state folder.
-    #[arg(long)]
-    pub keep_state: bool,
-}
-
-/// Flags of the verbs that show what the kernel holds.
-#[derive(Clone, Debug, Args)]
-pub struct ShowArgs {
-    /// Folder of the pins.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
-    pub bpffs: PathBuf,
-    /// How it is printed.
-    #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    pub output: Output,
-}
-
-/// Flags of `portolan status`.
-#[derive(Clone, Debug, Args)]
-pub struct StatusArgs {
-    /// Where it looks and how it is printed.
-    #[command(flatten)]
-    pub show: ShowArgs,
-    /// End with 0 in place of 3 where Services are served and somebody should look at something.
-    #[arg(long)]
-    pub allow_warnings: bool,
-}
-
-/// Flags of `portolan check`.
-#[derive(Clone, Debug, Args)]
-pub struct CheckArgs {
-    /// Credentials for the API server; without it, those of the pod this runs in.
-    #[arg(long, value_name = "FILE")]
-    pub kubeconfig: Option<PathBuf>,
-    /// Where API servers are, as the agent's flag has it.
-    #[arg(long, env = "PORTOLAN_API_SERVER", value_name = "SERVER|auto", default_value = "auto", value_delimiter = ',', num_args = 1..)]
-    pub api_server: Vec<ServerChoice>,
-    /// The cgroup whose sockets would be served; without it, the root of the cgroup2 mount.
-    #[arg(long, value_name = "DIR")]
-    pub cgroup: Option<PathBuf>,
-    /// Ports that translated sources would get.
-    #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
-    pub snat_ports: PortRange,
-    /// Folder of what outlives a reboot.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
-    pub state_dir: PathBuf,
-    /// Where it looks and how it is printed.
-    #[command(flatten)]
-    pub show: ShowArgs,
-}
-
-/// Flags of `portolan report`.
-#[derive(Clone, Debug, Args)]
-pub struct ReportArgs {
-    /// Folder of the pins.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
-    pub bpffs: PathBuf,
-    /// The file that is written, a tar.gz.
-    #[arg(short, long, value_name = "FILE")]
-    pub output: Option<PathBuf>,
-}
-
-impl CheckArgs {
-    /// The defaults, for another pin folder.
-    pub fn of(bpffs: &Path) -> Self {
-        Self {
-            kubeconfig: None,
-            api_server: Vec::new(),
-            cgroup: None,
-            snat_ports: PortRange { first: 61_000, last: 65_535 },
-            state_dir: DEFAULT_STATE.into(),
-            show: ShowArgs { bpffs: bpffs.to_owned(), output: Output::Table },
-        }
-    }
-
-    /// The API servers that were named; none: one is looked for.
-    pub fn named_servers(&self) -> Vec<ApiServer> {
-        named(&self.api_server)
-    }
-}
-
-/// Flags of `portolan explain`.
-#[derive(Clone, Debug, Args)]
-pub struct ExplainArgs {
-    /// Who calls: an address, with a port or without, or `node`.
-    pub from: String,
-    /// Who is called: an address and port, a Service, or `node:PORT`.
-    pub to: String,
-    /// By which protocol; without it, the one that is served there.
-    #[arg(long, value_name = "tcp|udp|sctp", value_parser = protocol)]
-    pub protocol: Option<Protocol>,
-    /// Where it looks and how it is printed.
-    #[command(flatten)]
-    pub show: ShowArgs,
-}
-
-/// Flags of `portolan completion`.
-#[derive(Clone, Debug, Args)]
-pub struct CompletionArgs {
-    /// The shell.
-    #[arg(value_enum)]
-    pub shell: Shell,
-}
-
-/// How something is printed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Output {
-    /// For people.
-    #[default]
-    Table,
-    /// The same with more of it.
-    Wide,
-    /// JSON, for programs: fields are added, and none goes or changes within a major version.
-    Json,
-    /// YAML with the same fields.
-    Yaml,
-}
-
 /// `--service-route`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ServiceRoute {
@@ -772,15 +638,6 @@ fn clients(text: &str) -> Result<IpNet, String> {
         Sources::check(&range)?;
     }
     Ok(range)
-}
-
-fn protocol(text: &str) -> Result<Protocol, String> {
-    match text.to_ascii_lowercase().as_str() {
-        "tcp" => Ok(Protocol::Tcp),
-        "udp" => Ok(Protocol::Udp),
-        "sctp" => Ok(Protocol::Sctp),
-        _ => Err(format!("`{text}` is none of tcp, udp and sctp")),
-    }
 }
 
 /// The value of a flag that has none: it is refused.

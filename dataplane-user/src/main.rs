@@ -55,10 +55,16 @@ fn run(command: Command, matches: &ArgMatches) -> Result<ExitCode> {
         }
         Command::Cleanup(args) => clean_up(&args)?,
         Command::Status(args) => {
-            let page = status::look(&args.show.bpffs)?;
-            print(&page.print(args.show.output)?)?;
-            let is_allowed = args.allow_warnings && page.verdict == Verdict::Warning;
-            return Ok(if is_allowed { ExitCode::SUCCESS } else { page.verdict.code().into() });
+            let (verdict, text) = if args.all_nodes {
+                let page = status::nodes::look()?;
+                (page.verdict, page.print(args.show.output)?)
+            } else {
+                let page = status::look(&args.show.bpffs)?;
+                (page.verdict, page.print(args.show.output)?)
+            };
+            print(&text)?;
+            let is_allowed = args.allow_warnings && verdict == Verdict::Warning;
+            return Ok(if is_allowed { ExitCode::SUCCESS } else { verdict.code().into() });
         }
         Command::Services(args) => show(View::Services, &args)?,
         Command::Backends(args) => show(View::Backends, &args)?,

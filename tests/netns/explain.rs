@@ -50,7 +50,7 @@ fn compare(world: &World, transport: Transport, (from, client): (IpAddr, &Client
 }
 
 everywhere! {
-    /// P1, P3, P4, P7, P9
+    /// H6, P1, P3, P4, P7, P9
     fn what_is_explained_is_what_happens(world) {
         let [_, far] = world.webs();
         world.apply(&world.node_port_service(0).external_local().endpoints([far]));
@@ -90,7 +90,7 @@ fn written(lab: &Lab) -> String {
     views.map(|[view, output]| node.portolan(&[view, "-o", output]).unwrap()).concat()
 }
 
-/// P9, P13, T5, Z4
+/// H6, P9, P13, T5, Z4
 #[test]
 fn an_explanation_says_why_and_changes_nothing() {
     let lab = lab();
@@ -134,7 +134,7 @@ fn an_explanation_says_why_and_changes_nothing() {
     assert!(code == 1 && error.contains("`portolan services` lists what there is"), "{error}");
 }
 
-/// C1, C3: a flow that is there is told, and stays; and what only the agent knows is not made up without one.
+/// C1, C3, H6: a flow that is there is told, and stays; and what only the agent knows is not made up without one.
 #[test]
 fn a_flow_that_is_there_is_told_and_an_agent_that_is_not_is_too() {
     let lab = lab();

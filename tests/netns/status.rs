@@ -183,3 +183,44 @@ fn a_report_has_what_the_verbs_show() {
         text("services.json").contains("default/web") && text("metrics.txt").contains("portolan_healthy 1")
     );
 }
+
+/// All nodes from a workstation: a `kubectl` that enters the lab's nodes.
+#[test]
+fn all_nodes_are_asked_by_kubectl_a_row_each() {
+    let lab = Options::default().nodes(2).create().unwrap();
+    lab.add_pod("web", 0, &PodOptions::default()).unwrap();
+    let web = lab.pod("web").unwrap().endpoint();
+    lab.manifests().apply(&Service::new("web", ADDRESS).tcp(80, 8080).endpoints([web])).unwrap();
+    lab.start_agents(&AgentOptions::default()).unwrap();
+    let pods: Vec<_> = lab
+        .nodes()
+        .iter()
+        .map(|node| serde_json::json!({ "metadata": { "namespace": "kube-system", "name": format!("portolan-{}", node.name()) },
+                                        "spec": { "nodeName": node.name() } }))
+        .collect();
+    let folder = lab.folder().join("workstation");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("pods.json"), serde_json::json!({ "items": pods }).to_string()).unwrap();
+    for node in lab.nodes() {
+        let page = node.portolan_verdict(&["status", "-o", "json"]).unwrap().1;
+        std::fs::write(folder.join(format!("portolan-{}.json", node.name())), page).unwrap();
+    }
+    let script = "#!/bin/bash\nset -e\ncd \"$(dirname \"$0\")\"\n\
+                  case $1 in get) cat pods.json ;; exec) cat \"$4.json\"; exit 3 ;; esac\n";
+    let kubectl = folder.join("kubectl");
+    std::fs::write(&kubectl, script).unwrap();
+    std::fs::set_permissions(&kubectl, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let run = || {
+        let path = format!("{}:{}", folder.display(), std::env::var("PATH").unwrap());
+        let mut command = std::process::Command::new(dataplane_tests::lab::portolan().unwrap());
+        let output = command.args(["status", "--all-nodes"]).env("PATH", path).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let (code, text) = run();
+    assert_eq!(code, Some(0), "{text}");
+    assert_eq!(text.lines().count(), 3, "{text}");
+    assert!(text.contains("✓   node-1") && text.contains("✓   node-2"), "{text}");
+    std::fs::remove_file(folder.join("portolan-node-2.json")).unwrap();
+    let (code, text) = run();
+    assert!(code == Some(4) && text.contains("✗   node-2") && text.contains("does not answer"), "{text}");
+}

@@ -61,7 +61,7 @@ fn seed() -> u64 {
     number("PORTOLAN_SEED").unwrap_or(SEED)
 }
 
-/// F1 to F8, T1 to T5, P1 to P7, P9 to P14, P16 to P21, S1 to S3, S5 to S7, C1, C2, C4, Z1 to Z5: whatever the Services,
+/// H6, F1 to F8, T1 to T5, P1 to P7, P9 to P14, P16 to P21, S1 to S3, S5 to S7, C1, C2, C4, Z1 to Z5: whatever the Services,
 /// whoever calls, wherever the packet is met.
 #[test]
 fn programs_and_contract_agree_on_every_packet() {

@@ -549,6 +549,28 @@ fn a_port_of_somebody_elses_connection_to_the_endpoint_is_left_alone() {
     });
 }
 
+/// P12: the same port where the connection left meanwhile, by the node itself or masqueraded.
+#[test]
+fn a_port_by_which_somebody_else_calls_the_endpoint_is_left_alone() {
+    for_both(|f| {
+        let mut world = World::new(&f.web("", &[f.remote_endpoint()])).unwrap();
+        world.set_snat_ports(61_000..=61_001).unwrap();
+        let others = |port| tcp_packet((f.node, port), (f.remote, 8080), tcp::SYN);
+        expect_untouched(&world, Hook::UplinkOut, &others(61_000));
+        let opens = |port| tcp_packet((f.client, port), (f.node, 30_080), tcp::SYN);
+        let outcome = world.send(Hook::UplinkIn, &opens(40_000)).unwrap();
+        assert_eq!((outcome.verdict, f.source_port(&outcome.packet)), (Verdict::Redirect, 61_001));
+        // What a flow itself sends on is nobody else's.
+        expect_untouched(&world, Hook::UplinkOut, &others(61_001));
+        let outcome = world.send(Hook::UplinkIn, &opens(40_000)).unwrap();
+        assert_eq!((outcome.verdict, f.source_port(&outcome.packet)), (Verdict::Redirect, 61_001));
+        // To no endpoint it is no matter.
+        assert_eq!(world.outgoing().unwrap(), 1);
+        expect_untouched(&world, Hook::UplinkOut, &tcp_packet((f.node, 61_000), (f.client, 8080), tcp::SYN));
+        assert_eq!(world.outgoing().unwrap(), 1);
+    });
+}
+
 /// C4, P12: the same for the node's own flows: the second reply, too, comes back to it.
 #[test]
 fn two_flows_of_the_node_with_one_reply_are_kept_apart() {

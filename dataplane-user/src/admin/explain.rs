@@ -1,13 +1,13 @@
 //! `portolan explain FROM TO`: what becomes of a new connection, and why. The answer is the programs' own ([`Rehearsal`]): they run on
 //! the live tables and change nothing of what serves. What only the agent knows, why an endpoint is left out, it is asked for.
 
+mod answer;
 mod ends;
 mod packet;
 mod text;
 
 use super::AdminError;
 use super::names::Names;
-use super::services::kind_name;
 use super::status::Verdict;
 use crate::config::{ExplainArgs, Output};
 use crate::kernel::pins::Pins;
@@ -15,13 +15,10 @@ use crate::kernel::rehearsal::{Arrival, Fate, Rehearsal};
 use crate::kernel::roles::Role;
 use crate::kernel::whereabouts::{Meeting, Whereabouts};
 
-use crate::status::endpoints::{self, EndpointFacts, ServiceEndpoints};
-use crate::status::local;
-use dataplane_common::backend::{Backend, BackendStatus};
-use dataplane_common::drop::Reason;
-use dataplane_common::flow::{Flow, FlowKey};
-use dataplane_common::frontend::{Frontend, FrontendKind};
-use dataplane_common::service::{EndpointSet, Policy, Service};
+use dataplane_common::backend::Backend;
+use dataplane_common::flow::FlowKey;
+use dataplane_common::frontend::Frontend;
+use dataplane_common::service::{EndpointSet, Service};
 use dataplane_common::tables::{Backends, Frontends, Services, Slots};
 use dataplane_common::{Addr, Protocol};
 use ends::Ends;
@@ -76,7 +73,7 @@ pub struct Explanation {
     pub service: Option<ServiceFacts>,
     /// The endpoints.
     pub endpoints: Vec<EndpointLine>,
-    /// Why nothing is known of endpoints that take no part.
+    /// Why nothing is known of endpoints that take no part, or only something old.
     pub endpoints_unknown: Option<String>,
     /// The connection is in the table of flows.
     pub known_flow: bool,
@@ -219,151 +216,6 @@ fn replies(
 }
 
 impl Explanation {
-    fn new(ends: &Ends, meeting: &Meeting, outcome: &Outcome) -> Self {
-        let mut explanation = Self {
-            verdict: Verdict::Well,
-            conclusion: String::new(),
-            reason: None,
-            protocol: ends.protocol.to_string(),
-            from: if ends.from.port() == 0 { ends.from.ip().to_string() } else { ends.from.to_string() },
-            to: ends.to.to_string(),
-            client: ends.client,
-            interface: meeting.interface.clone(),
-            program: meeting.program,
-            service: None,
-            endpoints: Vec::new(),
-            endpoints_unknown: None,
-            known_flow: false,
-            translated_source: None,
-            past_stack: false,
-            way: None,
-        };
-        match &outcome.fate {
-            Fate::Served { flow, past_stack, known } => {
-                explanation.served(ends, outcome, flow, *past_stack, *known)
-            }
-            Fate::Dropped(reason) => explanation.ended("dropped without an answer", *reason),
-            Fate::Refused(reason) => explanation.ended("refused", *reason),
-            Fate::Untouched => {
-                explanation.verdict = Verdict::Warning;
-                explanation.conclusion =
-                    "none of Portolan's: no Service has this address, port and protocol here, and it goes on as it came (Z4)"
-                        .to_owned();
-            }
-        }
-        explanation
-    }
-
-    fn served(&mut self, ends: &Ends, outcome: &Outcome, flow: &Flow, past_stack: bool, known: bool) {
-        (self.past_stack, self.known_flow) = (past_stack, known);
-        let source = flow.src.to_ip();
-        if source != ends.from.ip() {
-            self.translated_source = Some(source.to_string());
-        } else if flow.has(Flow::MASQUERADED) {
-            self.translated_source = Some("an address of this node, by netfilter".to_owned());
-        }
-        let list = |all: Vec<String>| match all.len() {
-            0..=4 => all.join(", "),
-            more => format!("{} or {} others", all[..3].join(", "), more - 3),
-        };
-        let endpoints = list(outcome.chosen.keys().map(ToString::to_string).collect());
-        self.conclusion =
-            if known { format!("goes on to {endpoints}") } else { format!("would connect to {endpoints}") };
-    }
-
-    fn ended(&mut self, how: &str, reason: Reason) {
-        self.verdict = Verdict::Failing;
-        self.reason = Some(reason.label());
-        self.conclusion = format!("{how}: {} ({})", reason.help().trim(), reason.label());
-    }
-
-    fn tell_service(&mut self, names: &Names, frontend: Frontend, service: &Service) {
-        let kind = frontend.kind().unwrap_or(FrontendKind::ClosedPort);
-        self.service = kind_name(kind).map(|kind| ServiceFacts {
-            name: names.name(frontend.service()),
-            kind,
-            internal_local: service.policy.has(Policy::INTERNAL_LOCAL),
-            external_local: service.policy.has(Policy::EXTERNAL_LOCAL),
-            affinity_seconds: service.policy.affinity_seconds(),
-            source_ranges: service.policy.has(Policy::SOURCE_RANGES),
-            cluster_endpoints: service.cluster.count(),
-            local_endpoints: service.local.count(),
-        });
-    }
-
-    /// The endpoints of the set that the connection has. Which it has shows in those that were chosen.
-    fn tell_endpoints(
-        &mut self,
-        rehearsal: &Rehearsal,
-        outcome: &Outcome,
-        service: &Service,
-    ) -> Result<(), AdminError> {
-        let [cluster, local] = [service.cluster, service.local].map(|set| members(rehearsal, set));
-        let [cluster, local] = [cluster?, local?];
-        let is_local =
-            outcome.chosen.keys().all(|endpoint| local.contains_key(endpoint)) && !local.is_empty();
-        let set = if is_local && local.len() < cluster.len() || cluster.is_empty() { local } else { cluster };
-        for (endpoint, backend) in &set {
-            self.endpoints.push(EndpointLine {
-                endpoint: endpoint.to_string(),
-                node: backend.status().has(BackendStatus::LOCAL).then(|| "this node".to_owned()),
-                chosen: outcome.chosen.get(endpoint).copied().unwrap_or_default(),
-                left_out: None,
-            });
-        }
-        Ok(())
-    }
-
-    /// Adds what the agent knows.
-    fn ask_agent(&mut self, args: &ExplainArgs, names: &Names, service: u32, ends: &Ends) {
-        let name = names.name(service);
-        let (object, port) = name.split_once(':').unwrap_or((&name, ""));
-        let asked = local::ask(&args.show.bpffs, &format!("{}{object}", endpoints::PATH))
-            .map_err(|error| error.to_string())
-            .and_then(|text| {
-                serde_json::from_str::<ServiceEndpoints>(&text).map_err(|error| error.to_string())
-            });
-        let told = match asked {
-            Ok(told) => told,
-            Err(error) => {
-                self.endpoints_unknown = Some(error);
-                return;
-            }
-        };
-        let protocol = ends.protocol.to_string();
-        let same = told
-            .ports
-            .into_iter()
-            .filter(|it| it.port == port && it.protocol == protocol && it.ipv6 == ends.to.is_ipv6());
-        let local_set = self.has_local_set();
-        for fact in same.flat_map(|port| port.endpoints) {
-            self.add_fact(&fact, local_set);
-        }
-    }
-
-    /// Whether policies give the set of this node (P2, P3, P7, P9).
-    fn has_local_set(&self) -> bool {
-        self.service.as_ref().is_some_and(|service| match (service.kind, self.client) {
-            ("ClusterIP", _) => service.internal_local,
-            (_, Client::Outside) => service.external_local,
-            (_, Client::Pod | Client::Node) => false,
-        })
-    }
-
-    fn add_fact(&mut self, fact: &EndpointFacts, local_set: bool) {
-        let endpoint = super::flows::host_and_port(&fact.address, fact.port);
-        let left_out = if local_set { &fact.not_in_local_set } else { &fact.not_in_cluster_set };
-        match self.endpoints.iter_mut().find(|line| line.endpoint == endpoint) {
-            Some(line) => line.node = fact.node.clone().or(line.node.take()),
-            None => self.endpoints.push(EndpointLine {
-                endpoint,
-                node: fact.node.clone(),
-                chosen: 0,
-                left_out: Some(left_out.clone().unwrap_or_else(|| "not in the kernel yet".to_owned())),
-            }),
-        }
-    }
-
     /// As somebody asked for it.
     ///
     /// # Errors

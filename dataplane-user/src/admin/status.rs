@@ -3,6 +3,7 @@
 //! Either may be missing: the programs serve without an agent, and an agent that just began has no maps yet.
 
 mod kernel;
+pub mod nodes;
 mod text;
 
 use super::AdminError;

@@ -54,6 +54,7 @@ use masquerade::Masquerading;
 use scrape::Scrape;
 use serve::{Inputs, Service, Told};
 use settings::Settings;
+pub(crate) use settings::node_name;
 use signals::Signals;
 use standing::Standing;
 use std::sync::{Arc, OnceLock};

@@ -65,10 +65,10 @@ pub(super) struct Service {
     metrics: Arc<Metrics>,
     clock: Arc<Clock>,
     idle: IdleTimes,
-    /// Who may call from outside.
-    sources: SourceLists,
     /// How many entries the table of flows had when it was last swept.
     flow_entries: usize,
+    /// Who may call from outside.
+    sources: SourceLists,
     audit_period: Duration,
     audited: Instant,
     /// The last audit had to repair something: the next tells whether that goes on (H2).
@@ -164,8 +164,8 @@ impl Service {
             metrics,
             clock: Arc::new(clock),
             idle,
-            sources,
             flow_entries: 0,
+            sources,
             audit_period: args.audit_period,
             audited: Instant::now(),
             audit_soon: false,

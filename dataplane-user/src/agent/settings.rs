@@ -116,7 +116,7 @@ pub(super) fn choice(args: &AgentArgs) -> Choice {
 }
 
 /// As kubelet and kube-proxy: without a name, the host's in lower case.
-fn node_name(given: Option<&str>) -> Arc<str> {
+pub(crate) fn node_name(given: Option<&str>) -> Arc<str> {
     let host = || {
         let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         name.trim().to_lowercase()

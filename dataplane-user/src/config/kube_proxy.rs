@@ -153,7 +153,8 @@ pub fn apply(
     ignored.retain(|path| !["kind", "apiVersion"].contains(&path.as_str()));
     for (path, flag, take) in FIELDS {
         let value = path.split('.').try_fold(&config, |value, name| value.get(name));
-        let Some(value) = value.filter(|value| !is_unset(value)) else { continue };
+        // A 0 that somebody writes here is a number: as many connections as there are, or the first bit.
+        let Some(value) = value.filter(|value| value.is_number() || !is_unset(value)) else { continue };
         let is_it = |leaf: &String| leaf == path || leaf.starts_with(&format!("{path}["));
         ignored.retain(|leaf| !is_it(leaf));
         if !given(flag) {
@@ -206,7 +207,7 @@ bindAddressHardFail: false
 clientConnection: {acceptContentTypes: '', burst: 0, contentType: '', kubeconfig: /var/lib/kube-proxy/kubeconfig.conf, qps: 0}
 clusterCIDR: 10.244.0.0/16,fd00:10:244::/56
 configSyncPeriod: 0s
-conntrack: {maxPerCore: 0, min: 262144, tcpBeLiberal: false, tcpCloseWaitTimeout: null, tcpEstablishedTimeout: 2h0m0s, udpStreamTimeout: 0s}
+conntrack: {maxPerCore: 16384, min: 262144, tcpBeLiberal: false, tcpCloseWaitTimeout: null, tcpEstablishedTimeout: 2h0m0s, udpStreamTimeout: 0s}
 detectLocal: {bridgeInterface: '', interfaceNamePrefix: ''}
 detectLocalMode: ''
 enableProfiling: false
@@ -247,7 +248,7 @@ oomScoreAdj: null
         assert_eq!(args.nodeport_addresses, [NodePortRange::Primary]);
         assert!(args.masquerade_all);
         assert_eq!(args.masquerade_bit, 15);
-        assert_eq!((args.conntrack.conntrack_max_per_core, args.conntrack.conntrack_min), (0, 262_144));
+        assert_eq!((args.conntrack.conntrack_max_per_core, args.conntrack.conntrack_min), (16_384, 262_144));
         assert_eq!(args.conntrack.conntrack_tcp_timeout_established, Duration::from_secs(7_200));
         assert_eq!(args.conntrack_udp_timeout_stream, Duration::from_secs(180), "unset is the default");
     }
@@ -264,7 +265,10 @@ oomScoreAdj: null
     fn a_file_that_is_none_is_refused_with_what_is_wrong() {
         let error = |text: &str| apply_text(text, &[]).1.unwrap_err().to_string();
         assert!(error("kind: KubeletConfiguration\n").contains("it is a KubeletConfiguration"));
-        assert!(error("kind: KubeProxyConfiguration\nclusterCIDR: all\n").contains("clusterCIDR: `all`: "));
+        assert!(
+            error("kind: KubeProxyConfiguration\nmetricsBindAddress: all\n")
+                .contains("metricsBindAddress: `all` is no address")
+        );
         assert!(error("a: [\n").contains("must be a KubeProxyConfiguration"));
     }
 

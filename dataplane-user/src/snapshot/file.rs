@@ -155,6 +155,12 @@ impl File {
         }
     }
 
+    /// The same for who only looks: what is not trusted stays where it is, and is none.
+    pub fn look(&self) -> Option<Loaded> {
+        let (taken, objects) = self.read(&self.path()).ok()?.ok()?;
+        Some(Loaded { taken, objects })
+    }
+
     fn read(&self, path: &Path) -> io::Result<Result<(SystemTime, Vec<Object>), Refusal>> {
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path)?;
         let looks = file.metadata()?;
@@ -212,6 +218,18 @@ mod tests {
 
     /// A folder of its own, removed with the test.
     struct Folder(PathBuf);
+
+    #[test]
+    fn who_only_looks_leaves_what_is_not_trusted_where_it_is() {
+        let folder = Folder::new("look");
+        let file = folder.file();
+        file.save(&Shared::default(), SystemTime::UNIX_EPOCH).unwrap();
+        assert_eq!(file.look().unwrap().taken, SystemTime::UNIX_EPOCH);
+        let others = File::new(&folder.0, Owner { node: "n2".into(), proxy_name: None });
+        assert!(others.look().is_none() && file.path().exists(), "another node's");
+        fs::write(file.path(), "damaged").unwrap();
+        assert!(file.look().is_none() && file.path().exists());
+    }
 
     impl Folder {
         fn new(test: &str) -> Self {

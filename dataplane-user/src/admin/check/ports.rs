@@ -2,7 +2,6 @@
 
 use super::CheckLine;
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener};
 
 /// Port and what it is for.
 const PORTS: [(u16, &str); 2] = [(10_256, "health port"), (10_249, "metrics port")];
@@ -12,10 +11,11 @@ pub(super) fn look(agent: Option<u32>) -> Vec<CheckLine> {
 }
 
 fn one(port: u16, check: &'static str, agent: Option<u32>) -> CheckLine {
-    let Err(error) = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)) else {
+    let sockets = listeners(port);
+    if sockets.is_empty() {
         return CheckLine::well(check, format!("{port} is free"));
-    };
-    match holder(port) {
+    }
+    match holder(&sockets) {
         Some((pid, name)) if agent == Some(pid) || name == "portolan" => {
             CheckLine::well(check, format!("{port} is the agent's"))
         }
@@ -26,20 +26,21 @@ fn one(port: u16, check: &'static str, agent: Option<u32>) -> CheckLine {
         ),
         // Another container's process cannot be seen from inside one.
         None if agent.is_some() => CheckLine::well(check, format!("{port} is taken, and an agent runs")),
-        None => CheckLine::failing(
-            check,
-            format!("{port} cannot be had: {error}"),
-            "`ss -ltnp` on the node tells who has it",
-        ),
+        None => {
+            CheckLine::failing(check, format!("{port} is taken"), "`ss -ltnp` on the node tells who has it")
+        }
     }
 }
 
-/// The process that listens at a port, and its name.
-fn holder(port: u16) -> Option<(u32, String)> {
-    let sockets = ["tcp", "tcp6"]
-        .map(|table| fs::read_to_string(format!("/proc/self/net/{table}")).unwrap_or_default());
-    let inodes: Vec<_> =
-        sockets.iter().flat_map(|table| table.lines().filter_map(|line| listening(line, port))).collect();
+/// The inodes of the sockets that listen at a port.
+fn listeners(port: u16) -> Vec<u64> {
+    let read = |table| fs::read_to_string(format!("/proc/self/net/{table}")).unwrap_or_default();
+    let tables = ["tcp", "tcp6"].map(read);
+    tables.iter().flat_map(|table| table.lines().filter_map(|line| listening(line, port))).collect()
+}
+
+/// The process that has one of these sockets, and its name.
+fn holder(inodes: &[u64]) -> Option<(u32, String)> {
     processes().find(|(pid, _)| {
         let folder = format!("/proc/{pid}/fd");
         let mut links = fs::read_dir(folder)
@@ -80,6 +81,7 @@ pub(super) fn process_of(name: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::TcpListener;
 
     #[test]
     fn who_listens_is_found_by_the_socket() {
@@ -88,7 +90,9 @@ mod tests {
         assert_eq!(listening(line, 80), None);
         assert_eq!(listening(&line.replace(" 0A ", " 01 "), 10_256), None);
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
-        let found = holder(socket.local_addr().unwrap().port()).unwrap();
+        let found = holder(&listeners(socket.local_addr().unwrap().port())).unwrap();
         assert_eq!(found.0, std::process::id());
+        drop(socket);
+        assert_eq!(listeners(0), Vec::<u64>::new());
     }
 }

@@ -77,7 +77,7 @@ impl Explanation {
             }
         }
         if let Some(why) = &self.endpoints_unknown {
-            line("", format!("of those that take no part nothing is known: {why}"));
+            line("", format!("of those that take no part the agent tells nothing: {why}"));
         }
     }
 }
