@@ -253,7 +253,7 @@ pub struct AgentArgs {
     #[arg(long, value_name = "BIT", value_parser = clap::value_parser!(u8).range(0..=31))]
     pub connection_mark_bit: Option<u8>,
     /// Ports that netfilter gives these clients: none of --snat-ports, of node ports, and of those that the node's own sockets get.
-    #[arg(long, value_name = "FIRST-LAST", default_value = "1024-29999")]
+    #[arg(long, value_name = "FIRST-LAST", default_value = "1024-14999")]
     pub masquerade_ports: PortRange,
     /// Translate the source of all that pods send to ClusterIPs, as some pod networks need it. Their TCP goes by packet then, also with
     /// --socket-lb=all.
@@ -689,7 +689,7 @@ mod tests {
         let args = agent(&[]).unwrap();
         assert_eq!(args.bpffs, PathBuf::from("/sys/fs/bpf/portolan"));
         assert_eq!(args.snat_ports, None);
-        assert_eq!(args.masquerade_ports, PortRange { first: 1_024, last: 29_999 });
+        assert_eq!(args.masquerade_ports, PortRange { first: 1_024, last: 14_999 });
         assert_eq!((args.masquerade_bit, args.keep_client_source), (14, false));
         assert_eq!(args.healthz_bind_address.0.unwrap().to_string(), "0.0.0.0:10256");
         assert_eq!(args.metrics_bind_address.0.unwrap().to_string(), "127.0.0.1:10249");

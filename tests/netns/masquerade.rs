@@ -184,7 +184,7 @@ fn conntrack_has_the_times_that_kube_proxy_gives_it() {
 /// P12: ports that sockets of the node may get as well are told.
 #[test]
 fn ports_that_sockets_may_get_are_told() {
-    const TOLD: &str = "sockets of the node may get ports of --snat-ports, 61000 to 65535";
+    const TOLD: &str = "sockets of the node may get ports of --masquerade-ports, 1024 to 14999";
     let lab = lab();
     setting(&lab, "ipv4/ip_local_port_range", Some("1024 65535"));
     start(&lab, &[]);
@@ -192,7 +192,7 @@ fn ports_that_sockets_may_get_are_told() {
     let told = || lab.node(0).agent().unwrap().process().log().matches(TOLD).count();
     assert_eq!(told(), 1);
     lab.node(0).agent().unwrap().stop().unwrap();
-    setting(&lab, "ipv4/ip_local_reserved_ports", Some("1024-29999,61000-65535"));
+    setting(&lab, "ipv4/ip_local_reserved_ports", Some("1024-14999,61000-65535"));
     start(&lab, &[]);
     assert_eq!(told(), 1);
 }

@@ -54,7 +54,7 @@ impl Settings {
             node: NodeSettings {
                 service_ranges: args.service_cidr.clone(),
                 node_port_addresses: node_port_addresses(&args.nodeport_addresses),
-                snat_ports: translated_ports(args.snat_ports),
+                snat_ports: translated_ports(args.snat_ports, &args.masquerade_ports),
                 flags,
                 masquerade_mark: 0,
                 connection_mark: 0,
@@ -73,12 +73,18 @@ fn random() -> u64 {
 }
 
 /// The translated source ports: those of the flag, else what the node itself leaves. Says which, and why.
-fn translated_ports(given: Option<PortRange>) -> Vec<RangeInclusive<u16>> {
-    let taken = local_ports::read();
+fn translated_ports(given: Option<PortRange>, masqueraded: &PortRange) -> Vec<RangeInclusive<u16>> {
+    // Conntrack gives those out, and knows nothing of the flows of the programs.
+    let taken = local_ports::read().with(masqueraded.first..=masqueraded.last);
     if let Some(PortRange { first, last }) = given {
         for clash in taken.clashes(&(first..=last)) {
             tracing::warn!(
                 "--snat-ports {first}-{last}: {clash}; a flow and a connection of the node may get the same port"
+            );
+        }
+        if first <= masqueraded.last && masqueraded.first <= last {
+            tracing::warn!(
+                "--snat-ports {first}-{last}: netfilter has some of them (--masquerade-ports); a flow may get another's answers"
             );
         }
         return vec![first..=last];

@@ -73,6 +73,13 @@ impl LocalPorts {
         left
     }
 
+    /// The same, where others have these ports too.
+    #[must_use]
+    pub fn with(mut self, ports: RangeInclusive<u16>) -> Self {
+        self.reserved.push(ports);
+        self
+    }
+
     /// What else has some of these ports.
     pub fn clashes(&self, ports: &RangeInclusive<u16>) -> Vec<String> {
         let meets =
