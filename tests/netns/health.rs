@@ -240,7 +240,9 @@ fn traffic_is_told_by_service_endpoint_and_program() {
     {
         assert!(text().lines().any(|other| other.starts_with(line)), "{line} in {}", text());
     }
-    assert_eq!(metric(&lab, 0, "portolan_table_capacity{table=\"flows\"} "), Some(Flows::CAPACITY as f64));
+    // By the machine's memory and CPUs, and never less than where neither is known.
+    let room = metric(&lab, 0, "portolan_table_capacity{table=\"flows\"} ").unwrap();
+    assert!(room >= Flows::CAPACITY as f64, "{room}");
     until("flows are counted", || metric(&lab, 0, "portolan_table_entries{table=\"flows\"} ").is_some());
     let answer = get(lab.node(0).place(), at(Ipv4Addr::LOCALHOST, METRICS), "/proxyMode").unwrap();
     assert!(answer.text.ends_with("\r\n\r\nebpf"), "{answer:?}");

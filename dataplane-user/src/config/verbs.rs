@@ -69,9 +69,9 @@ pub struct CheckArgs {
     /// The cgroup whose sockets would be served; without it, the root of the cgroup2 mount.
     #[arg(long, value_name = "DIR")]
     pub cgroup: Option<PathBuf>,
-    /// Ports that translated sources would get.
-    #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65535")]
-    pub snat_ports: PortRange,
+    /// Ports that translated sources would get; without it, all that the node does not use itself.
+    #[arg(long, value_name = "FIRST-LAST")]
+    pub snat_ports: Option<PortRange>,
     /// Folder of what outlives a reboot.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
     pub state_dir: PathBuf,
@@ -98,7 +98,7 @@ impl CheckArgs {
             kubeconfig: None,
             api_server: Vec::new(),
             cgroup: None,
-            snat_ports: PortRange { first: 61_000, last: 65_535 },
+            snat_ports: None,
             state_dir: DEFAULT_STATE.into(),
             show: ShowArgs { bpffs: bpffs.to_owned(), output: Output::Table },
         }

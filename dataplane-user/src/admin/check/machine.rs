@@ -4,7 +4,7 @@ use super::{CheckArgs, CheckLine};
 use crate::causes::causes;
 use crate::config::PortRange;
 use crate::kernel::pins::Pins;
-use crate::kernel::{capability, probe};
+use crate::kernel::{capability, local_ports, probe};
 use std::fs;
 use std::path::Path;
 
@@ -82,8 +82,17 @@ fn forwarding() -> CheckLine {
     }
 }
 
-fn source_ports(ours: PortRange) -> CheckLine {
+fn source_ports(given: Option<PortRange>) -> CheckLine {
     const CHECK: &str = "source ports";
+    let Some(ours) = given else {
+        let number: usize = local_ports::read().left().iter().map(ExactSizeIterator::len).sum();
+        let found = format!("{number} that the node does not use itself, for translated sources");
+        return if number == 0 {
+            CheckLine::failing(CHECK, found, "narrow net.ipv4.ip_local_port_range")
+        } else {
+            CheckLine::well(CHECK, found)
+        };
+    };
     let range = sysctl("ipv4/ip_local_port_range").unwrap_or_default();
     let numbers: Vec<u16> = range.split_whitespace().filter_map(|number| number.parse().ok()).collect();
     let [first, last] = numbers[..] else {
