@@ -388,7 +388,7 @@ fn a_cluster_goes_over_from_kube_proxy_and_no_connection_fails() {
         wait_for(&cluster, "kube-proxy-cleanup");
         for node in cluster.lab.nodes() {
             let tables = node.place().run("nft", &["list", "tables"]).unwrap();
-            assert_eq!(tables, "table inet pods\n", "{}", node.name());
+            assert_eq!(tables, "table inet pods\ntable inet portolan\n", "{}", node.name());
         }
         for _ in 0..3 {
             assert_eq!(answers(), before, "netfilter knows them without rules");

@@ -151,6 +151,8 @@ fn a_flow_that_is_there_is_told_and_an_agent_that_is_not_is_too() {
     let answer: Asked = dataplane_tests::lab::ask_datagram(&socket, None, std::time::Duration::from_secs(5));
     let served = lab.pod(&answer.unwrap().pod).unwrap().address();
     let from = format!("{}:40123", shell.address());
+    // The agent writes the names of service ports beside its loop.
+    until("the name is known", || node.portolan(&["flows", "-o", "json"]).unwrap().contains("default/web"));
     let flows = node.portolan(&["flows", "-o", "json"]).unwrap();
     for _ in 0..5 {
         let (code, answer) = explain(node, &[&from, &format!("{ADDRESS}:80"), "--protocol", "udp"]);

@@ -12,8 +12,20 @@ use package::Archive;
 use std::sync::{Mutex, PoisonError};
 
 /// Modules the laboratory and the agent need, besides what these depend on.
-const MODULES: &[&str] =
-    &["bridge", "cls_bpf", "dummy", "inet_diag", "sch_ingress", "tcp_diag", "udp_diag", "veth"];
+const MODULES: &[&str] = &[
+    "bridge",
+    "cls_bpf",
+    "dummy",
+    "inet_diag",
+    "nf_conntrack_netlink",
+    "nft_chain_nat",
+    "nft_ct",
+    "nft_masq",
+    "sch_ingress",
+    "tcp_diag",
+    "udp_diag",
+    "veth",
+];
 
 /// Arguments of `portolan-lab run --once`, a tour each. Emulated, forty requests take longer than pods usually drain, and a
 /// verifier that walks every program for three agents at once takes more than a minute.

@@ -67,8 +67,7 @@ use tokio::sync::{mpsc, watch as state};
 const QUESTIONS: usize = 16;
 /// How many changes may wait for the loop before the sources wait for it.
 const CHANGES: usize = 1_024;
-/// Threads of the runtime, besides the one of the loop: if some hang, as all do that write to a log that nobody reads, health can
-/// still be told.
+/// Threads of the runtime, besides the one of the loop and the one that tells of health.
 const THREADS: usize = 4;
 
 /// Runs until SIGTERM or SIGINT, or prints what it would do.
@@ -153,7 +152,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
         endpoints: args.metrics_endpoints,
     };
     let (gate, scrape) = (Gate::default(), Arc::new(scrape));
-    spawn_servers(&args, &gate, scrape.clone());
+    spawn_servers(&args, &gate, scrape.clone())?;
     let netns_cookie = links::netns_cookie().context("the cookie of this network namespace")?;
     let mut settings = Settings::new(&args, netns_cookie, features.fib_source);
     // A boot's choices are of one kind, whichever agent runs.
@@ -276,7 +275,7 @@ async fn watch_objects(
     }
 }
 
-fn spawn_servers(args: &AgentArgs, gate: &Gate, scrape: Arc<Scrape>) {
+fn spawn_servers(args: &AgentArgs, gate: &Gate, scrape: Arc<Scrape>) -> Result<()> {
     if let Some(address) = args.healthz_bind_address.0 {
         let (health, metrics) = (scrape.health.clone(), scrape.metrics.clone());
         let pages = http::at_once(move |path| {
@@ -284,11 +283,15 @@ fn spawn_servers(args: &AgentArgs, gate: &Gate, scrape: Arc<Scrape>) {
             metrics.health_answered(path, page.status);
             page
         });
-        tokio::spawn(http::serve("health", address, gate.clone(), pages));
+        // By a thread of its own: whatever hangs, as all do that write to a log that nobody reads, health is told (H5).
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let serving = http::serve("health", address, gate.clone(), pages);
+        std::thread::Builder::new().name("health".into()).spawn(move || runtime.block_on(serving))?;
     }
     if let Some(address) = args.metrics_bind_address.0 {
         tokio::spawn(http::serve("metrics", address, gate.group(scrape::CLIENTS), scrape.pages()));
     }
+    Ok(())
 }
 
 /// Passes on what the programs log.

@@ -40,7 +40,7 @@ impl Compiler {
     /// Compiles the Services that are dirty, deleted ones included, and the rivals whose addresses that touches.
     ///
     /// If `context` is another than last time, the Services it matters to are to be among the dirty ones: the store names
-    /// them where it knows the cause; for the addresses of interfaces see [`Store::services_with_cluster_ip`].
+    /// them where it knows the cause; for the addresses of interfaces see [`Store::services_with_address`].
     pub fn update(&mut self, store: &Store, dirty: &BTreeSet<ObjectName>, context: &Context) -> Update {
         let ips_before = self.load_balancer_ips(&context.node_addresses);
         let mut update = Update::default();
