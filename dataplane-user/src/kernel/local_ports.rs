@@ -34,6 +34,14 @@ pub fn read() -> LocalPorts {
     )
 }
 
+/// The ranges in a list of ports such as `ip_local_reserved_ports`: `30000-32767,61000`.
+pub(super) fn ranges(list: &str) -> impl Iterator<Item = RangeInclusive<u16>> {
+    list.trim().split(',').filter_map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(first.parse().ok()?..=last.parse().ok()?)
+    })
+}
+
 impl LocalPorts {
     fn parse<'a>(local: &str, reserved: &str, sockets: impl IntoIterator<Item = &'a str>) -> Self {
         let mut ends = local.split_whitespace().filter_map(|end| end.parse().ok());
@@ -41,10 +49,7 @@ impl LocalPorts {
             (Some(first), Some(last)) => first..=last,
             _ => LOCAL,
         };
-        let reserved = reserved.trim().split(',').filter_map(|range| {
-            let (first, last) = range.split_once('-').unwrap_or((range, range));
-            Some(first.parse().ok()?..=last.parse().ok()?)
-        });
+        let reserved = ranges(reserved);
         let sockets = sockets.into_iter().flat_map(str::lines).filter_map(bound_port);
         let outside = |port: &u16| *port >= FIRST && !local.contains(port) && !NODE_PORTS.contains(port);
         Self { reserved: reserved.collect(), sockets: sockets.filter(outside).collect(), local }

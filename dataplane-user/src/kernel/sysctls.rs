@@ -1,6 +1,7 @@
 //! The settings of conntrack that kube-proxy makes: what goes to pods of this node passes the node's conntrack, and a table that is
 //! full drops it. And what other settings of the node must not be.
 
+use super::local_ports;
 use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
@@ -134,14 +135,7 @@ pub fn shared_with_sockets(range: &RangeInclusive<u16>) -> Option<RangeInclusive
 fn shared(range: &RangeInclusive<u16>, ephemeral: &str, reserved: &str) -> Option<RangeInclusive<u16>> {
     let mut ends = ephemeral.split_whitespace().map(str::parse::<u16>);
     let ephemeral = ends.next()?.ok()?..=ends.next()?.ok()?;
-    let reserved: Vec<_> = reserved
-        .trim()
-        .split(',')
-        .filter_map(|part| {
-            let (first, last) = part.split_once('-').unwrap_or((part, part));
-            Some(first.parse::<u16>().ok()?..=last.parse::<u16>().ok()?)
-        })
-        .collect();
+    let reserved: Vec<_> = local_ports::ranges(reserved).collect();
     let may_be_given =
         |port: &u16| ephemeral.contains(port) && !reserved.iter().any(|range| range.contains(port));
     let first = range.clone().find(may_be_given)?;
