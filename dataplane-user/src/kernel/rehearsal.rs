@@ -257,18 +257,20 @@ impl Rehearsal {
     }
 }
 
-/// The mark in a `struct __sk_buff`.
-fn mark_of(context: &[u8]) -> u32 {
+/// Bytes of a `struct __sk_buff`; XDP's context is shorter.
+const SK_BUFF: usize = 192;
+
+/// The mark in a `struct __sk_buff`; 0 of another context, which has none.
+pub fn mark_of(context: &[u8]) -> u32 {
     const MARK: usize = 8;
-    let mark = context.get(MARK..MARK + 4);
+    let mark = context.get(MARK..MARK + 4).filter(|_| context.len() >= SK_BUFF);
     mark.and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
 }
 
 /// `struct __sk_buff` of a packet of an interface.
-fn sk_buff(interface: u32) -> Vec<u8> {
-    const LENGTH: usize = 192;
+pub fn sk_buff(interface: u32) -> Vec<u8> {
     const IFINDEX: usize = 40;
-    let mut context = vec![0; LENGTH];
+    let mut context = vec![0; SK_BUFF];
     context[IFINDEX..IFINDEX + 4].copy_from_slice(&interface.to_ne_bytes());
     context
 }

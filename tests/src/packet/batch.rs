@@ -15,7 +15,7 @@ use dataplane_user::expire::{self, Clock, IdleTimes};
 use dataplane_user::kernel::bpf;
 use dataplane_user::kernel::callers::{CallerCells, OldMarks};
 use dataplane_user::kernel::pins::Pins;
-use dataplane_user::kernel::rehearsal::{Arrival, Rehearsal, Trial};
+use dataplane_user::kernel::rehearsal::{self, Arrival, Rehearsal, Trial};
 use dataplane_user::model::{Change, Dirty, Kind};
 use dataplane_user::sync::LingeringBits;
 use dataplane_user::watch::manifests;
@@ -280,7 +280,7 @@ impl World {
     /// If the kernel refuses to run it.
     pub fn send_uncounted(&self, hook: Hook, data: &[u8]) -> Result<(Verdict, Vec<u8>, u32)> {
         let (verdict, result) = self.run(hook, hook.program(), data, 0)?;
-        Ok((verdict, result.data, super::mark_of(&result.context)))
+        Ok((verdict, result.data, rehearsal::mark_of(&result.context)))
     }
 
     /// How often each reason has occurred.

@@ -18,6 +18,7 @@ use dataplane_user::config::MapSize;
 use dataplane_user::kernel::bpf::{self, TestRun, TestRunResult};
 use dataplane_user::kernel::maps::KernelMaps;
 use dataplane_user::kernel::object::{Object, Options};
+use dataplane_user::kernel::rehearsal;
 use dataplane_user::model::store::Store;
 use dataplane_user::model::{Change, Kind};
 use dataplane_user::sync::{Maps, Mirror};
@@ -179,20 +180,10 @@ fn interfaces() -> Result<[IpAddr; 4]> {
 
 /// `struct __sk_buff` of a packet of an interface, with its `gso_size`.
 fn sk_buff(interface: u32, segment: u32) -> Vec<u8> {
-    const IFINDEX: usize = 40;
     const GSO_SIZE: usize = 176;
-    let mut context = vec![0; 192];
-    context[IFINDEX..IFINDEX + 4].copy_from_slice(&interface.to_ne_bytes());
+    let mut context = rehearsal::sk_buff(interface);
     context[GSO_SIZE..GSO_SIZE + 4].copy_from_slice(&segment.to_ne_bytes());
     context
-}
-
-/// The mark in a `struct __sk_buff`; XDP's context is shorter.
-fn mark_of(context: &[u8]) -> u32 {
-    const MARK: usize = 8;
-    const SHORTEST: usize = 192;
-    let mark = context.get(MARK..MARK + 4).filter(|_| context.len() >= SHORTEST);
-    mark.and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
 }
 
 /// `struct xdp_md` of a packet that came in by an interface: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
@@ -403,7 +394,12 @@ impl World {
             let difference = count - before.get(&name).copied().unwrap_or(0);
             (difference != 0).then_some((name, difference))
         });
-        Ok(Outcome { verdict, packet: result.data, mark: mark_of(&result.context), moved: moved.collect() })
+        Ok(Outcome {
+            verdict,
+            packet: result.data,
+            mark: rehearsal::mark_of(&result.context),
+            moved: moved.collect(),
+        })
     }
 
     /// Runs the program at a hook once, and looks at no counter: what it decided, and how many nanoseconds it took.
