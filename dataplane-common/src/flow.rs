@@ -357,6 +357,12 @@ impl Flow {
         self.flags |= flag;
     }
 
+    /// Clears the bits of `flag`: of a flow that is not entered yet.
+    #[inline(always)]
+    pub const fn clear(&mut self, flag: u16) {
+        self.flags &= !flag;
+    }
+
     /// In the client's half, while half-open and [`Flow::ACK_KNOWN`]: the acknowledgement number by which the client proves
     /// that it saw the SYN-ACK, host order.
     #[inline(always)]

@@ -10,6 +10,7 @@ use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_UNSUPP_LWT, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup,
 };
 use aya_ebpf::helpers::bpf_fib_lookup as helper;
+use aya_ebpf::helpers::generated::bpf_check_mtu;
 use dataplane_common::Addr;
 use dataplane_common::drop::Reason;
 use dataplane_common::node::Node;
@@ -77,6 +78,8 @@ pub fn route<F: Frame>(
         code @ (BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH) => {
             way.ifindex = fib.ifindex;
             way.resolved = code == BPF_FIB_LKUP_RET_SUCCESS;
+            // SAFETY: as below. The kernel says the MTU of a way that is wide enough, too (Linux 5.12).
+            way.mtu = unsafe { fib.__bindgen_anon_1.mtu_result };
             (way.destination_mac, way.source_mac) = (fib.dmac, fib.smac);
             // SAFETY: all members of the unions are plain numbers, written above or by the kernel.
             // An IPv4 route may have an IPv6 next hop (RFC 8950): the lookup says of which family it is.
@@ -99,6 +102,19 @@ pub fn route<F: Frame>(
         BPF_FIB_LKUP_RET_FWD_DISABLED => Route::None(Reason::ForwardingDisabled),
         BPF_FIB_LKUP_RET_UNSUPP_LWT => Route::None(Reason::UnsupportedRoute),
         _ => Route::None(Reason::NoRoute),
+    }
+}
+
+/// The MTU of the interface that the packet in `frame` came in on, in bytes; 0 if the kernel does not say. `fib` is scratch.
+#[inline(always)]
+pub fn mtu_of_arrival<F: Frame>(frame: &F, fib: &mut bpf_fib_lookup) -> u32 {
+    let mtu: *mut u32 = (&raw mut *fib).cast();
+    // SAFETY: the context is the program's own; the number lies in the parameters, which are aligned as their words are.
+    unsafe {
+        mtu.write_volatile(0);
+        // What it says of this packet is not asked.
+        let _ = bpf_check_mtu(frame.context(), frame.ifindex(), mtu, 0, 0);
+        mtu.read_volatile()
     }
 }
 

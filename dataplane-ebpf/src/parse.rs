@@ -149,6 +149,14 @@ impl Packet {
         transport_header: 0,
     };
 
+    /// Whether routers may cut up an IPv4 packet: its bit "don't fragment" is clear (RFC 791).
+    #[inline(always)]
+    pub fn may_be_cut<F: Frame>(&self, frame: &mut F) -> bool {
+        const FLAGS: u32 = 6;
+        const DONT_FRAGMENT: u8 = 0x40;
+        frame.read::<2>(self.l3() + FLAGS).is_some_and(|[flags, _]| flags & DONT_FRAGMENT == 0)
+    }
+
     /// Whether a fragment may be of a protocol that Services have: behind an extension header anything may follow.
     #[inline(always)]
     pub fn may_have_ports(&self) -> bool {

@@ -568,7 +568,8 @@ impl<F: Frame> Walk<'_, F> {
                 return Verdict::LeaveToTc;
             }
             if sent || self.s.flow.has(Flow::SOURCE_TRANSLATED) {
-                self.s.exit = match self.routed_exit() {
+                let way = self.find_way();
+                self.s.exit = match Exit::of(self.by_stack_if_narrow(way).verdict()) {
                     Ok(exit) => exit,
                     Err(verdict) => return verdict,
                 };
@@ -607,6 +608,32 @@ impl<F: Frame> Walk<'_, F> {
         self.hook == Hook::UplinkEgress
             && self.s.way.ifindex != self.frame.ifindex()
             && self.s.way.source != self.s.packet.src
+    }
+
+    /// Leaves the proposed flow to the stack, and its source to netfilter, if a router might have to cut up what its client sends: UDP
+    /// of IPv4 that allows it, by a way that is narrower than the one it came (P4). What goes past the stack is never cut up.
+    /// Gives the verdict that the flow's way leads to.
+    #[inline(never)]
+    fn by_stack_if_narrow(&mut self, way: Code) -> Code {
+        let Scratch { packet, flow, reply, fib, way: Way { mtu, .. }, .. } = &mut *self.s;
+        let found = matches!(way.verdict(), Verdict::Forward | Verdict::Refuse(Reason::TooBig));
+        if !found || packet.proto != Protocol::Udp as u8 || !packet.is_v4() || !self.hook.is_ingress() {
+            return way;
+        }
+        let masquerades = service::node().is_some_and(|node| node.masquerade_mark != 0);
+        if !masquerades || !packet.may_be_cut(self.frame) {
+            return way;
+        }
+        if u32::from(*mtu) >= forward::mtu_of_arrival(self.frame, fib) {
+            return way;
+        }
+        if F::LEAVES_TO_TC {
+            return Verdict::LeaveToTc.into();
+        }
+        flow.clear(Flow::SOURCE_TRANSLATED);
+        reply.clear(Flow::SOURCE_TRANSLATED);
+        flow.set(Flow::MASQUERADED);
+        Verdict::Pass.into()
     }
 
     /// Has the proposed flow's source translated, whatever the policy says.

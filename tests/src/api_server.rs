@@ -299,8 +299,15 @@ fn hold(mut stream: &TcpStream, state: &Mutex<State>) -> io::Result<()> {
 
 fn list(state: &State, request: &Request) -> Value {
     let objects = state.objects.iter().filter(|((resource, _), object)| request.wants(resource, object));
+    let (group, kind) = match &*request.resource {
+        "nodes" => ("v1", "NodeList"),
+        "services" => ("v1", "ServiceList"),
+        "endpointslices" => ("discovery.k8s.io/v1", "EndpointSliceList"),
+        "servicecidrs" => ("networking.k8s.io/v1", "ServiceCIDRList"),
+        _ => ("v1", "List"),
+    };
     json!({
-        "kind": "List", "apiVersion": "v1", "metadata": { "resourceVersion": state.version.to_string() },
+        "kind": kind, "apiVersion": group, "metadata": { "resourceVersion": state.version.to_string() },
         "items": objects.map(|(_, object)| object).collect::<Vec<_>>(),
     })
 }

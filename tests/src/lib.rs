@@ -11,6 +11,7 @@ pub mod controlplane;
 pub mod deploy;
 mod docs;
 pub mod lab;
+pub mod layouts;
 pub mod load;
 pub mod oracle;
 pub mod packet;

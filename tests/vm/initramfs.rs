@@ -14,7 +14,7 @@ const INIT: &str = include_str!("init");
 const APPLETS: &[&str] =
     &["cat", "dmesg", "grep", "insmod", "mkdir", "mount", "poweroff", "sh", "timeout", "uname"];
 /// Programs of this machine that the tour calls.
-const TOOLS: &[&str] = &["bpftool", "ip"];
+const TOOLS: &[&str] = &["bpftool", "ip", "wg"];
 /// Folders that are empty at first.
 const MOUNT_POINTS: &[&str] = &["dev", "proc", "root", "run", "sys", "tmp"];
 

@@ -13,10 +13,13 @@ use std::sync::{Mutex, PoisonError};
 
 /// Modules the laboratory and the agent need, besides what these depend on.
 const MODULES: &[&str] = &[
+    "8021q",
+    "bonding",
     "bridge",
     "cls_bpf",
     "dummy",
     "inet_diag",
+    "ipip",
     "nf_conntrack_netlink",
     "nft_chain_nat",
     "nft_ct",
@@ -25,15 +28,20 @@ const MODULES: &[&str] = &[
     "tcp_diag",
     "udp_diag",
     "veth",
+    "vrf",
+    "wireguard",
 ];
 
-/// Arguments of `portolan-lab run --once`, a tour each. Emulated, forty requests take longer than pods usually drain, and a
+/// Arguments of `portolan-lab`, a tour each. Emulated, forty requests take longer than pods usually drain, and a
 /// verifier that walks every program for three agents at once takes more than a minute.
 const TOURS: &[&str] = &[
-    "--drain 60 --patience 300",
-    "--drain 60 --patience 300 --xdp",
-    "--drain 60 --patience 300 --pod-network bridge --strict-rp-filter --no-tx-checksums",
+    "run --once --drain 60 --patience 300",
+    "run --once --drain 60 --patience 300 --xdp",
+    "run --once --drain 60 --patience 300 --pod-network bridge --strict-rp-filter --no-tx-checksums",
 ];
+
+/// Layouts that need what this machine's kernel may lack (netkit came with Linux 6.7).
+const LAYOUTS: &str = "layouts --special --patience 10";
 
 /// Boots a kernel of this series, has it run tours, and gives what it said.
 fn tours_on(archive: &Archive, series: &str, tours: &[&str]) -> Console {
@@ -64,8 +72,8 @@ mod short {
     }
 
     #[test]
-    fn the_newest_linux_serves_by_tcx_links() {
-        let console = tours_on(&Archive::newest().unwrap(), "", &TOURS[..1]);
+    fn the_newest_linux_serves_by_tcx_links_and_in_every_layout() {
+        let console = tours_on(&Archive::newest().unwrap(), "", &[TOURS[0], LAYOUTS]);
         assert!(console.says("tc programs by TCX links"));
     }
 }

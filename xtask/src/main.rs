@@ -56,6 +56,14 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
+    /// Raise nodes as people have them with Portolan, and with the real kube-proxy in its place (`--peer nftables`, `--peer
+    /// iptables`), and ask who is served (needs root).
+    #[command(disable_help_flag = true)]
+    Layouts {
+        /// Handed to `portolan-lab layouts`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
     /// Run the tests, tier by tier (the tiers above golden need root).
     Test {
         /// The tiers to run; if none is named, all, of `vm` a short form.
@@ -134,6 +142,13 @@ fn main() -> Result<ExitCode> {
         Verb::Lab { args } => {
             need_root(&args)?;
             programs::lab(args)?;
+        }
+        Verb::Layouts { args } => {
+            need_root(&args)?;
+            let peers = args.iter().any(|arg| arg.to_string_lossy().starts_with("--peer"));
+            setup::ensure(Needs { cluster: peers, bench: peers, ..Needs::default() })?;
+            programs::build_programs()?;
+            programs::become_lab(["layouts".into()].into_iter().chain(args))?;
         }
         Verb::Test { tiers, filter, check, repeat } => {
             let order = test::Order { tiers: &tiers, filter: filter.as_deref(), repeat };

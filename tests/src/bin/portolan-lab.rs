@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use dataplane_tests::controlplane::Binaries;
-use dataplane_tests::{lab, tour};
+use dataplane_tests::{lab, layouts, tour};
 use std::process::ExitCode;
 
 #[derive(Debug, Parser)]
@@ -38,6 +38,8 @@ enum Verb {
         #[arg(long, default_value_t = 1)]
         nodes: u8,
     },
+    /// Raise nodes as people have them, with Portolan and with kube-proxy, and ask who is served.
+    Layouts(layouts::LayoutsArgs),
     /// Find or build the programs of the control plane, so that no test waits for that.
     #[command(hide = true)]
     Prepare,
@@ -68,6 +70,9 @@ fn run() -> Result<ExitCode> {
             loop {
                 std::thread::park();
             }
+        }
+        Verb::Layouts(args) => {
+            return Ok(if layouts::run(&args)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Verb::Prepare => {
             Binaries::find_or_build()?.find_or_build_extras()?;

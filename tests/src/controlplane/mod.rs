@@ -162,19 +162,7 @@ impl ControlPlane {
 
     /// The command that starts kube-proxy on a node, in the mode `nftables` or `iptables`.
     pub fn kube_proxy(&self, node: &Node, mode: &str) -> Result<Command> {
-        let mut command = node.place().command(self.kube_proxy_program())?;
-        command.arg("--kubeconfig").arg(self.agent_kubeconfig());
-        command.arg(format!("--hostname-override={}", node.name()));
-        command.arg(format!("--proxy-mode={mode}"));
-        command.arg(format!("--cluster-cidr={}", crate::lab::POD_RANGES));
-        command.args([
-            "--conntrack-max-per-core=0",
-            "--conntrack-tcp-timeout-established=0",
-            "--conntrack-tcp-timeout-close-wait=0",
-            "--healthz-bind-address=127.0.0.1:10256",
-            "--metrics-bind-address=127.0.0.1:10249",
-        ]);
-        Ok(command)
+        kube_proxy(&self.binaries, node, mode, &self.agent_kubeconfig())
     }
 
     /// The place where the programs run.
@@ -304,6 +292,23 @@ impl ControlPlane {
         *self.controllers.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
         Ok(())
     }
+}
+
+/// The command that starts kube-proxy on a node, in the mode `nftables` or `iptables`, against any API server.
+pub fn kube_proxy(binaries: &Binaries, node: &Node, mode: &str, kubeconfig: &Path) -> Result<Command> {
+    let mut command = node.place().command(binaries.path("kube-proxy"))?;
+    command.arg("--kubeconfig").arg(kubeconfig);
+    command.arg(format!("--hostname-override={}", node.name()));
+    command.arg(format!("--proxy-mode={mode}"));
+    command.arg(format!("--cluster-cidr={}", crate::lab::POD_RANGES));
+    command.args([
+        "--conntrack-max-per-core=0",
+        "--conntrack-tcp-timeout-established=0",
+        "--conntrack-tcp-timeout-close-wait=0",
+        "--healthz-bind-address=127.0.0.1:10256",
+        "--metrics-bind-address=127.0.0.1:10249",
+    ]);
+    Ok(command)
 }
 
 impl Drop for ControlPlane {

@@ -48,13 +48,15 @@ pub enum PodNetwork {
     Vxlan,
     /// As `HostRoutes`; to other nodes through a TUN device `tun0`, whose packets have no Ethernet header.
     Tun,
+    /// As `HostRoutes`, by a netkit pair for each pod (Linux 6.7).
+    Netkit,
 }
 
 impl PodNetwork {
     /// What carries packets to the pods of other nodes, if it is not their own network.
     pub(crate) const fn tunnel(self) -> Option<Tunnel> {
         match self {
-            Self::HostRoutes | Self::Bridge => None,
+            Self::HostRoutes | Self::Bridge | Self::Netkit => None,
             Self::Vxlan => Some(Tunnel::Vxlan),
             Self::Tun => Some(Tunnel::Tun),
         }
@@ -63,7 +65,7 @@ impl PodNetwork {
     /// Whether a pod has a link of its own to the node, with host routes at both ends.
     const fn is_point_to_point(self) -> bool {
         match self {
-            Self::HostRoutes | Self::Vxlan | Self::Tun => true,
+            Self::HostRoutes | Self::Vxlan | Self::Tun | Self::Netkit => true,
             Self::Bridge => false,
         }
     }
@@ -280,10 +282,20 @@ pub(crate) fn node_side(
 ) -> Vec<String> {
     let interface = pod_interface(pod);
     let mtu = network.mtu();
-    let mut lines =
-        vec![format!("link add {interface} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {namespace}")];
+    let mut lines = match network {
+        // Its other end gets the first free name, `nk0` when each has moved away.
+        PodNetwork::Netkit => vec![
+            format!("link add {interface} mtu {mtu} type netkit"),
+            format!("link set nk0 netns {namespace} name eth0"),
+        ],
+        PodNetwork::HostRoutes | PodNetwork::Vxlan | PodNetwork::Tun | PodNetwork::Bridge => {
+            vec![format!(
+                "link add {interface} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {namespace}"
+            )]
+        }
+    };
     match network {
-        PodNetwork::HostRoutes | PodNetwork::Vxlan | PodNetwork::Tun => {
+        PodNetwork::HostRoutes | PodNetwork::Vxlan | PodNetwork::Tun | PodNetwork::Netkit => {
             lines.extend(
                 gateway
                     .each()

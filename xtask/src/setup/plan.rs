@@ -106,6 +106,11 @@ pub(super) const VM_PACKAGES: &[Package] = &[
         probe: Probe::Program("qemu-system-x86_64"),
         why: "emulates the machines of the tier `vm`",
     },
+    Package {
+        name: "wireguard-tools",
+        probe: Probe::Program("wg"),
+        why: "gives the keys to a layout's WireGuard device, in those machines",
+    },
     Package { name: "xz-utils", probe: Probe::Program("xz"), why: "unpacks the modules of Debian's kernels" },
 ];
 
@@ -346,7 +351,7 @@ mod tests {
 
     #[test]
     fn other_kernels_need_an_emulator_and_an_apt_that_knows_them() {
-        assert_eq!(names(&plan(&complete(), VM)), ["qemu-system-x86", "xz-utils"]);
+        assert_eq!(names(&plan(&complete(), VM)), ["qemu-system-x86", "wireguard-tools", "xz-utils"]);
         let packages = complete().packages.into_iter().chain(VM_PACKAGES.iter().map(|package| package.name));
         let ready = Machine { packages: packages.collect(), ..complete() };
         assert_eq!(plan(&ready, VM), []);

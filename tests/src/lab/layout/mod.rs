@@ -3,14 +3,17 @@
 //! Each is a lab of two nodes. Pod `a` and pod `q` are on `node-1`, which has the agent, pod `c` is on `node-2`. `here` is a Service
 //! with the endpoint `a`, `there` one with the endpoint `c`. The agent has its default flags, but where a layout needs what only its operator knows.
 
+mod proxy;
 mod raised;
 mod table;
+mod trial;
 
+pub use proxy::{Proxy, Serving};
 pub use raised::Raised;
 pub use table::LAYOUTS;
 
 use crate::lab::PodNetwork;
-use End::{Here, There};
+use End::{Beside, Here, There};
 use Target::{Cached, ClusterIp, LbIp, NodePort};
 
 /// Who does something, or has something done to it.
@@ -39,6 +42,8 @@ pub enum End {
     Here,
     /// `there`, whose endpoint is on `node-2`.
     There,
+    /// `beside`, whose endpoint is a pod `u` of `node-1` with an address of the nodes' network, on the bridge that the NIC is a port of.
+    Beside,
 }
 
 /// An address of `node-1`.
@@ -72,6 +77,8 @@ pub enum Target {
 pub struct Layout {
     /// Its name.
     pub name: &'static str,
+    /// What is so about it, and who has such nodes.
+    pub about: &'static str,
     /// How pods are joined.
     pub pods: PodNetwork,
     /// Who is on the second network, by `eth1`.
@@ -80,16 +87,22 @@ pub struct Layout {
     pub later: &'static [Who],
     /// Lines of `ip`, before the agent starts.
     pub lines: &'static [(Who, &'static [&'static str])],
+    /// Commands of the shell after them.
+    pub commands: &'static [(Who, &'static str)],
     /// Commands of `nft` on `node-1`.
     pub rules: &'static [&'static str],
     /// Flags of the agent.
     pub flags: &'static [&'static str],
+    /// Whether there is the Service `beside`.
+    pub beside: bool,
     /// Addresses at which `node-1` has the server `cache`.
     pub cache: &'static [&'static str],
     /// Who calls what over TCP and UDP, and must be answered.
     pub answered: &'static [(Who, &'static [Target])],
     /// Who calls what, and must not be answered.
     pub unanswered: &'static [(Who, &'static [Target])],
+    /// What the kernel must be able to make for it and not every kernel can: kinds of interfaces, as `ip link` names them.
+    pub needs: &'static [&'static str],
 }
 
 impl End {
@@ -97,6 +110,7 @@ impl End {
         match self {
             Here => "here",
             There => "there",
+            Beside => "beside",
         }
     }
 
@@ -105,6 +119,7 @@ impl End {
         match self {
             Here => 10,
             There => 20,
+            Beside => 30,
         }
     }
 
@@ -112,6 +127,7 @@ impl End {
         match self {
             Here => 30_002,
             There => 30_003,
+            Beside => 30_004,
         }
     }
 
@@ -119,6 +135,7 @@ impl End {
         match self {
             Here => "a",
             There => "c",
+            Beside => "u",
         }
     }
 }

@@ -4,7 +4,6 @@ use super::End::{self, Here, There};
 use super::On::{self, Second as AtSecond, Uplink, Vpn as AtVpn};
 use super::Target::{self, Cached, ClusterIp, LbIp, NodePort};
 use super::{Layout, Who};
-use crate::lab::agent::AgentOptions;
 use crate::lab::client::{Client, at};
 use crate::lab::manifests::{Endpoint, Service};
 use crate::lab::network::{self, Addresses, Family};
@@ -34,6 +33,7 @@ pub struct Raised {
     layout: &'static Layout,
     second: Option<Place>,
     vpn: Option<Place>,
+    services: Vec<Service>,
     _carriers: Vec<Process>,
 }
 
@@ -47,7 +47,8 @@ impl Layout {
         };
         let second = outside(Who::Second, "second")?;
         let vpn = outside(Who::Vpn, "vpn")?;
-        let mut raised = Raised { layout: self, second, vpn, _carriers: Vec::new(), lab };
+        let mut raised =
+            Raised { layout: self, second, vpn, services: Vec::new(), _carriers: Vec::new(), lab };
         if all().next().is_some() {
             raised.lab.net().ip(&network::second_bridge())?;
         }
@@ -69,6 +70,12 @@ impl Layout {
                 raised.place(*who)?.run("ip", &words)?;
             }
         }
+        for (who, command) in self.commands {
+            raised.place(*who)?.run("sh", &["-c", command])?;
+        }
+        if self.beside {
+            raised.raise_beside()?;
+        }
         for rule in self.rules {
             raised.lab.node(0).place().run("nft", &[rule])?;
         }
@@ -78,10 +85,19 @@ impl Layout {
 }
 
 impl Raised {
-    /// Starts the agent with its default flags, and does what comes later.
-    pub fn start_agent(&self) -> Result<()> {
-        self.lab.node(0).start_agent(&AgentOptions::default().arguments(self.layout.flags))?;
+    /// The layout.
+    pub fn layout(&self) -> &'static Layout {
+        self.layout
+    }
+
+    /// Has those join the second network who come later.
+    pub(super) fn join_late(&self) -> Result<()> {
         self.layout.later.iter().try_for_each(|who| self.join_second(*who))
+    }
+
+    /// The Services with their endpoints.
+    pub(super) fn services(&self) -> &[Service] {
+        &self.services
     }
 
     /// A client.
@@ -137,6 +153,22 @@ impl Raised {
         place.ip(&network::second_side(network::second(host)))
     }
 
+    /// A pod that has an address of the nodes' network, whose gateway is the nodes' too.
+    fn raise_beside(&self) -> Result<()> {
+        let pod = self.lab.add_pod("u", 0, &PodOptions::default())?;
+        let node = self.lab.node(0).place();
+        node.ip(&[
+            format!("link set {} nomaster", pod.node_interface()),
+            format!("addr flush dev {}", pod.node_interface()),
+            format!("link set {} master br0 up", pod.node_interface()),
+        ])?;
+        pod.place().ip(&["addr flush dev eth0".to_owned()])?;
+        // One of its two default routes outlives its addresses.
+        let lines = network::uplink_side(network::uplink(BESIDE_HOST), network::uplink(1));
+        let lines = lines.iter().map(|line| line.replace("route add", "route replace"));
+        pod.place().ip(&lines.collect::<Vec<_>>())
+    }
+
     /// A TUN device at each end, and all that the client calls by way of it.
     fn raise_vpn(&mut self) -> Result<()> {
         let everything = Family::BOTH.map(|family| family.everything().to_owned());
@@ -176,16 +208,23 @@ impl Raised {
         place.ip(&lines)
     }
 
-    fn serve(&self) -> Result<()> {
-        for end in [Here, There] {
+    fn serve(&mut self) -> Result<()> {
+        let ends = [Here, There].into_iter().chain(self.layout.beside.then_some(End::Beside));
+        for end in ends {
             let pod = self.lab.pod(end.pod()).context("no pod")?;
+            let endpoint = match end {
+                Here | There => pod.endpoint(),
+                End::Beside => {
+                    Endpoint::of(pod.name(), network::uplink(BESIDE_HOST), self.lab.node(0).name())
+                }
+            };
             for family in Family::BOTH {
                 let service = service(end.name(), family, cluster_ip(end.host()))
                     .tcp_node_port(SERVICE_PORT, TARGET, end.node_port())
                     .udp_node_port(SERVICE_PORT, TARGET, end.node_port())
                     .spec("type", json!("LoadBalancer"))
                     .status(json!({ "loadBalancer": { "ingress": [{ "ip": lb_ip(end).of(family), "ipMode": "VIP" }] } }));
-                self.lab.manifests().apply(&service.endpoints([pod.endpoint()]))?;
+                self.offer(service.endpoints([endpoint.clone()]))?;
             }
         }
         if self.layout.cache.is_empty() {
@@ -195,12 +234,18 @@ impl Raised {
         for family in Family::BOTH {
             let service = service("cached", family, cluster_ip(CACHE_HOST));
             let service = service.tcp(SERVICE_PORT, TARGET).udp(SERVICE_PORT, TARGET);
-            self.lab.manifests().apply(&service.endpoints([other.clone()]))?;
+            self.offer(service.endpoints([other.clone()]))?;
         }
         let addresses: Vec<IpAddr> =
             self.layout.cache.iter().map(|address| Ok(address.parse()?)).collect::<Result<_>>()?;
         let server = PodOptions::default().tcp(&[SERVICE_PORT]).udp(&[SERVICE_PORT]).at(&addresses);
         self.lab.node(0).serve("cache", &server)
+    }
+
+    fn offer(&mut self, service: Service) -> Result<()> {
+        self.lab.manifests().apply(&service)?;
+        self.services.push(service);
+        Ok(())
     }
 }
 
@@ -208,6 +253,8 @@ impl Raised {
 const CACHE_HOST: u8 = 53;
 /// `node-1` on the second network; `node-2` is the next.
 const NODE_HOST: u8 = 11;
+/// The pod `u` on the nodes' network.
+const BESIDE_HOST: u8 = 77;
 /// The VPN's client there.
 const VPN_HOST: u8 = 210;
 

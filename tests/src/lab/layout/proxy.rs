@@ -1,0 +1,91 @@
+//! Who serves the Services of a layout: Portolan's agent, or the real kube-proxy, from the same objects.
+
+use super::Raised;
+use crate::api_server::ApiServer;
+use crate::controlplane::{Binaries, kube_proxy};
+use crate::lab::agent::AgentOptions;
+use crate::lab::client::{Client, at};
+use crate::lab::manifests;
+use crate::lab::process::Process;
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+const LOOK: Duration = Duration::from_millis(50);
+/// Where it tells that.
+const HEALTHZ: u16 = 10_256;
+
+/// A dataplane for Services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Proxy {
+    /// Portolan, with its default flags.
+    Portolan,
+    /// kube-proxy in its mode `nftables`.
+    Nftables,
+    /// kube-proxy in its mode `iptables`.
+    Iptables,
+}
+
+impl Proxy {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Portolan, Self::Nftables, Self::Iptables];
+
+    /// Its name for people.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Portolan => "Portolan",
+            Self::Nftables => "kube-proxy nftables",
+            Self::Iptables => "kube-proxy iptables",
+        }
+    }
+}
+
+/// kube-proxy and the server that it asks, as long as they are wanted. An agent is its node's.
+#[derive(Debug)]
+pub struct Serving(Option<(Process, ApiServer)>);
+
+impl Raised {
+    /// Starts what serves the Services on `node-1` and waits until it does, at most so long; does what comes later.
+    pub fn start(&self, proxy: Proxy, within: Duration) -> Result<Serving> {
+        let serving = match proxy {
+            Proxy::Portolan => {
+                let options = AgentOptions::default().arguments(self.layout().flags).ready_within(within);
+                self.lab.node(0).start_agent(&options)?;
+                Serving(None)
+            }
+            Proxy::Nftables => self.start_kube_proxy("nftables", within)?,
+            Proxy::Iptables => self.start_kube_proxy("iptables", within)?,
+        };
+        self.join_late()?;
+        Ok(serving)
+    }
+
+    fn start_kube_proxy(&self, mode: &str, within: Duration) -> Result<Serving> {
+        let node = self.lab.node(0);
+        let server = ApiServer::start(node.place())?;
+        self.lab.nodes().iter().for_each(|node| server.put(manifests::node(node)));
+        self.services().iter().flat_map(|service| service.objects()).for_each(|object| server.put(object));
+        let kubeconfig = server.kubeconfig(self.lab.folder())?;
+        let command = kube_proxy(&Binaries::find_or_build()?, node, mode, &kubeconfig)?;
+        let process = Process::start(&self.lab.logs(), &format!("kube-proxy-{mode}"), command)?;
+        let end = Instant::now() + within;
+        let client = Client::at(node.place()).timeout(Duration::from_secs(1));
+        let health = || client.connect(at(Ipv4Addr::LOCALHOST, HEALTHZ))?.get("/healthz");
+        while health().map(|(status, _)| status) != Ok(200) {
+            let log = || crate::lab::last_lines(&process.log(), 20);
+            ensure!(process.exit_status().is_none(), "kube-proxy ended:\n{}", log());
+            ensure!(Instant::now() < end, "kube-proxy is not ready after {within:?}:\n{}", log());
+            std::thread::sleep(LOOK);
+        }
+        Ok(Serving(Some((process, server))))
+    }
+}
+
+impl Serving {
+    /// The last lines of kube-proxy's log.
+    pub fn log(&self) -> Option<String> {
+        self.0.as_ref().map(|(process, _)| crate::lab::last_lines(&process.log(), 30))
+    }
+}
