@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Where the results are kept, from which the page is written.
@@ -30,6 +30,12 @@ pub struct LayoutsArgs {
     /// Seconds that an answer may take; the proxy itself may take so many minutes to be ready.
     #[arg(long, default_value_t = 1)]
     patience: u64,
+    /// Print each result as a line that `--read` knows, too.
+    #[arg(long)]
+    lines: bool,
+    /// Raise nothing: take the results from the lines in this file, such as what the tier `vm` printed.
+    #[arg(long, value_name = "FILE")]
+    read: Option<PathBuf>,
     /// List the layouts and what they need of the kernel.
     #[arg(long)]
     list: bool,
@@ -38,9 +44,14 @@ pub struct LayoutsArgs {
     special: bool,
 }
 
+/// What the line of a result begins with.
+const LINE: &str = "portolan-layout: ";
+
 /// How one layout went with one proxy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Outcome {
+    layout: String,
+    proxy: Proxy,
     /// How many questions went as they must.
     good: usize,
     /// A line for each that did not.
@@ -63,13 +74,31 @@ pub fn run(args: &LayoutsArgs) -> Result<bool> {
     let proxies: BTreeSet<_> = [Proxy::Portolan].into_iter().chain(args.peers.iter().copied()).collect();
     let mut results = read(Path::new(RECORD))?;
     let mut good = true;
-    for layout in chosen {
-        for proxy in &proxies {
-            let outcome = outcome(layout, *proxy, args.patience).with_context(|| layout.name)?;
-            println!("{:<46} {:<20} {}", layout.name, proxy.name(), outcome.line());
-            outcome.wrong.iter().for_each(|line| println!("    {line}"));
-            good &= *proxy != Proxy::Portolan || outcome.wrong.is_empty();
-            results.entry(layout.name.into()).or_default().insert(*proxy, outcome);
+    let mut keep = |result: Outcome| {
+        let proxy = result.proxy;
+        println!("{:<46} {:<20} {}", result.layout, proxy.name(), result.line());
+        result.wrong.iter().for_each(|line| println!("    {line}"));
+        good &= proxy != Proxy::Portolan || result.wrong.is_empty();
+        results.entry(result.layout.clone()).or_default().insert(proxy, result);
+    };
+    match &args.read {
+        Some(file) => {
+            let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
+            for line in text.lines().filter_map(|line| line.strip_prefix(LINE)) {
+                // A machine that has no tree cannot say what it is built from.
+                keep(Outcome { commit: commit(), ..serde_json::from_str(line)? });
+            }
+        }
+        None => {
+            for layout in chosen {
+                for proxy in &proxies {
+                    let result = outcome(layout, *proxy, args.patience).with_context(|| layout.name)?;
+                    if args.lines {
+                        println!("{LINE}{}", serde_json::to_string(&result)?);
+                    }
+                    keep(result);
+                }
+            }
         }
     }
     if args.write {
@@ -98,7 +127,8 @@ fn outcome(layout: &'static Layout, proxy: Proxy, patience: u64) -> Result<Outco
     let raised = layout.raise()?;
     let _serving = raised.start(proxy, Duration::from_secs(60 * patience))?;
     let wrong = raised.wrong(Duration::from_secs(patience))?;
-    Ok(Outcome { good: layout.questions() - wrong.len(), wrong, kernel: kernel()?, commit: commit() })
+    let good = layout.questions() - wrong.len();
+    Ok(Outcome { layout: layout.name.into(), proxy, good, wrong, kernel: kernel()?, commit: commit() })
 }
 
 fn kernel() -> Result<String> {

@@ -41,7 +41,7 @@ const TOURS: &[&str] = &[
 ];
 
 /// Layouts that need what this machine's kernel may lack (netkit came with Linux 6.7).
-const LAYOUTS: &str = "layouts --special --patience 10";
+const LAYOUTS: &str = "layouts --special --patience 10 --lines";
 
 /// Boots a kernel of this series, has it run tours, and gives what it said.
 fn tours_on(archive: &Archive, series: &str, tours: &[&str]) -> Console {

@@ -168,11 +168,33 @@ impl Client {
         ask_datagram(&self.udp_socket(to)?, Some(to), self.timeout)
     }
 
+    /// A short datagram over IPv4 and one of so many bytes, which routers may cut up; the answer to the second.
+    pub fn udp_to_cut_up(&self, to: SocketAddr, bytes: usize) -> Asked {
+        let socket = self.udp_socket(to)?;
+        set_pmtu_discovery(&socket, libc::IP_PMTUDISC_DONT)?;
+        socket.connect(to)?;
+        ask_datagram(&socket, None, self.timeout)?;
+        socket.send(&vec![b'x'; bytes])?;
+        let mut buffer = [0; 2048];
+        let length = socket.recv(&mut buffer)?;
+        let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+        Answer::parse(&text).ok_or(Failure::Other(text))
+    }
+
     /// A UDP socket that can reach an address, bound to the client's source.
     fn udp_socket(&self, to: SocketAddr) -> Result<UdpSocket, Failure> {
         let source = self.source.unwrap_or_else(|| next_source(&self.place, Family::of(to.ip())));
         Ok(self.place.udp_socket(Some(source))?)
     }
+}
+
+fn set_pmtu_discovery(socket: &UdpSocket, how: i32) -> std::io::Result<()> {
+    let (value, length) = ((&raw const how).cast(), size_of::<i32>() as u32);
+    // SAFETY: the value lives for the whole call.
+    let result = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, value, length)
+    };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// Any address and the port after that of the place's last socket, none that the kernel gives out by itself. A flow of datagrams
@@ -254,6 +276,14 @@ impl Stream {
                 return Ok(response);
             }
         }
+    }
+
+    /// One HTTP request of a server that ends the connection with its answer (HTTP/1.0), of whatever length: head and body.
+    pub fn read_all(&mut self, path: &str) -> Result<String, Failure> {
+        self.stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())?;
+        let mut text = String::new();
+        self.stream.read_to_string(&mut text)?;
+        Ok(text)
     }
 
     /// The connection itself.

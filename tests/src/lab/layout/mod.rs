@@ -101,6 +101,8 @@ pub struct Layout {
     pub answered: &'static [(Who, &'static [Target])],
     /// Who calls what, and must not be answered.
     pub unanswered: &'static [(Who, &'static [Target])],
+    /// Who sends what a datagram of IPv4 that is longer than a pod's way and may be cut up, and must be answered.
+    pub cut_up: &'static [(Who, &'static [Target])],
     /// What the kernel must be able to make for it and not every kernel can: kinds of interfaces, as `ip link` names them.
     pub needs: &'static [&'static str],
 }

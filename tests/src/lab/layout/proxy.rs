@@ -12,9 +12,11 @@ use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
+/// How long kube-proxy may take to write what it has read.
+const WRITING: Duration = Duration::from_secs(4);
 const LOOK: Duration = Duration::from_millis(50);
-/// Where it tells that.
-const HEALTHZ: u16 = 10_256;
+/// Where it tells what it has written.
+const METRICS: u16 = 10_249;
 
 /// A dataplane for Services.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum, Serialize, Deserialize)]
@@ -72,15 +74,32 @@ impl Raised {
         let process = Process::start(&self.lab.logs(), &format!("kube-proxy-{mode}"), command)?;
         let end = Instant::now() + within;
         let client = Client::at(node.place()).timeout(Duration::from_secs(1));
-        let health = || client.connect(at(Ipv4Addr::LOCALHOST, HEALTHZ))?.get("/healthz");
-        while health().map(|(status, _)| status) != Ok(200) {
+        let metrics = || client.connect(at(Ipv4Addr::LOCALHOST, METRICS))?.read_all("/metrics");
+        let slices = self.services().iter().flat_map(|service| service.objects());
+        let slices = slices.filter(|object| object["kind"] == "EndpointSlice").count();
+        while !metrics().is_ok_and(|text| has_written(&text, slices)) {
             let log = || crate::lab::last_lines(&process.log(), 20);
             ensure!(process.exit_status().is_none(), "kube-proxy ended:\n{}", log());
             ensure!(Instant::now() < end, "kube-proxy is not ready after {within:?}:\n{}", log());
             std::thread::sleep(LOOK);
         }
+        // What it counts is on its way into the kernel: it writes at most once a second, one family after the other.
+        std::thread::sleep(WRITING);
         Ok(Serving(Some((process, server))))
     }
+}
+
+/// Whether all slices have come and nothing waits to be written.
+fn has_written(metrics: &str, slices: usize) -> bool {
+    // A line for each family, or one.
+    let values = |name: &str| -> Vec<f64> {
+        let name = format!("kubeproxy_sync_proxy_rules_{name}");
+        let lines = metrics.lines().filter(|line| line.split(['{', ' ']).next() == Some(&*name));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect()
+    };
+    let pending = ["endpoint", "service"].map(|what| values(&format!("{what}_changes_pending")));
+    let written = pending.iter().all(|values| !values.is_empty() && values.iter().all(|value| *value == 0.0));
+    written && values("endpoint_changes_total").iter().sum::<f64>() >= slices as f64
 }
 
 impl Serving {

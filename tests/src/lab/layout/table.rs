@@ -20,6 +20,7 @@ const PLAIN: Layout = Layout {
     cache: &[],
     answered: &[],
     unanswered: &[],
+    cut_up: &[],
     needs: &[],
 };
 const CLUSTER_IPS: &[Target] = &[ClusterIp(Here), ClusterIp(There)];
@@ -64,6 +65,7 @@ pub const LAYOUTS: &[Layout] = &[
         about: "pods of other nodes by a VXLAN device, as with flannel and Calico",
         pods: PodNetwork::Vxlan,
         answered: FROM_EVERYWHERE,
+        cut_up: &[(Who::Client, NODE_PORTS)],
         ..PLAIN
     },
     Layout {
@@ -496,8 +498,28 @@ pub const LAYOUTS: &[Layout] = &[
         name: "wireguard_overlay",
         about: "pods of other nodes by WireGuard, as with Calico, Cilium and flannel",
         lines: &[
-            (Who::Node, &["link add wg0 mtu 1420 type wireguard", "link set wg0 up"]),
-            (Who::Other, &["link add wg0 mtu 1420 type wireguard", "link set wg0 up"]),
+            (
+                Who::Node,
+                &[
+                    "link add wg0 mtu 1420 type wireguard",
+                    "link set wg0 up",
+                    "addr add 10.244.1.254/32 dev wg0",
+                    "addr add fd00:10:244:1::fe/128 dev wg0 nodad",
+                    "route replace 10.244.2.0/24 dev wg0 src 10.244.1.254",
+                    "route replace fd00:10:244:2::/64 dev wg0 src fd00:10:244:1::fe",
+                ],
+            ),
+            (
+                Who::Other,
+                &[
+                    "link add wg0 mtu 1420 type wireguard",
+                    "link set wg0 up",
+                    "addr add 10.244.2.254/32 dev wg0",
+                    "addr add fd00:10:244:2::fe/128 dev wg0 nodad",
+                    "route replace 10.244.1.0/24 dev wg0 src 10.244.2.254",
+                    "route replace fd00:10:244:1::/64 dev wg0 src fd00:10:244:2::fe",
+                ],
+            ),
         ],
         // A key is any 32 bytes of which some bits are as they must be (RFC 7748, 5).
         commands: &[
@@ -505,19 +527,13 @@ pub const LAYOUTS: &[Layout] = &[
                 Who::Node,
                 "echo QAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAEE= | wg set wg0 private-key /proc/self/fd/0 listen-port 51820 \
                  peer $(echo QAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAEI= | wg pubkey) \
-                 endpoint 192.168.100.12:51820 allowed-ips 10.244.2.0/24,fd00:10:244:2::/64 && \
-                 ip addr add 10.244.1.254/32 dev wg0 && ip addr add fd00:10:244:1::fe/128 dev wg0 nodad && \
-                 ip route replace 10.244.2.0/24 dev wg0 src 10.244.1.254 && \
-                 ip route replace fd00:10:244:2::/64 dev wg0 src fd00:10:244:1::fe",
+                 endpoint 192.168.100.12:51820 allowed-ips 10.244.2.0/24,fd00:10:244:2::/64",
             ),
             (
                 Who::Other,
                 "echo QAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAEI= | wg set wg0 private-key /proc/self/fd/0 listen-port 51820 \
                  peer $(echo QAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAEE= | wg pubkey) \
-                 endpoint 192.168.100.11:51820 allowed-ips 10.244.1.0/24,fd00:10:244:1::/64 && \
-                 ip addr add 10.244.2.254/32 dev wg0 && ip addr add fd00:10:244:2::fe/128 dev wg0 nodad && \
-                 ip route replace 10.244.1.0/24 dev wg0 src 10.244.2.254 && \
-                 ip route replace fd00:10:244:1::/64 dev wg0 src fd00:10:244:2::fe",
+                 endpoint 192.168.100.11:51820 allowed-ips 10.244.1.0/24,fd00:10:244:1::/64",
             ),
         ],
         answered: FROM_EVERYWHERE,

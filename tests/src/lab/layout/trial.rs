@@ -12,10 +12,15 @@ const SERVED_WITHIN: Duration = Duration::from_secs(5);
 /// How long silence must last to count as a drop.
 const SILENCE: Duration = Duration::from_millis(400);
 
+/// Bytes of a datagram that is longer than an overlay takes (1,450 bytes) and not longer than Ethernet does, with their headers.
+const LONG: usize = 1460;
+
 #[derive(Clone, Copy, Debug)]
 enum Transport {
     Tcp,
     Udp,
+    /// A long datagram that may be cut up.
+    LongUdp,
 }
 
 impl Transport {
@@ -25,6 +30,7 @@ impl Transport {
         match self {
             Self::Tcp => client.tcp(to),
             Self::Udp => client.udp(to),
+            Self::LongUdp => client.udp_to_cut_up(to, LONG),
         }
     }
 }
@@ -42,7 +48,8 @@ impl Layout {
     pub fn questions(&self) -> usize {
         let targets =
             |list: &[(Who, &[Target])]| list.iter().map(|(_, targets)| targets.len()).sum::<usize>();
-        (targets(self.answered) + targets(self.unanswered)) * Family::BOTH.len() * Transport::BOTH.len()
+        let each = Family::BOTH.len() * Transport::BOTH.len();
+        (targets(self.answered) + targets(self.unanswered)) * each + targets(self.cut_up)
     }
 }
 
@@ -52,7 +59,7 @@ impl Raised {
     pub fn wrong(&self, patience: Duration) -> Result<Vec<String>> {
         let (mut wrong, begun) = (Vec::new(), Instant::now());
         let late = !self.layout().later.is_empty();
-        for question in self.questions(self.layout().answered) {
+        for question in self.long_questions().chain(self.questions(self.layout().answered)) {
             let client = self.client(question.who)?.timeout(patience);
             let mut answer = question.transport.ask(&client, question.to);
             while answer.is_err() && late && begun.elapsed() < SERVED_WITHIN {
@@ -70,6 +77,15 @@ impl Raised {
             }
         }
         Ok(wrong)
+    }
+
+    fn long_questions(&self) -> impl Iterator<Item = Question> {
+        let asked = self.layout().cut_up.iter();
+        let asked = asked.flat_map(|(who, targets)| targets.iter().map(|target| (*who, *target)));
+        asked.map(|(who, target)| {
+            let to = self.address(target, Family::V4);
+            Question { who, target, transport: Transport::LongUdp, to }
+        })
     }
 
     fn questions(&self, list: &'static [(Who, &'static [Target])]) -> impl Iterator<Item = Question> {
