@@ -23,7 +23,7 @@ use bytemuck::Pod;
 /// Version of the layout of all maps: the folder of their pins below the agent's pin folder.
 ///
 /// A change of a key, a value or the meaning of a field takes the next number.
-pub const LAYOUT: &str = "v4";
+pub const LAYOUT: &str = "v5";
 
 /// The kinds of map that are used, after the kernel's `BPF_MAP_TYPE_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -119,6 +119,9 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     if known != Code::BEGIN {
         return walk.end(known).verdict();
     }
+    if interest.reply && walk.may_be_of_others() {
+        return Verdict::Drop(Reason::Undecided);
+    }
     if interest.outgoing {
         outgoing::note(&walk.s.packet, &walk.s.key);
     }
@@ -447,6 +450,9 @@ impl<F: Frame> Walk<'_, F> {
             return Verdict::Drop(Reason::BadSource);
         }
         let set = |flag| service::node().is_some_and(|node| node.has(flag));
+        if self.may_be_of_others() {
+            return Verdict::Drop(Reason::Undecided);
+        }
         // C5. What the node itself sends was translated before it came here.
         if source != Source::Node && packet.continues() && set(Node::TAKES_OVER) {
             return Verdict::Pass;
@@ -483,6 +489,15 @@ impl<F: Frame> Walk<'_, F> {
             Err(Reason::NoEndpoints) => Verdict::Refuse(Reason::NoEndpoints),
             Err(reason) => Verdict::Drop(reason),
         }
+    }
+
+    /// Whether a packet of no flow may be of one that other programs have begun, while these take their place (C3). UDP may be as well,
+    /// but nobody repeats it: to hold it back would only add to what is lost.
+    #[inline(always)]
+    fn may_be_of_others(&self) -> bool {
+        let packet = &self.s.packet;
+        let is_repeated = packet.continues() || packet.proto == Protocol::Sctp as u8 && !packet.opens();
+        is_repeated && service::node().is_some_and(|node| node.holds_back(flow::now()))
     }
 
     /// What becomes of a packet that may not begin a flow (P22); `None` if it may.

@@ -86,9 +86,7 @@ fn systemd_is_told_what_is_so_and_when() {
 #[test]
 fn another_layout_takes_over_when_its_maps_hold_everything() {
     let scene = Scene::set("node-1");
-    // A connection by packet that begins while links change one by one can be lost: ARCHITECTURE tells it. Those by sockets never are.
-    let options = |more: &[&str]| scene.options(&[&["--socket-lb=all"], more].concat());
-    scene.node().start_agent(&options(&[])).unwrap();
+    scene.node().start_agent(&scene.options(&[])).unwrap();
     let layouts = [Pins::new(&scene.node().bpffs()), Pins::with_layout(&scene.node().bpffs(), "v999")];
     let maps = || layouts.each_ref().map(|pins| pins.map("frontends").exists());
     let healthy = || {
@@ -102,7 +100,7 @@ fn another_layout_takes_over_when_its_maps_hold_everything() {
             scene.server.treat("list endpointslices", Treatment::Silence);
             // The first attempt dies in the middle.
             for _ in 0..2 {
-                scene.node().launch_agent(&options(arguments)).unwrap();
+                scene.node().launch_agent(&scene.options(arguments)).unwrap();
                 scene.says(&["programs with maps of another layout are attached"]);
                 until("health is told", healthy);
                 std::thread::sleep(Duration::from_secs(1));
@@ -111,7 +109,7 @@ fn another_layout_takes_over_when_its_maps_hold_everything() {
                 scene.node().agent().unwrap().kill();
                 until("it is gone", || scene.node().agent().unwrap().process().exit_status().is_some());
             }
-            scene.node().launch_agent(&options(arguments)).unwrap();
+            scene.node().launch_agent(&scene.options(arguments)).unwrap();
             scene.server.relent();
             scene.node().wait_for_agent().unwrap();
         });
@@ -127,7 +125,7 @@ fn another_layout_takes_over_when_its_maps_hold_everything() {
     scene.node().agent().unwrap().stop().unwrap();
     // A new start of the same version is none of all that.
     let told = scene.log().matches("another layout").count();
-    scene.node().start_agent(&options(&[])).unwrap();
+    scene.node().start_agent(&scene.options(&[])).unwrap();
     assert_eq!(scene.log().matches("another layout").count(), told, "{}", scene.log());
 }
 

@@ -1,6 +1,6 @@
 //! The life of flows: half-open, established, closing; and what becomes of them when their endpoint goes.
 
-use crate::{expect, expect_untouched};
+use crate::{expect, expect_drop, expect_untouched};
 use dataplane_common::drop::Reason;
 use dataplane_common::node::Node;
 use dataplane_tests::packet::build::{Packet, Transport, tcp, tcp_packet, udp_packet};
@@ -595,6 +595,49 @@ fn replies_are_looked_for_as_long_as_their_flow_is_there() {
         // Where the source is translated, replies go to the node.
         world.send(Hook::UplinkIn, &tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::SYN)).unwrap();
         assert_eq!(world.sweep_callers().unwrap(), 1, "the node's");
+    });
+}
+
+/// C3: while an upgrade to other maps replaces the programs one by one, what goes on in a connection of no flow may be of one that
+/// the others have begun: nobody takes it for somebody else's.
+#[test]
+fn what_may_be_of_the_programs_before_is_held_back_until_their_flows_are_here() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let calls = [
+            (Hook::PodIn, (f.other_pod, 40_000), (f.cluster_ip, 80)),
+            (Hook::UplinkIn, (f.client, 40_000), (f.node, 30_080)),
+            (Hook::Xdp, (f.client, 40_000), (f.node, 30_080)),
+        ];
+        // One that these have begun: its client may have other connections.
+        let opens = tcp_packet((f.other_pod, 40_001), (f.cluster_ip, 80), tcp::SYN);
+        world.send(Hook::PodIn, &opens).unwrap();
+        let answer = |port, flags| tcp_packet((f.pod, 8080), (f.other_pod, port), flags);
+        world.hold_back(true).unwrap();
+        for flags in [tcp::ACK, tcp::ACK | tcp::FIN, tcp::RST, tcp::SYN | tcp::ACK] {
+            for (hook, from, to) in calls {
+                expect_drop(&world, hook, &tcp_packet(from, to, flags), Reason::Undecided);
+            }
+            expect_drop(&world, Hook::PodOut, &answer(40_000, flags), Reason::Undecided);
+        }
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0]);
+        // What is decided: a flow of these programs, what opens a connection, and what is of no endpoint.
+        let goes_on = answer(40_001, tcp::SYN | tcp::ACK);
+        let restored = goes_on.clone().from(f.cluster_ip, 80);
+        expect(&world, Hook::PodOut, &goes_on, Verdict::Pass, &restored, &f.counted_out(20));
+        expect_untouched(&world, Hook::PodOut, &answer(40_000, tcp::SYN));
+        expect_untouched(&world, Hook::PodOut, &tcp_packet((f.pod, 9_090), (f.other_pod, 40_000), tcp::ACK));
+        let opens = tcp_packet((f.other_pod, 40_002), (f.cluster_ip, 80), tcp::SYN);
+        let out = opens.clone().to(f.pod, 8080);
+        expect(&world, Hook::PodIn, &opens, Verdict::Pass, &out, &f.counted_in(20, true));
+        // Nobody repeats a datagram.
+        let datagram = udp_packet((f.pod, 8080), (f.other_pod, 40_000), b"?");
+        expect_untouched(&world, Hook::PodOut, &datagram);
+        world.hold_back(false).unwrap();
+        let picked_up = tcp_packet((f.other_pod, 40_000), (f.cluster_ip, 80), tcp::ACK);
+        let out = picked_up.clone().to(f.pod, 8080);
+        expect(&world, Hook::PodIn, &picked_up, Verdict::Pass, &out, &f.counted_in(20, true));
+        expect_untouched(&world, Hook::PodOut, &answer(40_000 + 9, tcp::ACK));
     });
 }
 

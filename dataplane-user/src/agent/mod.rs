@@ -29,6 +29,7 @@ use crate::health_checks::HealthChecks;
 use crate::http::{self, Gate};
 use crate::kernel::attach::Attachments;
 use crate::kernel::callers::CallerCells;
+use crate::kernel::carry;
 use crate::kernel::clock::Clock;
 use crate::kernel::links::{self, Interfaces};
 use crate::kernel::maps::KernelMaps;
@@ -136,6 +137,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let maps = KernelMaps::open(&pins.maps())?;
     // Before this version's programs: flows of an earlier one's may be there.
     CallerCells::map(&maps.map()?)?.mark_all(clock.tick());
+
+    // An upgrade that was cut short may have held something back.
+    carry::hold_back(&maps, None)?;
 
     let health = Arc::new(Health::new(args.healthy_within, args.alive_within));
     let metrics = Arc::new(Metrics::default());

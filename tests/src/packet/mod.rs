@@ -16,6 +16,8 @@ use dataplane_common::tables;
 use dataplane_user::compile::{self, Compiler, Context, NodeSettings, NodeTables, Update};
 use dataplane_user::config::MapSize;
 use dataplane_user::kernel::bpf::{self, TestRun, TestRunResult};
+use dataplane_user::kernel::carry;
+use dataplane_user::kernel::clock::Clock;
 use dataplane_user::kernel::maps::KernelMaps;
 use dataplane_user::kernel::object::{Object, Options};
 use dataplane_user::kernel::rehearsal;
@@ -348,6 +350,16 @@ impl World {
         let (tables, _) = compile::node(&self.settings, self.store.own_node(), &interfaces, &BTreeSet::new());
         self.mirror.set_node(&self.maps, &tables, Instant::now())?;
         Ok(())
+    }
+
+    /// Has the programs hold back what may be of flows that others begin, or no longer.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn hold_back(&self, holds: bool) -> Result<()> {
+        let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Clock::new(&mut object)?.tick();
+        Ok(carry::hold_back(&self.maps, holds.then_some(now))?)
     }
 
     /// Takes this number for the secret of the boot.
