@@ -1,6 +1,7 @@
 //! The life of flows: half-open, established, closing; and what becomes of them when their endpoint goes.
 
 use crate::{expect, expect_drop, expect_untouched};
+use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::node::Node;
 use dataplane_tests::packet::build::{Packet, Transport, tcp, tcp_packet, udp_packet};
@@ -595,6 +596,51 @@ fn replies_are_looked_for_as_long_as_their_flow_is_there() {
         // Where the source is translated, replies go to the node.
         world.send(Hook::UplinkIn, &tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::SYN)).unwrap();
         assert_eq!(world.sweep_callers().unwrap(), 1, "the node's");
+    });
+}
+
+/// H3: what is counted in flows comes to the totals of Service and endpoint once, however the flow ends.
+#[test]
+fn packets_and_bytes_come_to_the_totals_once_whatever_becomes_of_the_flow() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let call = |port, flags| tcp_packet((f.other_pod, port), (f.cluster_ip, 80), flags);
+        let answer =
+            |port, flags| tcp_packet((f.pod, 8080), (f.other_pod, port), flags).numbers(5_000, 1_001);
+        let bytes = f.header as u64 + 20;
+        let total = |packets_in, packets_out, new_flows| Traffic {
+            packets_in,
+            bytes_in: packets_in * bytes,
+            packets_out,
+            bytes_out: packets_out * bytes,
+            new_flows,
+        };
+        for port in [40_000, 40_001] {
+            world.send(Hook::PodIn, &call(port, tcp::SYN)).unwrap();
+            for _ in 0..3 {
+                world.send(Hook::PodOut, &answer(port, tcp::SYN | tcp::ACK)).unwrap();
+            }
+        }
+        assert_eq!(world.totals().unwrap(), [total(0, 0, 2); 2], "it is in the flows");
+        assert_eq!(world.traffic().unwrap(), [total(2, 6, 2); 2]);
+        for _ in 0..2 {
+            world.fold().unwrap();
+            assert_eq!(world.totals().unwrap(), [total(2, 6, 2); 2]);
+            assert_eq!(world.traffic().unwrap(), [total(2, 6, 2); 2]);
+        }
+        // One is refused, and the program removes it; the other begins anew.
+        let refusal = answer(40_000, tcp::RST | tcp::ACK).numbers(5_001, 1_001);
+        world.send(Hook::PodOut, &refusal).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0]);
+        assert_eq!(world.totals().unwrap(), [total(2, 7, 2); 2]);
+        // A half that can count no more goes to the totals by itself.
+        let full = world.fill_counters().unwrap();
+        world.send(Hook::PodOut, &answer(40_001, tcp::SYN | tcp::ACK)).unwrap();
+        let [service, endpoint] = world.totals().unwrap();
+        assert_eq!((service, service.packets_out), (endpoint, 7 + full.packets() + 1));
+        let flows = world.flows().unwrap()[0].clone();
+        let passed: u64 = flows.iter().map(|(_, flow)| flow.passed().0).sum();
+        assert_eq!(passed, 1 + 3 + 2 * full.packets() + 1);
     });
 }
 

@@ -19,6 +19,7 @@ use crate::health::Health;
 use crate::health_checks::HealthChecks;
 use crate::kernel::carry::{self, Carried, CarryError};
 use crate::kernel::clock::Clock;
+use crate::kernel::fold::Fold;
 use crate::kernel::links::Interfaces;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::pins::Pins;
@@ -64,6 +65,7 @@ pub(super) struct Service {
     health_checks: Arc<HealthChecks>,
     metrics: Arc<Metrics>,
     clock: Arc<Clock>,
+    fold: Arc<Fold>,
     idle: IdleTimes,
     /// How many entries the table of flows had when it was last swept.
     flow_entries: usize,
@@ -136,7 +138,7 @@ impl Service {
         watch: Watch,
         keeping: Keeping,
         Told { health, health_checks, metrics }: Told,
-        clock: Clock,
+        (clock, fold): (Clock, Fold),
         args: &AgentArgs,
     ) -> Self {
         let (_, _, frontends) = dataplane.mirror().0.sizes();
@@ -163,6 +165,7 @@ impl Service {
             health_checks,
             metrics,
             clock: Arc::new(clock),
+            fold: Arc::new(fold),
             idle,
             flow_entries: 0,
             sources,

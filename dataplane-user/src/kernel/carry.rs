@@ -1,8 +1,10 @@
-//! Carries flows over from the maps of another layout, so that an upgrade breaks no connection: C3.
+//! Carries flows over from the maps of another layout, and what programs remember beside them, so that an upgrade breaks no connection: C3.
 //!
 //! The programs of the old layout go on writing to their own maps meanwhile, so it is done twice: before the new programs take their
 //! place, and once more after that. What both generations know by then is brought up to what the older one saw last. Endpoints have
 //! other ids in the new maps; a flow finds its own by the address that its client called. Never writes to the other layout's maps.
+
+mod remembered;
 
 use super::bpf::{self, MapFd};
 use super::maps::{KernelMaps, MapError};
@@ -14,12 +16,14 @@ use dataplane_common::flow::{Flow, FlowKey, Numbers, Stage};
 use dataplane_common::frontend::FrontendKey;
 use dataplane_common::tables::{Backends, Flows, Frontends, Nodes, Table as _};
 use dataplane_common::{Addr, Port};
-use std::collections::HashMap;
+use remembered::Failure;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 
-/// Bytes of a flow in the layout v3; what came later lies behind.
+/// Bytes of a flow in the layouts v3 and v4; what came later lies behind.
 const FLOW_V3: usize = 56;
+const FLOW_V4: usize = 72;
 
 /// Why flows are not carried over.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +49,8 @@ pub enum CarryError {
 pub struct Carried {
     /// What was copied already.
     copied: HashMap<FlowKey, Seen>,
+    /// The layouts of which all else was.
+    layouts: BTreeSet<String>,
 }
 
 /// What a half of a flow was like when it was copied.
@@ -73,7 +79,11 @@ impl Carried {
         let mut carried = 0;
         for layout in pins.other_layouts()? {
             let failed = |source| CarryError::Read { layout: layout.clone(), source };
-            let path = Pins::with_layout(pins.root(), &layout).map(Flows::NAME);
+            let others = Pins::with_layout(pins.root(), &layout);
+            // Once is enough for what is remembered beside flows. They come over even if that fails.
+            let first = self.layouts.insert(layout.clone());
+            let remembered = if first { remembered::carry(&others, to, &endpoints) } else { Ok(()) };
+            let path = others.map(Flows::NAME);
             // An upgrade that was cut short may have left a part.
             let Ok(from) = MapFd::open(&path) else { continue };
             for (key, mut flow) in read(&from).map_err(failed)? {
@@ -99,6 +109,10 @@ impl Carried {
                     }
                 }
             }
+            remembered.map_err(|failure| match failure {
+                Failure::Read(source) => failed(source),
+                Failure::Own(error) => error.into(),
+            })?;
         }
         Ok(carried)
     }
@@ -144,9 +158,23 @@ pub fn hold_back<M: Maps>(maps: &M, since: Option<u32>) -> Result<(), MapError> 
 /// The entries of another layout's `flows`, as this one has them.
 fn read(from: &MapFd) -> io::Result<Vec<(FlowKey, Flow)>> {
     let shape = from.shape();
-    if shape.key_size != size_of::<FlowKey>() || ![FLOW_V3, size_of::<Flow>()].contains(&shape.value_size) {
+    let known = [FLOW_V3, FLOW_V4, size_of::<Flow>()];
+    if shape.key_size != size_of::<FlowKey>() || !known.contains(&shape.value_size) {
         return Err(io::ErrorKind::InvalidData.into());
     }
+    let typed = |(key, value): (Vec<u8>, Vec<u8>)| {
+        let mut flow = Flow::zeroed();
+        bytemuck::bytes_of_mut(&mut flow)[..value.len()].copy_from_slice(&value);
+        // Its name is in the other layout's ring.
+        flow.turn = 0;
+        (bytemuck::pod_read_unaligned(&key), flow)
+    };
+    Ok(entries(from)?.into_iter().map(typed).collect())
+}
+
+/// Keys and values of a map that is not per CPU.
+fn entries(from: &MapFd) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let shape = from.shape();
     let (mut value, mut next) = (vec![0; from.copied_size()], vec![0; shape.key_size]);
     let mut key: Option<Vec<u8>> = None;
     let mut entries = Vec::new();
@@ -156,11 +184,7 @@ fn read(from: &MapFd) -> io::Result<Vec<(FlowKey, Flow)>> {
             break;
         }
         if from.lookup(&next, &mut value)? {
-            let mut flow = Flow::zeroed();
-            bytemuck::bytes_of_mut(&mut flow)[..shape.value_size].copy_from_slice(&value[..shape.value_size]);
-            // Its name is in the other layout's ring.
-            flow.turn = 0;
-            entries.push((bytemuck::pod_read_unaligned(&next), flow));
+            entries.push((next.clone(), value.clone()));
         }
         key = Some(next.clone());
     }
@@ -200,6 +224,8 @@ impl Endpoints {
         let service = |addr| self.services.get(&FrontendKey::new(addr, frontend.1, key.proto()));
         let found = service(frontend.0).or_else(|| service(any));
         let backend = found.and_then(|service| self.backends.get(&(*service, endpoint.0, endpoint.1)));
+        // Its packets are of no total there any more.
+        flow.service = found.copied().unwrap_or_default();
         (flow.backend, flow.generation) =
             backend.map_or((0, NOBODYS), |(id, status)| (*id, status.generation()));
         flow
@@ -212,6 +238,7 @@ const NOBODYS: u32 = u32::MAX;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::mem::offset_of;
 
     /// C3: the layout of v3, byte for byte.
     #[test]
@@ -221,6 +248,8 @@ mod tests {
         let bytes = bytemuck::bytes_of(&flow);
         let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         assert_eq!((word(40), word(48), word(52)), (5, 3, 4));
+        let numbers = offset_of!(Flow, numbers);
+        assert_eq!(numbers + size_of::<Numbers>(), FLOW_V4);
         assert!(bytes[FLOW_V3..].iter().all(|byte| *byte == 0));
     }
 
@@ -288,7 +317,7 @@ mod tests {
                 (called, port(number), client, port(40_000));
             for (key, half) in [(key, flow), (flow.partner(6), reply)] {
                 let own = endpoints.own(&key, half);
-                assert_eq!((own.backend, own.generation), (9, 3));
+                assert_eq!((own.service, own.backend, own.generation), (7, 9, 3));
             }
             flow.dst_port = port(9090);
             assert_eq!(endpoints.own(&key, flow).backend, 0, "an endpoint that is gone");

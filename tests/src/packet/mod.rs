@@ -481,10 +481,8 @@ impl World {
                 counters.insert(Reason::from_number(index as u8).label().to_owned(), count);
             }
         }
-        let service = self.maps.map::<tables::ServiceTraffic>()?.sums()?;
-        let backend = self.maps.map::<tables::BackendTraffic>()?.sums()?;
-        for (whose, sums) in [("service", service), ("backend", backend)] {
-            for (_, traffic) in sums {
+        for (whose, all) in ["service", "backend"].into_iter().zip(self.traffic_by_id()?) {
+            for traffic in all {
                 let fields = [
                     ("in", traffic.packets_in),
                     ("in bytes", traffic.bytes_in),
