@@ -33,6 +33,12 @@ impl AffinityKey {
         &self.client
     }
 
+    /// The key of the same client of another service port.
+    #[must_use]
+    pub const fn of_service(self, service: u32) -> Self {
+        Self { service, ..self }
+    }
+
     /// Id of the service port.
     pub const fn service(&self) -> u32 {
         self.service

@@ -1,5 +1,6 @@
-//! Counters, one set per CPU.
+//! Counters of service ports and backends.
 
+use crate::flow::Flow;
 use bytemuck::{Pod, Zeroable};
 
 /// Traffic of a service port or a backend: value of `service_traffic` and `backend_traffic`. 40 bytes.
@@ -16,6 +17,18 @@ pub struct Traffic {
     pub bytes_out: u64,
     /// Flows begun, by packet or at connect time.
     pub new_flows: u64,
+}
+
+impl Traffic {
+    /// What is counted in a half of a flow and in no total yet.
+    pub fn of_half(flow: &Flow) -> Self {
+        let (packets, bytes) = (flow.counted.packets(), flow.counted.bytes());
+        if flow.has(Flow::REPLY) {
+            Self { packets_out: packets, bytes_out: bytes, ..Self::default() }
+        } else {
+            Self { packets_in: packets, bytes_in: bytes, ..Self::default() }
+        }
+    }
 }
 
 impl core::ops::AddAssign for Traffic {

@@ -118,6 +118,9 @@ reasons! {
     /// A packet would have been refused by a TCP reset or an ICMP error, but this CPU has given as many as it may: somebody floods a
     /// Service that has no endpoints, or asks too much.
     AnswerLimited = 33, "answer-limited", Dropped;
+    /// A segment of a TCP connection (or of an SCTP association) of no flow came while an upgrade replaces the programs: the flow may be
+    /// one that the programs before began, which is carried over in this moment. The sender repeats it.
+    Undecided = 36, "undecided", Dropped;
     /// A node port was called from outside by a source that is in none of `--nodeport-source-ranges` (S2): intended, or add its range.
     NodePortSource = 40, "node-port-source", Dropped;
     /// A Service was called from outside by a source that `deniedSources` of `--sources-file` denies (S2).

@@ -78,7 +78,7 @@ pub enum Stage {
     Closing,
 }
 
-/// One direction of a flow: what its packets become. 72 bytes.
+/// One direction of a flow: what its packets become. 96 bytes: with its key and what the kernel has beside them it fills a slab of 192.
 ///
 /// Both directions are made and removed together (C4). The partner's key is [`Flow::partner`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
@@ -109,6 +109,66 @@ pub struct Flow {
     spare: u32,
     /// TCP: the numbers of this direction's segments.
     pub numbers: Numbers,
+    /// What passed and is in no total yet.
+    pub counted: Counted,
+    /// Bytes that passed and are in the totals of Service and endpoint.
+    pub bytes: u64,
+    /// Id of the service port.
+    pub service: u32,
+    /// Packets, as `bytes`; modulo 2^32.
+    pub packets: u32,
+}
+
+/// Packets and bytes that passed and are in no total yet. One word: one atomic addition counts a packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct Counted(u64);
+
+impl Counted {
+    /// Bits of the number of bytes.
+    const BYTES: u32 = 44;
+
+    /// One packet of so many bytes.
+    #[inline(always)]
+    pub const fn packet(bytes: u32) -> Self {
+        Self(1 << Self::BYTES | bytes as u64)
+    }
+
+    /// As it lies in an entry.
+    #[inline(always)]
+    pub const fn word(self) -> u64 {
+        self.0
+    }
+
+    /// What a word of an entry says.
+    #[inline(always)]
+    pub const fn from_word(word: u64) -> Self {
+        Self(word)
+    }
+
+    /// How many packets.
+    #[inline(always)]
+    pub const fn packets(self) -> u64 {
+        self.0 >> Self::BYTES
+    }
+
+    /// How many bytes.
+    #[inline(always)]
+    pub const fn bytes(self) -> u64 {
+        self.0 & ((1 << Self::BYTES) - 1)
+    }
+
+    /// Whether nothing passed.
+    #[inline(always)]
+    pub const fn is_zero(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Whether it has to be added to the totals now: half of the packets that fit, of 2^25 bytes each, which is more than any has.
+    #[inline(always)]
+    pub const fn is_full(self) -> bool {
+        self.0 >> (u64::BITS - 1) != 0
+    }
 }
 
 /// What the segments of one end of a TCP connection have said; all zero: nothing yet. One word.
@@ -326,6 +386,11 @@ impl Flow {
         self.flags & flags != 0
     }
 
+    /// All that passed in this direction, as packets and bytes; packets modulo 2^32 beyond what is not in the totals yet.
+    pub const fn passed(&self) -> (u64, u64) {
+        (self.packets as u64 + self.counted.packets(), self.bytes + self.counted.bytes())
+    }
+
     /// How far the flow is. A flag is only ever set, so a flow never goes back.
     #[inline(always)]
     pub const fn stage(&self) -> Stage {
@@ -390,6 +455,8 @@ impl Flow {
 }
 
 const _: () = assert!(core::mem::offset_of!(Flow, flags) == 2 && core::mem::offset_of!(Name, turn) == 0);
+// The upper half of a word, so that an addition to it changes nothing else.
+const _: () = assert!(core::mem::offset_of!(Flow, packets) % 8 == 4 && cfg!(target_endian = "little"));
 
 #[cfg(test)]
 mod tests {
@@ -417,7 +484,7 @@ mod tests {
     #[test]
     fn a_flag_is_found_in_the_first_word() {
         let mut flow = Flow::with_flags(Flow::REPLY);
-        let words: &mut [u64; 9] = bytemuck::must_cast_mut(&mut flow);
+        let words: &mut [u64; 12] = bytemuck::must_cast_mut(&mut flow);
         words[0] |= Flow::in_first_word(Flow::CLOSING | Flow::OVER);
         assert_eq!(flow.flags(), Flow::REPLY | Flow::CLOSING | Flow::OVER);
         assert_eq!((flow.check, flow.src_port, flow.dst_port), (0, Port::new(0), Port::new(0)));
@@ -448,6 +515,23 @@ mod tests {
             let places: std::collections::BTreeSet<_> = places.collect();
             assert_eq!((places.len() as u32, places.last()), (mask + 1, Some(&mask)), "{order} {bits}");
         }
+    }
+
+    #[test]
+    fn packets_and_bytes_are_counted_in_one_word() {
+        let mut word = 0;
+        for bytes in [40, 1_500, 512 << 10] {
+            word += Counted::packet(bytes).word();
+        }
+        let counted = Counted::from_word(word);
+        assert_eq!((counted.packets(), counted.bytes()), (3, 40 + 1_500 + (512 << 10)));
+        assert!(!counted.is_zero() && !counted.is_full() && Counted::default().is_zero());
+        let largest = Counted::packet(512 << 10);
+        let almost = Counted::from_word(largest.word() * ((1 << 19) - 1));
+        assert!(!almost.is_full() && Counted::from_word(almost.word() + largest.word()).is_full());
+        // Packets that pass before it is added.
+        let more = Counted::from_word(almost.word() + largest.word() * 1_000);
+        assert_eq!((more.packets(), more.bytes()), ((1 << 19) + 999, ((1 << 19) + 999) * (512 << 10)));
     }
 
     #[test]

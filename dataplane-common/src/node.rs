@@ -1,7 +1,7 @@
 //! What the programs must know of the node they run on.
 
 use crate::Addr;
-use crate::flow::Flow;
+use crate::flow::{Flow, TICK_MASK, ticks_between};
 use bytemuck::{Pod, Zeroable};
 
 /// How many service ranges a node may have: two families, each with a second one while ranges are migrated (KEP-1880).
@@ -100,6 +100,12 @@ impl SourceRule {
     }
 }
 
+/// In [`Node::held_back_until`]: the lower half is a tick.
+const IS_TICK: u64 = 1 << 32;
+
+/// How many ticks connections of no flow are held back at most, unless that is said again.
+const HELD_BACK: u32 = 16;
+
 /// Settings of the node: the only element of the `node` array.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
@@ -125,6 +131,9 @@ pub struct Node {
     /// The bits of the mark that netfilter notes of a connection from outside, for rules of routing to find the way of its answers by;
     /// 0: none.
     pub connection_mark: u32,
+    /// The tick up to which other programs, with maps of their own, may begin flows at some hooks still: what may be of one of theirs is
+    /// held back ([`Node::holds_back`]); 0: there are none.
+    pub held_back_until: u64,
     /// What becomes of sources, by [`SourceCase`].
     pub source_rules: [SourceRule; SOURCE_CASES],
 }
@@ -168,6 +177,17 @@ impl Node {
     #[inline(always)]
     pub const fn has(&self, flag: u32) -> bool {
         self.flags & flag == flag
+    }
+
+    /// Whether a connection of no flow may be one of other programs' at this tick. It ends by itself, for whoever began it may have died.
+    #[inline(always)]
+    pub const fn holds_back(&self, now: u32) -> bool {
+        self.held_back_until != 0 && ticks_between(now, self.held_back_until as u32) < HELD_BACK
+    }
+
+    /// From this tick on, as long as it may last.
+    pub fn hold_back(&mut self, now: u32) {
+        self.held_back_until = IS_TICK | u64::from(now.wrapping_add(HELD_BACK - 1) & TICK_MASK);
     }
 
     /// The translated source port of this number, of all from 0 to [`Node::port_count`]; 0 if there is none.
@@ -230,6 +250,21 @@ mod tests {
         let wanted: std::vec::Vec<_> = (1_024..1_027).chain([40_000]).chain(65_000..=65_535).collect();
         assert_eq!(ports, wanted);
         assert_eq!(node.port(540), 0);
+    }
+
+    #[test]
+    fn what_is_held_back_is_so_for_some_ticks_and_no_longer() {
+        let mut node = Node::zeroed();
+        assert!(!node.holds_back(0) && !node.holds_back(TICK_MASK));
+        for now in [0, 1, 5, TICK_MASK - 15, TICK_MASK - 14, TICK_MASK] {
+            let after = |ticks: u32| now.wrapping_add(ticks) & TICK_MASK;
+            node.hold_back(now);
+            assert!(node.holds_back(now) && node.holds_back(after(HELD_BACK - 1)), "{now}");
+            assert!(
+                !node.holds_back(after(HELD_BACK + 1)) && !node.holds_back(after(TICK_MASK / 2)),
+                "{now}"
+            );
+        }
     }
 
     #[test]

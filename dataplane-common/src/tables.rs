@@ -23,7 +23,7 @@ use bytemuck::Pod;
 /// Version of the layout of all maps: the folder of their pins below the agent's pin folder.
 ///
 /// A change of a key, a value or the meaning of a field takes the next number.
-pub const LAYOUT: &str = "v4";
+pub const LAYOUT: &str = "v5";
 
 /// The kinds of map that are used, after the kernel's `BPF_MAP_TYPE_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,10 +133,10 @@ tables! {
     Affinities = "affinity", LruHash<AffinityKey, Affinity>, 16_384;
     /// The ports of datagrams that come in fragments, from the first of them.
     Fragments = "fragments", LruHash<FragmentKey, FragmentPorts>, 8_192;
-    /// Traffic per service port.
-    ServiceTraffic = "service_traffic", PerCpuArray<u32, Traffic>, 32_768;
-    /// Traffic per backend.
-    BackendTraffic = "backend_traffic", PerCpuArray<u32, Traffic>, 122_880;
+    /// Traffic per service port, but for what is counted in its flows still.
+    ServiceTraffic = "service_traffic", Array<u32, Traffic>, 32_768;
+    /// The same per backend.
+    BackendTraffic = "backend_traffic", Array<u32, Traffic>, 122_880;
     /// How often each reason occurred.
     Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
     /// How many answers that say no a CPU has given: the moments up to which they were given, in nanoseconds of the coarse monotonic
@@ -187,6 +187,7 @@ mod tests {
         assert_eq!(size_of::<crate::affinity::Choice>(), 8);
         assert_eq!(size_of::<NodeAddress>(), 8);
         assert_eq!(size_of::<crate::flow::Numbers>(), 8);
+        assert_eq!(size_of::<crate::flow::Counted>(), 8);
         assert_eq!(size_of::<crate::node::SourceRule>(), 8);
         assert_eq!(size_of::<PortTurn>(), 16);
         assert_eq!(size_of::<Uplink>(), 8);
@@ -197,7 +198,7 @@ mod tests {
     fn the_sizes_of_keys_and_values_are_the_documented_ones() {
         assert_eq!(size_of::<FrontendKey>(), 24);
         assert_eq!(size_of::<FlowKey>(), 40);
-        assert_eq!(size_of::<Flow>(), 72);
+        assert_eq!(size_of::<Flow>(), 96);
         assert_eq!((size_of::<Name>(), size_of::<RingTurns>()), (48, 64));
         assert_eq!(size_of::<FragmentKey>(), 40);
         assert_eq!(size_of::<Service>(), 24);

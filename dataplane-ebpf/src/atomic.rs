@@ -50,22 +50,52 @@ pub unsafe fn compare_exchange(at: *mut u64, old: u64, new: u64) -> u64 {
     }
 }
 
+/// Adds to a word.
+///
+/// # Safety
+/// As [`fetch_add`].
+#[inline(always)]
+pub unsafe fn add(at: *mut u64, by: u64) {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: the caller promises that the word is valid.
+    unsafe {
+        asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) at, in(reg) by);
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: as above.
+    unsafe {
+        AtomicU64::from_ptr(at).fetch_add(by, Ordering::SeqCst);
+    }
+}
+
+/// Writes a word, and gives what it was.
+///
+/// # Safety
+/// As [`fetch_add`].
+#[inline(always)]
+pub unsafe fn swap(at: *mut u64, value: u64) -> u64 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut word = value;
+        // SAFETY: the caller promises that the word is valid.
+        unsafe { asm!("{1} = xchg_64({0} + 0, {1})", in(reg) at, inout(reg) word) };
+        word
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: as above.
+    unsafe {
+        AtomicU64::from_ptr(at).swap(value, Ordering::SeqCst)
+    }
+}
+
 /// Writes a word after all that was written before.
 ///
 /// # Safety
 /// As [`fetch_add`].
 #[inline(always)]
 pub unsafe fn publish(at: *mut u64, value: u64) {
-    #[cfg(target_arch = "bpf")]
     // SAFETY: the caller promises that the word is valid.
-    unsafe {
-        asm!("{1} = xchg_64({0} + 0, {1})", in(reg) at, inout(reg) value => _);
-    }
-    #[cfg(not(target_arch = "bpf"))]
-    // SAFETY: as above.
-    unsafe {
-        AtomicU64::from_ptr(at).store(value, Ordering::SeqCst);
-    }
+    unsafe { swap(at, value) };
 }
 
 /// Sets bits of a word.

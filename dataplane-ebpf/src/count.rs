@@ -1,8 +1,19 @@
 //! Counters. A missing one never changes what becomes of a packet.
+//!
+//! Packets are counted in the half of the flow that they are of, by one atomic addition. From there they come to the totals of Service
+//! and endpoint: when the agent sweeps the flows, when a flow goes, and when its word is full.
 
-use crate::maps::{BACKEND_TRAFFIC, REASONS, SERVICE_TRAFFIC};
+use crate::atomic;
+use crate::maps::{BACKEND_TRAFFIC, FLOWS, REASONS, SERVICE_TRAFFIC};
+use crate::repeat::{Step, Steps, repeat};
+use crate::select;
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::bpf_skb_load_bytes;
+use bytemuck::Zeroable as _;
+use core::mem::offset_of;
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
+use dataplane_common::flow::{Counted, Flow, FlowKey};
 
 /// Counts one occurrence of a reason.
 #[inline(always)]
@@ -13,45 +24,110 @@ pub fn reason(reason: Reason) {
     }
 }
 
-/// Whose packet is counted.
-#[derive(Clone, Copy)]
-pub enum Direction {
-    /// From the client.
-    In,
-    /// From the endpoint.
-    Out,
+/// Counts a packet of `bytes` bytes (network header on) in its half of a flow.
+///
+/// # Safety
+/// `entry` must be an element of `flows`.
+#[inline(always)]
+pub unsafe fn packet(entry: *mut Flow, bytes: u32) {
+    // SAFETY: the caller promises it; an aligned word of an element, which is valid until the program ends.
+    unsafe {
+        let before = atomic::fetch_add((&raw mut (*entry).counted).cast(), Counted::packet(bytes).word());
+        if Counted::from_word(before).is_full() {
+            fold(entry);
+        }
+    }
 }
 
-/// Counts a packet of `bytes` bytes (network header on) for a service port and its backend.
+/// Adds what was counted in a half of a flow to the totals. Whoever takes it adds it, so it comes there once.
+///
+/// # Safety
+/// As [`packet`].
+#[inline(never)]
+pub unsafe fn fold(entry: *mut Flow) {
+    // SAFETY: as above; totals are elements of arrays, which stay.
+    unsafe {
+        let counted = Counted::from_word(atomic::swap((&raw mut (*entry).counted).cast(), 0));
+        if counted.is_zero() {
+            return;
+        }
+        // The word whose upper half the packets are.
+        let packets = (&raw mut (*entry).service).cast();
+        atomic::add(packets, counted.packets() << u32::BITS);
+        atomic::add(&raw mut (*entry).bytes, counted.bytes());
+        let flow = &*entry;
+        // Without a branch: the verifier walks each way through here at each place where a flow may go.
+        let direction = flow.has(Flow::REPLY) as usize * DIRECTION;
+        if let Some(total) = SERVICE_TRAFFIC.get_ptr_mut(flow.service) {
+            add(total, direction, counted);
+        }
+        if select::status(flow.backend).generation() == flow.generation
+            && let Some(total) = BACKEND_TRAFFIC.get_ptr_mut(flow.backend)
+        {
+            add(total, direction, counted);
+        }
+    }
+}
+
+/// Bytes from what clients sent in a total to what endpoints sent.
+const DIRECTION: usize = offset_of!(Traffic, packets_out);
+const _: () = assert!(offset_of!(Traffic, packets_in) == 0 && offset_of!(Traffic, bytes_in) == 8);
+const _: () = assert!(offset_of!(Traffic, bytes_out) == DIRECTION + 8);
+
+/// Adds to the packets and bytes of a total that are so many bytes behind its beginning.
+///
+/// # Safety
+/// `total` must be an element of an array of totals, and `direction` 0 or [`DIRECTION`].
 #[inline(always)]
-pub fn packet(service: u32, backend: u32, direction: Direction, bytes: u32) {
-    let add = |traffic: &mut Traffic| match direction {
-        Direction::In => {
-            traffic.packets_in += 1;
-            traffic.bytes_in += bytes as u64;
-        }
-        Direction::Out => {
-            traffic.packets_out += 1;
-            traffic.bytes_out += bytes as u64;
-        }
-    };
-    of_both(service, backend, add);
+unsafe fn add(total: *mut Traffic, direction: usize, counted: Counted) {
+    // SAFETY: the caller promises it.
+    unsafe {
+        let packets: *mut u64 = total.byte_add(direction).cast();
+        atomic::add(packets, counted.packets());
+        atomic::add(packets.add(1), counted.bytes());
+    }
 }
 
 /// Counts a new flow.
 #[inline(always)]
 pub fn new_flow(service: u32, backend: u32) {
-    of_both(service, backend, |traffic| traffic.new_flows += 1);
+    for total in [SERVICE_TRAFFIC.get_ptr_mut(service), BACKEND_TRAFFIC.get_ptr_mut(backend)] {
+        if let Some(total) = total {
+            // SAFETY: an element of an array, which stays; an aligned word.
+            unsafe { atomic::add(&raw mut (*total).new_flows, 1) };
+        }
+    }
 }
 
+/// How many keys the agent names at once: the kernel lets a test packet have as many bytes as fit into a page beside its own.
+const NAMED: u32 = 64;
+
+/// Adds to the totals what was counted in the halves of flows whose keys a test packet of the agent is made of.
 #[inline(always)]
-fn of_both(service: u32, backend: u32, add: impl Fn(&mut Traffic)) {
-    if let Some(traffic) = SERVICE_TRAFFIC.get_ptr_mut(service) {
-        // SAFETY: an element of this CPU alone.
-        add(unsafe { &mut *traffic });
-    }
-    if let Some(traffic) = BACKEND_TRAFFIC.get_ptr_mut(backend) {
-        // SAFETY: as above.
-        add(unsafe { &mut *traffic });
+pub fn fold_named(packet: *mut __sk_buff) {
+    repeat(NAMED, &mut Folding { packet });
+}
+
+/// The way through such a packet.
+struct Folding {
+    packet: *mut __sk_buff,
+}
+
+impl Steps for Folding {
+    fn step(&mut self, index: u32) -> Step {
+        let mut key = FlowKey::zeroed();
+        let at = index * size_of::<FlowKey>() as u32;
+        // SAFETY: the packet is the program's context; the key is as long as what is read.
+        let read = unsafe {
+            bpf_skb_load_bytes(self.packet.cast(), at, (&raw mut key).cast(), size_of::<FlowKey>() as u32)
+        };
+        if read != 0 {
+            return Step::Done;
+        }
+        if let Some(entry) = FLOWS.get_ptr_mut(&key) {
+            // SAFETY: an element of the map.
+            unsafe { fold(entry) };
+        }
+        Step::Next
     }
 }

@@ -4,10 +4,10 @@
 //! ring as well, `half_open` or `closing` ([`crate::ring`]): a flood of SYNs or a crowd of ended connections takes no more room than
 //! it has.
 
-use crate::atomic;
 use crate::maps::FLOWS;
 use crate::ring::{self, ClosingRing, HalfOpenRing};
 use crate::scratch::Scratch;
+use crate::{atomic, count};
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_jiffies64;
 use core::sync::atomic::{Ordering, compiler_fence};
@@ -31,6 +31,13 @@ impl Found {
             // SAFETY: an element of a map, valid until the program ends; one aligned store.
             unsafe { (&raw mut (*self.0).last_seen).write_volatile(now) };
         }
+    }
+
+    /// Counts a packet of this direction.
+    #[inline(always)]
+    pub fn count(self, bytes: u32) {
+        // SAFETY: an element of the map.
+        unsafe { count::packet(self.0, bytes) };
     }
 
     /// Notes what this direction's segments have said.
@@ -184,8 +191,8 @@ fn try_claim(scratch: &mut Scratch) -> Claim {
         if is_taken(reply_key, owner, key, ending) {
             return Claim::TAKEN;
         }
-        let _ = FLOWS.remove(&*reply_key);
-        let _ = FLOWS.remove(&*owner);
+        remove_half(reply_key);
+        remove_half(owner);
         if FLOWS.insert(&*reply_key, &*reply, BPF_NOEXIST as u64).is_err() {
             return Claim::TAKEN;
         }
@@ -337,8 +344,8 @@ pub fn proves(forward: &Flow, ack: u32) -> bool {
 /// Removes a flow, both directions.
 #[inline(never)]
 pub fn remove(key: &FlowKey, flow: &Flow) {
-    let _ = FLOWS.remove(key);
-    let _ = FLOWS.remove(&flow.partner(key.proto()));
+    remove_half(key);
+    remove_half(&flow.partner(key.proto()));
 }
 
 /// Removes the flow of this entry, both directions, if the entry is the key's still. Whether it was.
@@ -353,7 +360,17 @@ pub unsafe fn remove_live(key: &FlowKey, entry: *const Flow) -> bool {
     if !Found(entry.cast_mut()).is_of(key) {
         return false;
     }
-    let _ = FLOWS.remove(key);
-    let _ = FLOWS.remove(&partner);
+    remove_half(key);
+    remove_half(&partner);
     true
+}
+
+/// Removes one direction. What was counted in it comes to the totals; a packet of it that passes another CPU in this moment may not.
+#[inline(never)]
+fn remove_half(key: &FlowKey) {
+    if let Some(entry) = FLOWS.get_ptr_mut(key) {
+        // SAFETY: an element of the map.
+        unsafe { count::fold(entry) };
+    }
+    let _ = FLOWS.remove(key);
 }

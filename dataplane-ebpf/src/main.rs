@@ -14,6 +14,7 @@ mod programs {
     use aya_log_ebpf::debug;
     use dataplane_common::drop::Reason;
     use dataplane_ebpf::connect::{self, Inet4, Inet6};
+    use dataplane_ebpf::count;
     use dataplane_ebpf::flow;
     use dataplane_ebpf::frame::skb::SkbFrame;
     use dataplane_ebpf::frame::xdp::XdpFrame;
@@ -86,6 +87,13 @@ mod programs {
     #[classifier]
     pub(crate) fn clock(_ctx: TcContext) -> i32 {
         flow::now() as i32
+    }
+
+    /// Adds what was counted in flows to the totals: of those whose keys the agent names.
+    #[classifier]
+    pub(crate) fn fold(ctx: TcContext) -> i32 {
+        count::fold_named(ctx.skb.skb);
+        0
     }
 
     /// Does nothing: what the others are measured against.

@@ -65,8 +65,8 @@ maps! {
     UPLINKS: LruHashMap = "uplinks", Uplinks;
     AFFINITIES: LruHashMap = "affinity", Affinities;
     FRAGMENTS: LruHashMap = "fragments", Fragments;
-    SERVICE_TRAFFIC: PerCpuArray = "service_traffic", ServiceTraffic;
-    BACKEND_TRAFFIC: PerCpuArray = "backend_traffic", BackendTraffic;
+    SERVICE_TRAFFIC: Array = "service_traffic", ServiceTraffic;
+    BACKEND_TRAFFIC: Array = "backend_traffic", BackendTraffic;
     REASONS: PerCpuArray = "reasons", Reasons;
     ANSWERS: PerCpuArray = "answers", Answers;
     SCRATCH: PerCpuArray = "scratch", Scratch;

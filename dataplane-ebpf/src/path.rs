@@ -5,7 +5,7 @@ mod life;
 mod port;
 
 use crate::affinity;
-use crate::count::{self, Direction};
+use crate::count;
 use crate::flow::{self, Claim, Ending};
 use crate::forward::{self, Origin, Route};
 use crate::frame::Frame;
@@ -20,7 +20,7 @@ use crate::{interest, limit, nat, outgoing, uplink};
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
-use dataplane_common::flow::{Flow, FlowKey, Stage};
+use dataplane_common::flow::{Counted, Flow, FlowKey, Stage};
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::{Node, SourceCase, SourceRule};
 use dataplane_common::service::Policy;
@@ -119,6 +119,9 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     if known != Code::BEGIN {
         return walk.end(known).verdict();
     }
+    if interest.reply && walk.may_be_of_others() {
+        return Verdict::Drop(Reason::Undecided);
+    }
     if interest.outgoing {
         outgoing::note(&walk.s.packet, &walk.s.key);
     }
@@ -212,10 +215,9 @@ impl<F: Frame> Walk<'_, F> {
             return Verdict::Drop(reason);
         }
         let reply = self.s.flow.has(Flow::REPLY);
-        let (status, service) = select::owner(self.s.flow.backend);
-        let known = status.generation() == self.s.flow.generation;
+        let status = select::status(self.s.flow.backend);
         let stage = self.s.flow.stage();
-        let serving = known && status.has(BackendStatus::SERVING);
+        let serving = status.generation() == self.s.flow.generation && status.has(BackendStatus::SERVING);
         if self.answers_another(stage) || !reply && self.begins_anew(stage, serving) {
             flow::remove(&self.s.key, &self.s.flow);
             return Verdict::Begin;
@@ -225,10 +227,7 @@ impl<F: Frame> Walk<'_, F> {
             Err(verdict) => return verdict,
         };
         found.touch(&self.s.flow);
-        if known {
-            let direction = if reply { Direction::Out } else { Direction::In };
-            count::packet(service, self.s.flow.backend, direction, self.s.packet.length);
-        }
+        found.count(self.s.packet.length);
         let Scratch { key, packet, flow, keys: [peer, _], .. } = &mut *self.s;
         self.s.end = life::progress(key, found, packet, flow, peer);
         self.send(exit)
@@ -447,6 +446,9 @@ impl<F: Frame> Walk<'_, F> {
             return Verdict::Drop(Reason::BadSource);
         }
         let set = |flag| service::node().is_some_and(|node| node.has(flag));
+        if self.may_be_of_others() {
+            return Verdict::Drop(Reason::Undecided);
+        }
         // C5. What the node itself sends was translated before it came here.
         if source != Source::Node && packet.continues() && set(Node::TAKES_OVER) {
             return Verdict::Pass;
@@ -483,6 +485,15 @@ impl<F: Frame> Walk<'_, F> {
             Err(Reason::NoEndpoints) => Verdict::Refuse(Reason::NoEndpoints),
             Err(reason) => Verdict::Drop(reason),
         }
+    }
+
+    /// Whether a packet of no flow may be of one that other programs have begun, while these take their place (C3). UDP may be as well,
+    /// but nobody repeats it: to hold it back would only add to what is lost.
+    #[inline(always)]
+    fn may_be_of_others(&self) -> bool {
+        let packet = &self.s.packet;
+        let is_repeated = packet.continues() || packet.proto == Protocol::Sctp as u8 && !packet.opens();
+        is_repeated && service::node().is_some_and(|node| node.holds_back(flow::now()))
     }
 
     /// What becomes of a packet that may not begin a flow (P22); `None` if it may.
@@ -682,17 +693,20 @@ impl<F: Frame> Walk<'_, F> {
     /// Both halves of a new flow to the chosen endpoint, in the walk's working memory; the source is the client's still.
     #[inline(never)]
     fn write_flow(&mut self, source: Source, chosen: &Chosen, change: u16) {
-        let Scratch { packet, flow, reply, turn, now, .. } = &mut *self.s;
+        let Scratch { packet, flow, reply, opening, turn, now, .. } = &mut *self.s;
         let from_node = source == Source::Node;
         let flags = if from_node { Flow::NODE_CLIENT } else { 0 };
         *flow = Flow::with_flags(flags | change & Flow::SOURCE_TRANSLATED);
         (flow.src, flow.src_port) = (packet.src, packet.src_port);
         (flow.dst, flow.dst_port) = (chosen.addr, chosen.port);
         (flow.backend, flow.generation) = (chosen.id, chosen.status.generation());
+        flow.service = opening.service;
         flow.last_seen = *now;
         *reply = *flow;
         flow.set(change);
         flow.turn = *turn as u32;
+        // Its first packet.
+        flow.counted = Counted::packet(packet.length);
         if packet.proto == Protocol::Tcp as u8 {
             flow.numbers = life::numbers(packet);
         }
@@ -732,9 +746,7 @@ impl<F: Frame> Walk<'_, F> {
     /// Sends the first packet of a flow that was entered.
     #[inline(never)]
     fn launch(&mut self) -> Code {
-        let (service, backend) = (self.s.opening.service, self.s.flow.backend);
-        count::new_flow(service, backend);
-        count::packet(service, backend, Direction::In, self.s.packet.length);
+        count::new_flow(self.s.opening.service, self.s.flow.backend);
         self.send(self.s.exit).into()
     }
 }

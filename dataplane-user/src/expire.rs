@@ -101,7 +101,8 @@ impl Swept {
     }
 }
 
-/// Sweeps the table of flows once. Of `bits` and `marks`, those remain that no flow needs: they can be cleared.
+/// Sweeps the table of flows once. Of `bits` and `marks`, those remain that no flow needs: they can be cleared. `fold` is given the
+/// keys of all halves of flows in which something was counted, some at a time.
 ///
 /// It walks the table twice, and holds two bytes for each entry that there is room for, and what it removes.
 ///
@@ -113,9 +114,13 @@ pub fn sweep<M: Maps>(
     clock: Clock,
     bits: &mut LingeringBits,
     marks: &mut OldMarks,
+    fold: impl FnMut(&[FlowKey]),
 ) -> Result<Swept, MapError> {
-    sweep_at_most(MOST, maps, times, clock, bits, marks)
+    sweep_at_most(MOST, maps, times, clock, bits, marks, fold)
 }
+
+/// How many keys are given to `fold` at once.
+const FOLDED: usize = 1 << 10;
 
 /// How many entries a sweep looks at closely, which may be idle or alone; those past that have their turn in the next.
 const MOST: usize = 1 << 18;
@@ -127,8 +132,9 @@ fn sweep_at_most<M: Maps>(
     clock: Clock,
     bits: &mut LingeringBits,
     marks: &mut OldMarks,
+    fold: impl FnMut(&[FlowKey]),
 ) -> Result<Swept, MapError> {
-    let mut census = Census::of(maps, times, clock, bits, marks, most)?;
+    let mut census = Census::of(maps, times, clock, bits, marks, most, fold)?;
     let idle = census.idle(maps, times, clock)?;
     let alone = census.alone(maps, clock, most)?;
     for (_, stage) in idle.iter().chain(&alone) {
@@ -250,10 +256,19 @@ impl Census {
         bits: &mut LingeringBits,
         marks: &mut OldMarks,
         most: usize,
+        mut fold: impl FnMut(&[FlowKey]),
     ) -> Result<Self, MapError> {
         let mut present = Present::with_room(maps.capacity::<Flows>()?);
         let (mut candidates, mut remain) = (HashMap::new(), Swept::default());
+        let mut counted = Vec::with_capacity(FOLDED);
         maps.visit::<Flows>(|key, flow| {
+            if !flow.counted.is_zero() {
+                counted.push(key);
+                if counted.len() == FOLDED {
+                    fold(&counted);
+                    counted.clear();
+                }
+            }
             bits.keep_for(&key);
             if flow.has(Flow::REPLY) {
                 marks.keep_for(&key);
@@ -265,6 +280,9 @@ impl Census {
                 candidates.insert(key, candidate);
             }
         })?;
+        if !counted.is_empty() {
+            fold(&counted);
+        }
         Ok(Self { remain, present, candidates })
     }
 
@@ -324,6 +342,7 @@ impl Census {
 mod tests {
     use super::*;
     use crate::sync::MemoryMaps;
+    use dataplane_common::flow::Counted;
     use dataplane_common::{Addr, Port};
 
     const CLIENT: Addr = Addr::from_v4([10, 0, 0, 9]);
@@ -348,8 +367,15 @@ mod tests {
 
     fn swept(maps: &MemoryMaps) -> Swept {
         let clock = Clock { now: NOW, tick: Duration::from_secs(1) };
-        sweep(maps, &IdleTimes::default(), clock, &mut LingeringBits::default(), &mut OldMarks::default())
-            .unwrap()
+        sweep(
+            maps,
+            &IdleTimes::default(),
+            clock,
+            &mut LingeringBits::default(),
+            &mut OldMarks::default(),
+            |_| (),
+        )
+        .unwrap()
     }
 
     /// C4
@@ -462,11 +488,29 @@ mod tests {
         let mut sweeps = 0;
         let mut left = 16;
         while left > 0 {
-            let swept = sweep_at_most(3, &maps, &IdleTimes::default(), clock, &mut bits, &mut marks).unwrap();
+            let swept =
+                sweep_at_most(3, &maps, &IdleTimes::default(), clock, &mut bits, &mut marks, |_| ()).unwrap();
             assert!(swept.entries() < left && swept.idle <= 6 && swept.alone <= 3, "{swept:?}");
             (left, sweeps) = (swept.entries(), sweeps + 1);
         }
         assert!(sweeps > 1);
+    }
+
+    #[test]
+    fn what_was_counted_in_a_flow_is_folded_before_it_goes() {
+        let maps = MemoryMaps::default();
+        let mut entries = flow(1, UDP, [1_000, 1_000], 0);
+        entries[1].1.counted = Counted::packet(60);
+        maps.write::<Flows>(&entries).unwrap();
+        maps.write::<Flows>(&flow(2, UDP, [0, 0], 0)).unwrap();
+        let clock = Clock { now: NOW, tick: Duration::from_secs(1) };
+        let (mut bits, mut marks, mut folded) = (LingeringBits::default(), OldMarks::default(), Vec::new());
+        let fold = |keys: &[FlowKey]| {
+            assert!(maps.get::<Flows>(&keys[0]).unwrap().is_some());
+            folded.extend_from_slice(keys);
+        };
+        let swept = sweep(&maps, &IdleTimes::default(), clock, &mut bits, &mut marks, fold).unwrap();
+        assert_eq!((folded, swept.idle), (vec![entries[1].0], 2));
     }
 
     /// C4
@@ -546,8 +590,8 @@ mod tests {
                     maps.write::<Flows>(&entries).unwrap();
                 }
                 let (mut bits, mut marks) = (LingeringBits::default(), OldMarks::default());
-                let swept =
-                    sweep(&maps, &IdleTimes::default(), clock(at, hz), &mut bits, &mut marks).unwrap();
+                let swept = sweep(&maps, &IdleTimes::default(), clock(at, hz), &mut bits, &mut marks, |_| ())
+                    .unwrap();
                 assert_eq!(swept, Swept { established: 6, idle: 4, ..Swept::default() }, "{hz} Hz, {at}");
             }
         }

@@ -6,6 +6,7 @@ mod record;
 mod stack;
 mod words;
 
+use dataplane_common::tables::{self, Table as _, TableKind};
 use dataplane_tests::bench::record::kernel;
 use dataplane_tests::bench_prog::{ALL, MAP_MEMORY_LIMIT, VERIFIED_LIMIT, map_memory, verified_instructions};
 use dataplane_tests::bench_sync::{change, cluster, node, service};
@@ -67,6 +68,38 @@ fn the_maps_take_no_more_bytes_than_recorded() {
     }
     let on = format!("{}, {} CPUs", linux(), bpf::possible_cpus().unwrap());
     hold("bytes of maps", &on, &memory, None);
+}
+
+/// B13: per-CPU maps have a value for each CPU that there could be, and tables whose memory is taken when they are made an entry.
+#[test]
+fn the_maps_are_small_on_machines_of_many_cpus() {
+    /// Of a hash table's entry, beside key and value, and of the list of spare ones.
+    const ENTRY: usize = 48;
+    const SPARE: usize = 8;
+    let memory: Numbers = map_memory().unwrap();
+    let own = bpf::possible_cpus().unwrap();
+    let sizes: std::collections::HashMap<_, _> =
+        tables::SIZES.iter().map(|(name, key, value)| (*name, (key + value, *value))).collect();
+    let of_each_cpu: usize = tables::ALL
+        .iter()
+        .map(|(name, kind, entries)| match kind {
+            TableKind::PerCpuArray => entries * sizes[name].1.next_multiple_of(8),
+            TableKind::Hash => ENTRY + SPARE + sizes[name].0,
+            TableKind::Array | TableKind::MappedArray | TableKind::LpmTrie | TableKind::SkStorage => 0,
+            TableKind::HashByEntry | TableKind::LruHash => 0,
+        })
+        .sum();
+    let all: u64 =
+        memory.iter().filter(|(name, _)| *name != tables::Flows::NAME).map(|(_, bytes)| bytes).sum();
+    for (cpus, limit) in [(2, 32), (64, 36), (128, 40)] {
+        let here = all as f64 + of_each_cpu as f64 * (cpus as f64 - own as f64);
+        let mebibytes = here / f64::from(1 << 20);
+        tell(&format!("B13: all maps but flows take {mebibytes:.1} MiB with {cpus} possible CPUs"));
+        assert!(
+            mebibytes <= f64::from(limit),
+            "{mebibytes} MiB with {cpus} CPUs, above the target of {limit}"
+        );
+    }
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! How an agent begins: what it is told meanwhile, what it tells systemd, and what it finds of a version with other maps.
 
 use crate::api_server::{KEPT, PORT, Scene, under_new_connections};
-use crate::health::{HEALTH, get, until};
+use crate::health::{HEALTH, get, metric, until};
 use dataplane_tests::api_server::Treatment;
-use dataplane_tests::lab::{AgentOptions, at, portolan};
+use dataplane_tests::lab::{AgentOptions, PodOptions, Service, at, portolan};
 use dataplane_user::kernel::pins::Pins;
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt as _;
@@ -86,9 +87,7 @@ fn systemd_is_told_what_is_so_and_when() {
 #[test]
 fn another_layout_takes_over_when_its_maps_hold_everything() {
     let scene = Scene::set("node-1");
-    // A connection by packet that begins while links change one by one can be lost: ARCHITECTURE tells it. Those by sockets never are.
-    let options = |more: &[&str]| scene.options(&[&["--socket-lb=all"], more].concat());
-    scene.node().start_agent(&options(&[])).unwrap();
+    scene.node().start_agent(&scene.options(&[])).unwrap();
     let layouts = [Pins::new(&scene.node().bpffs()), Pins::with_layout(&scene.node().bpffs(), "v999")];
     let maps = || layouts.each_ref().map(|pins| pins.map("frontends").exists());
     let healthy = || {
@@ -102,7 +101,7 @@ fn another_layout_takes_over_when_its_maps_hold_everything() {
             scene.server.treat("list endpointslices", Treatment::Silence);
             // The first attempt dies in the middle.
             for _ in 0..2 {
-                scene.node().launch_agent(&options(arguments)).unwrap();
+                scene.node().launch_agent(&scene.options(arguments)).unwrap();
                 scene.says(&["programs with maps of another layout are attached"]);
                 until("health is told", healthy);
                 std::thread::sleep(Duration::from_secs(1));
@@ -111,7 +110,7 @@ fn another_layout_takes_over_when_its_maps_hold_everything() {
                 scene.node().agent().unwrap().kill();
                 until("it is gone", || scene.node().agent().unwrap().process().exit_status().is_some());
             }
-            scene.node().launch_agent(&options(arguments)).unwrap();
+            scene.node().launch_agent(&scene.options(arguments)).unwrap();
             scene.server.relent();
             scene.node().wait_for_agent().unwrap();
         });
@@ -127,7 +126,7 @@ fn another_layout_takes_over_when_its_maps_hold_everything() {
     scene.node().agent().unwrap().stop().unwrap();
     // A new start of the same version is none of all that.
     let told = scene.log().matches("another layout").count();
-    scene.node().start_agent(&options(&[])).unwrap();
+    scene.node().start_agent(&scene.options(&[])).unwrap();
     assert_eq!(scene.log().matches("another layout").count(), told, "{}", scene.log());
 }
 
@@ -154,4 +153,72 @@ fn flows_go_on_when_another_layout_takes_over() {
         assert_eq!(stream.ask().unwrap().client, first.client);
     }
     assert_eq!(known(), 1, "{}", scene.log());
+}
+
+/// C3, S1: a client has the endpoint that it had, under the maps of the new version and of the one before.
+#[test]
+fn affinity_goes_on_when_another_layout_takes_over() {
+    const AFFINE: Ipv4Addr = Ipv4Addr::new(10, 96, 8, 41);
+    let scene = Scene::set("node-1");
+    scene.lab.add_pod("web-2", 0, &PodOptions::default()).unwrap();
+    let endpoints = ["web", "web-2"].map(|name| scene.lab.pod(name).unwrap().endpoint());
+    let affine = Service::new("affine", AFFINE).tcp(PORT, 8080).spec("sessionAffinity", "ClientIP".into());
+    scene.put(&affine.endpoints(endpoints));
+    let options = |more: &[&str]| scene.options(&[&["--socket-lb=off"], more].concat());
+    scene.node().start_agent(&options(&[])).unwrap();
+    let answers =
+        || (0..10).map(|_| scene.shell().tcp(at(AFFINE, PORT)).unwrap().pod).collect::<BTreeSet<_>>();
+    let had = answers();
+    assert_eq!(had.len(), 1);
+    for layout in [&["--map-layout=v999"][..], &[], &["--map-layout=v998"], &[]] {
+        scene.node().agent().unwrap().stop().unwrap();
+        scene.node().start_agent(&options(layout)).unwrap();
+        assert_eq!(answers(), had, "{}", scene.log());
+    }
+}
+
+/// H3, C3: what is told of a Service's traffic is what was sent, and goes on where it was when the agent is replaced.
+#[test]
+fn traffic_is_told_exactly_and_goes_on_with_the_next_agent() {
+    const ASKED: Ipv4Addr = Ipv4Addr::new(10, 96, 8, 42);
+    /// Bytes of a question, and of its headers of UDP and IPv4.
+    const QUESTION: usize = 100;
+    const HEADERS: u64 = 8 + 20;
+    let scene = Scene::set("node-1");
+    let endpoint = scene.lab.pod("web").unwrap().endpoint();
+    scene.put(&Service::new("asked", ASKED).udp(PORT, 8080).endpoints([endpoint]));
+    let options = scene.options(&["--socket-lb=off"]);
+    scene.node().start_agent(&options).unwrap();
+    let told = |what: &str, direction: &str| {
+        let labels =
+            "namespace=\"default\",service=\"asked\",port=\"udp-80\",protocol=\"UDP\",ip_family=\"IPv4\"";
+        let line = format!("portolan_service_{what}_total{{{labels},direction=\"{direction}\"}} ");
+        metric(&scene.lab, 0, &line)
+    };
+    let shell = scene.lab.pod("shell").unwrap();
+    let ask = |number: usize| {
+        for _ in 0..number {
+            let socket = shell.place().udp_socket(None).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            socket.connect(at(ASKED, PORT)).unwrap();
+            socket.send(&[b'?'; QUESTION]).unwrap();
+            socket.recv(&mut [0; 1_500]).unwrap();
+        }
+    };
+    let mut sent = 0;
+    for _ in 0..2 {
+        ask(50);
+        sent += 50;
+        until("all packets are told", || told("packets", "in") == Some(sent as f64));
+        assert_eq!(told("packets", "out"), Some(sent as f64));
+        assert_eq!(told("bytes", "in"), Some((sent * (QUESTION as u64 + HEADERS)) as f64));
+        let before = told("bytes", "out").unwrap();
+        scene.node().agent().unwrap().stop().unwrap();
+        scene.node().start_agent(&options).unwrap();
+        until("it is told again", || told("packets", "in").is_some());
+        assert_eq!((told("packets", "in"), told("bytes", "out")), (Some(sent as f64), Some(before)));
+    }
+    // Idle flows go, and take nothing with them.
+    until("the flows are gone", || scene.node().portolan(&["flows"]).is_ok_and(|text| !text.contains("UDP")));
+    assert_eq!((told("packets", "in"), told("packets", "out")), (Some(sent as f64), Some(sent as f64)));
 }

@@ -1,6 +1,7 @@
 //! The life of flows: half-open, established, closing; and what becomes of them when their endpoint goes.
 
-use crate::{expect, expect_untouched};
+use crate::{expect, expect_drop, expect_untouched};
+use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::node::Node;
 use dataplane_tests::packet::build::{Packet, Transport, tcp, tcp_packet, udp_packet};
@@ -595,6 +596,94 @@ fn replies_are_looked_for_as_long_as_their_flow_is_there() {
         // Where the source is translated, replies go to the node.
         world.send(Hook::UplinkIn, &tcp_packet((f.client, 40_000), (f.node, 30_080), tcp::SYN)).unwrap();
         assert_eq!(world.sweep_callers().unwrap(), 1, "the node's");
+    });
+}
+
+/// H3: what is counted in flows comes to the totals of Service and endpoint once, however the flow ends.
+#[test]
+fn packets_and_bytes_come_to_the_totals_once_whatever_becomes_of_the_flow() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let call = |port, flags| tcp_packet((f.other_pod, port), (f.cluster_ip, 80), flags);
+        let answer =
+            |port, flags| tcp_packet((f.pod, 8080), (f.other_pod, port), flags).numbers(5_000, 1_001);
+        let bytes = f.header as u64 + 20;
+        let total = |packets_in, packets_out, new_flows| Traffic {
+            packets_in,
+            bytes_in: packets_in * bytes,
+            packets_out,
+            bytes_out: packets_out * bytes,
+            new_flows,
+        };
+        for port in [40_000, 40_001] {
+            world.send(Hook::PodIn, &call(port, tcp::SYN)).unwrap();
+            for _ in 0..3 {
+                world.send(Hook::PodOut, &answer(port, tcp::SYN | tcp::ACK)).unwrap();
+            }
+        }
+        assert_eq!(world.totals().unwrap(), [total(0, 0, 2); 2], "it is in the flows");
+        assert_eq!(world.traffic().unwrap(), [total(2, 6, 2); 2]);
+        for _ in 0..2 {
+            world.fold().unwrap();
+            assert_eq!(world.totals().unwrap(), [total(2, 6, 2); 2]);
+            assert_eq!(world.traffic().unwrap(), [total(2, 6, 2); 2]);
+        }
+        // One is refused, and the program removes it; the other begins anew.
+        let refusal = answer(40_000, tcp::RST | tcp::ACK).numbers(5_001, 1_001);
+        world.send(Hook::PodOut, &refusal).unwrap();
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0]);
+        assert_eq!(world.totals().unwrap(), [total(2, 7, 2); 2]);
+        // A half that can count no more goes to the totals by itself.
+        let full = world.fill_counters().unwrap();
+        world.send(Hook::PodOut, &answer(40_001, tcp::SYN | tcp::ACK)).unwrap();
+        let [service, endpoint] = world.totals().unwrap();
+        assert_eq!((service, service.packets_out), (endpoint, 7 + full.packets() + 1));
+        let flows = world.flows().unwrap()[0].clone();
+        let passed: u64 = flows.iter().map(|(_, flow)| flow.passed().0).sum();
+        assert_eq!(passed, 1 + 3 + 2 * full.packets() + 1);
+    });
+}
+
+/// C3: while an upgrade to other maps replaces the programs one by one, what goes on in a connection of no flow may be of one that
+/// the others have begun: nobody takes it for somebody else's.
+#[test]
+fn what_may_be_of_the_programs_before_is_held_back_until_their_flows_are_here() {
+    for_both(|f| {
+        let world = World::new(&f.web("", &[f.local_endpoint()])).unwrap();
+        let calls = [
+            (Hook::PodIn, (f.other_pod, 40_000), (f.cluster_ip, 80)),
+            (Hook::UplinkIn, (f.client, 40_000), (f.node, 30_080)),
+            (Hook::Xdp, (f.client, 40_000), (f.node, 30_080)),
+        ];
+        // One that these have begun: its client may have other connections.
+        let opens = tcp_packet((f.other_pod, 40_001), (f.cluster_ip, 80), tcp::SYN);
+        world.send(Hook::PodIn, &opens).unwrap();
+        let answer = |port, flags| tcp_packet((f.pod, 8080), (f.other_pod, port), flags);
+        world.hold_back(true).unwrap();
+        for flags in [tcp::ACK, tcp::ACK | tcp::FIN, tcp::RST, tcp::SYN | tcp::ACK] {
+            for (hook, from, to) in calls {
+                expect_drop(&world, hook, &tcp_packet(from, to, flags), Reason::Undecided);
+            }
+            expect_drop(&world, Hook::PodOut, &answer(40_000, flags), Reason::Undecided);
+        }
+        assert_eq!(world.flow_counts().unwrap(), [2, 0, 0]);
+        // What is decided: a flow of these programs, what opens a connection, and what is of no endpoint.
+        let goes_on = answer(40_001, tcp::SYN | tcp::ACK);
+        let restored = goes_on.clone().from(f.cluster_ip, 80);
+        expect(&world, Hook::PodOut, &goes_on, Verdict::Pass, &restored, &f.counted_out(20));
+        expect_untouched(&world, Hook::PodOut, &answer(40_000, tcp::SYN));
+        expect_untouched(&world, Hook::PodOut, &tcp_packet((f.pod, 9_090), (f.other_pod, 40_000), tcp::ACK));
+        let opens = tcp_packet((f.other_pod, 40_002), (f.cluster_ip, 80), tcp::SYN);
+        let out = opens.clone().to(f.pod, 8080);
+        expect(&world, Hook::PodIn, &opens, Verdict::Pass, &out, &f.counted_in(20, true));
+        // Nobody repeats a datagram.
+        let datagram = udp_packet((f.pod, 8080), (f.other_pod, 40_000), b"?");
+        expect_untouched(&world, Hook::PodOut, &datagram);
+        world.hold_back(false).unwrap();
+        let picked_up = tcp_packet((f.other_pod, 40_000), (f.cluster_ip, 80), tcp::ACK);
+        let out = picked_up.clone().to(f.pod, 8080);
+        expect(&world, Hook::PodIn, &picked_up, Verdict::Pass, &out, &f.counted_in(20, true));
+        expect_untouched(&world, Hook::PodOut, &answer(40_000 + 9, tcp::ACK));
     });
 }
 

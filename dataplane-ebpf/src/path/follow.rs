@@ -2,13 +2,12 @@
 //! their datagram (P20). They follow a flow, never begin one, and are never answered by an ICMP error.
 
 use super::{Hook, Walk, not_ours};
-use crate::count::{self, Direction};
 use crate::frame::Frame;
 use crate::parse::{self, Obstacle};
 use crate::verdict::{Code, Exit, Verdict};
-use crate::{flow, fragment, icmp, interest, nat, outgoing, select, service};
+use crate::{flow, fragment, icmp, interest, nat, outgoing, service};
 use dataplane_common::drop::Reason;
-use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::flow::FlowKey;
 
 impl<F: Frame> Walk<'_, F> {
     /// A packet with an obstacle; [`Verdict::Begin`] if it goes the common way nevertheless.
@@ -134,14 +133,9 @@ impl<F: Frame> Walk<'_, F> {
             Err(Verdict::Refuse(_)) => return Verdict::Drop(Reason::Unanswerable).into(),
             Err(verdict) => return verdict.into(),
         };
-        let flow = &self.s.flow;
-        let (status, service) = select::owner(flow.backend);
-        if status.generation() == flow.generation {
-            let direction = if flow.has(Flow::REPLY) { Direction::Out } else { Direction::In };
-            count::packet(service, flow.backend, direction, self.s.packet.length);
-        }
+        found.count(self.s.packet.length);
         if self.s.packet.obstacle != Obstacle::IcmpError {
-            found.touch(flow);
+            found.touch(&self.s.flow);
         }
         self.translate(exit)
     }

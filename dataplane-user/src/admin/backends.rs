@@ -4,6 +4,7 @@ use super::columns::Row;
 use super::names::Names;
 use super::services::{TrafficRow, protocol_name, protocols};
 use crate::kernel::maps::{KernelMaps, MapError};
+use crate::kernel::traffic::InFlows;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::service::{EndpointSet, Service};
 use dataplane_common::tables;
@@ -70,12 +71,13 @@ fn in_use(maps: &KernelMaps) -> Result<HashSet<u32>, MapError> {
 pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<BackendRow>, MapError> {
     let protocols = protocols(&maps.map::<tables::Frontends>()?.entries()?);
     let used = in_use(maps)?;
-    let traffic = maps.map::<tables::BackendTraffic>()?;
+    let (traffic, in_flows) = (maps.map::<tables::BackendTraffic>()?, InFlows::read(maps)?);
     let mut backends = maps.map::<tables::Backends>()?.entries()?;
     backends.retain(|(_, backend)| backend.status().has(BackendStatus::SERVING));
     backends
         .sort_by_key(|(id, backend)| (names.name(backend.service()), *backend.addr(), backend.port(), *id));
     let row = |(id, backend): (u32, dataplane_common::backend::Backend)| {
+        let total = traffic.get(&id)?.unwrap_or_default();
         Ok(BackendRow {
             id,
             service: names.name(backend.service()),
@@ -85,7 +87,7 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<BackendRow>, 
             local: backend.status().has(BackendStatus::LOCAL),
             in_use: used.contains(&id),
             generation: backend.status().generation(),
-            traffic: traffic.sum(&id)?.unwrap_or_default().into(),
+            traffic: in_flows.with_backend(id, backend.status().generation(), total).into(),
         })
     };
     backends.into_iter().map(row).collect()

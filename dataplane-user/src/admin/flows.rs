@@ -32,17 +32,37 @@ pub struct FlowRow {
     pub state: &'static str,
     /// Seconds since the last packet in either direction, if the kernel's clock can be read.
     pub idle_seconds: Option<u64>,
+    /// Packets from the client, modulo 2^32.
+    pub packets_in: u64,
+    /// Their bytes.
+    pub bytes_in: u64,
+    /// Packets from the endpoint, modulo 2^32.
+    pub packets_out: u64,
+    /// Their bytes.
+    pub bytes_out: u64,
     /// Whether both directions are in the table; one alone counts as absent.
     pub whole: bool,
 }
 
 impl Row for FlowRow {
-    const HEADINGS: &'static [&'static str] =
-        &["PROTO", "CLIENT", "FRONTEND", "ENDPOINT", "SOURCE-AS", "SERVICE", "STATE", "IDLE"];
+    const HEADINGS: &'static [&'static str] = &[
+        "PROTO",
+        "CLIENT",
+        "FRONTEND",
+        "ENDPOINT",
+        "SOURCE-AS",
+        "SERVICE",
+        "STATE",
+        "IDLE",
+        "PACKETS-IN",
+        "BYTES-IN",
+        "PACKETS-OUT",
+        "BYTES-OUT",
+    ];
 
     fn cells(&self) -> Vec<String> {
         let state = if self.whole { self.state.to_owned() } else { format!("{} (half)", self.state) };
-        vec![
+        let mut cells = vec![
             self.protocol.clone(),
             self.client.clone(),
             self.frontend.clone(),
@@ -51,7 +71,10 @@ impl Row for FlowRow {
             self.service.clone(),
             state,
             self.idle_seconds.map_or_else(|| "-".to_owned(), short_time),
-        ]
+        ];
+        let traffic = [self.packets_in, self.bytes_in, self.packets_out, self.bytes_out];
+        cells.extend(traffic.map(|number| number.to_string()));
+        cells
     }
 }
 
@@ -122,6 +145,11 @@ fn row(
         let seen = [Some(flow), partner].into_iter().flatten().map(|flow| clock.since(flow.last_seen));
         seen.min().unwrap_or_default().as_secs()
     };
+    let passed = |reply| {
+        let half = [Some(flow), partner].into_iter().flatten().find(|half| half.has(Flow::REPLY) == reply);
+        half.map_or((0, 0), Flow::passed)
+    };
+    let ((packets_in, bytes_in), (packets_out, bytes_out)) = (passed(false), passed(true));
     let translated = (leaves.src, leaves.src_port) != (arrives.src, arrives.src_port);
     FlowRow {
         protocol: protocol_name(arrives.proto()),
@@ -136,6 +164,10 @@ fn row(
             Stage::Closing => "closing",
         },
         idle_seconds: clock.map(idle),
+        packets_in,
+        bytes_in,
+        packets_out,
+        bytes_out,
         whole: partner.is_some(),
     }
 }
@@ -144,6 +176,7 @@ fn row(
 mod tests {
     use super::*;
     use dataplane_common::backend::BackendStatus;
+    use dataplane_common::flow::Counted;
     use std::time::Duration;
 
     const CLIENT: (Addr, Port) = (Addr::from_v4([10, 0, 0, 9]), Port::new(40_000));
@@ -177,7 +210,8 @@ mod tests {
 
     #[test]
     fn both_directions_are_one_row_and_one_alone_is_shown_as_such() {
-        let forward = (key(CLIENT, FRONTEND), flow(Flow::CONFIRMED, SOURCE, ENDPOINT, 90));
+        let mut forward = (key(CLIENT, FRONTEND), flow(Flow::CONFIRMED, SOURCE, ENDPOINT, 90));
+        (forward.1.packets, forward.1.bytes, forward.1.counted) = (2, 80, Counted::packet(60));
         let reply = (key(ENDPOINT, SOURCE), flow(Flow::REPLY | Flow::CONFIRMED, FRONTEND, CLIENT, 95));
         let clock = Some(Clock { now: 100, tick: Duration::from_secs(1) });
         let rows = |entries: &[(FlowKey, Flow)]| {
@@ -196,10 +230,20 @@ mod tests {
             service: "#7".into(),
             state: "established",
             idle_seconds: Some(5),
+            packets_in: 3,
+            bytes_in: 140,
+            packets_out: 0,
+            bytes_out: 0,
             whole: true,
         };
         assert_eq!(rows(&[forward, reply]), std::slice::from_ref(&whole));
-        let half = |idle| FlowRow { whole: false, idle_seconds: Some(idle), ..whole.clone() };
-        assert_eq!((rows(&[forward]), rows(&[reply])), (vec![half(10)], vec![half(5)]));
+        let half = |idle, packets_in, bytes_in| FlowRow {
+            whole: false,
+            idle_seconds: Some(idle),
+            packets_in,
+            bytes_in,
+            ..whole.clone()
+        };
+        assert_eq!((rows(&[forward]), rows(&[reply])), (vec![half(10, 3, 140)], vec![half(5, 0, 0)]));
     }
 }

@@ -91,6 +91,10 @@ fn json(verb: &str) -> Option<Vec<String>> {
             service: String::new(),
             state: "",
             idle_seconds: None,
+            packets_in: 0,
+            bytes_in: 0,
+            packets_out: 0,
+            bytes_out: 0,
             whole: true,
         }]),
         "check" => fields_of(&CheckPage {

@@ -3,6 +3,7 @@
 use super::columns::Row;
 use super::names::Names;
 use crate::kernel::maps::{KernelMaps, MapError};
+use crate::kernel::traffic::InFlows;
 use dataplane_common::Protocol;
 use dataplane_common::counter::Traffic;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
@@ -165,6 +166,7 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<ServiceRow>, 
         }
     }
     let (services, traffic) = (maps.map::<tables::Services>()?, maps.map::<tables::ServiceTraffic>()?);
+    let in_flows = InFlows::read(maps)?;
     let row = |(id, mut addresses): (u32, Vec<AddressRow>)| {
         addresses.sort();
         let service: Service = services.get(&id)?.unwrap_or_default();
@@ -179,7 +181,7 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<ServiceRow>, 
             internal_local: service.policy.has(Policy::INTERNAL_LOCAL),
             external_local: service.policy.has(Policy::EXTERNAL_LOCAL),
             affinity_seconds: service.policy.affinity_seconds(),
-            traffic: traffic.sum(&id)?.unwrap_or_default().into(),
+            traffic: in_flows.with_service(id, traffic.get(&id)?.unwrap_or_default()).into(),
         })
     };
     let mut rows = addresses.into_iter().map(row).collect::<Result<Vec<_>, MapError>>()?;

@@ -29,7 +29,9 @@ use crate::health_checks::HealthChecks;
 use crate::http::{self, Gate};
 use crate::kernel::attach::Attachments;
 use crate::kernel::callers::CallerCells;
+use crate::kernel::carry;
 use crate::kernel::clock::Clock;
+use crate::kernel::fold::Fold;
 use crate::kernel::links::{self, Interfaces};
 use crate::kernel::maps::KernelMaps;
 use crate::kernel::object::{Object, Options, ProgramLog};
@@ -125,7 +127,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     if log {
         tokio::spawn(forward_log(object.logger().context("the programs' log")?));
     }
-    let clock = Clock::new(&mut object)?;
+    let (clock, fold) = (Clock::new(&mut object)?, Fold::new(&mut object)?);
     let attachments = Attachments::new(object, pins.clone(), &features, args.xdp, args.socket_lb)?
         .with_xdp_drivers(args.xdp_driver.clone());
     if args.service_route == ServiceRoute::Auto {
@@ -136,6 +138,9 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let maps = KernelMaps::open(&pins.maps())?;
     // Before this version's programs: flows of an earlier one's may be there.
     CallerCells::map(&maps.map()?)?.mark_all(clock.tick());
+
+    // An upgrade that was cut short may have held something back.
+    carry::hold_back(&maps, None)?;
 
     let health = Arc::new(Health::new(args.healthy_within, args.alive_within));
     let metrics = Arc::new(Metrics::default());
@@ -211,7 +216,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let tell = health_checks::tell(watch.events());
     let checks = tokio::spawn(crate::health_checks::serve(health_checks.clone(), health.clone(), gate, tell));
     let told = Told { health: health.clone(), health_checks, metrics: metrics.clone() };
-    let mut service = Service::new(dataplane, watch, keeping, told, clock, &args);
+    let mut service = Service::new(dataplane, watch, keeping, told, (clock, fold), &args);
     service.look_after("the task that serves health check ports", checks);
     if args.service_route == ServiceRoute::Auto {
         let beat = health.heartbeat().part("the task that keeps routes", service_routes::PATIENCE);

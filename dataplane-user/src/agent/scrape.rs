@@ -89,7 +89,7 @@ impl Scrape {
         let traffic = self.maps.map::<ServiceTraffic>()?;
         let mut counts = Counts { left_out: [ports.left_out, 0], ..Counts::default() };
         for (id, name) in &ports.ports {
-            counts.services.push((name.clone(), traffic.sum(id)?.unwrap_or_default()));
+            counts.services.push((name.clone(), traffic.get(id)?.unwrap_or_default()));
         }
         if !self.endpoints {
             return Ok(counts);
@@ -115,7 +115,7 @@ impl Scrape {
         counts.left_out[1] = all - told.len();
         let traffic = self.maps.map::<BackendTraffic>()?;
         for (id, name, address) in told {
-            counts.endpoints.push((name, address, traffic.sum(&id)?.unwrap_or_default()));
+            counts.endpoints.push((name, address, traffic.get(&id)?.unwrap_or_default()));
         }
         Ok(counts)
     }

@@ -17,8 +17,9 @@ use crate::config::AgentArgs;
 use crate::expire::IdleTimes;
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
-use crate::kernel::carry::Carried;
+use crate::kernel::carry::{self, Carried, CarryError};
 use crate::kernel::clock::Clock;
+use crate::kernel::fold::Fold;
 use crate::kernel::links::Interfaces;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::pins::Pins;
@@ -64,6 +65,7 @@ pub(super) struct Service {
     health_checks: Arc<HealthChecks>,
     metrics: Arc<Metrics>,
     clock: Arc<Clock>,
+    fold: Arc<Fold>,
     idle: IdleTimes,
     /// How many entries the table of flows had when it was last swept.
     flow_entries: usize,
@@ -136,7 +138,7 @@ impl Service {
         watch: Watch,
         keeping: Keeping,
         Told { health, health_checks, metrics }: Told,
-        clock: Clock,
+        (clock, fold): (Clock, Fold),
         args: &AgentArgs,
     ) -> Self {
         let (_, _, frontends) = dataplane.mirror().0.sizes();
@@ -163,6 +165,7 @@ impl Service {
             health_checks,
             metrics,
             clock: Arc::new(clock),
+            fold: Arc::new(fold),
             idle,
             flow_entries: 0,
             sources,
@@ -236,11 +239,17 @@ impl Service {
         let maps = self.dataplane.mirror().1;
         tokio::task::block_in_place(|| {
             let mut carried = Carried::default();
+            let hold_back = |since| carry::hold_back(maps, since).map_err(CarryError::from);
             let before = carried.carry(&pins, maps, self.clock.tick());
+            // What of theirs is not here yet meets no program that takes it for somebody else's.
+            let held = hold_back(Some(self.clock.tick()));
             hooks.start();
+            let held = held.and_then(|()| hold_back(Some(self.clock.tick())));
             // What the other programs began until their last packet.
             let after = carried.carry(&pins, maps, self.clock.tick());
-            match before.and_then(|before| Ok(before + after?)) {
+            let released = held.and_then(|()| hold_back(None));
+            match before.and_then(|before| Ok(before + after?)).and_then(|entries| released.map(|()| entries))
+            {
                 Ok(entries) => tracing::info!("{} flows of other layouts were carried over", entries / 2),
                 Err(error) => tracing::warn!("flows of other layouts are not carried over: {error}"),
             }

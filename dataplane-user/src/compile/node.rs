@@ -185,6 +185,7 @@ pub fn node(
         flags: settings.flags | settings.sources.flags(),
         masquerade_mark: settings.masquerade_mark,
         connection_mark: settings.connection_mark,
+        held_back_until: 0,
         source_rules: SourceRule::all(
             settings.masquerade_mark != 0,
             settings.flags & node::Node::MASQUERADE_ALL != 0,

@@ -146,7 +146,7 @@ families! {
         "Why packets were dropped or refused, and what else happened to them; `portolan drops` explains each reason";
     SERVICE_PACKETS = "portolan_service_packets_total", Counter,
         ["namespace", "service", "port", "protocol", "ip_family", "direction"],
-        "Packets of a service port: `in` from clients, `out` from endpoints. Connections made at connect time have none";
+        "Packets of a service port: `in` from clients, `out` from endpoints. Connections made at connect time have none. As of the last sweep of the flows, at most 15 seconds ago";
     SERVICE_BYTES = "portolan_service_bytes_total", Counter,
         ["namespace", "service", "port", "protocol", "ip_family", "direction"],
         "Bytes of these packets of a service port, from the network header on";

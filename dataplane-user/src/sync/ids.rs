@@ -7,8 +7,8 @@ use std::time::Instant;
 /// Which ids are given out.
 #[derive(Debug)]
 pub(super) struct Ids {
-    /// Free ids below `next`, the last one next to go.
-    free: Vec<u32>,
+    /// Free ids below `next`, in the order in which they rested.
+    free: VecDeque<u32>,
     /// From here on no id was given out yet.
     next: u32,
     /// One past the largest id.
@@ -30,20 +30,27 @@ impl Ids {
         self.end as usize
     }
 
-    /// An id that is free and has rested.
+    /// An id that is free and has rested: the last one that did.
     pub(super) fn take(&mut self) -> Option<u32> {
-        self.free.pop().or_else(|| {
-            let id = self.next;
-            (id < self.end).then(|| {
-                self.next += 1;
-                id
-            })
+        self.free.pop_back().or_else(|| self.take_new())
+    }
+
+    /// One that nobody had yet, or else the one that has rested longest: flows that count for the one who had it may live long.
+    pub(super) fn take_late(&mut self) -> Option<u32> {
+        self.take_new().or_else(|| self.free.pop_front())
+    }
+
+    fn take_new(&mut self) -> Option<u32> {
+        let id = self.next;
+        (id < self.end).then(|| {
+            self.next += 1;
+            id
         })
     }
 
     /// Returns an id that no map ever held: it need not rest.
     pub(super) fn give_back(&mut self, id: u32) {
-        self.free.push(id);
+        self.free.push_back(id);
     }
 
     /// Frees an id after its rest. An id past the end, which a damaged table may hold, is forgotten.
@@ -59,7 +66,7 @@ impl Ids {
             && now.saturating_duration_since(since) >= REST
         {
             self.resting.pop_front();
-            self.free.push(id);
+            self.free.push_back(id);
         }
     }
 }
@@ -78,6 +85,20 @@ mod tests {
         assert_eq!(ids.take(), None);
         ids.wake(now + REST);
         assert_eq!(ids.take(), Some(1));
+    }
+
+    #[test]
+    fn an_id_that_is_taken_late_is_the_one_that_was_free_for_longest() {
+        let now = Instant::now();
+        let mut ids = Ids::new(5, &BTreeSet::new());
+        assert_eq!((ids.take_late(), ids.take_late(), ids.take_late()), (Some(1), Some(2), Some(3)));
+        ids.release(2, now);
+        ids.release(1, now);
+        ids.wake(now + REST);
+        assert_eq!(
+            [ids.take_late(), ids.take_late(), ids.take_late(), ids.take_late()],
+            [Some(4), Some(2), Some(1), None]
+        );
     }
 
     #[test]

@@ -448,7 +448,7 @@ impl Mirror {
 
     fn draft_port(&mut self, draft: &mut Draft<'_>, known: Option<&PortMirror>) -> Result<(), MapError> {
         if known.is_none() {
-            let id = self.service_ids.take();
+            let id = self.service_ids.take_late();
             draft.id = id.ok_or_else(|| full::<tables::Services>(self.service_ids.capacity()))?;
             draft.fresh = true;
         }

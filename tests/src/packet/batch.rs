@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
-use dataplane_common::flow::{Flow, FlowKey, Numbers, Stage, TICK_MASK};
+use dataplane_common::flow::{Counted, Flow, FlowKey, Numbers, Stage, TICK_MASK};
 use dataplane_common::service::EndpointSet;
 use dataplane_common::tables::{self, Table as _};
 use dataplane_common::{Addr, Port, Protocol};
@@ -14,15 +14,18 @@ use dataplane_user::compile::{self, Context, NodeSettings};
 use dataplane_user::expire::{self, Clock, IdleTimes};
 use dataplane_user::kernel::bpf;
 use dataplane_user::kernel::callers::{CallerCells, OldMarks};
+use dataplane_user::kernel::fold::Fold;
 use dataplane_user::kernel::pins::Pins;
 use dataplane_user::kernel::rehearsal::{self, Arrival, Rehearsal, Trial};
+use dataplane_user::kernel::traffic::InFlows;
 use dataplane_user::model::{Change, Dirty, Kind};
-use dataplane_user::sync::LingeringBits;
+use dataplane_user::sync::{LingeringBits, Maps as _};
 use dataplane_user::watch::manifests;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd as _;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -70,7 +73,7 @@ impl World {
         let later = now + dataplane_user::sync::REST;
         let mut bits = self.mirror.lingering_bits(later);
         let clock = Clock { now: 0, tick: Duration::from_secs(1) };
-        expire::sweep(&self.maps, &NEVER, clock, &mut bits, &mut OldMarks::default())?;
+        expire::sweep(&self.maps, &NEVER, clock, &mut bits, &mut OldMarks::default(), |_| ())?;
         self.mirror.clear_bits(&self.maps, &bits, later)?;
         Ok(errors.iter().map(ToString::to_string).collect())
     }
@@ -88,9 +91,51 @@ impl World {
         let last = marks.iter().map(|mark| caller_tick(*mark)).max().unwrap_or_default();
         let clock = Clock { now: (last + 100) & TICK_MASK, tick: Duration::from_secs(1) };
         let mut old = cells.old(clock.now);
-        expire::sweep(&self.maps, &NEVER, clock, &mut LingeringBits::default(), &mut old)?;
+        expire::sweep(&self.maps, &NEVER, clock, &mut LingeringBits::default(), &mut old, |_| ())?;
         cells.clear(&old);
         Ok(table.entries()?.into_iter().filter(|(_, mark)| *mark != 0).count())
+    }
+
+    /// Brings what is counted in flows to the totals, as the agent's sweep does.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn fold(&self) -> Result<()> {
+        let keys: Vec<_> =
+            self.maps.map::<tables::Flows>()?.entries()?.into_iter().map(|(key, _)| key).collect();
+        let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Fold::new(&mut object)?.fold(&keys)?)
+    }
+
+    /// The totals of service ports and of backends, without what is counted in flows still.
+    ///
+    /// # Errors
+    /// If the counters cannot be read.
+    pub fn totals(&self) -> Result<[Traffic; 2]> {
+        let sum = |traffic: Vec<(u32, Traffic)>| {
+            traffic.into_iter().fold(Traffic::default(), |mut total, (_, traffic)| {
+                total += traffic;
+                total
+            })
+        };
+        Ok([
+            sum(self.maps.map::<tables::ServiceTraffic>()?.entries()?),
+            sum(self.maps.map::<tables::BackendTraffic>()?.entries()?),
+        ])
+    }
+
+    /// Has each half of a flow have counted as much as it can before it brings that to the totals by itself.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn fill_counters(&self) -> Result<Counted> {
+        let table = self.maps.map::<tables::Flows>()?;
+        let full = Counted::from_word(1 << (u64::BITS - 1));
+        for (key, mut flow) in table.entries()? {
+            flow.counted = full;
+            table.insert(&key, &flow, 0)?;
+        }
+        Ok(full)
     }
 
     /// Makes all flows so many ticks older than they are.
@@ -293,16 +338,13 @@ impl World {
         Ok(sums.into_iter().filter_map(|(number, count)| Some((named(number)?, count))).collect())
     }
 
-    /// How many packets all service ports have counted, in both directions: cheaper than [`World::traffic`].
+    /// How many packets all service ports have counted, in both directions.
     ///
     /// # Errors
     /// If the counters cannot be read.
     pub fn packets(&self) -> Result<u64> {
-        let mut packets = 0;
-        self.maps.map::<tables::ServiceTraffic>()?.visit(|_, values| {
-            packets += values.iter().map(|traffic| traffic.packets_in + traffic.packets_out).sum::<u64>();
-        })?;
-        Ok(packets)
+        let [services, _] = self.traffic()?;
+        Ok(services.packets_in + services.packets_out)
     }
 
     /// The traffic of all service ports, and of all backends.
@@ -311,13 +353,24 @@ impl World {
     /// If the counters cannot be read.
     pub fn traffic(&self) -> Result<[Traffic; 2]> {
         let mut totals = [Traffic::default(); 2];
-        for (_, traffic) in self.maps.map::<tables::ServiceTraffic>()?.sums()? {
-            totals[0] += traffic;
-        }
-        for (_, traffic) in self.maps.map::<tables::BackendTraffic>()?.sums()? {
-            totals[1] += traffic;
+        for (total, all) in totals.iter_mut().zip(self.traffic_by_id()?) {
+            all.into_iter().for_each(|traffic| *total += traffic);
         }
         Ok(totals)
+    }
+
+    /// The traffic of each service port, and of each backend, with what is counted in flows still.
+    pub(super) fn traffic_by_id(&self) -> Result<[Vec<Traffic>; 2]> {
+        let in_flows = InFlows::read(&self.maps)?;
+        let generation = |id| Ok(self.maps.get::<tables::Backends>(&id)?.map(|it| it.status().generation()));
+        let services = self.maps.map::<tables::ServiceTraffic>()?.entries()?;
+        let services = services.into_iter().map(|(id, total)| in_flows.with_service(id, total)).collect();
+        let mut backends = Vec::new();
+        for (id, total) in self.maps.map::<tables::BackendTraffic>()?.entries()? {
+            let generation: Result<_> = generation(id);
+            backends.push(in_flows.with_backend(id, generation?.unwrap_or_default(), total));
+        }
+        Ok([services, backends])
     }
 }
 

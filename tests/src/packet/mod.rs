@@ -16,6 +16,8 @@ use dataplane_common::tables;
 use dataplane_user::compile::{self, Compiler, Context, NodeSettings, NodeTables, Update};
 use dataplane_user::config::MapSize;
 use dataplane_user::kernel::bpf::{self, TestRun, TestRunResult};
+use dataplane_user::kernel::carry;
+use dataplane_user::kernel::clock::Clock;
 use dataplane_user::kernel::maps::KernelMaps;
 use dataplane_user::kernel::object::{Object, Options};
 use dataplane_user::kernel::rehearsal;
@@ -350,6 +352,16 @@ impl World {
         Ok(())
     }
 
+    /// Has the programs hold back what may be of flows that others begin, or no longer.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn hold_back(&self, holds: bool) -> Result<()> {
+        let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Clock::new(&mut object)?.tick();
+        Ok(carry::hold_back(&self.maps, holds.then_some(now))?)
+    }
+
     /// Takes this number for the secret of the boot.
     ///
     /// # Errors
@@ -469,10 +481,8 @@ impl World {
                 counters.insert(Reason::from_number(index as u8).label().to_owned(), count);
             }
         }
-        let service = self.maps.map::<tables::ServiceTraffic>()?.sums()?;
-        let backend = self.maps.map::<tables::BackendTraffic>()?.sums()?;
-        for (whose, sums) in [("service", service), ("backend", backend)] {
-            for (_, traffic) in sums {
+        for (whose, all) in ["service", "backend"].into_iter().zip(self.traffic_by_id()?) {
+            for traffic in all {
                 let fields = [
                     ("in", traffic.packets_in),
                     ("in bytes", traffic.bytes_in),
