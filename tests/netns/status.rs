@@ -1,6 +1,6 @@
 //! What an operator asks a node: `portolan status` with an agent, without one, and without anything.
 
-use crate::health::until;
+use crate::health::{metric, until};
 use dataplane_tests::lab::{AgentOptions, Lab, Options, PodOptions, Service};
 use serde_json::Value;
 use std::net::Ipv4Addr;
@@ -84,6 +84,26 @@ fn what_somebody_should_look_at_is_named() {
     lab.manifests().write("odd.yaml", odd).unwrap();
     until("it is told", || status(&lab, &[]).1.contains("1 × RefusedAddress"));
     assert_eq!(status(&lab, &[]).0, 3);
+}
+
+/// H2: kube-proxy that comes back is told of where nobody asks, and again when it comes again; what was there before is not.
+#[test]
+fn another_proxy_that_comes_back_is_noticed() {
+    let lab = lab();
+    let node = lab.node(0);
+    let nft = |script: &str| node.place().run("nft", &[script]).unwrap();
+    let traces = || metric(&lab, 0, "portolan_other_proxy_traces ");
+    let told = || node.agent().unwrap().process().log().matches("another Service proxy has come").count();
+    let comes = "add table ip kube-proxy; add chain ip kube-proxy services";
+    nft(comes);
+    lab.start_agents(&AgentOptions::default()).unwrap();
+    until("what was there is counted", || traces() == Some(1.0));
+    nft("delete table ip kube-proxy");
+    until("it is gone", || traces() == Some(0.0));
+    assert_eq!(told(), 0);
+    nft(comes);
+    until("it is back", || traces() == Some(1.0));
+    assert_eq!(told(), 1);
 }
 
 /// A script that each shell takes.
