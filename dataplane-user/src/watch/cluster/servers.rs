@@ -61,6 +61,8 @@ pub struct Servers {
     pub named: Vec<ApiServer>,
     /// The folder in which earlier ones are kept.
     pub state: PathBuf,
+    /// Those that the kubelet's kubeconfig names, where whoever looks may read it.
+    pub kubelet: Vec<String>,
     /// Which one answered last.
     pub found: Answered,
 }
@@ -102,6 +104,7 @@ impl Servers {
             read(&self.state, Source::Endpoints),
             LOCAL.map(str::to_owned).to_vec(),
             read(&self.state, Source::Kubelet),
+            self.kubelet.clone(),
         ];
         let found = found.iter().flatten().filter_map(|text| text.parse::<ApiServer>().ok());
         let found = found.map(|ApiServer(server)| Candidate { server, name: Some(NAME) });
