@@ -271,6 +271,8 @@ mod tests {
             ("10.96.0.1", false),
         ];
         assert_eq!(all(&servers), expected.map(|(server, named)| (server.to_owned(), named)));
+        servers.kubelet = vec!["https://node-2:6443".into(), "https://node-1:6443".into()];
+        assert_eq!(all(&servers)[4..6], [("node-1:6443".to_owned(), true), ("node-2:6443".to_owned(), true)]);
         servers.named = vec!["192.0.2.9".parse().unwrap()];
         assert_eq!(all(&servers), [("192.0.2.9:6443".to_owned(), false)]);
         std::fs::remove_dir_all(&servers.state).unwrap();
