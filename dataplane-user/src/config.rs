@@ -140,6 +140,30 @@ pub enum Command {
     Completion(CompletionArgs),
 }
 
+impl Command {
+    /// The node that is to be asked in place of this one.
+    pub fn other_node(&self) -> Option<&str> {
+        let show = match self {
+            Self::Status(args) => &args.show,
+            Self::Check(args) => &args.show,
+            Self::Explain(args) => &args.show,
+            Self::Services(show)
+            | Self::Backends(show)
+            | Self::Flows(show)
+            | Self::Drops(show)
+            | Self::TakeOver(show) => show,
+            Self::Agent(_)
+            | Self::MountBpffs(_)
+            | Self::NoteApiServer(_)
+            | Self::SetConntrack(_)
+            | Self::Cleanup(_)
+            | Self::Report(_)
+            | Self::Completion(_) => return None,
+        };
+        show.node.as_deref()
+    }
+}
+
 /// Flags of `portolan agent`.
 #[derive(Clone, Debug, Args)]
 pub struct AgentArgs {

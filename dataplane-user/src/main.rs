@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _};
 use dataplane_user::admin::status::Verdict;
-use dataplane_user::admin::{self, View, check, explain, report, status};
+use dataplane_user::admin::{self, View, check, explain, remote, report, status};
 use dataplane_user::agent;
 use dataplane_user::causes::causes;
 use dataplane_user::config::kube_proxy;
@@ -38,6 +38,9 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command, matches: &ArgMatches) -> Result<ExitCode> {
+    if let Some(node) = command.other_node() {
+        return ask_other(node);
+    }
     match command {
         Command::Agent(mut args) => {
             read_config(&mut args, matches)?;
@@ -91,6 +94,15 @@ fn run(command: Command, matches: &ArgMatches) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Has another node say what this command line asks, and ends as it ends there.
+fn ask_other(node: &str) -> Result<ExitCode> {
+    let answer = remote::ask(node, std::env::args_os().skip(1))?;
+    eprint!("{}", answer.err);
+    print(&answer.out)?;
+    let code = answer.code.and_then(|code| u8::try_from(code).ok());
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// What kube-proxy's configuration file says, where no flag says otherwise.

@@ -134,6 +134,40 @@ fn an_explanation_says_why_and_changes_nothing() {
     assert!(code == 1 && error.contains("`portolan services` lists what there is"), "{error}");
 }
 
+/// H6: at an interface with XDP its program answers what it sends on by itself, and tc what it leaves alone; and it is told where a
+/// socket has its endpoint before there is a packet.
+#[test]
+fn the_program_that_decides_is_the_one_that_answers() {
+    let lab = Options::default().nodes(2).xdp(true).create().unwrap();
+    for (pod, node) in [("near", 0), ("far", 1)] {
+        lab.add_pod(pod, node, &PodOptions::default()).unwrap();
+    }
+    lab.add_pod("shell", 0, &PodOptions::client()).unwrap();
+    for (number, pod) in [(0, "near"), (1, "far")] {
+        let service = Service::new(pod, Ipv4Addr::new(10, 96, 14, 2 + number));
+        let service = service.tcp_node_port(80, 8080, NODE_PORT + u16::from(number));
+        lab.manifests().apply(&service.endpoints([lab.pod(pod).unwrap().endpoint()])).unwrap();
+    }
+    lab.start_agents(&AgentOptions::default().arguments(&["--xdp", "native"])).unwrap();
+    let node = lab.node(0);
+    let outside = lab.client_address().to_string();
+    let told = |from: &str, to: &str| explain(node, &[from, to]).1;
+    // XDP needs to know the neighbour; a packet finds it.
+    Client::at(lab.client()).tcp(at(node.address(), NODE_PORT + 1)).unwrap();
+    let far = told(&outside, &format!("node:{}", NODE_PORT + 1));
+    assert_eq!((&far["program"], &far["past_stack"]), (&"xdp_uplink".into(), &true.into()), "{far}");
+    assert_eq!((&far["passed_by_xdp"], &far["socket_hook"]), (&false.into(), &Value::Null), "{far}");
+    assert_eq!(chosen(&far), [at(lab.pod("far").unwrap().address(), 8080).to_string()].into());
+    let near = told(&outside, &format!("node:{NODE_PORT}"));
+    assert_eq!((&near["program"], &near["passed_by_xdp"]), (&"tc_uplink_in".into(), &true.into()), "{near}");
+    assert_eq!(chosen(&near), [at(lab.pod("near").unwrap().address(), 8080).to_string()].into());
+    let shell = lab.pod("shell").unwrap().address().to_string();
+    assert_eq!(told(&shell, "default/near")["socket_hook"], Value::Null, "pods call by packet");
+    assert_eq!(told("node", "default/near")["socket_hook"], "connect4");
+    let (_, text, _) = node.portolan_verdict(&["explain", &outside, &format!("node:{NODE_PORT}")]).unwrap();
+    assert!(text.contains("(tc_uplink_in, to which XDP leaves it)"), "{text}");
+}
+
 /// C1, C3, H6: a flow that is there is told, and stays; and what only the agent knows is not made up without one.
 #[test]
 fn a_flow_that_is_there_is_told_and_an_agent_that_is_not_is_too() {

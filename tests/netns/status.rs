@@ -1,6 +1,6 @@
 //! What an operator asks a node: `portolan status` with an agent, without one, and without anything.
 
-use crate::health::until;
+use crate::health::{metric, until};
 use dataplane_tests::lab::{AgentOptions, Lab, Options, PodOptions, Service};
 use serde_json::Value;
 use std::net::Ipv4Addr;
@@ -84,6 +84,26 @@ fn what_somebody_should_look_at_is_named() {
     lab.manifests().write("odd.yaml", odd).unwrap();
     until("it is told", || status(&lab, &[]).1.contains("1 × RefusedAddress"));
     assert_eq!(status(&lab, &[]).0, 3);
+}
+
+/// H2: kube-proxy that comes back is told of where nobody asks, and again when it comes again; what was there before is not.
+#[test]
+fn another_proxy_that_comes_back_is_noticed() {
+    let lab = lab();
+    let node = lab.node(0);
+    let nft = |script: &str| node.place().run("nft", &[script]).unwrap();
+    let traces = || metric(&lab, 0, "portolan_other_proxy_traces ");
+    let told = || node.agent().unwrap().process().log().matches("another Service proxy has come").count();
+    let comes = "add table ip kube-proxy; add chain ip kube-proxy services";
+    nft(comes);
+    lab.start_agents(&AgentOptions::default()).unwrap();
+    until("what was there is counted", || traces() == Some(1.0));
+    nft("delete table ip kube-proxy");
+    until("it is gone", || traces() == Some(0.0));
+    assert_eq!(told(), 0);
+    nft(comes);
+    until("it is back", || traces() == Some(1.0));
+    assert_eq!(told(), 1);
 }
 
 /// A script that each shell takes.
@@ -206,16 +226,31 @@ fn all_nodes_are_asked_by_kubectl_a_row_each() {
         std::fs::write(folder.join(format!("portolan-{}.json", node.name())), page).unwrap();
     }
     let script = "#!/bin/bash\nset -e\ncd \"$(dirname \"$0\")\"\n\
-                  case $1 in get) cat pods.json ;; exec) cat \"$4.json\"; exit 3 ;; esac\n";
+                  case $1 in get) cat pods.json ;; exec) echo \"$*\" > asked; cat \"$4.json\"\n\
+                  echo 'command terminated with exit code 3' >&2; exit 3 ;; esac\n";
     let kubectl = folder.join("kubectl");
     std::fs::write(&kubectl, script).unwrap();
     std::fs::set_permissions(&kubectl, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let run = || {
+    let run_with = |arguments: &[&str]| {
         let path = format!("{}:{}", folder.display(), std::env::var("PATH").unwrap());
         let mut command = std::process::Command::new(dataplane_tests::lab::portolan().unwrap());
-        let output = command.args(["status", "--all-nodes"]).env("PATH", path).output().unwrap();
-        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+        let output = command.args(arguments).env("PATH", path).output().unwrap();
+        let [out, err] =
+            [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        (output.status.code(), out, err)
     };
+    let run = || {
+        let (code, out, _) = run_with(&["status", "--all-nodes"]);
+        (code, out)
+    };
+    // One of them: its own page, and the exit code of the verb there.
+    let (code, page, err) = run_with(&["status", "-o", "json", "--node", "node-2"]);
+    assert_eq!((code, err.as_str()), (Some(3), ""));
+    assert_eq!(page, std::fs::read_to_string(folder.join("portolan-node-2.json")).unwrap());
+    let asked = std::fs::read_to_string(folder.join("asked")).unwrap();
+    assert!(asked.trim().ends_with("--container portolan -- portolan status -o json"), "{asked}");
+    let (code, _, err) = run_with(&["services", "--node=node-9"]);
+    assert!(code == Some(1) && err.contains("nodes that have one: node-1, node-2"), "{err}");
     let (code, text) = run();
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(text.lines().count(), 3, "{text}");

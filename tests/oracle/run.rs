@@ -278,8 +278,7 @@ impl Case<'_> {
         let Bench { rehearsal: Some(rehearsal), packets, rehearsed, world, .. } = &mut *self.bench else {
             return Ok(());
         };
-        let Some(headers) = wire::parse(frame, false).filter(|it| place != Place::Early && it.flaw.is_none())
-        else {
+        let Some(headers) = wire::parse(frame, false).filter(|it| it.flaw.is_none()) else {
             return Ok(());
         };
         let is_simple =

@@ -10,6 +10,7 @@ pub mod bench_sync;
 pub mod controlplane;
 pub mod deploy;
 mod docs;
+pub mod kind;
 pub mod lab;
 pub mod layouts;
 pub mod load;

@@ -1,4 +1,4 @@
-//! `image`: the agent as an OCI image in one file, as `ctr images import`, `podman load`, `docker load` and `skopeo copy` take it
+//! `image`: the agent as an OCI image in one file, and the laboratory's program as another for the pods of a cluster, as `ctr images import`, `podman load`, `docker load` and `skopeo copy` take it
 //! (OCI Image Format 1.1, with the `manifest.json` that `docker load` asks for before Docker 25).
 //!
 //! The agent is linked statically, so nothing else is in the image but the licences and the list of what it is made of. No time and
@@ -15,6 +15,8 @@ use std::{env, fs};
 
 /// What an image is called unless it is told: a name that no registry has.
 const DEFAULT_NAME: &str = concat!("localhost/portolan:", env!("CARGO_PKG_VERSION"));
+/// What the image of the laboratory's program is called.
+const LAB_NAME: &str = concat!("localhost/portolan-lab:", env!("CARGO_PKG_VERSION"));
 /// What lies in `licenses` of the image.
 const LICENCES: [&str; 3] = ["LICENSE-APACHE", "LICENSE-MIT", "dataplane-ebpf/LICENSE-GPL2"];
 
@@ -27,15 +29,44 @@ pub(crate) enum Profile {
     Debug,
 }
 
+/// A program of the workspace that is to be an image.
+struct Content<'a> {
+    name: &'a str,
+    program: &'static str,
+    description: &'static str,
+    layer: Vec<u8>,
+}
+
 /// Builds the agent, writes `image/portolan.tar` below the target folder, and says where it lies and what it is called.
 pub(crate) fn image(name: Option<&str>, profile: Profile) -> Result<String> {
-    let name = name.unwrap_or(DEFAULT_NAME);
-    let (archive, digest) = archive(name, &layer(profile)?)?;
-    let path = all_targets()?.join("image/portolan.tar");
+    write(&Content {
+        name: name.unwrap_or(DEFAULT_NAME),
+        program: "portolan",
+        description: "A Kubernetes Service dataplane, in the place of kube-proxy",
+        layer: layer(profile)?,
+    })
+}
+
+/// Builds the laboratory's program and writes `image/portolan-lab.tar`: the pods that serve and ask in a cluster.
+pub(crate) fn lab_image() -> Result<String> {
+    let mut files = Files::default();
+    files.folder("bin")?;
+    files.file("bin/portolan-lab", 0o755, &linked_statically("dataplane-tests", "portolan-lab")?)?;
+    write(&Content {
+        name: LAB_NAME,
+        program: "portolan-lab",
+        description: "Portolan's laboratory: pods that serve and ask",
+        layer: files.finish()?,
+    })
+}
+
+fn write(content: &Content<'_>) -> Result<String> {
+    let (archive, digest) = archive(content)?;
+    let path = all_targets()?.join("image").join(format!("{}.tar", content.program));
     fs::create_dir_all(path.parent().context("the target folder lies nowhere")?)?;
     fs::write(&path, &archive).with_context(|| format!("cannot write {}", path.display()))?;
     println!("{}", path.display());
-    println!("{name}@{digest}");
+    println!("{}@{digest}", content.name);
     Ok(digest)
 }
 
@@ -78,28 +109,31 @@ fn digest_of(folder: &Path, name: Option<&str>) -> Result<String> {
 
 /// Builds the agent with glibc in it, which resolves names by `/etc/hosts` and DNS without any library.
 ///
-/// For use, with no path of this machine in it. For tests only the last crate is told how to be linked: the others are the same that
-/// every other build has.
+/// For use, with no path of this machine in it.
 fn agent(profile: Profile) -> Result<Vec<u8>> {
-    let folder = match profile {
+    match profile {
         Profile::Release => {
             build_for_use()?;
-            all_targets()?.join(target()).join("release")
+            read(&all_targets()?.join(target()).join("release/portolan"))
         }
-        Profile::Debug => {
-            let build = CommandLine::new("cargo rustc --locked --package dataplane-user --bin portolan");
-            build
-                .args(&["--", "-C", "target-feature=+crt-static", "-C", "strip=debuginfo"])
-                .with_revision()
-                .run()?;
-            all_targets()?.join("debug")
-        }
-    };
-    let path = folder.join("portolan");
-    fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+        Profile::Debug => linked_statically("dataplane-user", "portolan"),
+    }
+}
+
+/// A program as tests have it, with glibc in it. Only the last crate is told how to be linked: the others are the same that every
+/// other build has.
+fn linked_statically(package: &str, program: &str) -> Result<Vec<u8>> {
+    let build = CommandLine::new("cargo rustc --locked").args(&["--package", package, "--bin", program]);
+    build.args(&["--", "-C", "target-feature=+crt-static", "-C", "strip=debuginfo"]).with_revision().run()?;
+    read(&all_targets()?.join("debug").join(program))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
 fn build_for_use() -> Result<()> {
+    println!("everything is compiled anew for the image, which takes minutes (cargo says what) …");
     let target = target();
     let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned()];
     // Paths get into panics and names of symbols. The last that fits counts: the target folder may lie in the workspace.
@@ -137,7 +171,8 @@ fn layer(profile: Profile) -> Result<Vec<u8>> {
 }
 
 /// The archive that an image is carried in, and the digest of its manifest.
-fn archive(name: &str, layer: &[u8]) -> Result<(Vec<u8>, String)> {
+fn archive(content: &Content<'_>) -> Result<(Vec<u8>, String)> {
+    let Content { name, program, description, layer } = content;
     let architecture = match env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -145,8 +180,8 @@ fn archive(name: &str, layer: &[u8]) -> Result<(Vec<u8>, String)> {
     };
     let version = name.rsplit_once(':').map_or("latest", |(_, version)| version);
     let mut labels = json!({
-        "org.opencontainers.image.title": "portolan",
-        "org.opencontainers.image.description": "A Kubernetes Service dataplane, in the place of kube-proxy",
+        "org.opencontainers.image.title": program,
+        "org.opencontainers.image.description": description,
         "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
         "org.opencontainers.image.licenses": "MIT OR Apache-2.0",
     });
@@ -154,12 +189,12 @@ fn archive(name: &str, layer: &[u8]) -> Result<(Vec<u8>, String)> {
         labels["org.opencontainers.image.revision"] = revision.into();
     }
     let mut blobs = Vec::new();
-    let layer = blob(&mut blobs, "application/vnd.oci.image.layer.v1.tar", layer.to_vec());
+    let layer = blob(&mut blobs, "application/vnd.oci.image.layer.v1.tar", layer.clone());
     let config = json!({
         "architecture": architecture,
         "os": "linux",
         "config": {
-            "Entrypoint": ["/bin/portolan"],
+            "Entrypoint": [format!("/bin/{program}")],
             "Env": ["PATH=/bin"],
             "Labels": labels,
         },
@@ -257,6 +292,10 @@ mod tests {
     use std::collections::BTreeMap;
     use std::io::Read as _;
 
+    fn content(name: &str) -> Content<'_> {
+        Content { name, program: "portolan", description: "a program", layer: b"a layer".to_vec() }
+    }
+
     fn unpacked(archive: &[u8]) -> BTreeMap<String, Vec<u8>> {
         let mut archive = tar::Archive::new(archive);
         let files = archive.entries().unwrap().map(|entry| {
@@ -270,7 +309,7 @@ mod tests {
 
     #[test]
     fn every_blob_of_an_image_is_where_its_digest_says() {
-        let (archive, digest) = archive("example.org/portolan:1.2", b"a layer").unwrap();
+        let (archive, digest) = archive(&content("example.org/portolan:1.2")).unwrap();
         let files = unpacked(&archive);
         let json = |path: &str| serde_json::from_slice::<Value>(&files[path]).unwrap();
         let index = json("index.json");
@@ -297,7 +336,7 @@ mod tests {
 
     #[test]
     fn the_same_layer_makes_the_same_image() {
-        let twice = [(); 2].map(|()| archive("portolan:1", b"a layer").unwrap());
+        let twice = [(); 2].map(|()| archive(&content("portolan:1")).unwrap());
         assert_eq!(twice[0], twice[1]);
     }
 }

@@ -42,7 +42,7 @@ enum Verb {
         #[arg(long)]
         check: bool,
     },
-    /// Build everything, raise a laboratory and show the dataplane at work (`--once`, `--cluster`; needs root).
+    /// Build everything, raise a laboratory and show the dataplane at work (`--once`, `--cluster`; `--kind` in a kind cluster; needs root).
     #[command(disable_help_flag = true)]
     Run {
         /// Handed to `portolan-lab run`.
@@ -129,16 +129,7 @@ enum Verb {
 fn main() -> Result<ExitCode> {
     match Cli::parse().verb {
         Verb::Setup { check } => return setup::setup(Needs::EVERYTHING, check),
-        Verb::Run { args } => {
-            need_root(&args)?;
-            let mut steps = Steps::new(3);
-            steps.begin("what this machine lacks");
-            setup::ensure(Needs { cluster: args.iter().any(|arg| arg == "--cluster"), ..Needs::default() })?;
-            steps.begin("building the programs");
-            programs::build_programs()?;
-            steps.begin("the laboratory");
-            programs::become_lab(["run".into()].into_iter().chain(args))?;
-        }
+        Verb::Run { args } => run(args)?,
         Verb::Lab { args } => {
             need_root(&args)?;
             programs::lab(args)?;
@@ -187,6 +178,24 @@ fn main() -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn run(args: Vec<OsString>) -> Result<()> {
+    need_root(&args)?;
+    let asked = |flag: &str| args.iter().take_while(|arg| *arg != "--").any(|arg| arg == flag);
+    let kind = asked("--kind") && !asked("--help") && !asked("-h");
+    let mut steps = Steps::new(if kind { 4 } else { 3 });
+    steps.begin("what this machine lacks");
+    setup::ensure(Needs { cluster: asked("--cluster"), kind, ..Needs::default() })?;
+    steps.begin("building the programs");
+    programs::build_programs()?;
+    if kind {
+        steps.begin("the images");
+        image::image(None, Profile::Debug)?;
+        image::lab_image()?;
+    }
+    steps.begin(if kind { "the cluster" } else { "the laboratory" });
+    programs::become_lab(["run".into()].into_iter().chain(args))
 }
 
 fn test_after_checks(order: &test::Order<'_>, check: bool) -> Result<ExitCode> {

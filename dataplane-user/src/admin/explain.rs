@@ -10,6 +10,7 @@ use super::AdminError;
 use super::names::Names;
 use super::status::Verdict;
 use crate::config::{ExplainArgs, Output};
+use crate::kernel::hook::Hook;
 use crate::kernel::pins::Pins;
 use crate::kernel::rehearsal::{Arrival, Fate, Rehearsal};
 use crate::kernel::roles::Role;
@@ -18,8 +19,9 @@ use crate::kernel::whereabouts::{Meeting, Whereabouts};
 use dataplane_common::backend::Backend;
 use dataplane_common::flow::FlowKey;
 use dataplane_common::frontend::Frontend;
+use dataplane_common::node::Node;
 use dataplane_common::service::{EndpointSet, Service};
-use dataplane_common::tables::{Backends, Frontends, Services, Slots};
+use dataplane_common::tables::{Backends, Frontends, Nodes, Services, Slots};
 use dataplane_common::{Addr, Protocol};
 use ends::Ends;
 use packet::Opening;
@@ -69,6 +71,10 @@ pub struct Explanation {
     pub interface: String,
     /// The program that answered.
     pub program: &'static str,
+    /// XDP sees the packet before that, and leaves it to tc.
+    pub passed_by_xdp: bool,
+    /// The hook that chooses among the same endpoints when a socket connects, before there is a packet.
+    pub socket_hook: Option<&'static str>,
     /// The service port that is called; none if it is no Service's.
     pub service: Option<ServiceFacts>,
     /// The endpoints.
@@ -124,6 +130,8 @@ struct Outcome {
     chosen: BTreeMap<SocketAddr, usize>,
     /// The last one.
     fate: Fate,
+    /// Who answered it.
+    program: &'static str,
 }
 
 /// Explains a connection.
@@ -143,6 +151,9 @@ pub async fn explain(args: &ExplainArgs) -> Result<Explanation, AdminError> {
     let called = called(&rehearsal, &ends)?;
     let outcome = rehearse(&mut rehearsal, &ends, &meeting, called.as_ref().map(|(_, service)| service))?;
     let mut explanation = Explanation::new(&ends, &meeting, &outcome);
+    if called.is_some() && ends.protocol == Protocol::Tcp && has_sockets_here(&rehearsal, ends.client)? {
+        explanation.socket_hook = whereabouts.connect_hook(ends.to.is_ipv6());
+    }
     if let Some((frontend, service)) = &called {
         explanation.tell_service(&names, *frontend, service);
         explanation.tell_endpoints(&rehearsal, &outcome, service)?;
@@ -158,6 +169,17 @@ pub async fn explain(args: &ExplainArgs) -> Result<Explanation, AdminError> {
         explanation.way = way.map(|way| format!("to {} by {way}", flow.dst.to_ip()));
     }
     Ok(explanation)
+}
+
+/// Whether the socket hooks choose for whoever calls.
+fn has_sockets_here(rehearsal: &Rehearsal, client: Client) -> Result<bool, AdminError> {
+    Ok(match client {
+        Client::Node => true,
+        Client::Pod => {
+            rehearsal.live().map::<Nodes>()?.get(&0)?.is_some_and(|node| node.has(Node::SOCKET_LB_PODS))
+        }
+        Client::Outside => false,
+    })
 }
 
 /// The service port that an address, port and protocol belong to, if they are one's.
@@ -181,7 +203,7 @@ fn rehearse(
         Client::Node => [NEIGHBOUR, own],
         Client::Pod | Client::Outside => [own, NEIGHBOUR],
     });
-    let mut outcome = Outcome { chosen: BTreeMap::new(), fate: Fate::Untouched };
+    let mut outcome = Outcome { chosen: BTreeMap::new(), fate: Fate::Untouched, program: meeting.program };
     let replies = replies(rehearsal, ends, service)?;
     for run in 0..runs {
         let port = if ends.from.port() == 0 { FIRST_PORT + run as u16 } else { ends.from.port() };
@@ -195,11 +217,27 @@ fn rehearse(
             key,
             replies: &replies,
         };
-        outcome.fate = rehearsal.run(&arrival)?;
+        (outcome.fate, outcome.program) = arrive(rehearsal, &arrival, meeting)?;
         let Fate::Served { flow, .. } = &outcome.fate else { break };
         *outcome.chosen.entry(SocketAddr::new(flow.dst.to_ip(), flow.dst_port.number())).or_default() += 1;
     }
     Ok(outcome)
+}
+
+/// Has the packet meet XDP first, where that is, and tc if XDP leaves it alone. Who answered is told.
+fn arrive(
+    rehearsal: &mut Rehearsal,
+    arrival: &Arrival<'_>,
+    meeting: &Meeting,
+) -> Result<(Fate, &'static str), AdminError> {
+    if meeting.xdp {
+        let program = Hook::XdpUplink.program();
+        let fate = rehearsal.run(&Arrival { program, ..*arrival })?;
+        if fate != Fate::Untouched {
+            return Ok((fate, program));
+        }
+    }
+    Ok((rehearsal.run(arrival)?, meeting.program))
 }
 
 /// The replies of a client whose port is named, one of each endpoint: another flow may have one of them (P12).

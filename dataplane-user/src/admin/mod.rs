@@ -14,6 +14,7 @@ pub mod explain;
 mod flows;
 #[cfg(test)]
 mod reference;
+pub mod remote;
 pub mod report;
 mod services;
 pub mod status;

@@ -130,6 +130,8 @@ fn explain_sample() -> Explanation {
         client: Client::Pod,
         interface: String::new(),
         program: "",
+        passed_by_xdp: false,
+        socket_hook: None,
         service: Some(ServiceFacts {
             name: String::new(),
             kind: "",

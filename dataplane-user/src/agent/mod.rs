@@ -274,7 +274,8 @@ async fn watch_objects(
     match &args.manifests {
         Some(folder) => Ok(watch::manifests::watch(folder.clone(), options, changes)?),
         None => {
-            let servers = Servers { named: args.named_servers(), state: args.state_dir.clone(), found };
+            let (named, state) = (args.named_servers(), args.state_dir.clone());
+            let servers = Servers { named, state, found, ..Servers::default() };
             Ok(watch::cluster::watch(args.kubeconfig.as_deref(), servers, options, changes).await?)
         }
     }

@@ -1,5 +1,6 @@
 //! The loop: changes in, tables written, signals heard. Everything that waits is tried again; only a signal ends it.
 
+mod rivals;
 mod take_in;
 pub(super) mod take_over;
 mod upkeep;
@@ -30,6 +31,7 @@ use crate::model::{Change, ObjectName};
 use crate::sync::LingeringBits;
 use crate::watch::Watch;
 use anyhow::{Result, bail};
+use rivals::Rivals;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -91,6 +93,8 @@ pub(super) struct Service {
     hooks: Option<(Hooks, Pins)>,
     /// As long as another proxy's connections may run.
     taking_over: Option<TakeOver>,
+    /// Other proxies on this node.
+    rivals: Rivals,
     /// After a refusal: how long to wait, and until when.
     backoff: Option<(Duration, Instant)>,
     /// How many changes were taken in, and when the last of them.
@@ -182,6 +186,7 @@ impl Service {
             tasks: Vec::new(),
             hooks: None,
             taking_over: takes_over.then(|| TakeOver::new(Instant::now(), args.take_over_limit)),
+            rivals: Rivals::default(),
             backoff: None,
             taken: (0, Instant::now()),
             ready: false,
@@ -394,6 +399,7 @@ impl Service {
         }
         self.sweep().await;
         self.take_over().await;
+        self.look_for_rivals().await;
         if self.dataplane.is_current() {
             self.keeping.keep(self.dataplane.store()).await;
         }

@@ -41,6 +41,9 @@ pub struct ShowArgs {
     /// How it is printed.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
+    /// Ask the node of this name in place of this one, by `kubectl exec` in the pod of its agent. Needs no root here, but `kubectl`.
+    #[arg(long, value_name = "NAME")]
+    pub node: Option<String>,
 }
 
 /// Flags of `portolan status`.
@@ -53,7 +56,7 @@ pub struct StatusArgs {
     #[arg(long)]
     pub allow_warnings: bool,
     /// Ask each node of the cluster by `kubectl exec`, and show a row for each, and what differs. Needs no root, but `kubectl`.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "node")]
     pub all_nodes: bool,
 }
 
@@ -100,7 +103,7 @@ impl CheckArgs {
             cgroup: None,
             snat_ports: None,
             state_dir: DEFAULT_STATE.into(),
-            show: ShowArgs { bpffs: bpffs.to_owned(), output: Output::Table },
+            show: ShowArgs { bpffs: bpffs.to_owned(), output: Output::Table, node: None },
         }
     }
 

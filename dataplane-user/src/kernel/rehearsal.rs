@@ -5,6 +5,7 @@
 //! what a packet's fate may depend on of that (its own flow, its client's affinity) is copied before.
 
 use super::bpf::{self, TestRun};
+use super::hook::Hook;
 use super::maps::{Entries, KernelMaps, Map, MapError};
 use super::object::{Object, ObjectError, Options};
 use super::pins::Pins;
@@ -28,6 +29,10 @@ const FLOWS: u32 = 1_024;
 /// `TC_ACT_SHOT` and `TC_ACT_REDIRECT`; any other is left to the stack.
 const SHOT: i32 = 2;
 const REDIRECT: i32 = 7;
+/// `XDP_PASS`, `XDP_TX` and `XDP_REDIRECT`.
+const XDP_PASS: i32 = 2;
+const XDP_TX: i32 = 3;
+const XDP_REDIRECT: i32 = 4;
 
 /// Why nothing can be rehearsed.
 #[derive(Debug, thiserror::Error)]
@@ -78,9 +83,29 @@ pub struct Trial {
     pub flow: Option<Flow>,
     /// The flow is in the live table.
     pub known: bool,
+    /// By XDP, whose return codes are others than tc's.
+    xdp: bool,
+    /// Some byte of the packet is another.
+    changed: bool,
 }
 
 impl Trial {
+    /// Whether the packet of a flow goes on, and if so whether past the host's stack.
+    const fn goes_on(&self) -> Option<bool> {
+        match (self.xdp, self.action) {
+            (false, SHOT) => None,
+            (false, action) => Some(action == REDIRECT),
+            (true, XDP_TX | XDP_REDIRECT) => Some(true),
+            (true, XDP_PASS) => Some(false),
+            (true, _) => None,
+        }
+    }
+
+    /// Whether XDP passed the packet as it came: it is tc's, whatever XDP noted.
+    const fn is_left_to_tc(&self) -> bool {
+        self.xdp && self.action == XDP_PASS && !self.changed
+    }
+
     /// The reason that ended the packet, if one did.
     fn end(&self) -> Option<Reason> {
         self.moved.keys().copied().find(|reason| reason.disposition() != Disposition::Noted)
@@ -156,13 +181,12 @@ impl Rehearsal {
     /// If the kernel does not run the program.
     pub fn run(&mut self, arrival: &Arrival<'_>) -> Result<Fate, RehearsalError> {
         let trial = self.trial(arrival)?;
-        Ok(match (trial.end(), trial.flow) {
-            (Some(reason), _) if reason.disposition() == Disposition::Rejected => Fate::Refused(reason),
-            (Some(reason), _) => Fate::Dropped(reason),
-            (None, Some(flow)) if trial.action != SHOT => {
-                Fate::Served { flow, past_stack: trial.action == REDIRECT, known: trial.known }
-            }
-            (None, Some(_) | None) => Fate::Untouched,
+        Ok(match (trial.end(), trial.flow, trial.goes_on()) {
+            _ if trial.is_left_to_tc() => Fate::Untouched,
+            (Some(reason), ..) if reason.disposition() == Disposition::Rejected => Fate::Refused(reason),
+            (Some(reason), ..) => Fate::Dropped(reason),
+            (None, Some(flow), Some(past_stack)) => Fate::Served { flow, past_stack, known: trial.known },
+            (None, ..) => Fate::Untouched,
         })
     }
 
@@ -180,7 +204,9 @@ impl Rehearsal {
         self.copy_callers(&arrival.key)?;
         let before = self.reasons()?;
         self.object.load(arrival.program)?;
-        let context = sk_buff(arrival.interface);
+        let xdp = arrival.program == Hook::XdpUplink.program();
+        let context =
+            if xdp { xdp_md(arrival.data.len(), arrival.interface) } else { sk_buff(arrival.interface) };
         let run = TestRun { data: arrival.data, context: &context, ..TestRun::default() };
         let result = bpf::prog_test_run(self.object.program(arrival.program)?, &run)
             .map_err(|source| RehearsalError::Run { program: arrival.program, source })?;
@@ -189,8 +215,8 @@ impl Rehearsal {
             (more > 0).then_some((Reason::from_number(index as u8), more))
         });
         let (action, flow) = (result.retval as i32, flows.get(&arrival.key)?);
-        let mark = mark_of(&result.context);
-        Ok(Trial { action, data: result.data, mark, moved: moved.collect(), flow, known })
+        let (mark, changed) = (mark_of(&result.context), result.data != arrival.data);
+        Ok(Trial { action, data: result.data, mark, moved: moved.collect(), flow, known, xdp, changed })
     }
 
     /// Whether flows may have replies to an end of a packet: without a mark nobody looks for them.
@@ -265,6 +291,12 @@ pub fn mark_of(context: &[u8]) -> u32 {
     const MARK: usize = 8;
     let mark = context.get(MARK..MARK + 4).filter(|_| context.len() >= SK_BUFF);
     mark.and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
+}
+
+/// `struct xdp_md` of a packet that came in by an interface: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
+/// egress_ifindex.
+pub fn xdp_md(length: usize, interface: u32) -> Vec<u8> {
+    [0, length as u32, 0, interface, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect()
 }
 
 /// `struct __sk_buff` of a packet of an interface.

@@ -2,7 +2,7 @@
 //! kernel, and changes nothing.
 #![expect(clippy::wildcard_enum_match_arm, reason = "netlink's enums are not ours and grow with the kernel")]
 
-use super::hook::Hook;
+use super::hook::{Hook, SOCKET_HOOKS};
 use super::links::{self, LinksError};
 use super::pins::{PinError, Pins};
 use super::roles::{Choice, Role};
@@ -12,7 +12,7 @@ use rtnetlink::Handle;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkLayerType};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 
@@ -69,6 +69,8 @@ pub struct Meeting {
     pub role: Role,
     /// Its link-layer address, if its packets have one.
     pub link: Option<[u8; 6]>,
+    /// XDP sees what comes in there first.
+    pub xdp: bool,
 }
 
 /// Asks the kernel about this network namespace.
@@ -77,6 +79,10 @@ pub struct Whereabouts {
     handle: Handle,
     /// What the interfaces with programs are.
     roles: BTreeMap<u32, Role>,
+    /// Those with XDP.
+    xdp: BTreeSet<u32>,
+    /// Socket hooks.
+    sockets: BTreeSet<&'static str>,
 }
 
 impl Whereabouts {
@@ -87,12 +93,21 @@ impl Whereabouts {
     pub async fn open(pins: &Pins) -> Result<Self, WhereaboutsError> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         tokio::spawn(connection);
-        let mut roles: BTreeMap<_, _> =
-            pins.pinned_links()?.iter().filter_map(|name| role_of(name)).collect();
+        let pinned = pins.pinned_links()?;
+        let xdp = pinned.iter().filter_map(|name| name.strip_prefix(Hook::XdpUplink.program()));
+        let xdp = xdp.filter_map(|rest| rest.strip_prefix('-')?.parse().ok()).collect();
+        let sockets = SOCKET_HOOKS.iter().map(|hook| hook.program);
+        let sockets = sockets.filter(|program| pinned.iter().any(|name| name == program)).collect();
+        let mut roles: BTreeMap<_, _> = pinned.iter().filter_map(|name| role_of(name)).collect();
         if roles.is_empty() {
             roles = links::now(&handle).await?.roles(&Choice::default());
         }
-        Ok(Self { handle, roles })
+        Ok(Self { handle, roles, xdp, sockets })
+    }
+
+    /// The hook that sees a socket of that IP family connect, if it is there.
+    pub fn connect_hook(&self, ipv6: bool) -> Option<&'static str> {
+        self.sockets.get(if ipv6 { "connect6" } else { "connect4" }).copied()
     }
 
     /// The way from here to an address.
@@ -173,6 +188,8 @@ impl Whereabouts {
         let hooks = Hook::of(Role::Uplink, meeting.link.is_some());
         meeting.program =
             hooks.into_iter().find(|hook| hook.is_egress()).map_or(meeting.program, Hook::program);
+        // It sees nothing that leaves.
+        meeting.xdp = false;
         Ok(meeting)
     }
 
@@ -197,7 +214,8 @@ impl Whereabouts {
         let role = self.roles.get(&index).copied().unwrap_or(Role::Uplink);
         let hooks = Hook::of(role, ethernet);
         let program = hooks.into_iter().find(|hook| !hook.is_egress()).map_or("", Hook::program);
-        Ok(Meeting { interface, index, program, role, link: ethernet.then_some(link) })
+        let (link, xdp) = (ethernet.then_some(link), self.xdp.contains(&index));
+        Ok(Meeting { interface, index, program, role, link, xdp })
     }
 
     /// A port of a bridge that has programs.

@@ -114,6 +114,8 @@ families! {
         "1 while objects of the snapshot are served because the API server has not told everything, else 0";
     TAKING_OVER = "portolan_taking_over", Gauge, [],
         "1 while TCP connections that another proxy translates may run and are left to it, else 0";
+    OTHER_PROXIES = "portolan_other_proxy_traces", Gauge, [],
+        "Rules and interfaces of another Service proxy on the node, as `portolan status` names them, looked for twice a minute";
     SERVICE_ROUTES = "portolan_service_routes", Gauge, [],
         "Service ranges with a route to Portolan's own device, for what the node itself sends";
     SERVICE_ROUTES_RESTORED = "portolan_service_routes_restored_total", Counter, [],

@@ -113,6 +113,8 @@ pub struct Metrics {
     pub masquerade_restored: Number,
     /// 1 while another proxy's connections may run.
     pub taking_over: Number,
+    /// Traces of other proxies on this node.
+    pub rivals: Number,
     /// 1 if pins end with the agent.
     pub private_pins: Number,
     /// How full the tables are.
@@ -228,6 +230,7 @@ impl Metrics {
             (&family::SNAPSHOTS_REFUSED, &self.snapshots_refused),
             (&family::SNAPSHOT_SERVED, &self.snapshot_served),
             (&family::TAKING_OVER, &self.taking_over),
+            (&family::OTHER_PROXIES, &self.rivals),
             (&family::SERVICE_ROUTES, &self.routes),
             (&family::SERVICE_ROUTES_RESTORED, &self.routes_restored),
             (&family::MASQUERADING, &self.masquerading),

@@ -34,8 +34,10 @@ pub mod reason {
     pub const PROGRAM_NOT_ATTACHED: &str = "ProgramNotAttached";
     /// A health check port cannot be had. kube-proxy's name for it.
     pub const HEALTH_CHECK_PORT: &str = "FailedToStartServiceHealthcheck";
+    /// Another Service proxy has come to the node.
+    pub const ANOTHER_PROXY: &str = "AnotherProxy";
     /// All of them.
-    pub const ALL: [&str; 3] = [NO_ROOM, PROGRAM_NOT_ATTACHED, HEALTH_CHECK_PORT];
+    pub const ALL: [&str; 4] = [NO_ROOM, PROGRAM_NOT_ATTACHED, HEALTH_CHECK_PORT, ANOTHER_PROXY];
 }
 
 /// How serious an Event is.

@@ -3,7 +3,8 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use dataplane_tests::controlplane::Binaries;
-use dataplane_tests::{lab, layouts, tour};
+use dataplane_tests::{kind, lab, layouts, tour};
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 #[derive(Debug, Parser)]
@@ -32,6 +33,16 @@ enum Verb {
     Serve(lab::server::Server),
     /// Carry the packets of a TUN device to other nodes (run by the lab on nodes).
     Carry(lab::tunnel::Carrier),
+    /// Ask a pod server (run in containers of a cluster).
+    #[command(hide = true)]
+    Ask(kind::ask::Question),
+    /// What Docker runs containers with where it is the laboratory's own.
+    #[command(hide = true, disable_help_flag = true)]
+    Runc {
+        /// Handed to runc.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// A lab without agents, up until Ctrl-C.
     Up {
         /// How many nodes.
@@ -63,6 +74,8 @@ fn run() -> Result<ExitCode> {
         }
         Verb::Serve(server) => lab::server::serve(server)?,
         Verb::Carry(carrier) => lab::tunnel::carry(&carrier)?,
+        Verb::Ask(question) => kind::ask::ask(&question)?,
+        Verb::Runc { arguments } => kind::runtime::become_runc(&arguments)?,
         Verb::Up { nodes } => {
             let lab = lab::Options::default().nodes(nodes).create()?;
             lab::on_signal_exit_with(0);

@@ -22,21 +22,24 @@ const KUBERNETES: [&str; 4] = [
 /// The package of etcd.
 const ETCD: &str = "go.etcd.io/etcd/server/v3";
 /// CoreDNS.
-pub(super) const COREDNS: Extra =
-    Extra { name: "CoreDNS", module: "coredns", package: "github.com/coredns/coredns", program: "coredns" };
+pub(crate) const COREDNS: Extra = Extra {
+    name: "CoreDNS",
+    module: "controlplane/coredns",
+    programs: &[("github.com/coredns/coredns", "coredns")],
+};
 /// Helm.
-pub(super) const HELM: Extra =
-    Extra { name: "Helm", module: "helm", package: "helm.sh/helm/v4/cmd/helm", program: "helm" };
+pub(crate) const HELM: Extra =
+    Extra { name: "Helm", module: "controlplane/helm", programs: &[("helm.sh/helm/v4/cmd/helm", "helm")] };
 
-/// A program with a Go module of its own, for it wants other versions than Kubernetes of what both are built from.
+/// Programs with a Go module of their own, for they want other versions than the control plane of what both are built from.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Extra {
+pub(crate) struct Extra {
     /// In words.
-    name: &'static str,
-    /// The folder of its module.
-    module: &'static str,
-    package: &'static str,
-    program: &'static str,
+    pub(crate) name: &'static str,
+    /// The folder of the module, below `tests`.
+    pub(crate) module: &'static str,
+    /// Packages, and what is built from them.
+    pub(crate) programs: &'static [(&'static str, &'static str)],
 }
 /// How often a build that is not watched on a terminal says how far it is.
 const PROGRESS_PERIOD: Duration = Duration::from_secs(15);
@@ -59,7 +62,7 @@ impl Binaries {
         if PROGRAMS.iter().all(|name| in_path(name)) {
             return Ok(Self { folder: None });
         }
-        let folder = cache(&module())?;
+        let folder = cache(&module(), &[])?;
         if !PROGRAMS.iter().all(|name| folder.join(name).is_file()) {
             build(&folder, &build_cluster).context("building the control plane from tests/controlplane")?;
         }
@@ -68,21 +71,11 @@ impl Binaries {
 
     /// Another program: found beside the others or in PATH, or built as they are, in a folder of its own.
     pub(super) fn find_or_build_extra(&self, extra: Extra) -> Result<PathBuf> {
-        if let Some(beside) =
-            self.folder.as_ref().map(|folder| folder.join(extra.program)).filter(|p| p.is_file())
-        {
+        let (_, name) = extra.programs[0];
+        if let Some(beside) = self.folder.as_ref().map(|folder| folder.join(name)).filter(|p| p.is_file()) {
             return Ok(beside);
         }
-        if in_path(extra.program) {
-            return Ok(extra.program.into());
-        }
-        let folder = cache(&extra.folder())?;
-        let program = folder.join(extra.program);
-        if !program.is_file() {
-            build(&folder, &|folder| extra.build(folder))
-                .with_context(|| format!("building {} from {}", extra.name, extra.folder().display()))?;
-        }
-        Ok(program)
+        extra.find_or_build()
     }
 
     /// All that tests ask for beside the control plane itself.
@@ -107,16 +100,48 @@ fn module() -> PathBuf {
 }
 
 impl Extra {
-    fn folder(self) -> PathBuf {
-        module().join(self.module)
+    /// The folder of its module.
+    pub(crate) fn module(self) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join(self.module)
+    }
+
+    /// Its first program, from PATH or built.
+    pub(crate) fn find_or_build(self) -> Result<PathBuf> {
+        let (_, name) = self.programs[0];
+        if in_path(name) {
+            return Ok(name.into());
+        }
+        Ok(self.built()?.join(name))
+    }
+
+    /// The folder of all its programs, which are built if they are not there.
+    pub(crate) fn built(self) -> Result<PathBuf> {
+        let names: Vec<_> = self.programs.iter().map(|(_, name)| *name).collect();
+        let folder = cache(&self.module(), &names)?;
+        if !names.iter().all(|name| folder.join(name).is_file()) {
+            build(&folder, &|folder| self.build(folder))
+                .with_context(|| format!("building {} from {}", self.name, self.module().display()))?;
+        }
+        Ok(folder)
     }
 
     fn build(self, folder: &Path) -> Result<()> {
         eprintln!("building {} once (several minutes) …", self.name);
-        let mut progress = Progress::new(self.folder(), &[self.package])?;
-        progress.go_build("-s -w", &folder.join(self.program), &[self.package])?;
+        let packages: Vec<_> = self.programs.iter().map(|(package, _)| *package).collect();
+        let mut progress = Progress::new(self.module(), &packages)?;
+        for (package, name) in self.programs {
+            progress.go_build(&self.flags(package)?, &folder.join(name), &[package])?;
+        }
         progress.finish(self.name);
         Ok(())
+    }
+
+    /// Kubernetes' own programs are told their version.
+    fn flags(self, package: &str) -> Result<String> {
+        if package.starts_with("k8s.io/kubernetes/") {
+            return Ok(version_flags(&version(&self.module())?));
+        }
+        Ok("-s -w".to_owned())
     }
 }
 
@@ -129,15 +154,19 @@ pub fn target_folder() -> Result<PathBuf> {
     Ok(target.to_owned())
 }
 
-/// `target/controlplane/HASH`, where the hash is that of a module's versions.
-fn cache(module: &Path) -> Result<PathBuf> {
+/// `target/controlplane/HASH`, where the hash is that of a module's versions and of the programs' names.
+fn cache(module: &Path, programs: &[&str]) -> Result<PathBuf> {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut add = |bytes: &[u8]| {
+        for byte in bytes {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    };
     for file in ["go.mod", "go.sum"] {
         let path = module.join(file);
-        for byte in fs::read(&path).with_context(|| path.display().to_string())? {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
+        add(&fs::read(&path).with_context(|| path.display().to_string())?);
     }
+    add(programs.join(" ").as_bytes());
     Ok(target_folder()?.join("controlplane").join(format!("{hash:016x}")))
 }
 
@@ -167,7 +196,7 @@ fn build_cluster(folder: &Path) -> Result<()> {
     eprintln!("building the control plane once (several minutes) …");
     let all: Vec<_> = KUBERNETES.iter().copied().chain([ETCD]).collect();
     let mut progress = Progress::new(module(), &all)?;
-    let version = version()?;
+    let version = version(&module())?;
     progress.go_build(&version_flags(&version), &folder.join(""), &KUBERNETES)?;
     progress.go_build("-s -w", &folder.join("etcd"), &[ETCD])?;
     progress.finish("the control plane");
@@ -175,8 +204,8 @@ fn build_cluster(folder: &Path) -> Result<()> {
 }
 
 /// The version of Kubernetes that go.mod requires.
-fn version() -> Result<String> {
-    let text = fs::read_to_string(module().join("go.mod"))?;
+pub(crate) fn version(module: &Path) -> Result<String> {
+    let text = fs::read_to_string(module.join("go.mod"))?;
     text.lines()
         .find_map(|line| line.trim().strip_prefix("k8s.io/kubernetes "))
         .map(|version| version.trim().to_owned())
@@ -184,15 +213,17 @@ fn version() -> Result<String> {
 }
 
 fn version_flags(version: &str) -> String {
-    let package = "k8s.io/component-base/version";
     let mut parts = version.trim_start_matches('v').split('.');
     let (major, minor) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-    format!(
-        "-s -w -X {package}.gitVersion={version} -X {package}.gitMajor={major} -X {package}.gitMinor={minor}"
-    )
+    let told = ["k8s.io/component-base/version", "k8s.io/client-go/pkg/version"].map(|package| {
+        format!(
+            " -X {package}.gitVersion={version} -X {package}.gitMajor={major} -X {package}.gitMinor={minor}"
+        )
+    });
+    format!("-s -w{}", told.concat())
 }
 
-fn go(module: &Path) -> Command {
+pub(crate) fn go(module: &Path) -> Command {
     let mut go = Command::new("go");
     go.current_dir(module).env("CGO_ENABLED", "0").env_remove("GOFLAGS");
     go

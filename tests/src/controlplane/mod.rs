@@ -15,11 +15,11 @@ mod privileged;
 mod scheduler;
 
 pub use binaries::{Binaries, FOLDER_VARIABLE, target_folder};
+pub(crate) use binaries::{COREDNS, Extra, HELM, go, version};
 pub(crate) use etcd::Stored;
 
 use crate::lab::{Lab, Node, Place, Process, at};
 use anyhow::{Context, Result, ensure};
-use binaries::HELM;
 use kube::Client;
 use serde_json::{Value, json};
 use std::fs;

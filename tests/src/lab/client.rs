@@ -76,6 +76,16 @@ impl fmt::Display for Failure {
     }
 }
 
+impl Failure {
+    /// Reads what [`fmt::Display`] writes.
+    pub fn parse(text: &str) -> Self {
+        let all = [Self::Refused, Self::TimedOut, Self::Reset, Self::Unreachable];
+        all.into_iter()
+            .find(|failure| failure.to_string() == text)
+            .unwrap_or_else(|| Self::Other(text.into()))
+    }
+}
+
 impl std::error::Error for Failure {}
 
 impl From<io::Error> for Failure {

@@ -241,23 +241,36 @@ fn forget(id: &str) {
 
 /// Waits for SIGINT, SIGTERM or SIGHUP, removes the labs of this process and ends it.
 fn watch_signals() {
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+    let status = wait_for_signal();
+    let ids: Vec<_> = live().iter().cloned().collect();
+    for id in ids {
+        if let Err(error) = remove(&id) {
+            super::complain(&format!("{error:#}"));
+        }
+    }
+    std::process::exit(status);
+}
+
+/// Waits for SIGINT, SIGTERM or SIGHUP, and says with which status the process is to end then.
+pub fn wait_for_signal() -> i32 {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { forever() };
     runtime.block_on(async {
         use tokio::signal::unix::{SignalKind, signal};
         let signals =
             (signal(SignalKind::interrupt()), signal(SignalKind::terminate()), signal(SignalKind::hangup()));
-        let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) = signals else { return };
+        let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) = signals else { forever() };
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
             _ = hangup.recv() => {}
         }
-        let ids: Vec<_> = live().iter().cloned().collect();
-        for id in ids {
-            if let Err(error) = remove(&id) {
-                super::complain(&format!("{error:#}"));
-            }
-        }
-        std::process::exit(STATUS.load(Ordering::Relaxed));
     });
+    STATUS.load(Ordering::Relaxed)
+}
+
+/// Where no signal can be waited for, its usual effect stays: it ends the process.
+fn forever() -> ! {
+    loop {
+        std::thread::park();
+    }
 }

@@ -38,7 +38,7 @@ pub(crate) mod xdp;
 pub use agent::{Agent, AgentOptions, Source, portolan};
 pub use client::{Answer, Asked, Client, Failure, Stream, ask_datagram, at, next_source};
 pub use connecting::under_new_connections;
-pub use leftovers::{labs, on_signal_exit_with, sweep};
+pub use leftovers::{labs, on_signal_exit_with, sweep, wait_for_signal};
 pub use manifests::{Endpoint, Manifests, Service, documents};
 pub use network::{Addresses, Family, PodNetwork};
 pub use node::{Node, Pod, PodOptions};

@@ -309,8 +309,7 @@ impl World {
         let replies: Vec<_> =
             self.maps.map::<tables::Flows>()?.entries()?.into_iter().map(|(key, _)| key).collect();
         let interface = match hook {
-            Hook::Xdp => bail!("XDP is not rehearsed: it runs the same walk"),
-            Hook::UplinkIn | Hook::UplinkOut => self.uplink,
+            Hook::Xdp | Hook::UplinkIn | Hook::UplinkOut => self.uplink,
             Hook::BareIn | Hook::BareOut => self.bare,
             Hook::PodIn | Hook::PodOut => self.pod,
         };

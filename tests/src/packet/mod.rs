@@ -188,12 +188,6 @@ fn sk_buff(interface: u32, segment: u32) -> Vec<u8> {
     context
 }
 
-/// `struct xdp_md` of a packet that came in by an interface: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
-/// egress_ifindex.
-pub(crate) fn xdp_md(length: usize, interface: u32) -> Vec<u8> {
-    [0, length as u32, 0, interface, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect()
-}
-
 /// Tables that are to be written.
 struct Compiled {
     node: NodeTables,
@@ -451,7 +445,7 @@ impl World {
         repeat: u32,
     ) -> Result<(Verdict, TestRunResult)> {
         let context = match hook {
-            Hook::Xdp => xdp_md(data.len(), self.uplink),
+            Hook::Xdp => rehearsal::xdp_md(data.len(), self.uplink),
             Hook::UplinkIn | Hook::UplinkOut => sk_buff(self.uplink, segment),
             Hook::BareIn | Hook::BareOut => sk_buff(self.bare, segment),
             Hook::PodIn | Hook::PodOut => sk_buff(self.pod, segment),

@@ -5,9 +5,10 @@ mod narration;
 mod steps;
 mod world;
 
+use crate::kind::{self, KindOptions};
 use crate::lab::{self, Lab, Options, PodNetwork, portolan};
 use anyhow::{Context, Result};
-use narration::Narration;
+pub(crate) use narration::{Narration, Tally};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use steps::{CLUSTER_STEPS, STEPS, Tour};
@@ -49,10 +50,15 @@ pub struct TourOptions {
     /// More arguments for the agents, after `--`.
     #[arg(last = true)]
     agent_arguments: Vec<String>,
+    #[command(flatten)]
+    kind: KindOptions,
 }
 
 /// Runs the tour and, unless it is to end at once, stays up until a signal.
 pub fn run(options: &TourOptions) -> Result<ExitCode> {
+    if options.kind.is_asked_for() {
+        return kind::run(&options.kind, options.once, &options.agent_arguments);
+    }
     let removed = lab::sweep()?;
     if !removed.is_empty() {
         println!("removed what a killed lab left behind: {}", removed.join(" "));

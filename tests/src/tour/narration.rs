@@ -64,6 +64,11 @@ impl Narration {
         self.wrong.push(format!("{}. {}: {error:#}", self.steps, self.title));
     }
 
+    /// Whether all was right so far.
+    pub(crate) fn is_right(&self) -> bool {
+        self.wrong.is_empty()
+    }
+
     /// The score; whether all was right.
     pub(crate) fn finish(&self) -> bool {
         println!();
@@ -132,6 +137,19 @@ impl Tally {
             *pods.entry(answer.pod.as_str()).or_default() += 1;
         }
         pods
+    }
+}
+
+impl FromIterator<Asked> for Tally {
+    fn from_iter<T: IntoIterator<Item = Asked>>(asked: T) -> Self {
+        let mut tally = Self::default();
+        for answer in asked {
+            match answer {
+                Ok(answer) => tally.answers.push(answer),
+                Err(failure) => tally.failures.push(failure),
+            }
+        }
+        tally
     }
 }
 

@@ -1,7 +1,7 @@
 //! What this machine has. Only looks: a few files, and the versions of programs that are there.
 
 use super::Needs;
-use super::plan::{BENCH_PACKAGES, PACKAGES, Probe, VM_PACKAGES};
+use super::plan::{BENCH_PACKAGES, KIND_PACKAGES, PACKAGES, Probe, VM_PACKAGES};
 use crate::command::{find_program, home, workspace};
 use std::collections::BTreeSet;
 use std::env;
@@ -46,6 +46,8 @@ pub(super) struct Machine {
     pub(super) go: bool,
     /// A Go is there that compiles the control plane.
     pub(super) new_go: bool,
+    /// A Docker answers.
+    pub(super) docker: bool,
 }
 
 impl Machine {
@@ -53,7 +55,8 @@ impl Machine {
     pub(super) fn observe(needs: Needs) -> Self {
         let nightly = nightly_with_source();
         let llvm = if nightly { nightly_llvm().unwrap_or(DEBIAN_LLVM) } else { DEBIAN_LLVM };
-        let (go, new_go) = if needs.cluster { observe_go() } else { (true, true) };
+        let (go, new_go) =
+            if (needs.cluster && !has_control_plane()) || needs.kind { observe_go() } else { (true, true) };
         Self {
             root: is_root(),
             apt: find_program("apt-get").is_some(),
@@ -63,6 +66,7 @@ impl Machine {
                 .iter()
                 .chain(BENCH_PACKAGES)
                 .chain(VM_PACKAGES)
+                .chain(KIND_PACKAGES)
                 .filter(|p| is_there(p.probe))
                 .map(|p| p.name)
                 .collect(),
@@ -74,6 +78,8 @@ impl Machine {
             cargo_deny: find_program("cargo-deny").is_some(),
             go,
             new_go,
+            docker: needs.kind
+                && output_of("docker", &["version", "--format", "{{.Server.Version}}"]).is_some(),
         }
     }
 }
@@ -141,7 +147,7 @@ fn has_control_plane() -> bool {
 
 /// Whether there is a Go, and whether one that is new enough is there or would be fetched by itself.
 fn observe_go() -> (bool, bool) {
-    if has_control_plane() || fetched_go().is_some() {
+    if fetched_go().is_some() {
         return (true, true);
     }
     let Some(version) = output_of("go", &["env", "GOVERSION"]).as_deref().and_then(go_version) else {

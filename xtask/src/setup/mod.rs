@@ -18,6 +18,8 @@ use std::process::ExitCode;
 pub(crate) struct Needs {
     /// The real control plane, which is compiled from Go modules.
     pub(crate) cluster: bool,
+    /// A kind cluster.
+    pub(crate) kind: bool,
     /// What benchmarks compare with: kube-proxy's iptables, and another load tool.
     pub(crate) bench: bool,
     /// Emulated machines with other kernels.
@@ -28,7 +30,8 @@ pub(crate) struct Needs {
 
 impl Needs {
     /// What the verb `setup` brings: what the other verbs need unless they are asked for benchmarks or the tier `vm`.
-    pub(crate) const EVERYTHING: Self = Self { cluster: true, bench: false, vm: false, checks: true };
+    pub(crate) const EVERYTHING: Self =
+        Self { cluster: true, kind: false, bench: false, vm: false, checks: true };
 }
 
 /// The verb: says what is there and what is missing, and installs it unless `check_only`.

@@ -99,6 +99,17 @@ pub(super) const BENCH_PACKAGES: &[Package] = &[
     },
 ];
 
+/// What a kind cluster needs besides, where no Docker answers: a daemon, and what a node image is made with.
+pub(super) const KIND_PACKAGES: &[Package] = &[
+    Package {
+        name: "debootstrap",
+        probe: Probe::Program("debootstrap"),
+        why: "makes a node image where kind can pull none",
+    },
+    Package { name: "docker.io", probe: Probe::Program("dockerd"), why: "runs the nodes of a kind cluster" },
+    Package { name: "runc", probe: Probe::Program("runc"), why: "runs Docker's containers" },
+];
+
 /// What the tier `vm` needs besides.
 pub(super) const VM_PACKAGES: &[Package] = &[
     Package {
@@ -163,7 +174,7 @@ pub(super) fn plan(machine: &Machine, needs: Needs) -> Vec<Step> {
     if needs.checks && !machine.cargo_deny {
         steps.push(cargo_deny());
     }
-    if needs.cluster && !machine.new_go {
+    if (needs.cluster || needs.kind) && !machine.new_go {
         steps.push(go());
     }
     steps
@@ -173,8 +184,9 @@ pub(super) fn plan(machine: &Machine, needs: Needs) -> Vec<Step> {
 fn packages(machine: &Machine, needs: Needs) -> Vec<Missing> {
     let of_benches = BENCH_PACKAGES.iter().filter(|_| needs.bench);
     let of_vm = VM_PACKAGES.iter().filter(|_| needs.vm);
-    let absent =
-        PACKAGES.iter().chain(of_benches).chain(of_vm).filter(|p| !machine.packages.contains(p.name));
+    let of_kind = KIND_PACKAGES.iter().filter(|_| needs.kind && !machine.docker);
+    let all = PACKAGES.iter().chain(of_benches).chain(of_vm).chain(of_kind);
+    let absent = all.filter(|p| !machine.packages.contains(p.name));
     let mut missing: Vec<_> = absent.map(|p| Missing { name: p.name.to_owned(), why: p.why }).collect();
     let mut add = |name: &str, why| missing.push(Missing { name: name.to_owned(), why });
     if !machine.bpf_compiler {
@@ -185,7 +197,7 @@ fn packages(machine: &Machine, needs: Needs) -> Vec<Missing> {
     if !machine.bpf_linker && !machine.llvm_dev {
         add(&format!("llvm-{}-dev", machine.llvm), "what bpf-linker is built with");
     }
-    if needs.cluster && !machine.go {
+    if (needs.cluster || needs.kind) && !machine.go {
         add("golang-go", "fetches the Go that compiles the control plane");
     }
     missing.sort_by(|a, b| a.name.cmp(&b.name));
@@ -284,7 +296,7 @@ fn go() -> Step {
     Step {
         missing: vec![Missing {
             name: format!("go {}", super::machine::GO_VERSION),
-            why: "compiles etcd and Kubernetes' API server for `--cluster` and its tests",
+            why: "compiles Kubernetes for `--cluster` and its tests, and kind",
         }],
         commands: vec![download, programs],
         needs_root: false,
@@ -313,6 +325,7 @@ mod tests {
             cargo_deny: false,
             go: false,
             new_go: false,
+            docker: false,
         }
     }
 
@@ -330,7 +343,7 @@ mod tests {
         }
     }
 
-    const CLUSTER: Needs = Needs { cluster: true, bench: false, vm: false, checks: false };
+    const CLUSTER: Needs = Needs { cluster: true, kind: false, bench: false, vm: false, checks: false };
     const BENCH: Needs = Needs { bench: true, ..CLUSTER };
     const VM: Needs = Needs { vm: true, cluster: false, ..CLUSTER };
 
@@ -357,6 +370,16 @@ mod tests {
         assert_eq!(plan(&ready, VM), []);
         assert_eq!(names(&plan(&Machine { apt_lists: false, ..ready.clone() }, VM)), ["lists of packages"]);
         assert_eq!(plan(&Machine { apt_lists: false, ..ready }, CLUSTER), []);
+    }
+
+    #[test]
+    fn a_kind_cluster_needs_a_docker_that_answers_or_one_of_its_own() {
+        let kind = Needs { kind: true, cluster: false, ..CLUSTER };
+        assert_eq!(names(&plan(&complete(), kind)), ["debootstrap", "docker.io", "runc"]);
+        assert_eq!(plan(&Machine { docker: true, ..complete() }, kind), []);
+        let without_go = Machine { docker: true, go: false, new_go: false, ..complete() };
+        assert_eq!(names(&plan(&without_go, kind)), ["golang-go", "go 1.26.8"]);
+        assert_eq!(plan(&complete(), CLUSTER), []);
     }
 
     #[test]

@@ -17,7 +17,8 @@ impl Explanation {
             Client::Node => "this node itself",
             Client::Outside => "outside this node",
         };
-        line("client", format!("{client}, met at {} ({})", self.interface, self.program));
+        let xdp = if self.passed_by_xdp { ", to which XDP leaves it" } else { "" };
+        line("client", format!("{client}, met at {} ({}{xdp})", self.interface, self.program));
         match &self.service {
             Some(service) => {
                 line("address", format!("{} of {}", service.kind, service.name));
@@ -47,10 +48,10 @@ impl Explanation {
             let stack = if self.past_stack { "past the host's stack" } else { "through the host's stack" };
             line("way", format!("{way}, {stack}"));
         }
-        if self.client == Client::Node && self.protocol == "TCP" && self.service.is_some() {
+        if let Some(hook) = self.socket_hook {
             line(
                 "sockets",
-                "the hook on connect chooses among the same endpoints, before there is a packet".to_owned(),
+                format!("{hook} chooses among the same endpoints when it connects, before there is a packet"),
             );
         }
         let _ = writeln!(text, "{} {}", self.verdict.mark(), self.conclusion);

@@ -3,17 +3,14 @@
 
 use super::{Finding, Verdict};
 use crate::admin::columns::{self, Row};
+use crate::admin::remote::{self, AgentPod, Answer, LABEL};
 use crate::admin::{AdminError, structured};
 use crate::config::Output;
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeSet;
-use std::process::Command;
+use std::ffi::OsString;
 
-/// By which the pods of agents are found, in all namespaces.
-const LABEL: &str = "app.kubernetes.io/name=portolan";
-/// The container of such a pod.
-const CONTAINER: &str = "portolan";
 /// How many nodes are asked at once.
 const AT_ONCE: usize = 16;
 
@@ -62,46 +59,10 @@ pub struct NodesPage {
     pub nodes: Vec<NodeRow>,
 }
 
-/// A pod of the DaemonSet.
-struct Pod {
-    namespace: String,
-    name: String,
-    node: String,
-}
-
-fn kubectl(arguments: &[&str]) -> Result<(Option<i32>, String, String), AdminError> {
-    let output = Command::new("kubectl").args(arguments).output();
-    let output =
-        output.map_err(|error| AdminError::End(format!("cannot run kubectl: {error}. Is it in PATH?")))?;
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Ok((output.status.code(), text(output.stdout), text(output.stderr)))
-}
-
-/// The pods of agents.
-fn pods() -> Result<Vec<Pod>, AdminError> {
-    let (code, out, err) =
-        kubectl(&["get", "pods", "--all-namespaces", "--selector", LABEL, "--output", "json"])?;
-    if code != Some(0) {
-        return Err(AdminError::End(format!("kubectl get pods: {}", err.trim())));
-    }
-    let list: Value = serde_json::from_str(&out)?;
-    let text =
-        |pod: &Value, path: &str| pod.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let items = list["items"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let pod = |pod: &Value| Pod {
-        namespace: text(pod, "/metadata/namespace"),
-        name: text(pod, "/metadata/name"),
-        node: text(pod, "/spec/nodeName"),
-    };
-    Ok(items.iter().map(pod).collect())
-}
-
 /// Asks one node.
-fn ask(pod: &Pod) -> NodeRow {
-    let Pod { namespace, name, node } = pod;
-    let verb = ["portolan", "status", "--output", "json"];
-    let exec = ["exec", "--namespace", namespace, name, "--container", CONTAINER, "--"];
-    let answer = kubectl(&[&exec[..], &verb[..]].concat());
+fn ask(pod: &AgentPod) -> NodeRow {
+    let node = &pod.node;
+    let answer = remote::portolan(pod, &["status", "--output", "json"].map(OsString::from));
     let failed = |why: String| NodeRow {
         node: node.clone(),
         verdict: Verdict::Failing,
@@ -111,7 +72,7 @@ fn ask(pod: &Pod) -> NodeRow {
         findings: vec![why],
     };
     match answer {
-        Ok((_, out, err)) => match serde_json::from_str::<Value>(&out) {
+        Ok(Answer { out, err, .. }) => match serde_json::from_str::<Value>(&out) {
             Ok(page) => row(node, &page),
             // The verb's own exit code says nothing of this: a page came, or none.
             Err(_) => failed(format!("does not answer: {}", err.lines().last().unwrap_or_default())),
@@ -143,7 +104,7 @@ fn row(node: &str, page: &Value) -> NodeRow {
 /// # Errors
 /// If `kubectl` does not list the pods.
 pub fn look() -> Result<NodesPage, AdminError> {
-    let pods = pods()?;
+    let pods = remote::pods()?;
     let mut nodes = Vec::new();
     for some in pods.chunks(AT_ONCE) {
         nodes.extend(std::thread::scope(|scope| {

@@ -61,6 +61,8 @@ pub struct Servers {
     pub named: Vec<ApiServer>,
     /// The folder in which earlier ones are kept.
     pub state: PathBuf,
+    /// Those that the kubelet's kubeconfig names, where whoever looks may read it.
+    pub kubelet: Vec<String>,
     /// Which one answered last.
     pub found: Answered,
 }
@@ -102,6 +104,7 @@ impl Servers {
             read(&self.state, Source::Endpoints),
             LOCAL.map(str::to_owned).to_vec(),
             read(&self.state, Source::Kubelet),
+            self.kubelet.clone(),
         ];
         let found = found.iter().flatten().filter_map(|text| text.parse::<ApiServer>().ok());
         let found = found.map(|ApiServer(server)| Candidate { server, name: Some(NAME) });
@@ -268,6 +271,8 @@ mod tests {
             ("10.96.0.1", false),
         ];
         assert_eq!(all(&servers), expected.map(|(server, named)| (server.to_owned(), named)));
+        servers.kubelet = vec!["https://node-2:6443".into(), "https://node-1:6443".into()];
+        assert_eq!(all(&servers)[4..6], [("node-1:6443".to_owned(), true), ("node-2:6443".to_owned(), true)]);
         servers.named = vec!["192.0.2.9".parse().unwrap()];
         assert_eq!(all(&servers), [("192.0.2.9:6443".to_owned(), false)]);
         std::fs::remove_dir_all(&servers.state).unwrap();

@@ -1,0 +1,140 @@
+//! Verbs for another node, from a workstation: by `kubectl exec` in the pod of that node's agent. They need no root there, and no
+//! right but those that `kubectl` has.
+
+use super::AdminError;
+use serde_json::Value;
+use std::ffi::OsString;
+use std::process::Command;
+
+/// By which the pods of agents are found, in all namespaces.
+pub const LABEL: &str = "app.kubernetes.io/name=portolan";
+/// The container of such a pod.
+const CONTAINER: &str = "portolan";
+/// The flag that names a node.
+const FLAG: &str = "--node";
+
+/// The pod of an agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentPod {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// The node it runs on.
+    pub node: String,
+}
+
+/// What a command printed, and how it ended.
+pub struct Answer {
+    /// Its exit code, unless a signal ended it.
+    pub code: Option<i32>,
+    /// Its standard output.
+    pub out: String,
+    /// Its standard error.
+    pub err: String,
+}
+
+fn kubectl(arguments: &[OsString]) -> Result<Answer, AdminError> {
+    let output = Command::new("kubectl").args(arguments).output();
+    let output =
+        output.map_err(|error| AdminError::End(format!("cannot run kubectl: {error}. Is it in PATH?")))?;
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Ok(Answer { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) })
+}
+
+/// The pods of all agents.
+///
+/// # Errors
+/// If `kubectl` does not list them.
+pub fn pods() -> Result<Vec<AgentPod>, AdminError> {
+    let get = ["get", "pods", "--all-namespaces", "--selector", LABEL, "--output", "json"];
+    let answer = kubectl(&get.map(OsString::from))?;
+    if answer.code != Some(0) {
+        return Err(AdminError::End(format!("kubectl get pods: {}", answer.err.trim())));
+    }
+    Ok(pods_of(&serde_json::from_str(&answer.out)?))
+}
+
+fn pods_of(list: &Value) -> Vec<AgentPod> {
+    let text =
+        |pod: &Value, path: &str| pod.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let items = list["items"].as_array().map(Vec::as_slice).unwrap_or_default();
+    // While a DaemonSet is rolled out a node may have one that ends.
+    let lives = |pod: &&Value| pod.pointer("/metadata/deletionTimestamp").is_none();
+    let pod = |pod: &Value| AgentPod {
+        namespace: text(pod, "/metadata/namespace"),
+        name: text(pod, "/metadata/name"),
+        node: text(pod, "/spec/nodeName"),
+    };
+    items.iter().filter(lives).map(pod).collect()
+}
+
+/// Runs `portolan` with these arguments in a pod.
+///
+/// # Errors
+/// If there is no `kubectl`.
+pub fn portolan(pod: &AgentPod, arguments: &[OsString]) -> Result<Answer, AdminError> {
+    let exec = ["exec", "--namespace", &pod.namespace, &pod.name, "--container", CONTAINER, "--", "portolan"];
+    let words: Vec<_> = exec.iter().map(OsString::from).chain(arguments.iter().cloned()).collect();
+    kubectl(&words)
+}
+
+/// Asks the node what this command line asks.
+///
+/// # Errors
+/// If no agent's pod is on that node, or `kubectl` cannot be run.
+pub fn ask(node: &str, command_line: impl IntoIterator<Item = OsString>) -> Result<Answer, AdminError> {
+    let pods = pods()?;
+    let Some(pod) = pods.iter().find(|pod| pod.node == node) else {
+        let mut nodes: Vec<_> = pods.iter().map(|pod| pod.node.as_str()).collect();
+        nodes.sort_unstable();
+        let found = if nodes.is_empty() { "none".to_owned() } else { nodes.join(", ") };
+        return Err(AdminError::End(format!(
+            "no pod with the label {LABEL} runs on a node `{node}`; nodes that have one: {found}"
+        )));
+    };
+    let mut answer = portolan(pod, &without_node(command_line))?;
+    // kubectl says how the command ended, which the exit code says as well.
+    let lines = answer.err.lines().filter(|line| !line.starts_with("command terminated with exit code"));
+    answer.err = lines.map(|line| format!("{line}\n")).collect();
+    Ok(answer)
+}
+
+/// The arguments of a command line without the flag that names the node.
+fn without_node(command_line: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut left = Vec::new();
+    let mut words = command_line.into_iter();
+    while let Some(word) = words.next() {
+        if word == FLAG {
+            words.next();
+        } else if !word.to_string_lossy().starts_with(&format!("{FLAG}=")) {
+            left.push(word);
+        }
+    }
+    left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_other_node_is_asked_the_same_without_its_name() {
+        let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
+        for line in ["--node a services -o json", "services --node=a -o json", "services -o json --node a"] {
+            assert_eq!(without_node(words(line)), words("services -o json"), "{line}");
+        }
+        assert_eq!(without_node(words("explain node --node-name x 10.0.0.1:80")).len(), 5);
+    }
+
+    #[test]
+    fn a_pod_that_ends_is_not_asked() {
+        let list = json!({ "items": [
+            { "metadata": { "namespace": "n", "name": "old", "deletionTimestamp": "t" }, "spec": { "nodeName": "a" } },
+            { "metadata": { "namespace": "n", "name": "new" }, "spec": { "nodeName": "a" } },
+        ] });
+        let names: Vec<_> = pods_of(&list).into_iter().map(|pod| pod.name).collect();
+        assert_eq!(names, ["new"]);
+    }
+}
