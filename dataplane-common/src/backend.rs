@@ -16,6 +16,10 @@ impl BackendStatus {
     pub const SERVING: u32 = 1 << 0;
     /// The endpoint is on this node, whether in a pod's own network or in the node's.
     pub const LOCAL: u32 = 1 << 1;
+    /// The cluster set holds it: new flows of that set may come to it.
+    pub const IN_CLUSTER: u32 = 1 << 2;
+    /// The local set holds it.
+    pub const IN_LOCAL: u32 = 1 << 3;
 
     /// From the id's generation (how often the id was given out) and the flags above.
     pub const fn new(generation: u32, flags: u32) -> Self {
@@ -43,7 +47,7 @@ impl BackendStatus {
 
 /// One endpoint of one service port: value of the `backends` array, indexed by its id. 32 bytes.
 ///
-/// Written only while no slot holds its id; only `status` changes later.
+/// Written only while no slot holds its id; only `status` and `weight` change later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Backend {
@@ -51,13 +55,26 @@ pub struct Backend {
     addr: Addr,
     service: u32,
     port: Port,
-    _zero: [u8; 2],
+    weight: u16,
 }
 
 impl Backend {
-    /// The endpoint at `addr` and `port`, of the service port with id `service`.
+    /// The endpoint at `addr` and `port`, of the service port with id `service`, of weight 1.
     pub const fn new(status: BackendStatus, addr: Addr, port: Port, service: u32) -> Self {
-        Self { status, addr, service, port, _zero: [0; 2] }
+        Self { status, addr, service, port, weight: 1 }
+    }
+
+    /// The same backend with another weight.
+    #[must_use]
+    pub const fn with_weight(mut self, weight: u16) -> Self {
+        self.weight = weight;
+        self
+    }
+
+    /// Its share of new flows, against that of the others of its service port (L3).
+    #[inline(always)]
+    pub const fn weight(&self) -> u16 {
+        self.weight
     }
 
     /// Generation and state.

@@ -1,5 +1,6 @@
 //! Flows: what was decided for a connection, found by the five-tuple of each direction.
 
+use crate::hash::mix;
 use crate::{Addr, Port};
 use bytemuck::{Pod, Zeroable};
 
@@ -46,17 +47,10 @@ impl FlowKey {
         (mixed >> 48) as u16
     }
 
-    /// A number from all of `u32`, the same for the same tuple and salt, and else as good as drawn (after splitmix64, Steele,
-    /// Lea and Flood 2014).
+    /// A number from all of `u32`, the same for the same tuple and salt, and else as good as drawn.
     #[inline(always)]
     pub fn draw(&self, salt: u64) -> u32 {
-        let words: [u64; 5] = bytemuck::must_cast(*self);
-        let mut mixed = salt;
-        for word in words {
-            mixed = (mixed ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            mixed ^= mixed >> 29;
-        }
-        (mixed.wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32) as u32
+        (mix(bytemuck::must_cast::<_, [u64; 5]>(*self), salt) >> 32) as u32
     }
 
     /// The key of the opposite direction.

@@ -20,6 +20,7 @@ pub mod filter;
 pub mod flow;
 pub mod fragment;
 pub mod frontend;
+pub mod hash;
 pub mod node;
 pub mod range;
 pub mod service;

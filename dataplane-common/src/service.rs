@@ -2,21 +2,94 @@
 
 use bytemuck::{Pod, Zeroable};
 
-/// A run of `count` consecutive entries of the `slots` table, from `base` on. One aligned word.
+/// How one endpoint of a set is chosen for a new flow (L2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Algorithm {
+    /// Each slot is as likely as any other.
+    #[default]
+    Random = 0,
+    /// The slots take turns.
+    RoundRobin = 1,
+    /// The hash of the five-tuple leads to a slot.
+    Maglev = 2,
+    /// The hash of the client's address leads to a slot.
+    SourceHash = 3,
+}
+
+impl Algorithm {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Random, Self::RoundRobin, Self::Maglev, Self::SourceHash];
+
+    /// Its name, as annotations and flags have it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Random => "random",
+            Self::RoundRobin => "round-robin",
+            Self::Maglev => "maglev",
+            Self::SourceHash => "source-hash",
+        }
+    }
+}
+
+/// A number that stands for no algorithm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnknownAlgorithm;
+
+impl TryFrom<u8> for Algorithm {
+    type Error = UnknownAlgorithm;
+
+    #[inline(always)]
+    fn try_from(number: u8) -> Result<Self, UnknownAlgorithm> {
+        match number {
+            0 => Ok(Self::Random),
+            1 => Ok(Self::RoundRobin),
+            2 => Ok(Self::Maglev),
+            3 => Ok(Self::SourceHash),
+            4.. => Err(UnknownAlgorithm),
+        }
+    }
+}
+
+/// A run of consecutive entries of the `slots` table, from `base` on, and how one of them is chosen: a run is laid out for its
+/// algorithm, so both lie in one aligned word. An endpoint's weight is how many of the slots are its.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
 #[repr(C, align(8))]
 pub struct EndpointSet {
     base: u32,
-    count: u32,
+    /// How many slots, and in the upper bits the number of the algorithm.
+    shape: u32,
 }
 
 impl EndpointSet {
     /// The set without endpoints.
-    pub const EMPTY: Self = Self { base: 0, count: 0 };
+    pub const EMPTY: Self = Self::new(0, 0);
 
-    /// The slots `base .. base + count`.
+    /// More slots than a table has.
+    const COUNT: u32 = (1 << 28) - 1;
+    const ALGORITHM_SHIFT: u32 = 28;
+
+    /// The slots `base .. base + count`, chosen at random.
     pub const fn new(base: u32, count: u32) -> Self {
-        Self { base, count }
+        Self { base, shape: if count > Self::COUNT { Self::COUNT } else { count } }
+    }
+
+    /// The same slots, chosen by another algorithm.
+    #[must_use]
+    pub const fn with_algorithm(self, algorithm: Algorithm) -> Self {
+        Self {
+            base: self.base,
+            shape: self.shape & Self::COUNT | (algorithm as u32) << Self::ALGORITHM_SHIFT,
+        }
+    }
+
+    /// How a slot is chosen.
+    ///
+    /// # Errors
+    /// [`UnknownAlgorithm`] if the word is none that this version writes.
+    #[inline(always)]
+    pub fn algorithm(self) -> Result<Algorithm, UnknownAlgorithm> {
+        Algorithm::try_from((self.shape >> Self::ALGORITHM_SHIFT) as u8)
     }
 
     /// The first slot.
@@ -28,7 +101,7 @@ impl EndpointSet {
     /// How many slots.
     #[inline(always)]
     pub const fn count(self) -> u32 {
-        self.count
+        self.shape & Self::COUNT
     }
 }
 
@@ -74,9 +147,9 @@ impl Policy {
     }
 }
 
-/// A service port: value of the `services` array, indexed by its id. 24 bytes.
+/// A service port: value of the `services` array, indexed by its id. 40 bytes.
 ///
-/// The three words change independently of each other; each alone is consistent.
+/// The words change independently of each other; each alone is consistent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Service {
@@ -86,4 +159,30 @@ pub struct Service {
     pub local: EndpointSet,
     /// Policies and timeouts.
     pub policy: Policy,
+    /// What its hashes begin with: the same on all nodes, and as long as the Service lives (L2).
+    pub seed: u64,
+    spare: u64,
+}
+
+impl Service {
+    /// A service port with these sets.
+    pub const fn new(cluster: EndpointSet, local: EndpointSet, policy: Policy, seed: u64) -> Self {
+        Self { cluster, local, policy, seed, spare: 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_says_how_it_is_chosen_beside_its_slots() {
+        for algorithm in Algorithm::ALL {
+            let set = EndpointSet::new(7, 65_537).with_algorithm(algorithm);
+            assert_eq!((set.base(), set.count(), set.algorithm()), (7, 65_537, Ok(algorithm)));
+            assert_eq!(set.with_algorithm(Algorithm::Random), EndpointSet::new(7, 65_537));
+        }
+        let other: EndpointSet = bytemuck::must_cast([7_u32, 0xf000_0001]);
+        assert_eq!((other.count(), other.algorithm()), (1, Err(UnknownAlgorithm)));
+    }
 }

@@ -142,6 +142,8 @@ tables! {
     /// How many answers that say no a CPU has given: the moments up to which they were given, in nanoseconds of the coarse monotonic
     /// clock.
     Answers = "answers", PerCpuArray<u32, u64>, ANSWER_RATES;
+    /// How many flows of a service port have begun by turns: whose turn it is (L2).
+    Rounds = "rounds", Array<u32, u64>, 32_768;
     /// Working memory of the walk, opaque: the stack of an eBPF program has 512 bytes only.
     Scratch = "scratch", PerCpuArray<u32, [u64; 96]>, 1;
     /// What programs called by TCP.
@@ -201,7 +203,7 @@ mod tests {
         assert_eq!(size_of::<Flow>(), 96);
         assert_eq!((size_of::<Name>(), size_of::<RingTurns>()), (48, 64));
         assert_eq!(size_of::<FragmentKey>(), 40);
-        assert_eq!(size_of::<Service>(), 24);
+        assert_eq!(size_of::<Service>(), 40);
         assert_eq!(size_of::<Backend>(), 32);
         assert_eq!(size_of::<Traffic>(), 40);
         assert_eq!(size_of::<SourceRangeKey>(), 24);

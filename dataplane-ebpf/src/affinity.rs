@@ -12,23 +12,29 @@ use dataplane_common::service::EndpointSet;
 /// No backend's id.
 const NONE: u32 = 0;
 
-/// The endpoint of a new flow: the client's own if it had one within so many seconds and the set still holds it, else any,
-/// which is the client's from now on.
+/// The endpoint of a new flow: the client's own if it had one within so many seconds and the set still holds it, else the one in the
+/// slot that `place` tells, which is the client's from now on. `member`: the flag of those that the set holds.
 ///
 /// # Errors
-/// As [`select::select`].
+/// As [`select::at`].
 #[inline(always)]
-pub fn select(set: EndpointSet, key: &AffinityKey, seconds: u32) -> Result<Chosen, Reason> {
-    let recalled = recall(key, set, seconds);
+pub fn select(
+    set: EndpointSet,
+    member: u32,
+    place: impl FnOnce() -> u32,
+    key: &AffinityKey,
+    seconds: u32,
+) -> Result<Chosen, Reason> {
+    let recalled = recall(key, member, seconds);
     if recalled != NONE {
         return select::backend(recalled).ok_or(Reason::CorruptTable);
     }
-    let chosen = select::select(set)?;
+    let chosen = select::at(set, place())?;
     if remember(key, &chosen, BPF_NOEXIST as u64) {
         return Ok(chosen);
     }
     // What is there is stale, or another processor was quicker with a flow of the same client.
-    let recalled = recall(key, set, seconds);
+    let recalled = recall(key, member, seconds);
     if recalled != NONE {
         return select::backend(recalled).ok_or(Reason::CorruptTable);
     }
@@ -39,19 +45,18 @@ pub fn select(set: EndpointSet, key: &AffinityKey, seconds: u32) -> Result<Chose
 /// The id of the backend that the client had last, if that was within so many seconds and the set holds it; else
 /// [`NONE`]. Being asked counts as use.
 #[inline(never)]
-fn recall(key: &AffinityKey, set: EndpointSet, seconds: u32) -> u32 {
+fn recall(key: &AffinityKey, member: u32, seconds: u32) -> u32 {
     let Some(entry) = AFFINITIES.get_ptr_mut(key) else { return NONE };
     // SAFETY: an element of a map, valid until the program ends; each word is read and written whole. If the element is
-    // used anew meanwhile, the words are of two clients: their backends are held against the set all the same.
+    // used anew meanwhile, the words are of two clients: their backends are asked all the same.
     let (choice, last_used): (Choice, u64) =
         unsafe { (read_word(&raw const (*entry).choice), read_word(&raw const (*entry).last_used)) };
     let now = nanoseconds();
     if now.saturating_sub(last_used) > seconds as u64 * SECOND {
         return NONE;
     }
-    if select::status(choice.backend).generation() != choice.generation
-        || !select::contains(set, choice.backend)
-    {
+    let (status, service) = select::owner(choice.backend);
+    if status.generation() != choice.generation || !status.has(member) || service != key.service() {
         return NONE;
     }
     // SAFETY: as above.

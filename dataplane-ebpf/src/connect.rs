@@ -8,7 +8,7 @@ use crate::count;
 use crate::forward::primary;
 use crate::maps::{SOCKET_CHOICES, SOCKET_NAMES, SOCKET_PEERS};
 use crate::select::{self, Chosen};
-use crate::service::{self, Destination, Source};
+use crate::service::{self, Destination, Endpoints, Source};
 use aya_ebpf::bindings::{BPF_ANY, bpf_sock_addr};
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::programs::SockAddrContext;
@@ -17,7 +17,7 @@ use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::Node;
-use dataplane_common::service::{EndpointSet, Policy};
+use dataplane_common::service::{Algorithm, Policy};
 use dataplane_common::socket::{SocketChoice, SocketChoiceKey, SocketName, SocketPeer, SocketPeerKey};
 use dataplane_common::{Addr, Port, Protocol, read_word};
 
@@ -129,12 +129,14 @@ pub fn connect<S: SocketAddress>(mut socket: S) -> i32 {
     if !admits(&addr, destination, source, policy) {
         return PROCEED;
     }
-    let set = match service::endpoints(destination, source, policy) {
-        Ok(set) => set,
+    let endpoints = match service::endpoints(destination, source, policy) {
+        Ok(endpoints) => endpoints,
         Err(Reason::NoEndpoints) if proto == Protocol::Tcp as u8 => return refuse(Reason::NoEndpoints),
         Err(_) => return PROCEED,
     };
-    let Ok(chosen) = choose(&socket, &addr, destination, source, policy, set) else { return PROCEED };
+    let Ok(Some(chosen)) = choose(&socket, &addr, destination, source, policy, endpoints) else {
+        return PROCEED;
+    };
     translate(&mut socket, destination, &chosen, proto, true)
 }
 
@@ -158,8 +160,10 @@ pub fn send<S: SocketAddress>(mut socket: S) -> i32 {
             if !admits(&addr, destination, source, policy) {
                 return PROCEED;
             }
-            let Ok(set) = service::endpoints(destination, source, policy) else { return PROCEED };
-            let Ok(chosen) = choose(&socket, &addr, destination, source, policy, set) else { return PROCEED };
+            let Ok(endpoints) = service::endpoints(destination, source, policy) else { return PROCEED };
+            let Ok(Some(chosen)) = choose(&socket, &addr, destination, source, policy, endpoints) else {
+                return PROCEED;
+            };
             let choice = SocketChoice { backend: chosen.id, generation: chosen.status.generation() };
             let _ = SOCKET_CHOICES.insert(&key, &choice, BPF_ANY as u64);
             (chosen, true)
@@ -242,7 +246,7 @@ fn serves(proto: u8, addr: &Addr, destination: Destination, source: Source) -> b
     proto == Protocol::Udp as u8 && here
 }
 
-/// The endpoint of a new connection (S1).
+/// The endpoint of a new connection (S1, L2); `None` if only its packets tell which.
 #[inline(always)]
 fn choose<S: SocketAddress>(
     socket: &S,
@@ -250,20 +254,36 @@ fn choose<S: SocketAddress>(
     destination: Destination,
     source: Source,
     policy: Policy,
-    set: EndpointSet,
-) -> Result<Chosen, Reason> {
+    endpoints: Endpoints,
+) -> Result<Option<Chosen>, Reason> {
     let (seconds, service) = (policy.affinity_seconds(), destination.service);
-    if seconds == 0 {
-        return select::select(set);
-    }
-    let key = match (source, service::node()) {
+    let Endpoints { set, member, seed } = endpoints;
+    let algorithm = set.algorithm().unwrap_or_default();
+    let own = match (source, service::node()) {
         // As its packets.
-        (Source::Node, Some(node)) => AffinityKey::address(*primary(node, addr), service),
-        (Source::Node | Source::Pod | Source::Outside, _) => {
-            AffinityKey::namespace(netns_cookie(socket), service)
-        }
+        (Source::Node, Some(node)) => Some(primary(node, addr)),
+        (Source::Node | Source::Pod | Source::Outside, _) => None,
     };
-    affinity::select(set, &key, seconds)
+    if algorithm == Algorithm::SourceHash && own.is_none() {
+        return Ok(None);
+    }
+    let place = || {
+        let number = match (algorithm, own) {
+            (Algorithm::SourceHash, Some(client)) => select::of_client(client, seed),
+            (Algorithm::RoundRobin, _) => select::turn(service),
+            // A socket has no port yet that could be hashed, and none that anybody has seen before.
+            (Algorithm::Random | Algorithm::Maglev | Algorithm::SourceHash, _) => select::random(),
+        };
+        select::place(set, algorithm, number)
+    };
+    if seconds == 0 {
+        return select::at(set, place()).map(Some);
+    }
+    let key = match own {
+        Some(client) => AffinityKey::address(*client, service),
+        None => AffinityKey::namespace(netns_cookie(socket), service),
+    };
+    affinity::select(set, member, place, &key, seconds).map(Some)
 }
 
 /// Whether it is certain here that the socket may call this address (S2). Its source address is known only where it calls

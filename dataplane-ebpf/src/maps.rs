@@ -69,6 +69,7 @@ maps! {
     BACKEND_TRAFFIC: Array = "backend_traffic", BackendTraffic;
     REASONS: PerCpuArray = "reasons", Reasons;
     ANSWERS: PerCpuArray = "answers", Answers;
+    ROUNDS: Array = "rounds", Rounds;
     SCRATCH: PerCpuArray = "scratch", Scratch;
     SOCKET_NAMES: SkStorage = "socket_names", SocketNames;
     SOCKET_PEERS: LruHashMap = "socket_peers", SocketPeers;

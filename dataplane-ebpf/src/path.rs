@@ -13,8 +13,8 @@ use crate::parse::{ICMP, ICMPV6, Obstacle, Packet, parse};
 use crate::reject::{self, IcmpError};
 use crate::ring::{self, HalfOpenRing};
 use crate::scratch::{Opening, Scratch};
-use crate::select::{self, Chosen};
-use crate::service::{self, Destination, Source};
+use crate::select::{self, Chosen, Number};
+use crate::service::{self, Destination, Endpoints, Source};
 use crate::verdict::{Code, Exit, Verdict, Way};
 use crate::{interest, limit, nat, outgoing, uplink};
 use dataplane_common::affinity::AffinityKey;
@@ -23,7 +23,7 @@ use dataplane_common::drop::Reason;
 use dataplane_common::flow::{Counted, Flow, FlowKey, Stage};
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::{Node, SourceCase, SourceRule};
-use dataplane_common::service::Policy;
+use dataplane_common::service::{Algorithm, Policy};
 use dataplane_common::{Addr, Protocol, read_word};
 pub use life::End;
 
@@ -544,7 +544,15 @@ impl<F: Frame> Walk<'_, F> {
     fn begin(&mut self) -> Code {
         self.s.turn = ring::next::<HalfOpenRing>();
         self.s.now = flow::now();
-        self.new_flow().into()
+        let begun = self.new_flow();
+        if F::LEAVES_TO_TC && matches!(begun, Verdict::LeaveToTc | Verdict::Refuse(_)) {
+            // tc chooses for this packet, and the same: L2.
+            let Opening { endpoints, service, .. } = &self.s.opening;
+            if endpoints.set.algorithm() == Ok(Algorithm::RoundRobin) {
+                select::give_back(*service);
+            }
+        }
+        begun.into()
     }
 
     /// Names the flow that began, or makes room for the next where there was none. Not further down the chain of calls, where the
@@ -658,12 +666,13 @@ impl<F: Frame> Walk<'_, F> {
     /// same: if each drew for itself, what XDP can finish alone would have more than its share.
     #[inline(never)]
     fn propose(&mut self, attempt: u32) -> Code {
-        let Opening { endpoints, service, affinity_seconds, source, .. } = self.s.opening;
+        let Opening { endpoints: Endpoints { set, member, .. }, service, affinity_seconds, source, .. } =
+            self.s.opening;
         let chosen = if affinity_seconds == 0 {
-            select::by(endpoints, draw(&self.s.key, self.s.now, attempt))
+            select::at(set, self.place(attempt))
         } else {
-            let client = affinity_client(&self.s.packet.src, source);
-            affinity::select(endpoints, &AffinityKey::address(*client, service), affinity_seconds)
+            let client = AffinityKey::address(*client_address(&self.s.packet.src, source), service);
+            affinity::select(set, member, || self.place(attempt), &client, affinity_seconds)
         };
         match chosen {
             Ok(chosen) => {
@@ -673,6 +682,22 @@ impl<F: Frame> Walk<'_, F> {
             }
             Err(reason) => Verdict::Drop(reason).into(),
         }
+    }
+
+    /// The slot of the set that is this flow's (L2). What is hashed is the same at each attempt: it is not sent elsewhere because a
+    /// port is taken.
+    #[inline(never)]
+    fn place(&self, attempt: u32) -> u32 {
+        let Opening { endpoints: Endpoints { set, seed, .. }, service, source, .. } = &self.s.opening;
+        // What an older agent or a newer one wrote and this version does not know is drawn.
+        let algorithm = set.algorithm().unwrap_or_default();
+        let number = match algorithm {
+            Algorithm::Random => Number(draw(&self.s.key, self.s.now, attempt)),
+            Algorithm::RoundRobin => select::turn(*service),
+            Algorithm::Maglev => Number(self.s.key.draw(*seed)),
+            Algorithm::SourceHash => select::of_client(client_address(&self.s.packet.src, *source), *seed),
+        };
+        select::place(*set, algorithm, number)
     }
 
     /// Whether the endpoint must see an address of this node instead of the client's, and who sees to that: flags of the flow
@@ -785,9 +810,9 @@ fn source_rule(destination: Destination, source: Source, policy: Policy) -> Sour
     })
 }
 
-/// The address by which a client is told from others (S1): the node is one, whichever of its addresses it calls from.
+/// The address by which a client is told from others (S1, L2): the node is one, whichever of its addresses it calls from.
 #[inline(always)]
-fn affinity_client(src: &Addr, source: Source) -> &Addr {
+fn client_address(src: &Addr, source: Source) -> &Addr {
     match (source, service::node()) {
         (Source::Node, Some(node)) => forward::primary(node, src),
         (Source::Node, None) | (Source::Pod | Source::Outside, _) => src,

@@ -8,12 +8,11 @@ use crate::icmp::Changes;
 use crate::maps::SCRATCH;
 use crate::parse::Packet;
 use crate::path::End;
-use crate::service::Source;
+use crate::service::{Endpoints, Source};
 use crate::verdict::{Code, Exit, Way};
 use aya_ebpf::bindings::bpf_fib_lookup;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::node::SourceRule;
-use dataplane_common::service::EndpointSet;
 
 /// What a walk knows.
 ///
@@ -62,7 +61,7 @@ pub struct Scratch {
 #[derive(Clone, Copy)]
 pub struct Opening {
     /// The endpoints that its client may have; not empty.
-    pub endpoints: EndpointSet,
+    pub endpoints: Endpoints,
     /// Id of the service port.
     pub service: u32,
     /// For how long its client comes back to the same endpoint; 0: not at all (S1).

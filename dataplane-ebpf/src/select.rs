@@ -1,11 +1,12 @@
 //! Choosing one endpoint of a set.
 
-use crate::maps::{BACKENDS, SLOTS};
-use crate::repeat::{Step, Steps, repeat};
+use crate::atomic;
+use crate::maps::{BACKENDS, ROUNDS, SLOTS};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::drop::Reason;
-use dataplane_common::service::EndpointSet;
+use dataplane_common::hash::mix;
+use dataplane_common::service::{Algorithm, EndpointSet};
 use dataplane_common::{Addr, Port, read_word};
 
 /// An endpoint that was chosen.
@@ -21,64 +22,60 @@ pub struct Chosen {
     pub status: BackendStatus,
 }
 
-/// One endpoint of a set that is not empty, each as likely as any other.
-///
-/// # Errors
-/// [`Reason::CorruptTable`] if a slot leads nowhere.
+/// A number by which one of a set is chosen, from all of `u32`: by turns, whose turn it is; else what is drawn or hashed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Number(pub u32);
+
+/// The slot of a set that is not empty to which a number leads, counted from its base.
 #[inline(always)]
-pub fn select(set: EndpointSet) -> Result<Chosen, Reason> {
-    // SAFETY: a helper without arguments.
-    by(set, unsafe { bpf_get_prandom_u32() })
+pub fn place(set: EndpointSet, algorithm: Algorithm, Number(number): Number) -> u32 {
+    match algorithm {
+        Algorithm::RoundRobin => number % set.count().max(1),
+        // The upper half of the product is uniform in 0 .. count, without a division.
+        Algorithm::Random | Algorithm::Maglev | Algorithm::SourceHash => {
+            ((number as u64 * set.count() as u64) >> 32) as u32
+        }
+    }
 }
 
-/// The endpoint of a set that is not empty to which a number from all of `u32` leads.
+/// The endpoint in a slot of a set.
 ///
 /// # Errors
-/// As [`select`].
+/// [`Reason::CorruptTable`] if the slot leads nowhere.
 #[inline(always)]
-pub fn by(set: EndpointSet, number: u32) -> Result<Chosen, Reason> {
-    // The upper half of the product is uniform in 0 .. count, without a division.
-    let index = set.base() + ((number as u64 * set.count() as u64) >> 32) as u32;
-    let id = *SLOTS.get(index).ok_or(Reason::CorruptTable)?;
+pub fn at(set: EndpointSet, place: u32) -> Result<Chosen, Reason> {
+    let id = *SLOTS.get(set.base() + place).ok_or(Reason::CorruptTable)?;
     backend(id).ok_or(Reason::CorruptTable)
 }
 
-/// A search for an id in a set, as its steps see it: the slots `low .. high` may hold it.
-struct IdSearch {
-    low: u32,
-    high: u32,
-    id: u32,
-    found: bool,
-}
-
-/// Whether the set holds the backend with this id. The slots of a set are in the order of their ids.
+/// A number that nobody knows before.
 #[inline(always)]
-pub fn contains(set: EndpointSet, id: u32) -> bool {
-    let mut search =
-        IdSearch { low: set.base(), high: set.base().saturating_add(set.count()), id, found: false };
-    repeat(SEARCH_STEPS, &mut search);
-    search.found
+pub fn random() -> Number {
+    // SAFETY: a helper without arguments.
+    Number(unsafe { bpf_get_prandom_u32() })
 }
 
-/// Steps that find an id among as many slots as a table can have.
-const SEARCH_STEPS: u32 = u32::BITS + 1;
+/// The number of a client at this address, the same on all nodes (L2).
+#[inline(always)]
+pub fn of_client(addr: &Addr, seed: u64) -> Number {
+    Number((mix(addr.words(), seed) >> 32) as u32)
+}
 
-impl Steps for IdSearch {
-    fn step(&mut self, _index: u32) -> Step {
-        if self.low >= self.high {
-            return Step::Done;
-        }
-        let middle = self.low + (self.high - self.low) / 2;
-        let Some(id) = SLOTS.get(middle) else { return Step::Done };
-        if *id < self.id {
-            self.low = middle + 1;
-        } else if *id > self.id {
-            self.high = middle;
-        } else {
-            self.found = true;
-            return Step::Done;
-        }
-        Step::Next
+/// The next turn of a service port (L2). Who takes none in the end must give it back.
+#[inline(always)]
+pub fn turn(service: u32) -> Number {
+    let Some(round) = ROUNDS.get_ptr_mut(service) else { return Number(0) };
+    // SAFETY: a word of a map, aligned, valid until the program ends.
+    Number(unsafe { atomic::fetch_add(round, 1) } as u32)
+}
+
+/// Gives a turn back: the flow has not begun.
+#[inline(always)]
+pub fn give_back(service: u32) {
+    if let Some(round) = ROUNDS.get_ptr_mut(service) {
+        // SAFETY: a word of a map, aligned, valid until the program ends.
+        unsafe { atomic::fetch_add(round, u64::MAX) };
     }
 }
 

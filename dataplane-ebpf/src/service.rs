@@ -2,6 +2,7 @@
 
 use crate::maps::{FRONTENDS, NODE, NODE_ADDRS, SERVICES, SOURCE_RANGES};
 use aya_ebpf::btf_maps::lpm_trie::Key;
+use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress};
@@ -130,12 +131,23 @@ pub fn allows_node_ports(addr: &Addr) -> bool {
     is_in_range(SourceRangeKey::NODE_PORTS, addr)
 }
 
+/// The endpoints that a client may have, and how it gets one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Endpoints {
+    /// The set; not empty.
+    pub set: EndpointSet,
+    /// The flag of the backends that it holds.
+    pub member: u32,
+    /// What hashes begin with (L2).
+    pub seed: u64,
+}
+
 /// The endpoints a client at `source` may have (P2 to P9).
 ///
 /// # Errors
 /// Why there are none.
 #[inline(always)]
-pub fn endpoints(destination: Destination, source: Source, policy: Policy) -> Result<EndpointSet, Reason> {
+pub fn endpoints(destination: Destination, source: Source, policy: Policy) -> Result<Endpoints, Reason> {
     let service = SERVICES.get_ptr(destination.service).ok_or(Reason::CorruptTable)?;
     let external = destination.kind != FrontendKind::ClusterIp;
     let local = if external {
@@ -144,9 +156,11 @@ pub fn endpoints(destination: Destination, source: Source, policy: Policy) -> Re
     } else {
         policy.has(Policy::INTERNAL_LOCAL)
     };
-    // SAFETY: array elements stay.
-    let set =
-        unsafe { read_word(if local { &raw const (*service).local } else { &raw const (*service).cluster }) };
+    // SAFETY: array elements stay; each word is read whole.
+    let (set, seed): (EndpointSet, u64) = unsafe {
+        let set = if local { &raw const (*service).local } else { &raw const (*service).cluster };
+        (read_word(set), read_word(&raw const (*service).seed))
+    };
     if set.count() == 0 {
         // P1 against P2 and P3.
         return Err(if policy.has(Policy::HAS_ENDPOINTS) {
@@ -155,7 +169,8 @@ pub fn endpoints(destination: Destination, source: Source, policy: Policy) -> Re
             Reason::NoEndpoints
         });
     }
-    Ok(set)
+    let member = if local { BackendStatus::IN_LOCAL } else { BackendStatus::IN_CLUSTER };
+    Ok(Endpoints { set, member, seed })
 }
 
 /// Whether P7 or iTP Local chose among local endpoints, so that the source must be kept.

@@ -9,13 +9,14 @@ pub use verbs::{
     CheckArgs, CleanupArgs, CompletionArgs, ExplainArgs, NoteArgs, Output, ReportArgs, ShowArgs, StatusArgs,
 };
 
-use crate::compile::Sources;
+use crate::compile::{Sources, selection};
 use crate::expire::LONGEST_IDLE;
 use crate::kernel::pins::is_layout;
 use crate::kernel::sysctls::Conntrack;
 use crate::pattern::Pattern;
 use crate::watch::cluster::ApiServer;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use dataplane_common::service::Algorithm;
 use dataplane_common::tables::{self, Closing, Flows, HalfOpen, LAYOUT, Table as _};
 use ipnet::IpNet;
 use std::net::SocketAddr;
@@ -262,6 +263,16 @@ pub struct AgentArgs {
     /// Which externalIPs of Services are served: whoever may write a Service can take any address by them.
     #[arg(long, value_enum, default_value_t = ExternalIps::All)]
     pub external_ips: ExternalIps,
+    /// How endpoints are chosen where a Service's annotation asks for nothing: random, round-robin, maglev, source-hash, or a name that
+    /// an IPVS scheduler of the same meaning has.
+    #[arg(
+        long,
+        visible_alias = "ipvs-scheduler",
+        value_name = "ALGORITHM",
+        default_value = Algorithm::Random.name(),
+        value_parser = selection::algorithm
+    )]
+    pub lb_algorithm: Algorithm,
     /// What becomes of a ClusterIP that is called from outside the cluster.
     #[arg(long, value_enum, default_value_t = FromOutside::Allow)]
     pub cluster_ip_from_outside: FromOutside,
@@ -619,12 +630,12 @@ impl AgentArgs {
         sizes.push(MapSize { map: Flows::NAME, entries: u32::try_from(entries).unwrap_or(u32::MAX) });
         for size in &self.map_size {
             sizes.push(size.clone());
-            let follower = match size.map {
-                "services" => "service_traffic",
-                "backends" => "backend_traffic",
+            let followers: &[&'static str] = match size.map {
+                "services" => &["service_traffic", "rounds"],
+                "backends" => &["backend_traffic"],
                 _ => continue,
             };
-            sizes.push(MapSize { map: follower, entries: size.entries });
+            sizes.extend(followers.iter().map(|map| MapSize { map, entries: size.entries }));
         }
         sizes
     }

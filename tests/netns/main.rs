@@ -6,6 +6,7 @@ mod affinity;
 mod alive;
 mod api_server;
 mod attached;
+mod choice;
 mod death;
 mod errors;
 mod explain;

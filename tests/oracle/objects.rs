@@ -4,8 +4,8 @@ use crate::random::Random;
 use crate::universe::{FAMILIES, HERE, NODE_PORTS, PORTS, Places, V4, V6};
 use dataplane_tests::oracle::Cluster;
 use k8s_openapi::api::core::v1::{
-    ClientIPConfig, LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeStatus, Service,
-    ServicePort, ServiceSpec, ServiceStatus, SessionAffinityConfig,
+    ClientIPConfig, LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeStatus, ObjectReference,
+    Service, ServicePort, ServiceSpec, ServiceStatus, SessionAffinityConfig,
 };
 use k8s_openapi::api::discovery::v1::{
     Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
@@ -51,9 +51,9 @@ fn settle(cluster: &mut Cluster) {
         let owner = (slice.metadata.namespace.clone(), slice.metadata.labels.clone());
         for endpoint in slice.endpoints.iter_mut().flatten() {
             let key = (owner.clone(), endpoint.addresses[0].clone());
-            let (node, hints) =
-                seen.entry(key).or_insert_with(|| (endpoint.node_name.clone(), endpoint.hints.clone()));
-            (endpoint.node_name, endpoint.hints) = (node.clone(), hints.clone());
+            let first = seen.entry(key).or_insert_with(|| endpoint.clone());
+            (endpoint.node_name, endpoint.hints) = (first.node_name.clone(), first.hints.clone());
+            (endpoint.zone, endpoint.target_ref) = (first.zone.clone(), first.target_ref.clone());
         }
     }
 }
@@ -178,11 +178,46 @@ fn service(random: &mut Random, number: usize) -> Service {
         let client_ip = Some(ClientIPConfig { timeout_seconds });
         spec.session_affinity_config = Some(SessionAffinityConfig { client_ip });
     }
+    metadata.annotations = choice(random);
     let status = (kind == "LoadBalancer").then(|| ServiceStatus {
         load_balancer: Some(LoadBalancerStatus { ingress: Some(ingress(random)) }),
         ..ServiceStatus::default()
     });
     Service { metadata, spec: Some(spec), status }
+}
+
+/// Annotations that say how endpoints are chosen (L1, L3); now and then in words that mean nothing.
+fn choice(random: &mut Random) -> Option<BTreeMap<String, String>> {
+    let mut annotations = BTreeMap::new();
+    if random.chance(60) {
+        let name = random.of(&[
+            "service.portolan.dev/lb-algorithm",
+            "service.portolan.dev/lb-algorithm",
+            "service.cilium.io/lb-algorithm",
+            "kube-router.io/service.scheduler",
+        ]);
+        let word =
+            random.of(&["random", "round-robin", "maglev", "source-hash", "rr", "sh", "dh", "whatever"]);
+        annotations.insert(name.to_owned(), word.to_owned());
+    }
+    if random.chance(30) {
+        let places = random.of(&FAMILIES);
+        let mut weights = BTreeMap::new();
+        for _ in 0..random.below(5) {
+            let word = match random.below(6) {
+                0 => "*".to_owned(),
+                1 => format!("node={}", random.of(&[HERE, "there"])),
+                2 => format!("zone={}", random.of(&["a", "b"])),
+                3 => format!("pod-{}", random.below(3)),
+                _ => endpoint_address(random, places).to_owned(),
+            };
+            weights.insert(word, random.of(&[0, 0, 1, 2, 7, 65_535]));
+        }
+        let text = serde_json::to_string(&weights).unwrap();
+        let text = if random.chance(5) { text.replace(':', "=") } else { text };
+        annotations.insert("service.portolan.dev/weights".to_owned(), text);
+    }
+    (!annotations.is_empty()).then_some(annotations)
 }
 
 /// Ranges of clients of both families (S2); now and then everybody.
@@ -311,6 +346,12 @@ fn endpoints(random: &mut Random, address_type: &str) -> Option<Vec<Endpoint>> {
             node_name: node.map(str::to_owned),
             conditions: conditions(random),
             hints: self::hints(random, hints),
+            zone: random.of(&[None, Some("a"), Some("b")]).map(str::to_owned),
+            target_ref: random.chance(50).then(|| ObjectReference {
+                kind: Some("Pod".to_owned()),
+                name: Some(format!("pod-{}", random.below(3))),
+                ..ObjectReference::default()
+            }),
             ..Endpoint::default()
         }
     };

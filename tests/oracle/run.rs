@@ -51,8 +51,13 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) fn new() -> Self {
-        let sizes =
-            [("backends", 2_048), ("backend_traffic", 2_048), ("services", 256), ("service_traffic", 256)];
+        let sizes = [
+            ("backends", 2_048),
+            ("backend_traffic", 2_048),
+            ("services", 256),
+            ("service_traffic", 256),
+            ("rounds", 256),
+        ];
         let world = World::with("", 0, &sizes).unwrap_or_else(|error| panic!("{error:#}"));
         let reasons = reasons(&world).unwrap_or_else(|error| panic!("{error}"));
         Self {

@@ -2,6 +2,7 @@
 //! sent, the verdict, the whole packet out and the counters that moved; it fails if any other moved.
 
 mod affinity;
+mod choice;
 mod errors;
 mod flows;
 mod fragments;

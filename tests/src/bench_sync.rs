@@ -131,6 +131,7 @@ pub fn service(n: u32, endpoints: impl IntoIterator<Item = u32>) -> (ObjectName,
         local: [].into(),
         ranges: [].into(),
         frontends: [(FrontendKey::new(cluster_ip, Port::new(80), PROTO), FrontendKind::ClusterIp)].into(),
+        ..PortTables::default()
     };
     let port = ServicePortName { service: name.clone(), port: "http".into(), proto: PROTO, ipv6: false };
     (name, ServiceTables { ports: [(port, tables)].into(), closed: [cluster_ip].into() })

@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The letters of the contract's sections.
-const SECTIONS: &str = "FTPSCHZD";
+const SECTIONS: &str = "FTPSCHZDL";
 
 /// A rule: its section's letter and its number in it.
 type Rule = (char, u32);

@@ -28,6 +28,8 @@ pub struct BackendRow {
     pub local: bool,
     /// Whether new flows may come to it; otherwise it only keeps those it has.
     pub in_use: bool,
+    /// Its share of new flows, against that of the others of its service port.
+    pub weight: u16,
     /// How often its id was given out.
     pub generation: u32,
     /// Traffic.
@@ -37,7 +39,19 @@ pub struct BackendRow {
 impl Row for BackendRow {
     const HEADINGS: &'static [&'static str] = &{
         let [flows, packets_in, bytes_in, packets_out, bytes_out] = TrafficRow::HEADINGS;
-        ["SERVICE", "PROTO", "ENDPOINT", "NODE", "STATE", flows, packets_in, bytes_in, packets_out, bytes_out]
+        [
+            "SERVICE",
+            "PROTO",
+            "ENDPOINT",
+            "NODE",
+            "STATE",
+            "WEIGHT",
+            flows,
+            packets_in,
+            bytes_in,
+            packets_out,
+            bytes_out,
+        ]
     };
 
     fn cells(&self) -> Vec<String> {
@@ -47,6 +61,7 @@ impl Row for BackendRow {
             super::flows::host_and_port(&self.address, self.port),
             if self.local { "this" } else { "other" }.to_owned(),
             if self.in_use { "in-use" } else { "draining" }.to_owned(),
+            self.weight.to_string(),
         ];
         cells.extend(self.traffic.cells());
         cells
@@ -86,6 +101,7 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<BackendRow>, 
             port: backend.port().number(),
             local: backend.status().has(BackendStatus::LOCAL),
             in_use: used.contains(&id),
+            weight: backend.weight(),
             generation: backend.status().generation(),
             traffic: in_flows.with_backend(id, backend.status().generation(), total).into(),
         })

@@ -107,9 +107,9 @@ pub struct ServiceFacts {
     /// Only some sources may call its load balancer addresses.
     pub source_ranges: bool,
     /// Endpoints in the set of the whole cluster.
-    pub cluster_endpoints: u32,
+    pub cluster_endpoints: usize,
     /// Endpoints in that of this node.
-    pub local_endpoints: u32,
+    pub local_endpoints: usize,
 }
 
 /// An endpoint, and its part.

@@ -69,6 +69,7 @@ fn json(verb: &str) -> Option<Vec<String>> {
             internal_local: false,
             external_local: false,
             affinity_seconds: 0,
+            algorithm: "",
             traffic,
         }]),
         "backends" => fields_of(&[BackendRow {
@@ -79,6 +80,7 @@ fn json(verb: &str) -> Option<Vec<String>> {
             port: 0,
             local: false,
             in_use: false,
+            weight: 0,
             generation: 0,
             traffic,
         }]),

@@ -7,10 +7,10 @@ use crate::kernel::traffic::InFlows;
 use dataplane_common::Protocol;
 use dataplane_common::counter::Traffic;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
-use dataplane_common::service::{Policy, Service};
+use dataplane_common::service::{Algorithm, EndpointSet, Policy, Service};
 use dataplane_common::tables;
 use serde::Serialize;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// An address of a service port.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -67,9 +67,9 @@ pub struct ServiceRow {
     /// Its addresses.
     pub addresses: Vec<AddressRow>,
     /// How many endpoints the cluster set has.
-    pub cluster_endpoints: u32,
+    pub cluster_endpoints: usize,
     /// How many endpoints the local set has.
-    pub local_endpoints: u32,
+    pub local_endpoints: usize,
     /// Whether any endpoint exists (*has any*).
     pub has_endpoints: bool,
     /// `internalTrafficPolicy: Local`.
@@ -78,6 +78,8 @@ pub struct ServiceRow {
     pub external_local: bool,
     /// Timeout of `sessionAffinity: ClientIP` in seconds; 0 without.
     pub affinity_seconds: u32,
+    /// How an endpoint is chosen: `random`, `round-robin`, `maglev`, `source-hash`.
+    pub algorithm: &'static str,
     /// Traffic.
     pub traffic: TrafficRow,
 }
@@ -91,6 +93,7 @@ impl Row for ServiceRow {
             "ADDRESSES",
             "CLUSTER",
             "LOCAL",
+            "ALGORITHM",
             "POLICY",
             flows,
             packets_in,
@@ -121,6 +124,7 @@ impl Row for ServiceRow {
             or_dash(addresses.join(", ")),
             self.cluster_endpoints.to_string(),
             self.local_endpoints.to_string(),
+            self.algorithm.to_owned(),
             or_dash(policy.join(",")),
         ];
         cells.extend(self.traffic.cells());
@@ -167,20 +171,28 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<ServiceRow>, 
     }
     let (services, traffic) = (maps.map::<tables::Services>()?, maps.map::<tables::ServiceTraffic>()?);
     let in_flows = InFlows::read(maps)?;
+    let slots: HashMap<u32, u32> = maps.map::<tables::Slots>()?.entries()?.into_iter().collect();
+    // An endpoint of more weight has more slots.
+    let endpoints = |set: EndpointSet| {
+        let ids = (set.base()..set.base().saturating_add(set.count())).map_while(|slot| slots.get(&slot));
+        ids.collect::<HashSet<_>>().len()
+    };
     let row = |(id, mut addresses): (u32, Vec<AddressRow>)| {
         addresses.sort();
         let service: Service = services.get(&id)?.unwrap_or_default();
+        let set = if service.cluster.count() == 0 { service.local } else { service.cluster };
         Ok(ServiceRow {
             id,
             name: names.name(id),
             protocol: protocol_name(protocols.get(&id).copied().unwrap_or_default()),
             addresses,
-            cluster_endpoints: service.cluster.count(),
-            local_endpoints: service.local.count(),
+            cluster_endpoints: endpoints(service.cluster),
+            local_endpoints: endpoints(service.local),
             has_endpoints: service.policy.has(Policy::HAS_ENDPOINTS),
             internal_local: service.policy.has(Policy::INTERNAL_LOCAL),
             external_local: service.policy.has(Policy::EXTERNAL_LOCAL),
             affinity_seconds: service.policy.affinity_seconds(),
+            algorithm: set.algorithm().map_or("unknown", Algorithm::name),
             traffic: in_flows.with_service(id, traffic.get(&id)?.unwrap_or_default()).into(),
         })
     };

@@ -296,7 +296,7 @@ impl<M: Maps> Dataplane<M> {
     fn context(&self) -> Context {
         let (proxy_name, cidrs) = (self.settings.proxy_name.clone(), &self.settings.cluster_cidrs);
         let context = Context::new(&self.store, proxy_name, cidrs, &self.addresses);
-        Context { external_ips: self.settings.external_ips, ..context }
+        Context { external_ips: self.settings.external_ips, defaults: self.settings.defaults, ..context }
     }
 
     /// Adds to what is dirty what it touches elsewhere: after a failure all of it is to be written again.

@@ -22,6 +22,8 @@ pub(super) struct Settings {
     pub(super) cluster_cidrs: Vec<IpNet>,
     /// `--external-ips`.
     pub(super) external_ips: compile::ExternalIps,
+    /// `--lb-algorithm`.
+    pub(super) defaults: compile::Defaults,
     /// `--service-cidr`; empty if the ServiceCIDR objects say it.
     pub(super) service_cidrs: Vec<IpNet>,
     /// All else that the node's tables say. The service ranges in it are those of the moment.
@@ -50,6 +52,7 @@ impl Settings {
                 ExternalIps::NotOfNode => compile::ExternalIps::NotOfNode,
                 ExternalIps::None => compile::ExternalIps::None,
             },
+            defaults: compile::Defaults { algorithm: args.lb_algorithm },
             service_cidrs: args.service_cidr.clone(),
             node: NodeSettings {
                 service_ranges: args.service_cidr.clone(),

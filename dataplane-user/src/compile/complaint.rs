@@ -16,6 +16,12 @@ pub enum ComplaintReason {
     BadPort,
     /// An affinity timeout out of range (S1).
     BadAffinityTimeout,
+    /// An annotation asks for an algorithm that there is not (L1).
+    BadAlgorithm,
+    /// Weights that cannot be read, or are not used (L3).
+    BadWeights,
+    /// All endpoints have the weight 0 (L4).
+    AllWeightsZero,
     /// More service ranges than the node's table takes (P13).
     TooManyServiceRanges,
     /// More addresses on the node's interfaces than there is room for (P17).
@@ -30,6 +36,9 @@ impl ComplaintReason {
         Self::AddressConflict,
         Self::BadPort,
         Self::BadAffinityTimeout,
+        Self::BadAlgorithm,
+        Self::BadWeights,
+        Self::AllWeightsZero,
         Self::TooManyServiceRanges,
         Self::TooManyNodeAddresses,
     ];
@@ -42,6 +51,9 @@ impl ComplaintReason {
             Self::AddressConflict => "AddressConflict",
             Self::BadPort => "BadPort",
             Self::BadAffinityTimeout => "BadAffinityTimeout",
+            Self::BadAlgorithm => "BadAlgorithm",
+            Self::BadWeights => "BadWeights",
+            Self::AllWeightsZero => "AllWeightsZero",
             Self::TooManyServiceRanges => "TooManyServiceRanges",
             Self::TooManyNodeAddresses => "TooManyNodeAddresses",
         }

@@ -2,6 +2,7 @@
 //! else.
 
 use super::Context;
+use super::selection::{self, Weights};
 use super::tables::Endpoint;
 use crate::model;
 use dataplane_common::Port;
@@ -12,8 +13,24 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+/// An endpoint of a service port.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Candidate<'a> {
+    endpoint: &'a model::Endpoint,
+    /// Its share of new flows, against that of the others; 0: none (L3).
+    pub(super) weight: u16,
+}
+
+impl std::ops::Deref for Candidate<'_> {
+    type Target = model::Endpoint;
+
+    fn deref(&self) -> &model::Endpoint {
+        self.endpoint
+    }
+}
+
 /// The endpoints of one service port in one family, each once.
-pub(super) type Candidates<'a> = BTreeMap<Endpoint, &'a model::Endpoint>;
+pub(super) type Candidates<'a> = BTreeMap<Endpoint, Candidate<'a>>;
 
 /// Which sets are asked for (T4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +56,10 @@ impl Needs {
 pub(super) struct Sets {
     pub(super) cluster: BTreeSet<Endpoint>,
     pub(super) local: BTreeSet<Endpoint>,
-    /// *has any* of the contract: some READY or FALLBACK endpoint exists.
+    /// *has any* of the contract: some READY or FALLBACK endpoint exists, and not all have the weight 0 (L4).
     pub(super) any: bool,
+    /// Some exist, and all have the weight 0.
+    pub(super) all_zero: bool,
 }
 
 /// The endpoints of a service port: from all slices of the family, by port name and protocol; of two with one address
@@ -49,6 +68,7 @@ pub(super) fn candidates<'a>(
     slices: &'a [model::EndpointSlice],
     port: &model::ServicePort,
     ipv6: bool,
+    weights: &Weights,
 ) -> Candidates<'a> {
     let mut candidates = Candidates::new();
     for slice in slices.iter().filter(|slice| is_of_family(slice, ipv6)) {
@@ -57,13 +77,15 @@ pub(super) fn candidates<'a>(
             .iter()
             .filter(|other| other.name == port.name && other.protocol == port.protocol)
             .filter(|other| other.port != 0);
+        let of_slice = selection::slice_weight(slice).unwrap_or_default();
         for number in numbers {
             for endpoint in slice.endpoints.iter().filter(|endpoint| is_usable(endpoint.address, ipv6)) {
                 let key = Endpoint { addr: endpoint.address.into(), port: Port::new(number.port) };
+                let candidate = Candidate { endpoint, weight: weights.weight(endpoint, of_slice) };
                 match candidates.entry(key) {
-                    Entry::Vacant(entry) => drop(entry.insert(endpoint)),
-                    Entry::Occupied(mut entry) if precedence(endpoint) < precedence(entry.get()) => {
-                        entry.insert(endpoint);
+                    Entry::Vacant(entry) => drop(entry.insert(candidate)),
+                    Entry::Occupied(mut entry) if precedence(&candidate) < precedence(entry.get()) => {
+                        entry.insert(candidate);
                     }
                     Entry::Occupied(_) => {}
                 }
@@ -88,9 +110,17 @@ pub(super) fn is_usable(ip: IpAddr, ipv6: bool) -> bool {
 }
 
 /// Of two descriptions of one endpoint the smaller counts: a total order, so that slices may come in any order (F5).
-fn precedence(endpoint: &model::Endpoint) -> impl Ord {
+fn precedence<'a>(candidate: &Candidate<'a>) -> impl Ord + use<'a> {
+    let Candidate { endpoint, weight } = *candidate;
     let hints = Reverse((&endpoint.for_nodes, &endpoint.for_zones));
-    (endpoint.terminating, !endpoint.ready, !endpoint.serving, Reverse(&endpoint.node), hints)
+    (
+        endpoint.terminating,
+        !endpoint.ready,
+        !endpoint.serving,
+        Reverse(&endpoint.node),
+        hints,
+        Reverse(weight),
+    )
 }
 
 /// The flags of the endpoint's backend, if flows may go to it: while it is ready or serving.
@@ -124,28 +154,45 @@ pub(super) fn is_local(endpoint: &model::Endpoint, context: &Context) -> bool {
 /// - **T4** A set that nothing asks for is empty ([`Needs`]).
 /// - **T5** An endpoint that is terminating and not serving is in no set. (`publishNotReadyAddresses` makes it *ready*
 ///   all the same: then it is READY, S7.)
+/// - **L4** Weight 0 goes before hints. All endpoints of the port have it: as if there were none. All of the local set have it:
+///   they serve all the same.
 pub(super) fn select(candidates: &Candidates<'_>, needs: Needs, context: &Context) -> Sets {
     let ready: Vec<_> = candidates.iter().filter(|(_, e)| e.ready).map(|(key, e)| (*key, *e)).collect();
-    let fallback = || candidates.iter().filter(|(_, e)| !e.ready && e.serving && e.terminating);
-    let mut sets = Sets { any: !ready.is_empty() || fallback().next().is_some(), ..Sets::default() };
+    let fallback: Vec<_> = candidates
+        .iter()
+        .filter(|(_, e)| !e.ready && e.serving && e.terminating)
+        .map(|(key, e)| (*key, *e))
+        .collect();
+    let all = if ready.is_empty() { &fallback } else { &ready };
+    let weighty: Vec<_> = all.iter().filter(|(_, e)| e.weight > 0).copied().collect();
+    let mut sets = Sets { any: !weighty.is_empty(), ..Sets::default() };
+    sets.all_zero = !sets.any && !all.is_empty();
+    if sets.all_zero {
+        return sets;
+    }
     if needs.cluster {
         sets.cluster = if ready.is_empty() {
-            fallback().map(|(key, _)| *key).collect()
+            weighty.iter().map(|(key, _)| *key).collect()
         } else {
-            filter_by_hints(&ready, context)
+            filter_by_hints(&weighty, context)
         };
     }
     if needs.local {
-        sets.local = ready.iter().filter(|(_, e)| is_local(e, context)).map(|(key, _)| *key).collect();
-        if sets.local.is_empty() {
-            sets.local = fallback().filter(|(_, e)| is_local(e, context)).map(|(key, _)| *key).collect();
+        let here = |(_, e): &&(Endpoint, Candidate<'_>)| is_local(e, context);
+        let mut local: Vec<_> = ready.iter().filter(here).collect();
+        if local.is_empty() {
+            local = fallback.iter().filter(here).collect();
         }
+        if local.iter().any(|(_, e)| e.weight > 0) {
+            local.retain(|(_, e)| e.weight > 0);
+        }
+        sets.local = local.into_iter().map(|(key, _)| *key).collect();
     }
     sets
 }
 
 /// T1: the READY endpoints meant for this node, else for its zone, else all.
-fn filter_by_hints(ready: &[(Endpoint, &model::Endpoint)], context: &Context) -> BTreeSet<Endpoint> {
+fn filter_by_hints(ready: &[(Endpoint, Candidate<'_>)], context: &Context) -> BTreeSet<Endpoint> {
     let hinted = |hints: fn(&model::Endpoint) -> &[Arc<str>], here: &Arc<str>| {
         if ready.iter().any(|(_, e)| hints(e).is_empty()) {
             return None;

@@ -1,17 +1,19 @@
 //! Why each endpoint of a Service is in its sets or not, for people: what [`super::endpoints`] decides, put into words.
 
 use super::Context;
-use super::endpoints::{self, Candidates, Needs};
+use super::endpoints::{self, Candidate, Candidates, Needs};
+use super::selection::{Defaults, Selection};
 use crate::model::{self, EndpointSlice, Service};
 use crate::status::endpoints::{EndpointFacts, PortEndpoints};
 use std::sync::Arc;
 
 /// The endpoints of a Service by port and IP family, as this node sees them. A port without any in a family is left out.
 pub fn explain(service: &Service, slices: &[EndpointSlice], context: &Context) -> Vec<PortEndpoints> {
+    let weights = Selection::of(service.choice.as_deref(), Defaults::default(), |_, _| {}).weights;
     let mut told = Vec::new();
     for port in &service.ports {
         for ipv6 in [false, true] {
-            let candidates = endpoints::candidates(slices, port, ipv6);
+            let candidates = endpoints::candidates(slices, port, ipv6, &weights);
             if !candidates.is_empty() {
                 let (port, protocol) = (port.name.to_string(), port.protocol.to_string());
                 told.push(PortEndpoints { port, protocol, ipv6, endpoints: facts(&candidates, context) });
@@ -29,7 +31,7 @@ fn facts(candidates: &Candidates<'_>, context: &Context) -> Vec<EndpointFacts> {
     let by_nodes =
         candidates.iter().any(|(key, it)| all(key) && it.ready && it.for_nodes.contains(&context.node_name))
             && candidates.values().filter(|it| it.ready).all(|it| !it.for_nodes.is_empty());
-    let fact = |(key, endpoint): (&super::Endpoint, &&model::Endpoint)| EndpointFacts {
+    let fact = |(key, endpoint): (&super::Endpoint, &Candidate<'_>)| EndpointFacts {
         address: key.addr.to_string(),
         port: key.port.number(),
         node: endpoint.node.as_deref().map(str::to_owned),
@@ -38,7 +40,7 @@ fn facts(candidates: &Candidates<'_>, context: &Context) -> Vec<EndpointFacts> {
         terminating: endpoint.terminating,
         zones: endpoint.for_zones.iter().map(|zone| zone.to_string()).collect(),
         not_in_cluster_set: (!sets.cluster.contains(key))
-            .then(|| unfit(endpoint, any_ready, "").unwrap_or_else(|| hint(endpoint, by_nodes, context))),
+            .then(|| unfit(endpoint, any_ready, "").unwrap_or_else(|| left_out(endpoint, by_nodes, context))),
         not_in_local_set: (!sets.local.contains(key)).then(|| elsewhere(endpoint, local_ready, context)),
     };
     candidates.iter().map(fact).collect()
@@ -57,6 +59,13 @@ fn unfit(endpoint: &model::Endpoint, others_are_ready: bool, place: &str) -> Opt
     }
 }
 
+fn left_out(candidate: &Candidate<'_>, by_nodes: bool, context: &Context) -> String {
+    if candidate.weight == 0 { NO_WEIGHT.to_owned() } else { hint(candidate, by_nodes, context) }
+}
+
+/// Why an endpoint takes part nowhere that could.
+const NO_WEIGHT: &str = "its weight is 0 (L4)";
+
 fn hint(endpoint: &model::Endpoint, by_nodes: bool, context: &Context) -> String {
     let list = |names: &[Arc<str>]| names.iter().map(|name| &**name).collect::<Vec<_>>().join(", ");
     if by_nodes {
@@ -66,11 +75,11 @@ fn hint(endpoint: &model::Endpoint, by_nodes: bool, context: &Context) -> String
     format!("its hint is for zone {}, this node is in {here} (T1)", list(&endpoint.for_zones))
 }
 
-fn elsewhere(endpoint: &model::Endpoint, local_ready: bool, context: &Context) -> String {
+fn elsewhere(endpoint: &Candidate<'_>, local_ready: bool, context: &Context) -> String {
     if !endpoints::is_local(endpoint, context) {
         return format!("is on {}", endpoint.node.as_deref().unwrap_or("no node"));
     }
-    unfit(endpoint, local_ready, " on this node").unwrap_or_else(|| "not in the local set".to_owned())
+    unfit(endpoint, local_ready, " on this node").unwrap_or_else(|| NO_WEIGHT.to_owned())
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What a Service's health check port tells (S4). Pure: the servers are elsewhere.
 
 use super::endpoints;
+use super::selection::Weights;
 use super::service::{Context, has_dataplane};
 use crate::model::{EndpointSlice, Service, ServiceType};
 use std::collections::BTreeSet;
@@ -36,8 +37,8 @@ pub fn health_check(service: &Service, slices: &[EndpointSlice], context: &Conte
 fn count(service: &Service, slices: &[EndpointSlice], context: &Context, ipv6: bool) -> usize {
     let mut addresses = BTreeSet::new();
     for port in &service.ports {
-        for (key, endpoint) in endpoints::candidates(slices, port, ipv6) {
-            if endpoint.ready && !endpoint.terminating && endpoints::is_local(endpoint, context) {
+        for (key, endpoint) in endpoints::candidates(slices, port, ipv6, &Weights::default()) {
+            if endpoint.ready && !endpoint.terminating && endpoints::is_local(&endpoint, context) {
                 addresses.insert(key.addr);
             }
         }

@@ -9,6 +9,8 @@ mod endpoints;
 mod explain;
 pub mod health_check;
 pub mod node;
+pub mod run;
+pub mod selection;
 pub mod service;
 pub mod tables;
 #[cfg(test)]
@@ -20,6 +22,8 @@ pub use complaint::{Complaint, ComplaintReason};
 pub use explain::explain;
 pub use health_check::{HealthCheck, health_check};
 pub use node::{NodePortAddresses, NodeSettings, OwnAddresses, Sources, node, range_key};
+pub use run::{Member, run};
+pub use selection::Defaults;
 pub use service::{Context, ExternalIps, service};
 pub use tables::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables};
 pub use update::{Compiled, Compiler, Update};

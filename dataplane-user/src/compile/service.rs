@@ -1,10 +1,12 @@
 //! One Service and its slices to its tables. Pure: the same objects in any order give the same tables.
 
 use super::complaint::{Complaint, ComplaintReason};
-use super::endpoints::{self, Needs};
+use super::endpoints::{self, Candidate, Needs};
 use super::node::{OwnAddresses, primary_addresses};
-use super::tables::{PortTables, ServicePortName, ServiceTables};
+use super::selection::{self, Defaults, Selection};
+use super::tables::{Endpoint, PortTables, ServicePortName, ServiceTables};
 use crate::model::{EndpointSlice, Kind, ObjectName, Reference, Service, ServicePort, ServiceType, Store};
+use dataplane_common::backend::BackendStatus;
 use dataplane_common::frontend::{FrontendKey, FrontendKind};
 use dataplane_common::service::Policy;
 use dataplane_common::{Addr, Port};
@@ -33,6 +35,8 @@ pub struct Context {
     pub pod_ranges: Vec<IpNet>,
     /// Which external IPs are programmed (Z1).
     pub external_ips: ExternalIps,
+    /// How endpoints are chosen where a Service asks for nothing (L1).
+    pub defaults: Defaults,
 }
 
 /// Which `externalIPs` are programmed (Z1): whoever may write a Service can claim any address by them.
@@ -66,6 +70,7 @@ impl Context {
             primary: primary_addresses(store.own_node(), &on_interfaces.own),
             pod_ranges,
             external_ips: ExternalIps::default(),
+            defaults: Defaults::default(),
         }
     }
 
@@ -88,7 +93,14 @@ pub fn service(
     slices: &[EndpointSlice],
     context: &Context,
 ) -> (ServiceTables, Vec<Complaint>) {
-    let mut job = Job { service, slices, context, tables: ServiceTables::default(), complaints: Vec::new() };
+    let mut job = Job {
+        service,
+        slices,
+        context,
+        selection: Selection::default(),
+        tables: ServiceTables::default(),
+        complaints: Vec::new(),
+    };
     if has_dataplane(service, context) {
         job.compile();
     }
@@ -139,6 +151,7 @@ struct Job<'a> {
     service: &'a Service,
     slices: &'a [EndpointSlice],
     context: &'a Context,
+    selection: Selection,
     tables: ServiceTables,
     complaints: Vec<Complaint>,
 }
@@ -147,6 +160,7 @@ impl Job<'_> {
     fn compile(&mut self) {
         let service = self.service;
         let affinity = self.affinity_seconds();
+        self.selection = self.select();
         for ipv6 in [false, true] {
             // F1, F4: the families are independent; one without a ClusterIP is not programmed.
             if !service.cluster_ips.iter().any(|ip| ip.is_ipv6() == ipv6) {
@@ -172,6 +186,13 @@ impl Job<'_> {
 
     fn complain(&mut self, reason: ComplaintReason, text: String) {
         self.complaints.push(complaint(&self.service.name, reason, text));
+    }
+
+    /// L1, L3: how endpoints are chosen.
+    fn select(&mut self) -> Selection {
+        let (name, complaints) = (&self.service.name, &mut self.complaints);
+        let told = |reason, text| complaints.push(complaint(name, reason, text));
+        Selection::of(self.service.choice.as_deref(), self.context.defaults, told)
     }
 
     /// S1: the timeout, brought into its bounds; 0 without affinity.
@@ -243,6 +264,12 @@ impl Job<'_> {
             );
             self.complain(ComplaintReason::BadEndpointAddress, text);
         }
+        // L3.
+        for slice in self.slices.iter().filter(|slice| endpoints::is_of_family(slice, ipv6)) {
+            if let Err(why) = selection::slice_weight(slice) {
+                self.complain(ComplaintReason::BadWeights, format!("EndpointSlice {}: {why}", slice.name));
+            }
+        }
     }
 
     fn port(
@@ -301,21 +328,37 @@ impl Job<'_> {
         frontends
     }
 
-    fn fill_endpoints(&self, port: &ServicePort, ipv6: bool, affinity: u32, tables: &mut PortTables) {
+    fn fill_endpoints(&mut self, port: &ServicePort, ipv6: bool, affinity: u32, tables: &mut PortTables) {
         let outside = tables.frontends.values().any(|kind| *kind != FrontendKind::ClusterIp);
-        let candidates = endpoints::candidates(self.slices, port, ipv6);
+        let candidates = endpoints::candidates(self.slices, port, ipv6, &self.selection.weights);
         let sets = endpoints::select(&candidates, Needs::of(self.service, outside), self.context);
         let flag = |set: bool, flag: u32| if set { flag } else { 0 };
         let flags = flag(self.service.internal_local, Policy::INTERNAL_LOCAL)
             | flag(self.service.external_local, Policy::EXTERNAL_LOCAL)
             | flag(sets.any, Policy::HAS_ENDPOINTS);
         tables.policy = Policy::new(flags, affinity);
-        tables.backends = candidates
-            .iter()
-            .filter_map(|(key, endpoint)| Some((*key, endpoints::backend_flags(endpoint, self.context)?)))
-            .collect();
+        let flags_of = |key: &Endpoint, candidate: &Candidate<'_>| {
+            let flags = endpoints::backend_flags(candidate, self.context)?;
+            let member = flag(sets.cluster.contains(key), BackendStatus::IN_CLUSTER)
+                | flag(sets.local.contains(key), BackendStatus::IN_LOCAL);
+            Some((*key, flags | member))
+        };
+        tables.backends = candidates.iter().filter_map(|(key, candidate)| flags_of(key, candidate)).collect();
+        let weighted =
+            candidates.iter().filter(|(key, it)| it.weight != 1 && tables.backends.contains_key(key));
+        tables.weights = weighted.map(|(key, candidate)| (*key, candidate.weight)).collect();
+        tables.algorithm = self.selection.algorithm;
+        tables.seed = selection::seed(self.service);
+        tables.order = selection::order(tables.seed, &self.context.node_name);
         tables.cluster = sets.cluster;
         tables.local = sets.local;
+        if sets.all_zero {
+            let text = format!(
+                "all endpoints of port {:?} have the weight 0: it is refused as if it had none",
+                &*port.name
+            );
+            self.complain(ComplaintReason::AllWeightsZero, text);
+        }
     }
 
     /// P13.

@@ -4,7 +4,7 @@ use crate::model::ObjectName;
 use dataplane_common::frontend::{FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress};
 use dataplane_common::range::SourceRangeKey;
-use dataplane_common::service::Policy;
+use dataplane_common::service::{Algorithm, Policy};
 use dataplane_common::{Addr, Port};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,6 +51,14 @@ pub struct PortTables {
     /// Every endpoint that flows may have: all that are serving, in a set or not (C1, C2), with the flags of
     /// [`dataplane_common::backend::BackendStatus`].
     pub backends: BTreeMap<Endpoint, u32>,
+    /// The weights of those whose weight is not 1 (L3).
+    pub weights: BTreeMap<Endpoint, u16>,
+    /// How one of a set is chosen (L2).
+    pub algorithm: Algorithm,
+    /// What the hashes of that begin with: the same on all nodes.
+    pub seed: u64,
+    /// What its turns begin with: this node's own.
+    pub order: u64,
     /// The cluster set; each is a key of `backends`. Empty where T4 does not ask for it.
     pub cluster: BTreeSet<Endpoint>,
     /// The local set; each is a key of `backends`. Empty where T4 does not ask for it.

@@ -4,7 +4,7 @@ use super::tables::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTa
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::frontend::{FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress, Prefix};
-use dataplane_common::service::Policy;
+use dataplane_common::service::{Algorithm, Policy};
 use dataplane_common::{Addr, Protocol};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -37,17 +37,30 @@ fn write_port(f: &mut fmt::Formatter<'_>, name: &ServicePortName, port: &PortTab
         Ok(protocol) => writeln!(f, "{protocol} {family}")?,
         Err(number) => writeln!(f, "{number} {family}")?,
     }
-    writeln!(f, "  policy {}", PolicyText(port.policy))?;
+    write!(f, "  policy {}", PolicyText(port.policy))?;
+    match port.algorithm {
+        Algorithm::Random => writeln!(f)?,
+        Algorithm::RoundRobin | Algorithm::Maglev | Algorithm::SourceHash => {
+            writeln!(f, " {}", port.algorithm.name())?;
+        }
+    }
     port.ranges.iter().try_for_each(|range| writeln!(f, "  source-range {range}"))?;
     for (key, kind) in &port.frontends {
         writeln!(f, "  frontend {}", Shown(key, *kind))?;
     }
     write_set(f, "cluster", &port.cluster)?;
     write_set(f, "local", &port.local)?;
+    // Which set an endpoint is in the sets have told.
+    let member = BackendStatus::IN_CLUSTER | BackendStatus::IN_LOCAL;
     for (endpoint, flags) in &port.backends {
-        let words =
-            flag_words(*flags, &[(BackendStatus::SERVING, "serving"), (BackendStatus::LOCAL, "local")]);
-        writeln!(f, "  backend {endpoint}{words}")?;
+        let words = flag_words(
+            *flags & !member,
+            &[(BackendStatus::SERVING, "serving"), (BackendStatus::LOCAL, "local")],
+        );
+        match port.weights.get(endpoint) {
+            Some(weight) => writeln!(f, "  backend {endpoint}{words} weight={weight}")?,
+            None => writeln!(f, "  backend {endpoint}{words}")?,
+        }
     }
     Ok(())
 }

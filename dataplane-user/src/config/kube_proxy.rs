@@ -2,6 +2,7 @@
 //! taken as the flags of the same meaning; and the names of those that do not, for somebody may rely on them.
 
 use super::{AgentArgs, BindAddress, NodePortRange, duration, idle_time};
+use crate::compile::selection;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,8 +41,11 @@ pub enum ConfigFileError {
 /// Takes a value over; what is wrong with it otherwise.
 type Take = fn(&mut AgentArgs, &Value) -> Result<(), String>;
 
+/// What IPVS schedules by.
+const SCHEDULER: &str = "ipvs.scheduler";
+
 /// The fields that are taken: where they are, the flag whose place they take, and how.
-const FIELDS: [(&str, &str, Take); 15] = [
+const FIELDS: [(&str, &str, Take); 16] = [
     ("clientConnection.kubeconfig", "kubeconfig", |args, value| {
         args.kubeconfig = Some(text(value)?.into());
         Ok(())
@@ -85,6 +89,22 @@ const FIELDS: [(&str, &str, Take); 15] = [
     }),
     ("iptables.masqueradeBit", "masquerade_bit", masquerade_bit),
     ("nftables.masqueradeBit", "masquerade_bit", masquerade_bit),
+    (SCHEDULER, "lb_algorithm", |args, value| {
+        let word = text(value)?;
+        let why = match selection::algorithm(word) {
+            Ok(algorithm) => {
+                args.lb_algorithm = algorithm;
+                String::new()
+            }
+            // Services are served all the same.
+            Err(why) => format!(": {why}"),
+        };
+        tracing::warn!(
+            "--config: {SCHEDULER} {word}{why}; endpoints are chosen by {}",
+            args.lb_algorithm.name()
+        );
+        Ok(())
+    }),
     ("conntrack.udpStreamTimeout", "conntrack_udp_timeout_stream", |args, value| {
         args.conntrack_udp_timeout_stream = idle_time(text(value)?)?;
         Ok(())
@@ -151,7 +171,9 @@ pub fn apply(
     }
     let mut ignored = leaves(&config, "");
     ignored.retain(|path| !["kind", "apiVersion"].contains(&path.as_str()));
-    for (path, flag, take) in FIELDS {
+    // Another mode has no schedulers, whatever is written.
+    let schedules = config.get("mode").and_then(Value::as_str) == Some("ipvs");
+    for (path, flag, take) in FIELDS.into_iter().filter(|(path, ..)| schedules || *path != SCHEDULER) {
         let value = path.split('.').try_fold(&config, |value, name| value.get(name));
         // A 0 that somebody writes here is a number: as many connections as there are, or the first bit.
         let Some(value) = value.filter(|value| value.is_number() || !is_unset(value)) else { continue };
@@ -251,6 +273,23 @@ oomScoreAdj: null
         assert_eq!((args.conntrack.conntrack_max_per_core, args.conntrack.conntrack_min), (16_384, 262_144));
         assert_eq!(args.conntrack.conntrack_tcp_timeout_established, Duration::from_secs(7_200));
         assert_eq!(args.conntrack_udp_timeout_stream, Duration::from_secs(180), "unset is the default");
+    }
+
+    /// L1
+    #[test]
+    fn the_scheduler_of_ipvs_is_kept_where_there_is_one() {
+        use dataplane_common::service::Algorithm;
+        let algorithm = |text: &str| {
+            let (args, ignored) = apply_text(&format!("kind: KubeProxyConfiguration\n{text}\n"), &[]);
+            (args.lb_algorithm, ignored.unwrap())
+        };
+        assert_eq!(algorithm("mode: ipvs\nipvs: {scheduler: wrr}").0, Algorithm::RoundRobin);
+        assert_eq!(algorithm("mode: ipvs\nipvs: {scheduler: sh}").0, Algorithm::SourceHash);
+        assert_eq!(algorithm("mode: ipvs\nipvs: {scheduler: dh}").0, Algorithm::Random);
+        assert_eq!(algorithm("mode: ipvs\nipvs: {scheduler: ''}").0, Algorithm::Random);
+        let unused = algorithm("mode: iptables\nipvs: {scheduler: rr}");
+        assert_eq!(unused, (Algorithm::Random, vec!["ipvs.scheduler".to_owned(), "mode".to_owned()]));
+        assert_eq!(args(&["--ipvs-scheduler=rr"]).lb_algorithm, Algorithm::RoundRobin);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use dataplane_common::filter::caller_cell;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables::{
     self, Affinities, BackendTraffic, Callers, Closing, Flows, Fragments, HalfOpen, Nodes, Outgoings,
-    Reasons, ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
+    Reasons, Rounds, ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
 };
 use std::collections::BTreeMap;
 use std::io;
@@ -157,6 +157,8 @@ impl Rehearsal {
             (Affinities::NAME, FLOWS),
             (ServiceTraffic::NAME, 1),
             (BackendTraffic::NAME, 1),
+            // A turn that is asked about is not taken: it is the first.
+            (Rounds::NAME, 1),
             (Fragments::NAME, FEW),
             (SocketPeers::NAME, FEW),
             (SocketChoices::NAME, FEW),

@@ -3,6 +3,7 @@
 //! Pure data: no client, no clock, no I/O. Objects are written as they are into the snapshot on disk, so a new field or
 //! another meaning needs a new version there.
 
+use dataplane_common::hash::mix_bytes;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -114,6 +115,37 @@ pub struct Service {
     pub source_ranges: ThinVec<IpNet>,
     /// `spec.healthCheckNodePort` (S4).
     pub health_check_node_port: Option<u16>,
+    /// What its annotations ask of the choice of an endpoint (L1); `None` if nothing.
+    pub choice: Option<Box<ChoiceAnnotations>>,
+}
+
+/// What the names of the project's own annotations begin with.
+pub const ANNOTATION_PREFIX: &str = "service.portolan.dev/";
+
+/// Annotations that say how a Service's endpoints are chosen (L1), as they are written: what they mean, and what is wrong with them,
+/// compiling finds out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChoiceAnnotations {
+    /// The algorithm, and the annotation that asks for it.
+    pub algorithm: Option<(Arc<str>, Arc<str>)>,
+    /// The weights.
+    pub weights: Option<Arc<str>>,
+}
+
+/// A name, by which weights are found (L3): its hash, for a cluster has many endpoints and few of them have a weight of their own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NameHash(u64);
+
+impl NameHash {
+    /// No name.
+    pub const NONE: Self = Self(0);
+
+    /// The hash of a name.
+    pub const fn of(name: &str) -> Self {
+        // Never that of no name.
+        Self(mix_bytes(name.as_bytes(), 0) | 1)
+    }
 }
 
 /// `addressType` of an EndpointSlice.
@@ -158,6 +190,10 @@ pub struct Endpoint {
     pub for_nodes: ThinVec<Arc<str>>,
     /// `hints.forZones`; empty without.
     pub for_zones: ThinVec<Arc<str>>,
+    /// Name of the pod that `targetRef` names (L3).
+    pub pod: NameHash,
+    /// `zone` (L3).
+    pub zone: NameHash,
 }
 
 /// An EndpointSlice, as far as the contract reads it.
@@ -177,6 +213,10 @@ pub struct EndpointSlice {
     /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, for the latency metric; as written. Of the change, not of the
     /// object: the store does not keep it.
     pub trigger_time: Option<Arc<str>>,
+    /// Annotation `service.cilium.io/weight`, as written (L3).
+    pub weight: Option<Arc<str>>,
+    /// A controller of Kubernetes made it, and moves endpoints from slice to slice.
+    pub by_controller: bool,
 }
 
 /// A Node, as far as the contract reads it.

@@ -1,6 +1,8 @@
 //! Small valid objects for unit tests, to be changed by struct update.
 
-use super::{AddressType, Endpoint, EndpointSlice, ObjectName, Service, ServicePort, ServiceType, SlicePort};
+use super::{
+    AddressType, Endpoint, EndpointSlice, NameHash, ObjectName, Service, ServicePort, ServiceType, SlicePort,
+};
 use dataplane_common::Protocol;
 use std::net::IpAddr;
 
@@ -29,6 +31,7 @@ pub(crate) fn service(text: &str) -> Service {
         affinity_seconds: None,
         source_ranges: [].into(),
         health_check_node_port: None,
+        choice: None,
     }
 }
 
@@ -45,6 +48,8 @@ pub(crate) fn slice(text: &str, service: &str, endpoints: Vec<Endpoint>) -> Endp
         ports: vec![SlicePort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }],
         endpoints,
         trigger_time: None,
+        weight: None,
+        by_controller: false,
     }
 }
 
@@ -58,6 +63,8 @@ pub(crate) fn endpoint(address: &str, node: &str) -> Endpoint {
         terminating: false,
         for_nodes: [].into(),
         for_zones: [].into(),
+        pod: NameHash::NONE,
+        zone: NameHash::NONE,
     }
 }
 

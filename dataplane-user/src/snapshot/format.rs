@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 /// The version of the format, which is also that of [`model`](crate::model)'s types: an old snapshot is worth less than a
 /// wrong one costs, so there is no reader for any other.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Longer than any line that was ever written.
 const LONGEST_LINE: u64 = 64 << 20;
 /// How much is read at once.
@@ -233,7 +233,8 @@ mod tests {
     use super::*;
     use crate::model::samples::{endpoint, ip, service, slice};
     use crate::model::{
-        AddressType, Change, Endpoint, LoadBalancerIngress, Node, ObjectName, ServicePort, ServiceType, Store,
+        AddressType, Change, ChoiceAnnotations, Endpoint, LoadBalancerIngress, NameHash, Node, ObjectName,
+        ServicePort, ServiceType, Store,
     };
     use dataplane_common::Protocol;
     use std::io::Cursor;
@@ -265,17 +266,25 @@ mod tests {
             affinity_seconds: Some(10),
             source_ranges: range("10.0.0.0/8").into(),
             health_check_node_port: Some(32_000),
+            choice: Some(Box::new(ChoiceAnnotations {
+                algorithm: Some(("service.portolan.dev/lb-algorithm".into(), "maglev".into())),
+                weights: Some(r#"{"*":2}"#.into()),
+            })),
             ..service("web")
         };
         let hinted = Endpoint {
             for_nodes: ["n1".into()].into(),
             for_zones: ["z1".into()].into(),
             ready: false,
+            pod: NameHash::of("web-0"),
+            zone: NameHash::of("z1"),
             ..endpoint("fd01::1", "n1")
         };
         let full_slice = EndpointSlice {
             address_type: AddressType::Ipv6,
             trigger_time: None,
+            weight: Some("7".into()),
+            by_controller: true,
             ..slice("web-1", "web", vec![hinted, endpoint("fd01::2", "")])
         };
         let node = Node {
@@ -332,7 +341,7 @@ mod tests {
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(
             lines[0],
-            r#"{"portolan_snapshot":1,"taken":1800000000,"owner":{"node":"n1","proxy_name":null}}"#
+            r#"{"portolan_snapshot":2,"taken":1800000000,"owner":{"node":"n1","proxy_name":null}}"#
         );
         let line = |start: &str| *lines.iter().find(|line| line.starts_with(start)).unwrap();
         assert_eq!(
@@ -343,7 +352,8 @@ mod tests {
                 r#""external_ips":["192.0.2.1"],"ingress":[{"ip":"192.0.2.2","proxy":true}],"#,
                 r#""ports":[{"name":"dns","protocol":17,"port":53,"node_port":30053}],"internal_local":true,"#,
                 r#""external_local":true,"affinity_seconds":10,"source_ranges":["10.0.0.0/8"],"#,
-                r#""health_check_node_port":32000}}"#
+                r#""health_check_node_port":32000,"choice":{"algorithm":["service.portolan.dev/lb-algorithm","maglev"],"#,
+                r#""weights":"{\"*\":2}"}}}"#
             )
         );
         assert_eq!(
@@ -353,9 +363,11 @@ mod tests {
                 r#""service":{"namespace":"default","name":"web"},"address_type":"Ipv6","#,
                 r#""ports":[{"name":"","protocol":6,"port":8080}],"#,
                 r#""endpoints":[{"address":"fd01::1","node":"n1","ready":false,"serving":true,"#,
-                r#""terminating":false,"for_nodes":["n1"],"for_zones":["z1"]},"#,
+                r#""terminating":false,"for_nodes":["n1"],"for_zones":["z1"],"#,
+                r#""pod":10448768565045221067,"zone":12482430636619478283},"#,
                 r#"{"address":"fd01::2","node":null,"ready":true,"serving":true,"terminating":false,"#,
-                r#""for_nodes":[],"for_zones":[]}],"trigger_time":null}}"#
+                r#""for_nodes":[],"for_zones":[],"pod":0,"zone":0}],"trigger_time":null,"weight":"7","#,
+                r#""by_controller":true}}"#
             )
         );
         assert_eq!(
@@ -409,8 +421,8 @@ mod tests {
     #[test]
     fn another_version_is_told_from_damage() {
         let text = String::from_utf8(written(&objects())).unwrap();
-        let newer = text.replacen("\"portolan_snapshot\":1,", "\"portolan_snapshot\":2,\"new\":[],", 1);
-        assert_eq!(reread(newer.as_bytes()), Err(Refusal::OtherVersion(2)));
+        let newer = text.replacen("\"portolan_snapshot\":2,", "\"portolan_snapshot\":3,\"new\":[],", 1);
+        assert_eq!(reread(newer.as_bytes()), Err(Refusal::OtherVersion(3)));
     }
 
     #[test]

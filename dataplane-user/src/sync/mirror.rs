@@ -6,7 +6,9 @@ use super::plan::Plan;
 use super::recover::{self, BackendMirror, DAMAGED, PortMirror, Reading, Recovered};
 use super::slots::Slots;
 use super::{Maps, Op, apply};
-use crate::compile::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables, range_key};
+use crate::compile::{
+    Endpoint, Member, NodeTables, PortTables, ServicePortName, ServiceTables, range_key, run,
+};
 use crate::kernel::maps::MapError;
 use crate::model::ObjectName;
 use dataplane_common::Addr;
@@ -463,21 +465,23 @@ impl Mirror {
                     id
                 }
             };
-            backends.push(BackendMirror { endpoint: *endpoint, id, flags: *flags });
+            let weight = draft.tables.weights.get(endpoint).copied().unwrap_or(1);
+            backends.push(BackendMirror { endpoint: *endpoint, id, flags: *flags, weight });
         }
         draft.backends = backends.into();
         let old = known.map(|port| [(port.value.cluster, &port.cluster), (port.value.local, &port.local)]);
         for (at, set) in [&draft.tables.cluster, &draft.tables.local].into_iter().enumerate() {
-            let ids = ids_of(set, &draft.backends);
-            let kept = old
-                .and_then(|old| old.get(at).copied())
-                .filter(|(run, held)| ***held == *ids && *run != DAMAGED);
+            let ids = run_of(set, draft);
+            let algorithm = draft.tables.algorithm;
+            let kept = old.and_then(|old| old.get(at).copied()).filter(|(run, held)| {
+                ***held == *ids && *run != DAMAGED && *run == run.with_algorithm(algorithm)
+            });
             let set = match kept {
                 Some((run, _)) => DraftSet { run, ids, fresh: false },
                 None => {
                     let run = self.slots.take(ids.len() as u32);
                     let run = run.ok_or_else(|| full::<tables::Slots>(self.slots.capacity()))?;
-                    DraftSet { run, ids, fresh: true }
+                    DraftSet { run: run.with_algorithm(algorithm), ids, fresh: true }
                 }
             };
             draft.sets.push(set);
@@ -517,7 +521,7 @@ impl Mirror {
         };
         let (cluster_run, cluster) = next_set(&mut self.slots, old.value.cluster);
         let (local_run, local) = next_set(&mut self.slots, old.value.local);
-        let value = Service { cluster: cluster_run, local: local_run, policy: draft.tables.policy };
+        let value = Service::new(cluster_run, local_run, draft.tables.policy, draft.tables.seed);
         if value != old.value {
             plan.services.push((id, value));
         }
@@ -567,7 +571,7 @@ impl Mirror {
             // Generation 0 is that of an id which was never given out.
             *generation = generation.wrapping_add(1).max(1);
             plan.backends.push((new.id, self.backend_value(new, draft.id)));
-        } else if old.is_some_and(|old| old.flags != new.flags) {
+        } else if old.is_some_and(|old| (old.flags, old.weight) != (new.flags, new.weight)) {
             let value = self.backend_value(new, draft.id);
             let phase = if value.status().has(BackendStatus::SERVING) {
                 &mut plan.backends
@@ -583,6 +587,7 @@ impl Mirror {
         let generation = self.generations.get(backend.id as usize).copied().unwrap_or_default();
         let status = BackendStatus::new(generation, backend.flags);
         Backend::new(status, backend.endpoint.addr, backend.endpoint.port, service)
+            .with_weight(backend.weight)
     }
 
     /// A backend that goes keeps its address and generation in the kernel, for readers that are under way and for the
@@ -713,16 +718,15 @@ fn full<T: tables::Table>(capacity: usize) -> MapError {
     MapError::Full { name: T::NAME, capacity }
 }
 
-/// The ids of a set's endpoints, which are all among the backends.
-fn ids_of(set: &BTreeSet<Endpoint>, backends: &[BackendMirror]) -> Box<[u32]> {
-    let id = |endpoint: &Endpoint| {
-        let at = backends.binary_search_by_key(endpoint, |backend| backend.endpoint).ok()?;
-        backends.get(at).map(|backend| backend.id)
+/// What the slots of a set are to hold. Its endpoints are all among the backends. Where all have the weight 0, all have one (L4).
+fn run_of(set: &BTreeSet<Endpoint>, draft: &Draft<'_>) -> Box<[u32]> {
+    let backend = |endpoint: &Endpoint| {
+        let at = draft.backends.binary_search_by_key(endpoint, |backend| backend.endpoint).ok()?;
+        draft.backends.get(at)
     };
-    let mut ids: Box<[u32]> = set.iter().filter_map(id).collect();
-    // In this order the programs find an id in a set quickly.
-    ids.sort_unstable();
-    ids
+    let member = |b: &BackendMirror| Member { endpoint: b.endpoint, id: b.id, weight: b.weight.max(1) };
+    let members: Vec<_> = set.iter().filter_map(backend).map(member).collect();
+    run(draft.tables.algorithm, &members, draft.tables.seed, draft.tables.order)
 }
 
 pub(super) fn backend_bit(endpoint: &Endpoint, proto: u8) -> FilterBit {

@@ -19,6 +19,7 @@ pub(super) struct BackendMirror {
     pub(super) endpoint: Endpoint,
     pub(super) id: u32,
     pub(super) flags: u32,
+    pub(super) weight: u16,
 }
 
 /// A service port that the kernel holds.
@@ -134,7 +135,8 @@ fn read_backends<M: Maps>(maps: &M) -> Result<(Vec<u32>, BackendsByService), Map
         // An id whose backend no longer serves is free; only its generation is remembered.
         if value.status().has(BackendStatus::SERVING) {
             let endpoint = Endpoint { addr: *value.addr(), port: value.port() };
-            let backend = BackendMirror { endpoint, id, flags: value.status().flags() };
+            let (flags, weight) = (value.status().flags(), value.weight());
+            let backend = BackendMirror { endpoint, id, flags, weight };
             backends.entry(value.service()).or_default().push(backend);
         }
     })?;

@@ -54,6 +54,7 @@ fn service(n: u8, endpoints: &[u8], port: Option<u16>) -> ServiceTables {
         local: endpoints.iter().filter(|n| local(n)).map(|n| endpoint(*n)).collect(),
         ranges: BTreeSet::new(),
         frontends: [(frontend(n), FrontendKind::ClusterIp)].into(),
+        ..PortTables::default()
     };
     tables.frontends.extend(port.map(|port| (node_port(port), FrontendKind::NodePort)));
     let port = ServicePortName { service: name(n), port: "".into(), proto: TCP, ipv6: false };

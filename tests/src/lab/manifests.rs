@@ -33,6 +33,7 @@ pub struct Service {
     spec: Map<String, Value>,
     status: Value,
     labels: BTreeMap<String, String>,
+    annotations: BTreeMap<String, String>,
     ports: Vec<Port>,
     endpoints: Vec<Endpoint>,
 }
@@ -49,6 +50,7 @@ impl Service {
             spec,
             status: Value::Null,
             labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
             ports: Vec::new(),
             endpoints: Vec::new(),
         }
@@ -119,6 +121,13 @@ impl Service {
     #[must_use]
     pub fn spec(mut self, field: &str, value: Value) -> Self {
         self.spec.insert(field.into(), value);
+        self
+    }
+
+    /// An annotation.
+    #[must_use]
+    pub fn annotation(mut self, name: &str, value: &str) -> Self {
+        self.annotations.insert(name.into(), value.into());
         self
     }
 
@@ -197,8 +206,10 @@ impl Service {
             }
         }
         let mut metadata = json!({ "name": self.name, "namespace": self.namespace });
-        if !self.labels.is_empty() {
-            metadata["labels"] = json!(self.labels);
+        for (field, entries) in [("labels", &self.labels), ("annotations", &self.annotations)] {
+            if !entries.is_empty() {
+                metadata[field] = json!(entries);
+            }
         }
         let mut value = json!({ "apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec });
         if !self.status.is_null() {

@@ -1,5 +1,6 @@
 //! How a flow begins: to which endpoint, and with which source (P4 to P12, S1).
 
+use super::choice::Answers;
 use super::cluster::{Kind, ServicePort};
 use super::flows::{Flow, Phase, Said, Tuple};
 use super::outcome::{Alternative, Exit, NewSource, Outcome, Then};
@@ -43,7 +44,10 @@ impl Model {
         let own = self.node.source(headers.is_v6()).filter(|_| client == Client::Node);
         let who = own.unwrap_or(src);
         let all = endpoints.len();
-        let endpoints = &self.affinities.narrow(who, port, endpoints);
+        let bound = self.affinities.narrow(who, port, endpoints);
+        let question = Answers::question(port, (headers.src, headers.dst), who, endpoints)
+            .filter(|_| bound.len() == all);
+        let endpoints = &self.answers.narrow(question.as_ref(), &bound);
         let mut alternatives = Vec::new();
         let reply_of = |to| Tuple { src: to, dst: headers.src, proto: headers.proto };
         // Two flows of one client to one endpoint port, through two addresses, would have the same reply.
@@ -56,6 +60,7 @@ impl Model {
         let begun_with = |to, changes: Changes| {
             let outcome = self.begin(place, headers, client, to, changes);
             let mut alternative = self.remembered(headers, client, port, to, outcome, who);
+            alternative.answers = question.clone().map(|question| (question, BTreeSet::from([to])));
             if let Then::Begin(flow) = &mut alternative.then {
                 flow.source_translated = changes.here == Change::Source;
                 flow.masqueraded = changes.masqueraded;

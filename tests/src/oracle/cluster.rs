@@ -1,6 +1,7 @@
 //! Section 1 of the contract: from objects to service ports and the addresses that lead to them.
 
 use super::address::{Range, is_nobodys};
+use super::choice::{Algorithm, Weights};
 use super::endpoints::{Sets, candidates, sets};
 use super::{Cluster, NodePortAddresses, ThisNode};
 use k8s_openapi::api::core::v1::Service;
@@ -51,6 +52,8 @@ pub struct ServicePort {
     pub external_local: bool,
     /// `sessionAffinity: ClientIP` (S1).
     pub affinity: bool,
+    /// What decides which endpoint a flow gets (L1, L2).
+    pub algorithm: Algorithm,
     /// Who may call where `loadBalancerSourceRanges` hold, if they restrict anything in this family (S2).
     pub source_ranges: Option<Vec<Range>>,
     /// The endpoint sets of section 2.
@@ -293,11 +296,12 @@ fn service_port(
     };
     let spec = service.spec.clone().unwrap_or_default();
     let is_local = |policy: Option<String>| policy.as_deref() == Some("Local");
-    let candidates = candidates(cluster, &id, &node.name);
+    let candidates = candidates(cluster, &id, &node.name, &Weights::of_service(service));
     ServicePort {
         internal_local: is_local(spec.internal_traffic_policy),
         external_local: is_local(spec.external_traffic_policy),
         affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
+        algorithm: Algorithm::of(service),
         source_ranges: source_ranges(service, v6, node),
         sets: sets(&candidates, &node.name, zone),
         id,

@@ -2,6 +2,7 @@
 
 use super::Cluster;
 use super::address::is_nobodys;
+use super::choice::Weights;
 use super::cluster::{PortId, protocol};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,6 +20,7 @@ pub(super) struct Candidate {
     serving: bool,
     terminating: bool,
     here: bool,
+    weight: u16,
     for_nodes: BTreeSet<String>,
     for_zones: BTreeSet<String>,
 }
@@ -39,12 +41,19 @@ pub struct Sets {
     pub local: BTreeSet<SocketAddr>,
     /// *has any*.
     pub any: bool,
+    /// The weights of the endpoints (L3).
+    pub weights: BTreeMap<SocketAddr, u16>,
     /// Endpoints whose flows go on: those that are ready or serving; and whether each is on this node.
     pub usable: BTreeMap<SocketAddr, bool>,
 }
 
 /// F3 to F6: the endpoints of a service port, each once.
-pub(super) fn candidates(cluster: &Cluster, id: &PortId, node: &str) -> BTreeMap<SocketAddr, Candidate> {
+pub(super) fn candidates(
+    cluster: &Cluster,
+    id: &PortId,
+    node: &str,
+    weights: &Weights,
+) -> BTreeMap<SocketAddr, Candidate> {
     let mut candidates: BTreeMap<SocketAddr, Candidate> = BTreeMap::new();
     for slice in cluster.slices.iter().filter(|slice| is_of(slice, id)) {
         for port in slice.ports.iter().flatten() {
@@ -62,7 +71,7 @@ pub(super) fn candidates(cluster: &Cluster, id: &PortId, node: &str) -> BTreeMap
                 if ip.is_ipv6() != id.v6 || is_nobodys(ip) {
                     continue;
                 }
-                let candidate = candidate(endpoint, node);
+                let candidate = candidate(endpoint, ip, node, weights);
                 let place = candidates.entry(SocketAddr::new(ip, number as u16));
                 // F5: of duplicates one that is not terminating wins, then one that is ready, then one that serves.
                 let better = |old: &Candidate| {
@@ -97,13 +106,14 @@ fn is_of(slice: &EndpointSlice, id: &PortId) -> bool {
 }
 
 /// F6.
-fn candidate(endpoint: &Endpoint, node: &str) -> Candidate {
+fn candidate(endpoint: &Endpoint, ip: IpAddr, node: &str, weights: &Weights) -> Candidate {
     let conditions = endpoint.conditions.clone().unwrap_or_default();
     let hints = endpoint.hints.clone().unwrap_or_default();
     Candidate {
         ready: conditions.ready.unwrap_or(true),
         serving: conditions.serving.unwrap_or(true),
         terminating: conditions.terminating.unwrap_or(false),
+        weight: weights.of(endpoint, ip),
         here: endpoint.node_name.as_deref() == Some(node),
         for_nodes: hints.for_nodes.into_iter().flatten().map(|hint| hint.name).collect(),
         for_zones: hints.for_zones.into_iter().flatten().map(|hint| hint.name).collect(),
@@ -115,16 +125,23 @@ pub(super) fn sets(candidates: &BTreeMap<SocketAddr, Candidate>, node: &str, zon
     let of = |wanted: &dyn Fn(&Candidate) -> bool| -> BTreeSet<SocketAddr> {
         candidates.iter().filter(|(_, c)| wanted(c)).map(|(address, _)| *address).collect()
     };
+    // L4: weight 0 is out, but where it would leave nothing of the local set.
+    let weighs = |c: &Candidate| c.weight > 0;
     let ready = of(&|c| c.ready);
-    let fallback = of(&Candidate::is_fallback);
+    let all = if ready.is_empty() { of(&Candidate::is_fallback) } else { ready.clone() };
+    let chosen: BTreeSet<_> = all.iter().copied().filter(|at| weighs(&candidates[at])).collect();
     let ready_here = of(&|c| c.ready && c.here);
     let fallback_here = of(&|c| c.is_fallback() && c.here);
+    let here = if ready_here.is_empty() { fallback_here } else { ready_here };
+    let weighty: BTreeSet<_> = here.iter().copied().filter(|at| weighs(&candidates[at])).collect();
+    let local = if weighty.is_empty() { here } else { weighty };
     let usable = candidates.iter().filter(|(_, c)| c.ready || c.serving);
     Sets {
-        any: !ready.is_empty() || !fallback.is_empty(),
-        cluster: if ready.is_empty() { fallback } else { by_hints(&ready, candidates, node, zone) },
-        // T3: no hints here.
-        local: if ready_here.is_empty() { fallback_here } else { ready_here },
+        any: !chosen.is_empty(),
+        weights: candidates.iter().map(|(address, c)| (*address, c.weight)).collect(),
+        // T3: no hints for the local set.
+        local: if chosen.is_empty() { BTreeSet::new() } else { local },
+        cluster: if ready.is_empty() { chosen } else { by_hints(&chosen, candidates, node, zone) },
         usable: usable.map(|(address, c)| (*address, c.here)).collect(),
     }
 }

@@ -11,6 +11,7 @@
 pub mod address;
 mod affinity;
 mod begin;
+mod choice;
 mod cluster;
 mod endpoints;
 mod flows;
@@ -20,6 +21,7 @@ mod packets;
 pub mod wire;
 
 pub use address::Range;
+pub use choice::{Algorithm, Question};
 pub use cluster::{Kind, PortId, ServicePort, State};
 pub use endpoints::Sets;
 pub use flows::{Flow, Phase, Sender, Tuple};
@@ -157,6 +159,7 @@ pub struct Model {
     state: State,
     flows: flows::Flows,
     affinities: affinity::Affinities,
+    answers: choice::Answers,
     fragments: follow::Fragments,
     /// What answers a packet that left from a port of the node and is of no flow (P22); true if that certainly was noted.
     outgoing: BTreeMap<Tuple, bool>,
@@ -173,6 +176,7 @@ impl Model {
             state,
             flows: flows::Flows::default(),
             affinities: affinity::Affinities::default(),
+            answers: choice::Answers::default(),
             fragments: follow::Fragments::default(),
             outgoing: BTreeMap::new(),
             lately: BTreeSet::new(),

@@ -1,5 +1,6 @@
 //! What may become of a packet.
 
+use super::choice::Question;
 use super::cluster::PortId;
 use super::flows::{Flow, Sender, Tuple};
 use super::wire::{Flaw, Rewrite};
@@ -146,6 +147,8 @@ pub struct Alternative {
     pub notes: Option<(Tuple, bool)>,
     /// The client that comes back to this service port gets one of these again (S1).
     pub remembers: Option<(IpAddr, PortId, BTreeSet<SocketAddr>)>,
+    /// Whoever asks the same again gets one of these again (L2).
+    pub answers: Option<(Question, BTreeSet<SocketAddr>)>,
 }
 
 impl Alternative {
@@ -155,6 +158,11 @@ impl Alternative {
             Then::Used(client, _) | Then::Followed(client, _) => Some(*client),
             Then::Nothing | Then::Begin(_) => None,
         }
+    }
+
+    /// A hash leads to the endpoint, and one only.
+    pub fn is_hashed(&self) -> bool {
+        self.answers.as_ref().is_some_and(|((.., weights), chosen)| chosen.len() == 1 && weights.len() > 1)
     }
 
     pub(super) fn new(outcome: Outcome) -> Self {
@@ -169,6 +177,7 @@ impl Alternative {
             others: false,
             notes: None,
             remembers: None,
+            answers: None,
         }
     }
 }

@@ -345,6 +345,9 @@ impl Model {
         if let Some((who, port, had)) = &alternative.remembers {
             self.affinities.remember(*who, port, had.clone());
         }
+        if let Some((question, chosen)) = &alternative.answers {
+            self.answers.remember(question, chosen);
+        }
         if let Some(headers) = headers {
             self.fragments.note(headers, &alternative.outcome);
         }
@@ -399,10 +402,22 @@ fn remember_all_that_look_the_same(alternatives: &mut [Alternative]) {
         .iter()
         .filter_map(|alternative| Some((alternative.outcome.clone(), alternative.remembers.clone()?.2)))
         .collect();
-    for Alternative { outcome, remembers, .. } in alternatives {
+    let chosen: Vec<_> = alternatives
+        .iter()
+        .filter_map(|alternative| Some((alternative.outcome.clone(), alternative.answers.clone()?.1)))
+        .collect();
+    for Alternative { outcome, remembers, answers, .. } in alternatives {
+        let same = |all: &[(Outcome, BTreeSet<SocketAddr>)]| {
+            all.iter()
+                .filter(|(other, _)| other == outcome)
+                .flat_map(|(_, had)| had.clone())
+                .collect::<Vec<_>>()
+        };
         if let Some((_, _, had)) = remembers {
-            let same = all.iter().filter(|(other, _)| other == outcome);
-            had.extend(same.flat_map(|(_, had)| had));
+            had.extend(same(&all));
+        }
+        if let Some((_, had)) = answers {
+            had.extend(same(&chosen));
         }
     }
 }

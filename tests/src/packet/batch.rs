@@ -327,6 +327,22 @@ impl World {
         Ok((verdict, result.data, rehearsal::mark_of(&result.context)))
     }
 
+    /// The addresses of the endpoints in the slots of a service port's cluster set, slot by slot.
+    ///
+    /// # Errors
+    /// If there is no such port, or a table cannot be read.
+    pub fn slots_of(&self, name: &str) -> Result<Vec<IpAddr>> {
+        let id = self.mirror.names().find(|(_, known)| known.to_string() == name).map(|(id, _)| id);
+        let services = self.maps.map::<tables::Services>()?;
+        let set = services.get(&id.context("no such service port")?)?.unwrap_or_default().cluster;
+        let (slots, backends) = (self.maps.map::<tables::Slots>()?, self.maps.map::<tables::Backends>()?);
+        let address = |slot| {
+            let id = slots.get(&slot)?.context("no such slot")?;
+            Ok(backends.get(&id)?.context("no such backend")?.addr().to_ip())
+        };
+        (set.base()..set.base() + set.count()).map(address).collect()
+    }
+
     /// How often each reason has occurred.
     ///
     /// # Errors

@@ -80,6 +80,7 @@ mod tests {
             internal_local: false,
             external_local: false,
             affinity_seconds: 0,
+            algorithm: "random",
             traffic: TrafficRow::default(),
         };
         assert_eq!(without_endpoints(&[row(0, true)]).verdict, Verdict::Well);

@@ -95,8 +95,8 @@ impl Explanation {
             external_local: service.policy.has(Policy::EXTERNAL_LOCAL),
             affinity_seconds: service.policy.affinity_seconds(),
             source_ranges: service.policy.has(Policy::SOURCE_RANGES),
-            cluster_endpoints: service.cluster.count(),
-            local_endpoints: service.local.count(),
+            cluster_endpoints: 0,
+            local_endpoints: 0,
         });
     }
 
@@ -109,6 +109,9 @@ impl Explanation {
     ) -> Result<(), AdminError> {
         let [cluster, local] = [service.cluster, service.local].map(|set| members(rehearsal, set));
         let [cluster, local] = [cluster?, local?];
+        if let Some(service) = &mut self.service {
+            (service.cluster_endpoints, service.local_endpoints) = (cluster.len(), local.len());
+        }
         let is_local =
             outcome.chosen.keys().all(|endpoint| local.contains_key(endpoint)) && !local.is_empty();
         let set = if is_local && local.len() < cluster.len() || cluster.is_empty() { local } else { cluster };

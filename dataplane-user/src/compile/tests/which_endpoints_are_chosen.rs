@@ -254,7 +254,7 @@ fn an_endpoint_that_left_the_sets_stays_a_backend_while_it_serves() {
     assert_eq!(port.cluster, set(&["10.2.0.1:8080"]));
     let flags: Vec<u32> = port.backends.values().copied().collect();
     let serving = BackendStatus::SERVING;
-    assert_eq!(flags, [serving | BackendStatus::LOCAL, serving, serving]);
+    assert_eq!(flags, [serving | BackendStatus::LOCAL, serving, serving | BackendStatus::IN_CLUSTER]);
 }
 
 /// C1, C2: with policy Local no set holds the endpoints of other nodes, but flows to them may be alive
@@ -273,7 +273,8 @@ fn an_endpoint_that_is_ready_without_serving_is_used() {
     let port = compiled(&service("web"), vec![published.clone()]);
     assert_eq!(port.cluster, set(&["10.1.0.1:8080"]));
     let flags: Vec<u32> = port.backends.values().copied().collect();
-    assert_eq!(flags, [BackendStatus::SERVING | BackendStatus::LOCAL]);
+    let here = BackendStatus::SERVING | BackendStatus::LOCAL;
+    assert_eq!(flags, [here | BackendStatus::IN_CLUSTER]);
 
     let leaving = Endpoint { terminating: true, ..published };
     assert_eq!(compiled(&service("web"), vec![leaving]).cluster, set(&["10.1.0.1:8080"]));

@@ -4,12 +4,14 @@
 //! An object that breaks a rule is refused as a whole, with the field named (Z5); the caller keeps what it knew of it.
 //! Nothing here does I/O, and nothing knows whether an object came from an API server or from a file.
 
+mod annotations;
 mod node;
 mod service;
 mod slice;
 
 use super::names::Names;
-use crate::model::{Kind, Object, ObjectName, Protocol, Reference};
+use crate::model::{ChoiceAnnotations, Kind, Object, ObjectName, Protocol, Reference};
+use annotations::Annotations;
 use ipnet::IpNet;
 use k8s_openapi::jiff::Timestamp;
 use serde::Deserialize;
@@ -132,13 +134,8 @@ struct Labels {
     service_name: Option<String>,
     #[serde(rename = "topology.kubernetes.io/zone")]
     zone: Option<String>,
-}
-
-/// The annotations that the contract reads.
-#[derive(Clone, Debug, Default, Deserialize)]
-struct Annotations {
-    #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time")]
-    trigger_time: Option<String>,
+    #[serde(rename = "endpointslice.kubernetes.io/managed-by")]
+    managed_by: Option<String>,
 }
 
 impl Metadata {
@@ -161,6 +158,11 @@ impl Metadata {
     /// The value of the label of F2.
     pub fn proxy_name(&self) -> Option<&str> {
         self.labels.as_ref()?.proxy_name.as_deref()
+    }
+
+    /// What its annotations ask of the choice of an endpoint (L1).
+    fn choice(&self) -> Option<Box<ChoiceAnnotations>> {
+        self.annotations.as_ref()?.choice()
     }
 
     /// Seconds since 1970; 0 where there is no (readable) time.

@@ -113,6 +113,7 @@ impl Written for WrittenService {
             affinity_seconds: affinity(spec.session_affinity.as_deref(), spec.session_affinity_config)?,
             source_ranges: ranges("spec.loadBalancerSourceRanges", spec.load_balancer_source_ranges)?.into(),
             health_check_node_port: optional_port("spec.healthCheckNodePort", spec.health_check_node_port)?,
+            choice: metadata.choice(),
         }))
     }
 }

@@ -1,11 +1,15 @@
 //! EndpointSlices as they are written.
 
 use super::{Metadata, ObjectError, Written, address, all, port, protocol};
-use crate::model::{AddressType, Endpoint, EndpointSlice, Kind, Object, ObjectName, SlicePort};
+use crate::model::{AddressType, Endpoint, EndpointSlice, Kind, NameHash, Object, ObjectName, SlicePort};
 use crate::watch::names::Names;
 use serde::Deserialize;
 use std::sync::Arc;
 use thin_vec::ThinVec;
+
+/// The controllers that make slices, by the label `endpointslice.kubernetes.io/managed-by`.
+const CONTROLLERS: [&str; 2] =
+    ["endpointslice-controller.k8s.io", "endpointslicemirroring-controller.k8s.io"];
 
 /// `discovery.k8s.io/v1/EndpointSlice`.
 #[derive(Clone, Debug, Deserialize)]
@@ -31,7 +35,15 @@ struct WrittenEndpoint {
     addresses: Option<FirstAddress>,
     conditions: Option<Conditions>,
     node_name: Option<String>,
+    zone: Option<String>,
+    target_ref: Option<TargetRef>,
     hints: Option<Hints>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct TargetRef {
+    kind: Option<String>,
+    name: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -97,6 +109,10 @@ impl Written for WrittenEndpointSlice {
                 }
             },
             trigger_time: trigger_time.map(Arc::from),
+            weight: annotations.and_then(|annotations| annotations.slice_weight.as_deref()).map(Arc::from),
+            by_controller: labels
+                .and_then(|labels| labels.managed_by.as_deref())
+                .is_some_and(|by| CONTROLLERS.contains(&by)),
         }))
     }
 }
@@ -151,7 +167,14 @@ fn endpoint(
         terminating: conditions.terminating.unwrap_or(false),
         for_nodes: hint_names(hints.for_nodes, names),
         for_zones: hint_names(hints.for_zones, names),
+        pod: pod_name(written.target_ref.as_ref()),
+        zone: written.zone.as_deref().map_or(NameHash::NONE, NameHash::of),
     }))
+}
+
+fn pod_name(target: Option<&TargetRef>) -> NameHash {
+    let pod = target.filter(|target| target.kind.as_deref() == Some("Pod"));
+    pod.and_then(|pod| pod.name.as_deref()).map_or(NameHash::NONE, NameHash::of)
 }
 
 fn hint_names(hints: Option<Vec<Hint>>, names: &mut Names) -> ThinVec<Arc<str>> {

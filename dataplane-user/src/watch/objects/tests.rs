@@ -83,6 +83,7 @@ fn a_service_keeps_every_field_the_contract_reads() {
         affinity_seconds: Some(5),
         source_ranges: nets(&["10.0.0.0/8"]).into(),
         health_check_node_port: Some(32000),
+        choice: None,
     };
     assert_eq!(converted::<WrittenService>(object).unwrap(), Object::Service(expected));
 }
