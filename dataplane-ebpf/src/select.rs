@@ -94,6 +94,14 @@ pub fn backend(id: u32) -> Option<Chosen> {
 /// Generation and state of the backend with an id.
 #[inline(always)]
 pub fn status(id: u32) -> BackendStatus {
+    owner(id).0
+}
+
+/// Generation and state of the backend with an id, and the id of its service port: the one that it had at that generation or
+/// at a later one.
+#[inline(always)]
+pub fn owner(id: u32) -> (BackendStatus, u32) {
+    let Some(backend) = BACKENDS.get_ptr(id) else { return (BackendStatus::default(), 0) };
     // SAFETY: array elements stay; the status comes first.
-    BACKENDS.get_ptr(id).map_or(BackendStatus::default(), |backend| unsafe { read_word(backend.cast()) })
+    unsafe { (read_word(backend.cast::<BackendStatus>()), (*backend).service()) }
 }
