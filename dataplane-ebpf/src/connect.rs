@@ -263,7 +263,7 @@ fn choose<S: SocketAddress>(
             AffinityKey::namespace(netns_cookie(socket), service)
         }
     };
-    affinity::select(set, &key, seconds)
+    affinity::select_for_socket(set, &key, seconds)
 }
 
 /// Whether it is certain here that the socket may call this address (S2). Its source address is known only where it calls
