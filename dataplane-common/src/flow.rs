@@ -344,6 +344,8 @@ impl Flow {
     pub const MASQUERADED: u16 = 1 << 12;
     /// In the client's half: its packets are marked, so that netfilter notes that mark of their connection.
     pub const NOTED: u16 = 1 << 13;
+    /// Its client comes back to the endpoint (S1): that is remembered for good when the flow is established.
+    pub const AFFINE: u16 = 1 << 14;
 
     /// An entry with these flags that says nothing else yet.
     #[inline(always)]

@@ -129,8 +129,10 @@ tables! {
     Outgoings = "outgoing", LruHash<FlowKey, u64>, 8_192;
     /// The link-layer addresses of the uplinks by which the node itself calls Services, by index.
     Uplinks = "uplinks", LruHash<u32, Uplink>, 128;
-    /// The endpoint that each client of a service port with affinity had last.
+    /// The endpoint that each client of a service port with affinity had last, of those that have had a connection.
     Affinities = "affinity", LruHash<AffinityKey, Affinity>, 16_384;
+    /// The same of clients of which no connection is complete: anybody can forge those.
+    Newcomers = "affinity_new", LruHash<AffinityKey, Affinity>, 4_096;
     /// The ports of datagrams that come in fragments, from the first of them.
     Fragments = "fragments", LruHash<FragmentKey, FragmentPorts>, 8_192;
     /// Traffic per service port, but for what is counted in its flows still.

@@ -283,7 +283,7 @@ fn choose<S: SocketAddress>(
         Some(client) => AffinityKey::address(*client, service),
         None => AffinityKey::namespace(netns_cookie(socket), service),
     };
-    affinity::select(set, member, place, &key, seconds).map(Some)
+    affinity::select_for_socket(set, member, place, &key, seconds).map(Some)
 }
 
 /// Whether it is certain here that the socket may call this address (S2). Its source address is known only where it calls

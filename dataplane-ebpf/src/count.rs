@@ -91,11 +91,13 @@ unsafe fn add(total: *mut Traffic, direction: usize, counted: Counted) {
 /// Counts a new flow.
 #[inline(always)]
 pub fn new_flow(service: u32, backend: u32) {
-    for total in [SERVICE_TRAFFIC.get_ptr_mut(service), BACKEND_TRAFFIC.get_ptr_mut(backend)] {
-        if let Some(total) = total {
-            // SAFETY: an element of an array, which stays; an aligned word.
-            unsafe { atomic::add(&raw mut (*total).new_flows, 1) };
-        }
+    if let Some(total) = SERVICE_TRAFFIC.get_ptr_mut(service) {
+        // SAFETY: an element of an array, which stays; an aligned word.
+        unsafe { atomic::add(&raw mut (*total).new_flows, 1) };
+    }
+    if let Some(total) = BACKEND_TRAFFIC.get_ptr_mut(backend) {
+        // SAFETY: as above.
+        unsafe { atomic::add(&raw mut (*total).new_flows, 1) };
     }
 }
 

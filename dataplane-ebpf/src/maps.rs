@@ -64,6 +64,7 @@ maps! {
     OUTGOINGS: LruHashMap = "outgoing", Outgoings;
     UPLINKS: LruHashMap = "uplinks", Uplinks;
     AFFINITIES: LruHashMap = "affinity", Affinities;
+    NEWCOMERS: LruHashMap = "affinity_new", Newcomers;
     FRAGMENTS: LruHashMap = "fragments", Fragments;
     SERVICE_TRAFFIC: Array = "service_traffic", ServiceTraffic;
     BACKEND_TRAFFIC: Array = "backend_traffic", BackendTraffic;

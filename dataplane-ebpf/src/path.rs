@@ -729,6 +729,10 @@ impl<F: Frame> Walk<'_, F> {
         flow.last_seen = *now;
         *reply = *flow;
         flow.set(change);
+        if opening.affinity_seconds != 0 {
+            flow.set(Flow::AFFINE);
+            reply.set(Flow::AFFINE);
+        }
         flow.turn = *turn as u32;
         // Its first packet.
         flow.counted = Counted::packet(packet.length);

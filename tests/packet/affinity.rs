@@ -128,6 +128,50 @@ fn affinity_ends_when_no_connection_was_made_for_its_time() {
     });
 }
 
+/// S1, C4: whoever has had a connection is remembered, however many others are said to have called. Anybody can say it.
+#[test]
+fn forged_calls_make_no_client_forget_its_endpoint() {
+    /// More than there is room for of either kind, several times.
+    const FORGED: u32 = 12_000;
+    const ROOM: u32 = 1_024;
+    in_namespace(|| {
+        let sizes = [("affinity", ROOM), ("affinity_new", ROOM)];
+        let world = World::with(&affine(1_000, SIX), 0, &sizes).unwrap();
+        let client = |n: u32| format!("203.0.113.{}", n + 1);
+        let (to, lb) = ((V4.cluster_ip, 80), (V4.lb_ip, 80));
+        let syn = |from: &str, port| tcp_packet((from, port), to, tcp::SYN).numbers(1_000, 0);
+        let mut had = Vec::new();
+        for n in 0..40 {
+            let (from, by_udp) = (client(n), client(100 + n));
+            let own = endpoint(&world, Hook::PodIn, &syn(&from, 40_000));
+            let answer = tcp_packet((&own.to_string(), 8080), (&from, 40_000), tcp::SYN | tcp::ACK);
+            world.send(Hook::PodOut, &answer.numbers(5_000, 1_001)).unwrap();
+            let proof = tcp_packet((&from, 40_000), to, tcp::ACK).numbers(1_001, 5_001);
+            assert_eq!(endpoint(&world, Hook::PodIn, &proof), own);
+            let asks = udp_packet((&by_udp, 40_000), lb, b"?");
+            let other = endpoint(&world, Hook::PodIn, &asks);
+            let answer = udp_packet((&other.to_string(), 8080), (&by_udp, 40_000), b"!");
+            world.send(Hook::PodOut, &answer).unwrap();
+            world.send(Hook::PodIn, &asks).unwrap();
+            had.push((own, other));
+        }
+        for n in 0..FORGED {
+            let from = format!("198.18.{}.{}", n >> 8, n & 0xff);
+            world.time(Hook::PodIn, &syn(&from, 40_000).bytes()).unwrap();
+        }
+        let again: Vec<_> = (0..40)
+            .map(|n| {
+                let asks = udp_packet((&client(100 + n), 41_000), lb, b"?");
+                (
+                    endpoint(&world, Hook::PodIn, &syn(&client(n), 41_000)),
+                    endpoint(&world, Hook::PodIn, &asks),
+                )
+            })
+            .collect();
+        assert_eq!(again, had);
+    });
+}
+
 /// S1: switching acts live, both ways.
 #[test]
 fn affinity_is_switched_on_and_off_live() {

@@ -1,5 +1,6 @@
 //! The life of a flow: what a packet that was translated says of how far it is (C4).
 
+use crate::affinity;
 use crate::flow::{self, Found};
 use crate::parse::{Packet, sctp, tcp};
 use dataplane_common::Protocol;
@@ -149,6 +150,9 @@ fn confirm(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow) -> bool {
     if confirmed {
         let fin = if packet.tcp(tcp::FIN, tcp::FIN) { Flow::CLIENT_FIN } else { 0 };
         found.mark(key, flow, Flow::CONFIRMED | fin);
+        if flow.has(Flow::AFFINE) {
+            affinity::proved(key, flow);
+        }
     }
     confirmed
 }

@@ -19,11 +19,12 @@ pub(super) struct Enlarged {
 }
 
 /// The tables that programs write on their own.
-const WRITTEN_BY_PROGRAMS: [&str; 7] = [
+const WRITTEN_BY_PROGRAMS: [&str; 8] = [
     tables::Flows::NAME,
     tables::Outgoings::NAME,
     tables::Uplinks::NAME,
     tables::Affinities::NAME,
+    tables::Newcomers::NAME,
     tables::Fragments::NAME,
     tables::SocketPeers::NAME,
     tables::SocketChoices::NAME,

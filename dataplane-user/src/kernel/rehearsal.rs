@@ -15,10 +15,10 @@ use dataplane_common::drop::{Disposition, Reason};
 use dataplane_common::filter::caller_cell;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables::{
-    self, Affinities, BackendTraffic, Callers, Closing, Flows, Fragments, HalfOpen, Nodes, Outgoings,
-    Reasons, Rounds, ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
+    self, Affinities, BackendTraffic, Callers, Closing, Flows, Fragments, HalfOpen, Newcomers, Nodes,
+    Outgoings, Reasons, Rounds, ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 /// Entries of the maps that need few here.
@@ -155,6 +155,7 @@ impl Rehearsal {
             (HalfOpen::NAME, FLOWS),
             (Closing::NAME, FLOWS),
             (Affinities::NAME, FLOWS),
+            (Newcomers::NAME, FEW),
             (ServiceTraffic::NAME, 1),
             (BackendTraffic::NAME, 1),
             // A turn that is asked about is not taken: it is the first.
@@ -252,6 +253,7 @@ impl Rehearsal {
         self.clear(flows)?;
         let (affinities, outgoings) = (self.maps.map::<Affinities>()?, self.maps.map::<Outgoings>()?);
         self.clear(&affinities)?;
+        self.clear(&self.maps.map::<Newcomers>()?)?;
         self.clear(&outgoings)?;
         let node = self.live.map::<Nodes>()?.get(&0)?;
         let own = node.map_or([key.src; 2], |node| [node.primary_v4, node.primary_v6]);
@@ -275,7 +277,13 @@ impl Rehearsal {
     pub fn refresh(&mut self) -> Result<(), MapError> {
         let uplinks = self.live.map::<Uplinks>()?.entries()?;
         self.maps.map::<Uplinks>()?.insert_batch(&uplinks)?;
+        // Whose endpoint is known for good has no other.
         self.affinities = self.live.map::<Affinities>()?.entries()?;
+        let known: BTreeSet<_> =
+            self.affinities.iter().map(|(key, _)| bytemuck::bytes_of(key).to_vec()).collect();
+        let newcomers = self.live.map::<Newcomers>()?.entries()?;
+        let unknown = newcomers.into_iter().filter(|(key, _)| !known.contains(bytemuck::bytes_of(key)));
+        self.affinities.extend(unknown);
         self.outgoings = self.live.map::<Outgoings>()?.entries()?;
         Ok(())
     }

@@ -13,7 +13,8 @@ use dataplane_common::backend::Backend;
 use dataplane_common::frontend::{Frontend, FrontendKey};
 use dataplane_common::socket::{SocketChoice, SocketChoiceKey, SocketPeer, SocketPeerKey};
 use dataplane_common::tables::{
-    Affinities, Backends, Fragments, Frontends, Outgoings, SocketChoices, SocketPeers, Table, Uplinks,
+    Affinities, Backends, Fragments, Frontends, Newcomers, Outgoings, SocketChoices, SocketPeers, Table,
+    Uplinks,
 };
 use std::collections::HashMap;
 use std::io;
@@ -94,6 +95,7 @@ fn table<T: Table>(pins: &Pins) -> io::Result<Vec<(T::Key, T::Value)>> {
 pub(super) fn carry(pins: &Pins, to: &KernelMaps, endpoints: &Endpoints) -> Result<(), Failure> {
     let ids = Ids::read(pins, endpoints)?;
     copy::<Affinities>(pins, to, |key, value| ids.affinity(key, value))?;
+    copy::<Newcomers>(pins, to, |key, value| ids.affinity(key, value))?;
     copy::<SocketChoices>(pins, to, |key, value| ids.choice(key, value))?;
     copy::<SocketPeers>(pins, to, |key, value| ids.peer(key, value))?;
     copy::<Outgoings>(pins, to, |key, value| Some((key, value)))?;
