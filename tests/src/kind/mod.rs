@@ -141,10 +141,11 @@ fn attempt(say: &mut Narration, title: &str, step: impl FnOnce(&mut Narration) -
 
 /// Where this run keeps its kubeconfig and the like.
 fn working_folder() -> Result<PathBuf> {
-    for old in docker::of_killed_runs(&std::env::temp_dir()) {
+    let place = docker::own_folder()?;
+    for old in docker::of_killed_runs(&place) {
         fs::remove_dir_all(&old).with_context(|| old.display().to_string())?;
     }
-    let folder = std::env::temp_dir().join(docker::name_of_run());
+    let folder = place.join(docker::name_of_run());
     ensure!(!folder.exists(), "{} is in the way", folder.display());
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     let doomed = folder.clone();
