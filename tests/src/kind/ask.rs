@@ -1,4 +1,4 @@
-//! `portolan-lab ask`: a client in a container, which tells what it was answered in lines that [`parse`] reads.
+//! `portolan-lab ask`: a client in a container, which tells what it was answered in lines that the tour reads back.
 
 use crate::lab::{Answer, Asked, Failure, ask_datagram};
 use anyhow::{Context as _, Result};
@@ -67,7 +67,7 @@ fn datagram(to: SocketAddr, timeout: Duration) -> Asked {
     ask_datagram(&socket, None, timeout)
 }
 
-/// What [`ask`] printed.
+/// Reads what [`ask`] printed.
 pub(super) fn parse(text: &str) -> Vec<Asked> {
     text.lines()
         .map(|line| match line.strip_prefix(FAILED) {

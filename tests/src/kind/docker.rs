@@ -19,6 +19,8 @@ const START_TIME: Duration = Duration::from_secs(60);
 const END_TIME: Duration = Duration::from_secs(30);
 /// The first Docker that knows `CAP_BPF` and `CAP_PERFMON`.
 const KNOWS_BPF: u32 = 23;
+/// What the names of a run's folders and cgroups begin with, before its process id.
+const PREFIX: &str = "portolan-kind-";
 /// What its containers are run with.
 const RUNTIME: &str = "runc";
 /// The network that kind makes for its nodes.
@@ -139,7 +141,7 @@ fn start() -> Result<Docker> {
     }
     fs::create_dir_all(state.join("tmp"))?;
     let socket = state.join("docker.sock");
-    let cgroup = format!("portolan-kind-{}", std::process::id());
+    let cgroup = name_of_run();
     remove_old_cgroups();
     write_runtime(&state)?;
     fs::write(state.join("daemon.json"), configuration(&folder, &socket, &cgroup).to_string())?;
@@ -161,7 +163,18 @@ fn start() -> Result<Docker> {
         std::thread::sleep(Duration::from_millis(200));
     }
     println!("  its own Docker {} answers", version(&docker).unwrap_or_default());
+    remove_leftovers(&docker)?;
     Ok(docker)
+}
+
+/// What a killed run left in it: nobody else has containers there.
+fn remove_leftovers(docker: &Docker) -> Result<()> {
+    let containers = docker.docker(&["ps", "--all", "--quiet"])?;
+    for container in containers.lines() {
+        docker.docker(&["rm", "--force", "--volumes", container])?;
+    }
+    docker.docker(&["network", "prune", "--force"])?;
+    docker.docker(&["volume", "prune", "--force"]).map(drop)
 }
 
 /// A script that is `portolan-lab runc`, of a copy: the program that runs now may be built anew as long as the cluster is up.
@@ -276,13 +289,25 @@ fn remove_cgroups(name: &str) {
 
 /// Those of runs that were killed.
 fn remove_old_cgroups() {
-    for entry in hierarchies().iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let owner = name.strip_prefix("portolan-kind-").and_then(|pid| pid.parse::<u32>().ok());
-        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
-            remove_folders(&entry.path());
-        }
+    for hierarchy in hierarchies() {
+        of_killed_runs(&hierarchy).iter().for_each(|cgroup| remove_folders(cgroup));
     }
+}
+
+/// What is called after a run ([`name_of_run`]) that is there no more, in a folder.
+pub(super) fn of_killed_runs(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let is_orphan = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let owner = name.strip_prefix(PREFIX).and_then(|pid| pid.parse::<u32>().ok());
+        owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+    };
+    entries.map(|entry| entry.path()).filter(is_orphan).collect()
+}
+
+/// What folders and cgroups of this run are called.
+pub(super) fn name_of_run() -> String {
+    format!("{PREFIX}{}", std::process::id())
 }
 
 /// Cgroups go from the leaves.

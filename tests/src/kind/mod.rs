@@ -141,7 +141,11 @@ fn attempt(say: &mut Narration, title: &str, step: impl FnOnce(&mut Narration) -
 
 /// Where this run keeps its kubeconfig and the like.
 fn working_folder() -> Result<PathBuf> {
-    let folder = std::env::temp_dir().join(format!("portolan-kind-{}", std::process::id()));
+    let place = docker::own_folder()?;
+    for old in docker::of_killed_runs(&place) {
+        fs::remove_dir_all(&old).with_context(|| old.display().to_string())?;
+    }
+    let folder = place.join(docker::name_of_run());
     ensure!(!folder.exists(), "{} is in the way", folder.display());
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     let doomed = folder.clone();
