@@ -42,6 +42,12 @@ pub fn select(
     Ok(chosen)
 }
 
+/// The client has no endpoint of its own any more.
+#[inline(always)]
+pub fn forget(key: &AffinityKey) {
+    let _ = AFFINITIES.remove(key);
+}
+
 /// The id of the backend that the client had last, if that was within so many seconds and the set holds it; else
 /// [`NONE`]. Being asked counts as use.
 #[inline(never)]
