@@ -125,6 +125,8 @@ reasons! {
     NodePortSource = 40, "node-port-source", Dropped;
     /// A Service was called from outside by a source that `deniedSources` of `--sources-file` denies (S2).
     SourceDenied = 41, "source-denied", Dropped;
+    /// A client repeated a SYN that its endpoint had not answered, and got another endpoint (L5): the first is dead, or overloaded.
+    MovedSilent = 42, "moved-silent", Noted;
 }
 
 /// Length of the `reasons` array: one more than the largest number, rounded up for those to come.

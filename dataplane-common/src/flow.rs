@@ -96,7 +96,7 @@ pub struct Flow {
     pub generation: u32,
     /// Tick of the last packet in this direction; see [`tick`].
     pub last_seen: u32,
-    /// See [`Flow::expected_ack`], [`Flow::answered_at`] and [`Flow::uplink`].
+    /// See [`Flow::attempt`], [`Flow::expected_ack`], [`Flow::answered_at`] and [`Flow::uplink`].
     pub detail: u32,
     /// In the client's half, while half-open or closing: the low bits of [`Name::turn`] of its name.
     pub turn: u32,
@@ -221,6 +221,62 @@ impl Numbers {
         let next = self.is_known() && seq == self.end;
         let refuses = is_half_open && ack != 0 && ack == peer.end;
         expected || next || refuses || !self.is_known() && !peer.is_known()
+    }
+}
+
+/// How a flow of TCP that was not answered yet got its endpoint: [`Flow::detail`] of the client's half (L5). One word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct Attempt(u32);
+
+impl Attempt {
+    const TRIES: u32 = (1 << 3) - 1;
+    const BACKEND_SHIFT: u32 = 3;
+    const BACKEND: u32 = (1 << 17) - 1;
+    const MOMENT_SHIFT: u32 = 20;
+
+    /// The first, at the backend with this id.
+    #[inline(always)]
+    pub const fn first(backend: u32) -> Self {
+        Self((backend & Self::BACKEND) << Self::BACKEND_SHIFT)
+    }
+
+    /// From the word.
+    #[inline(always)]
+    pub const fn of(word: u32) -> Self {
+        Self(word)
+    }
+
+    /// The word, at a moment in eighths of a tick.
+    #[inline(always)]
+    pub const fn at(self, moment: u32) -> u32 {
+        (self.0 & ((1 << Self::MOMENT_SHIFT) - 1)) | (moment << Self::MOMENT_SHIFT)
+    }
+
+    /// How many there were before.
+    #[inline(always)]
+    pub const fn tries(self) -> u32 {
+        self.0 & Self::TRIES
+    }
+
+    /// The backend of the first: the lower bits of its id, which are all of them where there are not more than there is room for by
+    /// default.
+    #[inline(always)]
+    pub const fn backend(self) -> u32 {
+        self.0 >> Self::BACKEND_SHIFT & Self::BACKEND
+    }
+
+    /// The next. There are no more than fit.
+    #[inline(always)]
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(if self.tries() < Self::TRIES { self.0 + 1 } else { self.0 })
+    }
+
+    /// How many eighths of a tick have passed since, modulo 512 ticks.
+    #[inline(always)]
+    pub const fn age(self, moment: u32) -> u32 {
+        moment.wrapping_sub(self.0 >> Self::MOMENT_SHIFT) & ((1 << (u32::BITS - Self::MOMENT_SHIFT)) - 1)
     }
 }
 
@@ -424,6 +480,12 @@ impl Flow {
         self.flags &= !flag;
     }
 
+    /// In the client's half of TCP, while half-open and before it is [`Flow::ANSWERED`]: how it got its endpoint.
+    #[inline(always)]
+    pub const fn attempt(&self) -> Attempt {
+        Attempt::of(self.detail)
+    }
+
     /// In the client's half, while half-open and [`Flow::ACK_KNOWN`]: the acknowledgement number by which the client proves
     /// that it saw the SYN-ACK, host order.
     #[inline(always)]
@@ -475,6 +537,16 @@ mod tests {
         let (none, opened) = (Numbers::default(), Numbers { end: 100, ack: 0 });
         assert!(none.resets(opened, 0, 100, true) && !none.resets(opened, 0, 99, true));
         assert!(none.resets(none, 8, 0, false));
+    }
+
+    #[test]
+    fn an_attempt_says_where_it_began_how_often_and_when() {
+        let first = Attempt::first(70_000);
+        let word = Attempt::of(first.next().next().at(4_097));
+        assert_eq!((word.tries(), word.backend()), (2, 70_000));
+        assert_eq!([4_097, 4_099, 1].map(|moment| word.age(moment)), [0, 2, 0]);
+        let last = (0..9).fold(first, |attempt, _| attempt.next());
+        assert_eq!((last.tries(), last.backend()), (7, 70_000));
     }
 
     #[test]

@@ -123,6 +123,27 @@ impl Policy {
     /// LB IPs are for the sources in `source_ranges` only (S2).
     pub const SOURCE_RANGES: u32 = 1 << 3;
 
+    /// A second try was asked for: connections go by packet, where there is one (L6).
+    pub const BY_PACKET: u32 = 1 << 4;
+    /// How often a flow whose endpoint is silent may be given another (L5): at most [`Policy::MOST_TRIES`].
+    const TRIES_SHIFT: u32 = 8;
+    /// More tries than a client waits for.
+    pub const MOST_TRIES: u32 = 7;
+
+    /// The same policy with so many second tries.
+    #[must_use]
+    pub const fn with_tries(self, tries: u32) -> Self {
+        let tries = if tries > Self::MOST_TRIES { Self::MOST_TRIES } else { tries };
+        let others = self.flags & !(Self::MOST_TRIES << Self::TRIES_SHIFT);
+        Self { flags: others | tries << Self::TRIES_SHIFT, ..self }
+    }
+
+    /// How many second tries there are (L5).
+    #[inline(always)]
+    pub const fn tries(self) -> u32 {
+        self.flags >> Self::TRIES_SHIFT & Self::MOST_TRIES
+    }
+
     /// From the flags above and the affinity timeout in seconds (0: no affinity).
     pub const fn new(flags: u32, affinity_seconds: u32) -> Self {
         Self { flags, affinity_seconds }

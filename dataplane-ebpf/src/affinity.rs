@@ -66,6 +66,19 @@ pub fn select_for_socket(
     Ok(chosen)
 }
 
+/// The endpoint in a slot, for a connection whose endpoint is silent (L5). It is the client's as that of a client of which no connection is
+/// complete: what was there before goes when this one is, so that nobody who speaks in the client's place can take it away.
+///
+/// # Errors
+/// As [`select::at`].
+#[inline(always)]
+pub fn another(set: EndpointSet, place: u32, key: &AffinityKey) -> Result<Chosen, Reason> {
+    let chosen = select::at(set, place)?;
+    let choice = Choice { backend: chosen.id, generation: chosen.status.generation() };
+    let _ = NEWCOMERS.insert(key, &Affinity { choice, last_used: nanoseconds() }, BPF_ANY as u64);
+    Ok(chosen)
+}
+
 /// The id of the backend that the client had last, if that was within so many seconds and the set holds it; else
 /// [`NONE`]. Being asked counts as use.
 #[inline(always)]

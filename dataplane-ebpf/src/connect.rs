@@ -126,7 +126,7 @@ pub fn connect<S: SocketAddress>(mut socket: S) -> i32 {
         return PROCEED;
     }
     let Ok(policy) = service::policy(destination.service) else { return PROCEED };
-    if !admits(&addr, destination, source, policy) {
+    if !admits(&addr, destination, source, policy) || tries_again(&addr, proto, policy) {
         return PROCEED;
     }
     let endpoints = match service::endpoints(destination, source, policy) {
@@ -301,6 +301,12 @@ fn admits(addr: &Addr, destination: Destination, source: Source, policy: Policy)
         return false;
     }
     service::allows(&destination, if addr.is_loopback() { primary(node, addr) } else { addr })
+}
+
+/// Whether a second try was asked for, which only packets can have (L6): what the socket is connected to it stays connected to.
+#[inline(always)]
+fn tries_again(addr: &Addr, proto: u8, policy: Policy) -> bool {
+    proto == Protocol::Tcp as u8 && policy.has(Policy::BY_PACKET) && service::node_address(addr).is_none()
 }
 
 /// A ClusterIP on a port that no Service has (P13).

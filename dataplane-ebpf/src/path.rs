@@ -3,6 +3,7 @@
 mod follow;
 mod life;
 mod port;
+mod retry;
 
 use crate::affinity;
 use crate::count;
@@ -20,12 +21,13 @@ use crate::{interest, limit, nat, outgoing, uplink};
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
-use dataplane_common::flow::{Counted, Flow, FlowKey, Stage};
+use dataplane_common::flow::{Attempt, Counted, Flow, FlowKey, Stage};
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::{Node, SourceCase, SourceRule};
 use dataplane_common::service::{Algorithm, Policy};
 use dataplane_common::{Addr, Protocol, read_word};
 pub use life::End;
+pub use retry::Tried;
 
 /// Where the packet is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,6 +209,7 @@ impl<F: Frame> Walk<'_, F> {
     #[inline(always)]
     fn continue_flow(&mut self) -> Verdict {
         self.s.end = End::NONE;
+        self.s.attempt = Attempt::default();
         let Some(found) = flow::lookup(&self.s.key, &mut self.s.flow) else { return Verdict::Begin };
         if !self.applies() {
             return Verdict::Pass;
@@ -217,8 +220,18 @@ impl<F: Frame> Walk<'_, F> {
         let reply = self.s.flow.has(Flow::REPLY);
         let status = select::status(self.s.flow.backend);
         let stage = self.s.flow.stage();
-        let serving = status.generation() == self.s.flow.generation && status.has(BackendStatus::SERVING);
-        if self.answers_another(stage) || !reply && self.begins_anew(stage, serving) {
+        let known = status.generation() == self.s.flow.generation;
+        let serving = known && status.has(BackendStatus::SERVING);
+        let again = !reply && self.s.packet.opens() && known && self.tries_again(stage, self.s.flow.service);
+        if again {
+            if F::LEAVES_TO_TC {
+                // One of both decides it, and the other would begin the flow as if it were new.
+                return Verdict::LeaveToTc;
+            }
+            count::reason(Reason::MovedSilent);
+            self.s.attempt = self.s.flow.attempt().next();
+        }
+        if again || self.answers_another(stage) || !reply && self.begins_anew(stage, serving) {
             flow::remove(&self.s.key, &self.s.flow);
             return Verdict::Begin;
         }
@@ -544,6 +557,9 @@ impl<F: Frame> Walk<'_, F> {
     fn begin(&mut self) -> Code {
         self.s.turn = ring::next::<HalfOpenRing>();
         self.s.now = flow::now();
+        if self.s.attempt.tries() != 0 {
+            self.look_for_another();
+        }
         let begun = self.new_flow();
         if F::LEAVES_TO_TC && matches!(begun, Verdict::LeaveToTc | Verdict::Refuse(_)) {
             // tc chooses for this packet, and the same: L2.
@@ -672,7 +688,11 @@ impl<F: Frame> Walk<'_, F> {
             select::at(set, self.place(attempt))
         } else {
             let client = AffinityKey::address(*client_address(&self.s.packet.src, source), service);
-            affinity::select(set, member, || self.place(attempt), &client, affinity_seconds)
+            if self.s.attempt.tries() != 0 {
+                affinity::another(set, self.s.tried.place(), &client)
+            } else {
+                affinity::select(set, member, || self.place(attempt), &client, affinity_seconds)
+            }
         };
         match chosen {
             Ok(chosen) => {
@@ -688,6 +708,9 @@ impl<F: Frame> Walk<'_, F> {
     /// port is taken.
     #[inline(never)]
     fn place(&self, attempt: u32) -> u32 {
+        if self.s.attempt.tries() != 0 {
+            return self.s.tried.place();
+        }
         let Opening { endpoints: Endpoints { set, seed, .. }, service, source, .. } = &self.s.opening;
         // What an older agent or a newer one wrote and this version does not know is drawn.
         let algorithm = set.algorithm().unwrap_or_default();
@@ -718,7 +741,7 @@ impl<F: Frame> Walk<'_, F> {
     /// Both halves of a new flow to the chosen endpoint, in the walk's working memory; the source is the client's still.
     #[inline(never)]
     fn write_flow(&mut self, source: Source, chosen: &Chosen, change: u16) {
-        let Scratch { packet, flow, reply, opening, turn, now, .. } = &mut *self.s;
+        let Scratch { packet, flow, reply, opening, turn, now, attempt, .. } = &mut *self.s;
         let from_node = source == Source::Node;
         let flags = if from_node { Flow::NODE_CLIENT } else { 0 };
         *flow = Flow::with_flags(flags | change & Flow::SOURCE_TRANSLATED);
@@ -738,6 +761,8 @@ impl<F: Frame> Walk<'_, F> {
         flow.counted = Counted::packet(packet.length);
         if packet.proto == Protocol::Tcp as u8 {
             flow.numbers = life::numbers(packet);
+            let attempt = if attempt.tries() == 0 { Attempt::first(chosen.id) } else { *attempt };
+            flow.detail = attempt.at(flow::moment());
         }
         if from_node {
             reply.detail = self.frame.ifindex();

@@ -7,11 +7,11 @@ use crate::flow::{Claim, Ending};
 use crate::icmp::Changes;
 use crate::maps::SCRATCH;
 use crate::parse::Packet;
-use crate::path::End;
+use crate::path::{End, Tried};
 use crate::service::{Endpoints, Source};
 use crate::verdict::{Code, Exit, Way};
 use aya_ebpf::bindings::bpf_fib_lookup;
-use dataplane_common::flow::{Flow, FlowKey};
+use dataplane_common::flow::{Attempt, Flow, FlowKey};
 use dataplane_common::node::SourceRule;
 
 /// What a walk knows.
@@ -41,10 +41,14 @@ pub struct Scratch {
     pub ending: Ending,
     /// What the flow that begins has to choose from.
     pub opening: Opening,
+    /// How it comes to its endpoint.
+    pub attempt: Attempt,
     /// The tick at which it begins.
     pub now: u32,
     /// The turn in which it is named among the half-open.
     pub turn: u64,
+    /// The ids of the endpoints that were tried.
+    pub tried: Tried,
     /// The keys of its reply, and of another flow that has it.
     pub keys: [FlowKey; 2],
     /// How its first packet leaves.

@@ -88,6 +88,21 @@ pub fn policy(service: u32) -> Result<Policy, Reason> {
     Ok(unsafe { read_word(&raw const (*service).policy) })
 }
 
+/// Whether a flow of a service port that was tried so often may be given to another endpoint (L5).
+#[inline(always)]
+pub fn has_others(service: u32, tries: u32) -> bool {
+    let Some(service) = SERVICES.get_ptr(service) else { return false };
+    // SAFETY: array elements stay; each word is read whole.
+    let (policy, cluster, local): (Policy, EndpointSet, EndpointSet) = unsafe {
+        (
+            read_word(&raw const (*service).policy),
+            read_word(&raw const (*service).cluster),
+            read_word(&raw const (*service).local),
+        )
+    };
+    policy.tries() > tries && (cluster.count() > 1 || local.count() > 1)
+}
+
 /// Whether only some sources may call this address (S2).
 #[inline(always)]
 pub fn restricts(destination: Destination, policy: Policy) -> bool {

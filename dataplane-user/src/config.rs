@@ -273,6 +273,10 @@ pub struct AgentArgs {
         value_parser = selection::algorithm
     )]
     pub lb_algorithm: Algorithm,
+    /// How often a TCP connection whose endpoint is silent is given to another, where a Service's annotation does not say it: a SYN that
+    /// comes again unanswered goes elsewhere. 0: never.
+    #[arg(long, value_name = "N", default_value_t = selection::DEFAULT_TRIES, value_parser = clap::value_parser!(u32).range(0..=7))]
+    pub lb_retry: u32,
     /// What becomes of a ClusterIP that is called from outside the cluster.
     #[arg(long, value_enum, default_value_t = FromOutside::Allow)]
     pub cluster_ip_from_outside: FromOutside,

@@ -23,6 +23,7 @@ mod own;
 mod policies;
 mod pressure;
 mod refusals;
+mod retry;
 mod room;
 mod service_routes;
 mod soak;

@@ -11,6 +11,7 @@ mod headers;
 mod load_balancers;
 mod policies;
 mod refusals;
+mod retry;
 mod sctp;
 mod strays;
 mod translation;

@@ -70,6 +70,7 @@ fn json(verb: &str) -> Option<Vec<String>> {
             external_local: false,
             affinity_seconds: 0,
             algorithm: "",
+            retry: 0,
             traffic,
         }]),
         "backends" => fields_of(&[BackendRow {

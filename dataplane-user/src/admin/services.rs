@@ -2,6 +2,7 @@
 
 use super::columns::Row;
 use super::names::Names;
+use crate::compile::selection::DEFAULT_TRIES;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::traffic::InFlows;
 use dataplane_common::Protocol;
@@ -80,6 +81,8 @@ pub struct ServiceRow {
     pub affinity_seconds: u32,
     /// How an endpoint is chosen: `random`, `round-robin`, `maglev`, `source-hash`.
     pub algorithm: &'static str,
+    /// How often a connection by packet whose endpoint is silent is given to another.
+    pub retry: u32,
     /// Traffic.
     pub traffic: TrafficRow,
 }
@@ -114,6 +117,7 @@ impl Row for ServiceRow {
             (self.internal_local, "internal-local".to_owned()),
             (self.external_local, "external-local".to_owned()),
             (self.affinity_seconds > 0, format!("affinity={}s", self.affinity_seconds)),
+            (self.retry != DEFAULT_TRIES, format!("retry={}", self.retry)),
             (!self.has_endpoints, "no-endpoints".to_owned()),
         ];
         let policy: Vec<_> = policies.into_iter().filter(|(has, _)| *has).map(|(_, word)| word).collect();
@@ -193,6 +197,7 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<ServiceRow>, 
             external_local: service.policy.has(Policy::EXTERNAL_LOCAL),
             affinity_seconds: service.policy.affinity_seconds(),
             algorithm: set.algorithm().map_or("unknown", Algorithm::name),
+            retry: service.policy.tries(),
             traffic: in_flows.with_service(id, traffic.get(&id)?.unwrap_or_default()).into(),
         })
     };

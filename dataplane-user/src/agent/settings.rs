@@ -52,7 +52,7 @@ impl Settings {
                 ExternalIps::NotOfNode => compile::ExternalIps::NotOfNode,
                 ExternalIps::None => compile::ExternalIps::None,
             },
-            defaults: compile::Defaults { algorithm: args.lb_algorithm },
+            defaults: compile::Defaults { algorithm: args.lb_algorithm, tries: args.lb_retry },
             service_cidrs: args.service_cidr.clone(),
             node: NodeSettings {
                 service_ranges: args.service_cidr.clone(),

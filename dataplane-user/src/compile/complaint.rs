@@ -20,6 +20,8 @@ pub enum ComplaintReason {
     BadAlgorithm,
     /// Weights that cannot be read, or are not used (L3).
     BadWeights,
+    /// A number of second tries that is none (L5).
+    BadRetry,
     /// All endpoints have the weight 0 (L4).
     AllWeightsZero,
     /// More service ranges than the node's table takes (P13).
@@ -38,6 +40,7 @@ impl ComplaintReason {
         Self::BadAffinityTimeout,
         Self::BadAlgorithm,
         Self::BadWeights,
+        Self::BadRetry,
         Self::AllWeightsZero,
         Self::TooManyServiceRanges,
         Self::TooManyNodeAddresses,
@@ -53,6 +56,7 @@ impl ComplaintReason {
             Self::BadAffinityTimeout => "BadAffinityTimeout",
             Self::BadAlgorithm => "BadAlgorithm",
             Self::BadWeights => "BadWeights",
+            Self::BadRetry => "BadRetry",
             Self::AllWeightsZero => "AllWeightsZero",
             Self::TooManyServiceRanges => "TooManyServiceRanges",
             Self::TooManyNodeAddresses => "TooManyNodeAddresses",

@@ -30,6 +30,9 @@ pub struct Member {
 
 /// The ids in the slots of a set. `seed` is the same on all nodes, `order` this node's own.
 pub fn run(algorithm: Algorithm, members: &[Member], seed: u64, order: u64) -> Box<[u32]> {
+    if let [only] = members {
+        return [only.id].into();
+    }
     match algorithm {
         Algorithm::Random => {
             let mut ids = spread(members);

@@ -3,7 +3,7 @@
 use super::complaint::ComplaintReason;
 use crate::model::{self, ANNOTATION_PREFIX, ChoiceAnnotations, EndpointSlice, NameHash};
 use dataplane_common::hash::{mix, mix_bytes};
-use dataplane_common::service::Algorithm;
+use dataplane_common::service::{Algorithm, Policy};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -12,11 +12,22 @@ use std::net::IpAddr;
 const DEFAULT_WEIGHT: u16 = 1;
 
 /// What a node's flags say where an annotation says nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Defaults {
     /// `--lb-algorithm`.
     pub algorithm: Algorithm,
+    /// `--lb-retry`.
+    pub tries: u32,
 }
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self { algorithm: Algorithm::default(), tries: DEFAULT_TRIES }
+    }
+}
+
+/// How many second tries a connection has where nobody asks for more or fewer (L5).
+pub const DEFAULT_TRIES: u32 = 3;
 
 /// How a Service's endpoints are chosen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,6 +36,10 @@ pub(super) struct Selection {
     pub(super) algorithm: Algorithm,
     /// What each endpoint's weight is.
     pub(super) weights: Weights,
+    /// How many second tries there are (L5).
+    pub(super) tries: u32,
+    /// The Service asks for them itself, so that its connections go by packet (L6).
+    pub(super) by_packet: bool,
 }
 
 /// Weights, by what they are given to; the more exact word counts.
@@ -104,7 +119,12 @@ impl Selection {
         defaults: Defaults,
         mut complain: impl FnMut(ComplaintReason, String),
     ) -> Self {
-        let mut selection = Self { algorithm: defaults.algorithm, weights: Weights::default() };
+        let mut selection = Self {
+            algorithm: defaults.algorithm,
+            weights: Weights::default(),
+            tries: defaults.tries,
+            by_packet: false,
+        };
         let Some(annotations) = annotations else { return selection };
         if let Some((key, word)) = &annotations.algorithm {
             match algorithm(word) {
@@ -115,6 +135,18 @@ impl Selection {
                         ComplaintReason::BadAlgorithm,
                         format!("annotation {key} is \"{word}\": {why}; {used} is used"),
                     );
+                }
+            }
+        }
+        if let Some(text) = annotations.retry.as_deref() {
+            match text.parse().ok().filter(|tries| *tries <= Policy::MOST_TRIES) {
+                Some(tries) => (selection.tries, selection.by_packet) = (tries, tries > 0),
+                None => {
+                    let (most, used) = (Policy::MOST_TRIES, defaults.tries);
+                    let name = format!("annotation {ANNOTATION_PREFIX}retry");
+                    let text =
+                        format!("{name} is \"{text}\", which is no number up to {most}; {used} is used");
+                    complain(ComplaintReason::BadRetry, text);
                 }
             }
         }
@@ -212,9 +244,10 @@ mod tests {
         let annotations = ChoiceAnnotations {
             algorithm: algorithm.map(|word| ("a/lb-algorithm".into(), word.into())),
             weights: weights.map(Into::into),
+            retry: None,
         };
         let mut complaints = Vec::new();
-        let defaults = Defaults { algorithm: Algorithm::RoundRobin };
+        let defaults = Defaults { algorithm: Algorithm::RoundRobin, ..Defaults::default() };
         let selection = Selection::of(Some(&annotations), defaults, |_, text| complaints.push(text));
         (selection, complaints)
     }
@@ -239,6 +272,19 @@ mod tests {
         let (selection, complaints) = of(Some("Maglev"), None);
         assert_eq!((selection.algorithm, complaints.len()), (Algorithm::RoundRobin, 1));
         assert!(complaints[0].contains("it is none of random, round-robin, maglev, source-hash"));
+    }
+
+    /// L5, L6
+    #[test]
+    fn a_number_of_tries_is_taken_and_what_is_none_is_told() {
+        let of = |text: &str| {
+            let annotations = ChoiceAnnotations { retry: Some(text.into()), ..ChoiceAnnotations::default() };
+            let mut complaints = 0;
+            let selection = Selection::of(Some(&annotations), Defaults::default(), |_, _| complaints += 1);
+            (selection.tries, selection.by_packet, complaints)
+        };
+        assert_eq!([of("1"), of("0"), of("7")], [(1, true, 0), (0, false, 0), (7, true, 0)]);
+        assert_eq!([of("8"), of("-1"), of("")], [(DEFAULT_TRIES, false, 1); 3]);
     }
 
     /// L3

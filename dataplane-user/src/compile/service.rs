@@ -336,7 +336,8 @@ impl Job<'_> {
         let flags = flag(self.service.internal_local, Policy::INTERNAL_LOCAL)
             | flag(self.service.external_local, Policy::EXTERNAL_LOCAL)
             | flag(sets.any, Policy::HAS_ENDPOINTS);
-        tables.policy = Policy::new(flags, affinity);
+        let flags = flags | flag(self.selection.by_packet, Policy::BY_PACKET);
+        tables.policy = Policy::new(flags, affinity).with_tries(self.selection.tries);
         let flags_of = |key: &Endpoint, candidate: &Candidate<'_>| {
             let flags = endpoints::backend_flags(candidate, self.context)?;
             let member = flag(sets.cluster.contains(key), BackendStatus::IN_CLUSTER)

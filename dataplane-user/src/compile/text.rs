@@ -1,5 +1,6 @@
 //! Tables as stable text, for golden files and `--dry-run`. One line for each thing that could differ.
 
+use super::selection::DEFAULT_TRIES;
 use super::tables::{Endpoint, NodeTables, PortTables, ServicePortName, ServiceTables};
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::frontend::{FrontendKey, FrontendKind};
@@ -122,13 +123,17 @@ impl fmt::Display for PolicyText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(policy) = self;
         f.write_str(if policy.has(Policy::HAS_ENDPOINTS) { "has-endpoints" } else { "no-endpoints" })?;
-        let flags = policy.flags() & !Policy::HAS_ENDPOINTS;
+        let flags = policy.with_tries(0).flags() & !Policy::HAS_ENDPOINTS;
         let names = [
             (Policy::INTERNAL_LOCAL, "internal-local"),
             (Policy::EXTERNAL_LOCAL, "external-local"),
             (Policy::SOURCE_RANGES, "source-ranges"),
+            (Policy::BY_PACKET, "by-packet"),
         ];
         f.write_str(&flag_words(flags, &names))?;
+        if policy.tries() != DEFAULT_TRIES {
+            write!(f, " retry={}", policy.tries())?;
+        }
         match policy.affinity_seconds() {
             0 => Ok(()),
             seconds => write!(f, " affinity={seconds}s"),

@@ -131,6 +131,8 @@ pub struct ChoiceAnnotations {
     pub algorithm: Option<(Arc<str>, Arc<str>)>,
     /// The weights.
     pub weights: Option<Arc<str>>,
+    /// How many second tries.
+    pub retry: Option<Arc<str>>,
 }
 
 /// A name, by which weights are found (L3): its hash, for a cluster has many endpoints and few of them have a weight of their own.

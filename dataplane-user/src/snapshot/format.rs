@@ -269,6 +269,7 @@ mod tests {
             choice: Some(Box::new(ChoiceAnnotations {
                 algorithm: Some(("service.portolan.dev/lb-algorithm".into(), "maglev".into())),
                 weights: Some(r#"{"*":2}"#.into()),
+                retry: Some("1".into()),
             })),
             ..service("web")
         };
@@ -353,7 +354,7 @@ mod tests {
                 r#""ports":[{"name":"dns","protocol":17,"port":53,"node_port":30053}],"internal_local":true,"#,
                 r#""external_local":true,"affinity_seconds":10,"source_ranges":["10.0.0.0/8"],"#,
                 r#""health_check_node_port":32000,"choice":{"algorithm":["service.portolan.dev/lb-algorithm","maglev"],"#,
-                r#""weights":"{\"*\":2}"}}}"#
+                r#""weights":"{\"*\":2}","retry":"1"}}}"#
             )
         );
         assert_eq!(

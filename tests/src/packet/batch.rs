@@ -58,7 +58,9 @@ impl World {
         let addresses: BTreeSet<Addr> = facts.interfaces.iter().map(|ip| Addr::from(*ip)).collect();
         let proxy_name = facts.proxy_name.as_deref().map(Into::into);
         let interfaces = facts.interfaces.clone().into();
-        let context = Context::new(&self.store, proxy_name, &facts.cluster_cidrs, &interfaces);
+        let mut context = Context::new(&self.store, proxy_name, &facts.cluster_cidrs, &interfaces);
+        // How long it takes from one packet to the next means nothing here (L5).
+        context.defaults.tries = 0;
         let all: BTreeSet<_> = self.store.services().map(|service| service.name.clone()).collect();
         dirty.services.extend(all);
         let update = self.compiler.update(&self.store, &dirty.services, &context);

@@ -81,6 +81,7 @@ mod tests {
             external_local: false,
             affinity_seconds: 0,
             algorithm: "random",
+            retry: 3,
             traffic: TrafficRow::default(),
         };
         assert_eq!(without_endpoints(&[row(0, true)]).verdict, Verdict::Well);

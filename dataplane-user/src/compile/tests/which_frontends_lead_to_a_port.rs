@@ -104,7 +104,7 @@ fn the_affinity_timeout_is_brought_into_its_bounds_with_a_complaint() {
 fn traffic_policies_are_passed_on() {
     let policy = |internal_local, external_local| {
         let service = Service { internal_local, external_local, ..balanced() };
-        only_port(&tables(&service, &[])).policy
+        only_port(&tables(&service, &[])).policy.with_tries(0)
     };
     assert_eq!(policy(false, false), Policy::new(0, 0));
     assert_eq!(policy(true, false), Policy::new(Policy::INTERNAL_LOCAL, 0));

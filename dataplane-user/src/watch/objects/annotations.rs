@@ -11,6 +11,8 @@ const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const ALGORITHM: &str = "lb-algorithm";
 /// Weights, behind [`PREFIX`] (L3).
 const WEIGHTS: &str = "weights";
+/// Second tries, behind [`PREFIX`] (L5).
+const RETRY: &str = "retry";
 /// The weight of a slice's endpoints, in Cilium's word (L3).
 const SLICE_WEIGHT: &str = "service.cilium.io/weight";
 /// Algorithms in the words of others: of two that are there the first counts (L1).
@@ -22,6 +24,7 @@ const ALIASES: [&str; 3] =
 pub(super) struct Annotations {
     pub(super) trigger_time: Option<String>,
     pub(super) weights: Option<String>,
+    pub(super) retry: Option<String>,
     pub(super) slice_weight: Option<String>,
     algorithm: Option<String>,
     aliases: [Option<String>; ALIASES.len()],
@@ -39,6 +42,7 @@ impl Annotations {
         let choice = ChoiceAnnotations {
             algorithm: own.or_else(alias),
             weights: self.weights.as_deref().map(Into::into),
+            retry: self.retry.as_deref().map(Into::into),
         };
         (choice != ChoiceAnnotations::default()).then(|| Box::new(choice))
     }
@@ -48,6 +52,7 @@ impl Annotations {
             Key::TriggerTime => &mut self.trigger_time,
             Key::Algorithm => &mut self.algorithm,
             Key::Weights => &mut self.weights,
+            Key::Retry => &mut self.retry,
             Key::SliceWeight => &mut self.slice_weight,
             Key::Alias(at) => self.aliases.get_mut(at)?,
             Key::Other => return None,
@@ -61,6 +66,7 @@ enum Key {
     TriggerTime,
     Algorithm,
     Weights,
+    Retry,
     SliceWeight,
     Alias(usize),
     Other,
@@ -71,6 +77,7 @@ impl Key {
         match (name.strip_prefix(PREFIX), name) {
             (Some(ALGORITHM), _) => Self::Algorithm,
             (Some(WEIGHTS), _) => Self::Weights,
+            (Some(RETRY), _) => Self::Retry,
             (None, TRIGGER_TIME) => Self::TriggerTime,
             (None, SLICE_WEIGHT) => Self::SliceWeight,
             (Some(_) | None, _) => {
