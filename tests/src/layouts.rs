@@ -158,8 +158,9 @@ fn page(results: &Results) -> String {
         "# Layouts of nodes\n\nWritten by `cargo xtask layouts --peer nftables --peer iptables --write`; changes by hand would be lost.\n\n\
          Each is a laboratory of two nodes whose interfaces and routes are as people have them. Clients outside, the node and its pods\n\
          ask Services over IPv4 and IPv6, TCP and UDP; how many of the questions went as they must is in the table. Portolan and\n\
-         kube-proxy have their default flags, but where a line names one. What must be answered is what the table in\n\
-         `tests/src/lab/layout/table.rs` says.\n\n| layout | ",
+         kube-proxy have their default flags, but where a line names one; by its own, kube-proxy's mode nftables serves node ports at the\n\
+         node's primary addresses alone. What must be answered is what the table in `tests/src/lab/layout/table.rs` says. What needs more of\n\
+         the kernel than this machine's has is tried by `cargo xtask test vm`, on Debian's newest kernel and without kube-proxy.\n\n| layout | ",
     );
     text += &Proxy::ALL.map(Proxy::name).join(" | ");
     text += " |\n|---|---|---|---|\n";
