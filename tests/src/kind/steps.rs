@@ -48,6 +48,13 @@ enum Place<'a> {
     Outside,
 }
 
+/// Prints how the agent's process on a node is held by seccomp (`/proc/PID/status`).
+const SECCOMP_OF_THE_AGENT: &str = "for process in /proc/[0-9]*; do \
+     tr '\\0' ' ' <$process/cmdline | grep -q '^[^ ]*portolan agent' && \
+     sed -n 's/^Seccomp:[[:space:]]*//p' $process/status; done 2>/dev/null; true";
+/// By a filter (`SECCOMP_MODE_FILTER`).
+const FILTERED: &str = "2";
+
 impl Tour {
     fn ask(&self, from: Place<'_>, target: &str, more: &[&str]) -> Result<Tally> {
         let question = [&["ask", target], more].concat();
@@ -127,6 +134,8 @@ impl Tour {
                 say.quote(&check);
             }
             say.check(!check.contains('✗'), &format!("{node}: `portolan check` finds nothing wrong"));
+            let mode = self.cluster.on_node(node, &["sh", "-c", SECCOMP_OF_THE_AGENT], "")?;
+            say.check(mode.trim() == FILTERED, &format!("{node}: a seccomp profile holds for the agent"));
         }
         Ok(())
     }
