@@ -2,6 +2,7 @@
 
 use crate::command::CommandLine;
 use crate::rules;
+use crate::setup::{ARM_TARGET, compiles_for_arm};
 use anyhow::Result;
 use std::path::Path;
 use std::process::ExitCode;
@@ -31,9 +32,15 @@ pub(crate) fn failed_checks() -> Result<Vec<&'static str>> {
                 .variable("RUSTDOCFLAGS", deny_warnings),
         ),
     ];
+    let arm = if compiles_for_arm() {
+        Some(("64-bit ARM", arm()))
+    } else {
+        println!("=== 64-bit ARM === not checked: this machine's Rust has no {ARM_TARGET}");
+        None
+    };
     let advisories = crate::advisories::as_check()?.map(|command| ("advisories", command));
     let mut failed = Vec::new();
-    for (name, command) in checks.into_iter().chain(advisories) {
+    for (name, command) in checks.into_iter().chain(arm).chain(advisories) {
         println!("=== {name} ===\n$ {command}");
         if let Err(error) = command.run() {
             println!("{error:#}");
@@ -45,6 +52,17 @@ pub(crate) fn failed_checks() -> Result<Vec<&'static str>> {
         failed.push("rules of the contract");
     }
     Ok(failed)
+}
+
+/// Whether the agent compiles for the other processor that it runs on.
+fn arm() -> CommandLine {
+    let words = "cargo check --locked --package dataplane-user --all-targets --target";
+    let command = CommandLine::new(words).arg(ARM_TARGET);
+    // A machine of that kind has a compiler of its own.
+    if cfg!(target_arch = "aarch64") {
+        return command;
+    }
+    command.variable("CC_aarch64_unknown_linux_gnu", "aarch64-linux-gnu-gcc")
 }
 
 /// What the compiler itself says of the programs as the kernel gets them. Clippy is not there for Debian's compiler; it

@@ -1,7 +1,7 @@
 //! What this machine has. Only looks: a few files, and the versions of programs that are there.
 
 use super::Needs;
-use super::plan::{BENCH_PACKAGES, KIND_PACKAGES, PACKAGES, Probe, VM_PACKAGES};
+use super::plan::{BENCH_PACKAGES, CHECK_PACKAGES, KIND_PACKAGES, PACKAGES, Probe, VM_PACKAGES};
 use crate::command::{find_program, home, workspace};
 use std::collections::BTreeSet;
 use std::env;
@@ -16,6 +16,9 @@ const GO_NEEDED: (u32, u32) = (1, 26);
 const GO_SWITCHES: (u32, u32) = (1, 21);
 /// LLVM of Debian's `rustc-web`.
 const DEBIAN_LLVM: u32 = 22;
+
+/// The target of cargo for 64-bit ARM.
+pub(crate) const ARM_TARGET: &str = "aarch64-unknown-linux-gnu";
 
 /// What was found; only that decides what `setup` does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +35,8 @@ pub(super) struct Machine {
     pub(super) packages: BTreeSet<&'static str>,
     /// Components of the stable toolchain that are missing.
     pub(super) components: Vec<&'static str>,
+    /// Rust's standard library for 64-bit ARM is there.
+    pub(super) arm: bool,
     /// Something compiles for the BPF target.
     pub(super) bpf_compiler: bool,
     /// LLVM's major version in that compiler: the linker must be able to read its bitcode.
@@ -66,11 +71,13 @@ impl Machine {
                 .iter()
                 .chain(BENCH_PACKAGES)
                 .chain(VM_PACKAGES)
+                .chain(CHECK_PACKAGES)
                 .chain(KIND_PACKAGES)
                 .filter(|p| is_there(p.probe))
                 .map(|p| p.name)
                 .collect(),
             components: missing_components(),
+            arm: compiles_for_arm(),
             bpf_compiler: nightly || debian_bpf_compiler(),
             llvm,
             llvm_dev: Path::new(&format!("/usr/lib/llvm-{llvm}/bin/llvm-config")).is_file(),
@@ -107,6 +114,12 @@ pub(crate) fn is_root() -> bool {
 fn output_of(name: &str, args: &[&str]) -> Option<String> {
     let output = Command::new(find_program(name)?).current_dir(workspace()).args(args).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// Whether cargo can compile for 64-bit ARM.
+pub(crate) fn compiles_for_arm() -> bool {
+    let sysroot = output_of("rustc", &["--print", "sysroot"]);
+    sysroot.is_some_and(|sysroot| Path::new(&sysroot).join("lib/rustlib").join(ARM_TARGET).is_dir())
 }
 
 /// rustup leaves its stand-ins for `cargo-fmt` and `cargo-clippy` in PATH in any case: the toolchain itself is asked.

@@ -6,7 +6,7 @@
 mod machine;
 mod plan;
 
-pub(crate) use machine::{fetched_go, is_root};
+pub(crate) use machine::{ARM_TARGET, compiles_for_arm, fetched_go, is_root};
 
 use anyhow::{Result, bail};
 use machine::Machine;

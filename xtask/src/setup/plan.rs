@@ -1,7 +1,7 @@
 //! What to do about what is missing: pure, so that it can be tested for machines that are not this one.
 
 use super::Needs;
-use super::machine::{Machine, go_module_cache, go_toolchain, go_toolchain_version};
+use super::machine::{ARM_TARGET, Machine, go_module_cache, go_toolchain, go_toolchain_version};
 use crate::command::CommandLine;
 
 /// `bpf-linker` as it was seen to link the eBPF programs.
@@ -99,6 +99,20 @@ pub(super) const BENCH_PACKAGES: &[Package] = &[
     },
 ];
 
+/// What the checks need besides: what compiles the C parts of TLS for the other processor that the agent runs on.
+pub(super) const CHECK_PACKAGES: &[Package] = &[
+    Package {
+        name: "gcc-aarch64-linux-gnu",
+        probe: Probe::Program("aarch64-linux-gnu-gcc"),
+        why: "compiles the C parts of TLS for 64-bit ARM, in checks",
+    },
+    Package {
+        name: "libc6-dev-arm64-cross",
+        probe: Probe::File("/usr/aarch64-linux-gnu/include/stdio.h"),
+        why: "what those are compiled with",
+    },
+];
+
 /// What a kind cluster needs besides, where no Docker answers: a daemon, and what a node image is made with.
 pub(super) const KIND_PACKAGES: &[Package] = &[
     Package {
@@ -162,6 +176,9 @@ pub(super) fn plan(machine: &Machine, needs: Needs) -> Vec<Step> {
     if needs.checks && !machine.components.is_empty() {
         steps.push(components(machine));
     }
+    if needs.checks && machine.rustup && !machine.arm {
+        steps.push(arm());
+    }
     let packages = packages(machine, needs);
     if !packages.is_empty() {
         steps.push(apt(packages));
@@ -184,8 +201,9 @@ pub(super) fn plan(machine: &Machine, needs: Needs) -> Vec<Step> {
 fn packages(machine: &Machine, needs: Needs) -> Vec<Missing> {
     let of_benches = BENCH_PACKAGES.iter().filter(|_| needs.bench);
     let of_vm = VM_PACKAGES.iter().filter(|_| needs.vm);
+    let of_checks = CHECK_PACKAGES.iter().filter(|_| needs.checks);
     let of_kind = KIND_PACKAGES.iter().filter(|_| needs.kind && !machine.docker);
-    let all = PACKAGES.iter().chain(of_benches).chain(of_vm).chain(of_kind);
+    let all = PACKAGES.iter().chain(of_benches).chain(of_vm).chain(of_checks).chain(of_kind);
     let absent = all.filter(|p| !machine.packages.contains(p.name));
     let mut missing: Vec<_> = absent.map(|p| Missing { name: p.name.to_owned(), why: p.why }).collect();
     let mut add = |name: &str, why| missing.push(Missing { name: name.to_owned(), why });
@@ -246,6 +264,19 @@ fn components(machine: &Machine) -> Step {
         } else {
             "there is no rustup: rustfmt and clippy must come from where this machine's Rust came from"
         },
+    }
+}
+
+/// Rust's standard library for the other processor that the agent runs on.
+fn arm() -> Step {
+    Step {
+        missing: vec![Missing {
+            name: ARM_TARGET.to_owned(),
+            why: "Rust's standard library for 64-bit ARM, for which `cargo xtask check` compiles the agent",
+        }],
+        commands: vec![CommandLine::new("rustup target add").arg(ARM_TARGET)],
+        needs_root: false,
+        advice: "rustup could not add the target: does it reach its server?",
     }
 }
 
@@ -318,6 +349,7 @@ mod tests {
             rustup: true,
             packages: ["ca-certificates", "gcc", "libc6-dev"].into(),
             components: vec!["rustfmt", "clippy"],
+            arm: false,
             bpf_compiler: false,
             llvm: 22,
             llvm_dev: false,
@@ -331,8 +363,9 @@ mod tests {
 
     fn complete() -> Machine {
         Machine {
-            packages: PACKAGES.iter().map(|package| package.name).collect(),
+            packages: PACKAGES.iter().chain(CHECK_PACKAGES).map(|package| package.name).collect(),
             components: vec![],
+            arm: true,
             bpf_compiler: true,
             llvm_dev: true,
             bpf_linker: true,
@@ -385,7 +418,9 @@ mod tests {
     #[test]
     fn tests_need_no_checkers() {
         let steps = plan(&bare(), CLUSTER);
-        assert!(!names(&steps).iter().any(|name| ["cargo-deny", "clippy", "rustfmt"].contains(name)));
+        assert!(!names(&steps).iter().any(|name| {
+            ["cargo-deny", "clippy", "rustfmt", ARM_TARGET, "gcc-aarch64-linux-gnu"].contains(name)
+        }));
     }
 
     #[test]
@@ -394,14 +429,17 @@ mod tests {
         let expected = [
             "rustfmt",
             "clippy",
+            ARM_TARGET,
             "bind9-dnsutils",
             "bpftool",
             "bubblewrap",
             "cargo-web",
             "curl",
             "ethtool",
+            "gcc-aarch64-linux-gnu",
             "golang-go",
             "iproute2",
+            "libc6-dev-arm64-cross",
             "libstd-rust-web-dev-bpf",
             "llvm-22-dev",
             "nftables",
@@ -422,7 +460,7 @@ mod tests {
         let machine = Machine { bpf_compiler: true, bpf_linker: true, go: true, ..machine };
         assert_eq!(
             names(&plan(&machine, Needs::EVERYTHING)),
-            ["rustfmt", "clippy", "cargo-deny", "go 1.26.8"]
+            ["rustfmt", "clippy", ARM_TARGET, "cargo-deny", "go 1.26.8"]
         );
         assert!(plan(&machine, Needs::EVERYTHING).iter().all(|step| !step.needs_root));
     }
