@@ -179,6 +179,10 @@ fn a_node_is_checked_before_an_install_and_after() {
 fn a_report_has_what_the_verbs_show() {
     let lab = lab();
     lab.start_agents(&AgentOptions::default()).unwrap();
+    // They are written beside what serves.
+    until("the names of Services are there", || {
+        lab.node(0).portolan(&["services"]).unwrap().contains("default/web")
+    });
     let file = lab.logs().join("report.tar.gz");
     let (code, out, err) = lab.node(0).portolan_verdict(&["report", "-o", file.to_str().unwrap()]).unwrap();
     assert_eq!((code, out), (0, format!("wrote {}\n", file.display())), "{err}");
