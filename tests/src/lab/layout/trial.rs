@@ -43,13 +43,16 @@ struct Question {
     to: SocketAddr,
 }
 
+/// Each who of a list with each of what it calls.
+fn pairs(list: &'static [(Who, &'static [Target])]) -> impl Iterator<Item = (Who, Target)> + use<> {
+    list.iter().flat_map(|(who, targets)| targets.iter().map(|target| (*who, *target)))
+}
+
 impl Layout {
     /// How many questions are asked.
     pub fn questions(&self) -> usize {
-        let targets =
-            |list: &[(Who, &[Target])]| list.iter().map(|(_, targets)| targets.len()).sum::<usize>();
         let each = Family::BOTH.len() * Transport::BOTH.len();
-        (targets(self.answered) + targets(self.unanswered)) * each + targets(self.cut_up)
+        pairs(self.answered).chain(pairs(self.unanswered)).count() * each + pairs(self.cut_up).count()
     }
 }
 
@@ -80,9 +83,7 @@ impl Raised {
     }
 
     fn long_questions(&self) -> impl Iterator<Item = Question> {
-        let asked = self.layout().cut_up.iter();
-        let asked = asked.flat_map(|(who, targets)| targets.iter().map(|target| (*who, *target)));
-        asked.map(|(who, target)| {
+        pairs(self.layout().cut_up).map(|(who, target)| {
             let to = self.address(target, Family::V4);
             Question { who, target, transport: Transport::LongUdp, to }
         })
@@ -93,10 +94,9 @@ impl Raised {
             let to = self.address(target, family);
             Transport::BOTH.map(|transport| Question { who, target, transport, to })
         };
-        let asked = list.iter().flat_map(|(who, targets)| targets.iter().map(|target| (*who, *target)));
         Family::BOTH
             .into_iter()
-            .flat_map(move |family| asked.clone().map(move |one| (family, one)))
+            .flat_map(move |family| pairs(list).map(move |pair| (family, pair)))
             .flat_map(each)
     }
 }
