@@ -328,7 +328,7 @@ fn first_write(line: &str) -> Option<Duration> {
 }
 
 /// Seconds of CPU that a process has taken.
-fn cpu_seconds(pid: u32) -> Result<f64> {
+pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The fields after the name, which is in brackets: state is the first, user and system time are the 12th and 13th.
     let (_, fields) = text.rsplit_once(") ").context("/proc/PID/stat")?;

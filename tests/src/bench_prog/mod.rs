@@ -4,12 +4,16 @@
 mod cases;
 mod frames;
 mod sockets;
+mod stack;
 mod tables;
 
 pub use cases::CaseCost;
 pub use frames::LiveFrames;
 pub use sockets::Connects;
-pub use tables::{ALL, ProgramCost, map_memory, memory_of_frontends, verified_instructions};
+use tables::seconds_of_loading;
+pub use tables::{
+    ProgramCost, beside_flows, deepest_stacks, map_memory, memory_of_frontends, verified_instructions,
+};
 
 use crate::bench::record::{Machine, RECORDS, Record};
 use crate::bench::target::{Judgement, Limit, Ratio};
@@ -21,14 +25,21 @@ use std::path::PathBuf;
 /// The kind of its records.
 pub const KIND: &str = "prog";
 
-/// B6: times the empty program.
-const ESTABLISHED_LIMIT: f64 = 6.0;
+/// B6: times the empty program, in XDP and in tc, and in both for IPv6.
+const ESTABLISHED_XDP_LIMIT: f64 = 5.0;
+const ESTABLISHED_TC_LIMIT: f64 = 5.4;
+const ESTABLISHED_IPV6_LIMIT: f64 = 6.0;
 /// B7: times the empty program.
-const NOT_OURS_LIMIT: f64 = 2.5;
-/// B8: instructions the verifier walks; a tenth of what the kernel's lets a program have.
-pub const VERIFIED_LIMIT: u32 = 100_000;
-/// B13: bytes of all maps at their default sizes.
-pub const MAP_MEMORY_LIMIT: u64 = 64 << 20;
+const NOT_OURS_LIMIT: f64 = 1.6;
+/// B8: bytes of stack on the deepest chain of calls; the verifier lets a program have 512.
+pub const STACK_LIMIT: u64 = 448;
+/// B8: seconds of CPU until every program is loaded.
+const LOADING_LIMIT: f64 = 2.0;
+/// Instructions that the verifier walks of one program; the kernel's limit is 1,000,000. No target, but more than this wants a
+/// reason: each of them is time at an agent's start.
+pub const VERIFIED_LIMIT: u32 = 130_000;
+/// B13: bytes of all maps but `flows` at their default sizes, on two CPUs.
+pub const MAP_MEMORY_LIMIT: u64 = 32 << 20;
 
 /// What the method asks for.
 const REPEATS: u32 = 1_000_000;
@@ -84,6 +95,12 @@ pub struct Measured {
     pub verified: BTreeMap<String, u32>,
     /// Bytes of machine code, of every program.
     pub jited: BTreeMap<String, u32>,
+    /// Bytes of the deepest stack, of every program.
+    #[serde(default)]
+    pub stacks: BTreeMap<String, u64>,
+    /// Seconds of CPU until every program is loaded; nothing in records of old.
+    #[serde(default)]
+    pub loading: Option<f64>,
     /// Bytes that each map takes at its default size.
     pub map_memory: BTreeMap<String, u64>,
     /// Calls of `connect(2)`.
@@ -107,6 +124,8 @@ pub fn run(args: &BenchProgArgs) -> Result<Record<Measured>> {
         cases: cases::measure(effort)?,
         verified,
         jited,
+        stacks: deepest_stacks()?,
+        loading: Some(seconds_of_loading()?),
         map_memory: map_memory()?,
         live_frames: frames::measure(effort)?,
         connects: sockets::measure(effort)?,
@@ -131,34 +150,35 @@ pub fn run(args: &BenchProgArgs) -> Result<Record<Measured>> {
 
 fn judge(measured: &Measured) -> Vec<Judgement> {
     let mut all = Vec::new();
-    for program in &measured.programs {
-        let known = format!("{}, packet of an established flow", program.program);
-        all.push(Judgement::new(
-            "B6",
-            known,
-            program.established_ratio,
-            Limit::at_most(ESTABLISHED_LIMIT, "x empty"),
-        ));
-        let stranger = format!("{}, packet that is not ours", program.program);
-        all.push(Judgement::new(
-            "B7",
-            stranger,
-            program.not_ours_ratio,
-            Limit::at_most(NOT_OURS_LIMIT, "x empty"),
-        ));
+    for (family, programs) in [("", &measured.programs), ("IPv6, ", &measured.programs_ipv6)] {
+        for program in programs {
+            let of = |what: &str| format!("{}, {family}{what}", program.program);
+            let established = match (family, program.program.as_str()) {
+                ("", "xdp_uplink") => ESTABLISHED_XDP_LIMIT,
+                ("", _) => ESTABLISHED_TC_LIMIT,
+                _ => ESTABLISHED_IPV6_LIMIT,
+            };
+            let limit = Limit::at_most(established, "x empty");
+            all.push(Judgement::new(
+                "B6",
+                of("packet of an established flow"),
+                program.established_ratio,
+                limit,
+            ));
+            let limit = Limit::at_most(NOT_OURS_LIMIT, "x empty");
+            all.push(Judgement::new("B7", of("packet that is not ours"), program.not_ours_ratio, limit));
+        }
     }
-    for (program, count) in &measured.verified {
-        let limit = Limit::at_most(f64::from(VERIFIED_LIMIT), "verified instructions");
-        all.push(Judgement::new("B8", program, Some(Ratio::exactly(f64::from(*count))), limit));
+    for (program, bytes) in &measured.stacks {
+        let limit = Limit::at_most(STACK_LIMIT as f64, "bytes of stack");
+        all.push(Judgement::new("B8", program, Some(Ratio::exactly(*bytes as f64)), limit));
     }
-    let mebibytes = measured.map_memory.values().sum::<u64>() as f64 / f64::from(1 << 20);
+    let limit = Limit::at_most(LOADING_LIMIT, "s of CPU");
+    all.push(Judgement::new("B8", "loading every program", measured.loading.map(Ratio::exactly), limit));
+    let mebibytes = beside_flows(&measured.map_memory) as f64 / f64::from(1 << 20);
     let limit = Limit::at_most((MAP_MEMORY_LIMIT >> 20) as f64, "MiB");
-    all.push(Judgement::new(
-        "B13",
-        "all maps at their default sizes",
-        Some(Ratio::exactly(mebibytes)),
-        limit,
-    ));
+    let what = "all maps but flows at their default sizes";
+    all.push(Judgement::new("B13", what, Some(Ratio::exactly(mebibytes)), limit));
     all
 }
 
@@ -171,9 +191,11 @@ fn print(measured: &Measured) {
     for case in &measured.cases {
         println!("{:<14} {:<51} {:>5.0} {:>5.0}", case.program, case.case, case.nanoseconds, case.empty);
     }
-    println!("\nverified instructions and bytes of machine code");
+    println!("\nverified instructions, bytes of machine code, and of stack on the deepest chain");
     for (program, count) in &measured.verified {
-        println!("{program:<14} {count:>7} {:>7}", measured.jited.get(program).copied().unwrap_or_default());
+        let jited = measured.jited.get(program).copied().unwrap_or_default();
+        let stack = measured.stacks.get(program).copied().unwrap_or_default();
+        println!("{program:<14} {count:>7} {jited:>7} {stack:>4}");
     }
     println!("\nconnect(2) per second");
     for connects in &measured.connects {

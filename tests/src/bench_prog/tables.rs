@@ -4,8 +4,9 @@
 //! The flow is chosen so that the bytes written equal those read and no time to live falls: every repeat meets the same
 //! packet. The established table holds 60,000 other flows.
 
-use super::Effort;
+use super::{Effort, stack};
 use crate::bench::target::Ratio;
+use crate::bench_agent::cpu_seconds;
 use crate::packet::build::{Packet, tcp, tcp_packet};
 use anyhow::{Context as _, Result, ensure};
 use dataplane_common::backend::{Backend, BackendStatus};
@@ -73,7 +74,7 @@ pub struct ProgramCost {
 }
 
 /// Every program that the agent loads.
-pub const ALL: [&str; 15] = [
+pub(super) const ALL: [&str; 15] = [
     "xdp_uplink",
     "tc_bare_in",
     "tc_bare_out",
@@ -107,6 +108,39 @@ pub fn verified_instructions() -> Result<(BTreeMap<String, u32>, BTreeMap<String
         jited.insert(program.to_owned(), object.jit_size(program)?);
     }
     Ok((verified, jited))
+}
+
+/// Bytes of the deepest stack of every program, as kernels before 6.8 count it.
+///
+/// # Errors
+/// As [`verified_instructions`].
+pub fn deepest_stacks() -> Result<BTreeMap<String, u64>> {
+    let mut object = Object::open(&Options::default()).context("loading programs: is this root?")?;
+    let mut depths = BTreeMap::new();
+    for program in ALL {
+        object.load(program)?;
+        let (id, _) = object.program_id(program)?;
+        depths.insert(program.to_owned(), stack::deepest(id)?);
+    }
+    Ok(depths)
+}
+
+/// Seconds of CPU, most of them the verifier's, that making the maps and loading every program takes this process.
+///
+/// # Errors
+/// As [`verified_instructions`].
+pub(super) fn seconds_of_loading() -> Result<f64> {
+    let before = cpu_seconds(std::process::id())?;
+    let mut object = Object::open(&Options::default()).context("loading programs: is this root?")?;
+    for program in ALL {
+        object.load(program)?;
+    }
+    Ok(cpu_seconds(std::process::id())? - before)
+}
+
+/// Bytes of all maps but `flows`, whose memory is taken by entry.
+pub fn beside_flows(memory: &BTreeMap<String, u64>) -> u64 {
+    memory.iter().filter(|(name, _)| *name != Flows::NAME).map(|(_, bytes)| bytes).sum()
 }
 
 /// How many bytes each map takes at its default size, as the kernel tells.

@@ -6,8 +6,6 @@ use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::process::Command;
 
-/// What the kernel has for a program (`MAX_BPF_STACK`).
-pub(crate) const STACK: u64 = 512;
 const ROUNDED_TO: u64 = 32;
 
 /// A function of a program.
@@ -19,7 +17,7 @@ struct Function {
 }
 
 /// Bytes of the deepest stack of the program with this id.
-pub(crate) fn deepest(id: u32) -> Result<u64> {
+pub(super) fn deepest(id: u32) -> Result<u64> {
     let output = Command::new("bpftool").args(["prog", "dump", "xlated", "id", &id.to_string()]).output()?;
     ensure!(output.status.success(), "bpftool: {}", String::from_utf8_lossy(&output.stderr));
     deepest_of(&String::from_utf8(output.stdout)?)
