@@ -10,6 +10,7 @@ mod choice;
 mod death;
 mod errors;
 mod explain;
+mod floods;
 mod flows;
 mod fragments;
 mod health;

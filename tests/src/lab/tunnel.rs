@@ -11,6 +11,8 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::Command;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 /// The one VXLAN network of a lab, and its UDP port.
 const VNI: u32 = 1;
@@ -139,6 +141,9 @@ pub struct Carrier {
     /// A range of pods and where their node listens.
     #[arg(long, value_parser = peer, value_name = "CIDR=IP:PORT")]
     peer: Vec<(IpNet, SocketAddr)>,
+    /// Milliseconds for which each packet to another node is held back: the length of the road.
+    #[arg(long, default_value_t = 0)]
+    delay: u64,
 }
 
 fn peer(text: &str) -> Result<(IpNet, SocketAddr)> {
@@ -154,20 +159,33 @@ pub fn carry(carrier: &Carrier) -> Result<()> {
     std::thread::scope(|scope| {
         let (mut inside, outside) = (device.try_clone()?, &socket);
         scope.spawn(move || receive(outside, &mut inside));
-        send(&mut device, &socket, &carrier.peer)
+        // A node that is gone answers with an ICMP error, which the next call reports.
+        let go = |packet: &[u8], to| drop(outside.send_to(packet, to));
+        if carrier.delay == 0 {
+            return send(&mut device, &carrier.peer, go);
+        }
+        let delay = Duration::from_millis(carrier.delay);
+        let (road, end) = mpsc::channel::<(Instant, Vec<u8>, SocketAddr)>();
+        scope.spawn(move || {
+            for (due, packet, to) in end {
+                std::thread::sleep(due.saturating_duration_since(Instant::now()));
+                go(&packet, to);
+            }
+        });
+        let enter = |packet: &[u8], to| drop(road.send((Instant::now() + delay, packet.to_vec(), to)));
+        send(&mut device, &carrier.peer, enter)
     })
 }
 
 /// From the device to the nodes. What is for nobody (router solicitations and the like) goes no further.
-fn send(device: &mut File, socket: &UdpSocket, peers: &[(IpNet, SocketAddr)]) -> Result<()> {
+fn send(device: &mut File, peers: &[(IpNet, SocketAddr)], go: impl Fn(&[u8], SocketAddr)) -> Result<()> {
     let mut packet = [0; u16::MAX as usize];
     loop {
         let length = device.read(&mut packet)?;
         let packet = &packet[..length];
         let Some(destination) = destination(packet) else { continue };
         if let Some((_, to)) = peers.iter().find(|(range, _)| range.contains(&destination)) {
-            // A node that is gone answers with an ICMP error, which the next call reports.
-            let _ = socket.send_to(packet, to);
+            go(packet, *to);
         }
     }
 }

@@ -10,7 +10,7 @@ mod trial;
 
 pub use proxy::{Proxy, Serving};
 pub use raised::Raised;
-pub use table::LAYOUTS;
+pub use table::{LAYOUTS, PLAIN};
 
 use crate::lab::PodNetwork;
 use End::{Beside, Here, There};
@@ -85,6 +85,8 @@ pub struct Layout {
     pub second: &'static [Who],
     /// Who joins it when the agent runs already.
     pub later: &'static [Who],
+    /// For how long the VPN holds back each packet, in each direction, in milliseconds.
+    pub vpn_delay_ms: u64,
     /// Lines of `ip`, before the agent starts.
     pub lines: &'static [(Who, &'static [&'static str])],
     /// Commands of the shell after them.

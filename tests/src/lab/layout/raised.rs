@@ -124,7 +124,11 @@ impl Raised {
         }
     }
 
-    fn place(&self, who: Who) -> Result<Place> {
+    /// Where somebody is.
+    ///
+    /// # Errors
+    /// If the layout has nobody of that kind.
+    pub fn place(&self, who: Who) -> Result<Place> {
         let place = match who {
             Who::Client => Some(self.lab.client().clone()),
             Who::Second => self.second.clone(),
@@ -193,6 +197,7 @@ impl Raised {
         let mut command = place.command(program("portolan-lab", "PORTOLAN_LAB_PROGRAM")?)?;
         command.args(["carry", "--device", VPN, "--listen"]);
         command.arg(SocketAddr::new(network::second(host).v4.into(), VPN_PORT).to_string());
+        command.args(["--delay", &self.layout.vpn_delay_ms.to_string()]);
         for range in ranges {
             command.arg("--peer").arg(format!("{range}={}:{VPN_PORT}", network::second(peer).v4));
         }

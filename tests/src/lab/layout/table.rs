@@ -6,12 +6,14 @@ use End::{Beside, Here, There};
 use On::{Second as AtSecond, Uplink, Vpn as AtVpn};
 use Target::{Cached, ClusterIp, LbIp, NodePort};
 
-const PLAIN: Layout = Layout {
+/// A node as the laboratory makes it; nobody asks anything.
+pub const PLAIN: Layout = Layout {
     name: "plain",
     about: "",
     pods: PodNetwork::HostRoutes,
     second: &[],
     later: &[],
+    vpn_delay_ms: 0,
     lines: &[],
     commands: &[],
     rules: &[],
