@@ -28,9 +28,12 @@ impl Console {
     }
 }
 
-/// Boots the kernel and follows it until it powers off.
-pub(crate) fn boot(kernel: &Path, initramfs: &Path) -> Result<Console> {
-    let mut child = start(kernel, initramfs)?;
+/// Processors of a machine.
+pub(crate) const PROCESSORS: usize = 2;
+
+/// Boots the kernel and follows it until it powers off. There could be so many processors ("possible CPUs"); two are there.
+pub(crate) fn boot(kernel: &Path, initramfs: &Path, possible: usize) -> Result<Console> {
+    let mut child = start(kernel, initramfs, possible)?;
     let (sender, lines) = mpsc::channel();
     let output = child.0.stdout.take().context("no console")?;
     std::thread::spawn(move || {
@@ -70,10 +73,11 @@ impl Drop for Owned {
     }
 }
 
-fn start(kernel: &Path, initramfs: &Path) -> Result<Owned> {
+fn start(kernel: &Path, initramfs: &Path, possible: usize) -> Result<Owned> {
     let mut command = Command::new("qemu-system-x86_64");
     // Emulation, because it is everywhere: where machines are rented there is seldom anything else.
-    command.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "2048", "-nic", "none", "-no-reboot"]);
+    command.args(["-accel", "tcg", "-cpu", "max", "-m", "2048", "-nic", "none", "-no-reboot"]);
+    command.arg("-smp").arg(format!("{PROCESSORS},maxcpus={possible}"));
     command.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
     command.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs);
     command.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]);

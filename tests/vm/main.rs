@@ -7,7 +7,7 @@ mod initramfs;
 mod machine;
 mod package;
 
-use machine::Console;
+use machine::{Console, PROCESSORS};
 use package::Archive;
 use std::sync::{Mutex, PoisonError};
 
@@ -43,14 +43,22 @@ const TOURS: &[&str] = &[
 /// Layouts that need what this machine's kernel may lack (netkit came with Linux 6.7).
 const LAYOUTS: &str = "layouts --special --patience 10 --lines";
 
+/// How the line of `portolan-lab maps` begins.
+const MAPS: &str = "all maps but flows take ";
+
 /// Boots a kernel of this series, has it run tours, and gives what it said.
 fn tours_on(archive: &Archive, series: &str, tours: &[&str]) -> Console {
+    tours_with(archive, series, tours, PROCESSORS)
+}
+
+/// As [`tours_on`], where there could be so many processors.
+fn tours_with(archive: &Archive, series: &str, tours: &[&str], possible: usize) -> Console {
     // One machine at a time: each takes all processors.
     static ONE: Mutex<()> = Mutex::new(());
     let _turn = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let kernel = package::kernel(archive, series).unwrap();
     let initramfs = initramfs::build(&kernel, MODULES, tours).unwrap();
-    let console = machine::boot(&kernel.image, &initramfs).unwrap();
+    let console = machine::boot(&kernel.image, &initramfs, possible).unwrap();
     let ends: Vec<_> =
         console.lines().filter_map(|line| line.strip_prefix("portolan-vm: exit status ")).collect();
     assert_eq!(ends, vec!["0"; tours.len()], "how the tours on {} ended", kernel.name);
@@ -64,6 +72,24 @@ fn tours_on(archive: &Archive, series: &str, tours: &[&str]) -> Console {
 /// What runs with all tests: one tour each on the oldest kernel and on the newest.
 mod short {
     use super::*;
+
+    /// B13, as a kernel tells it that has per-CPU values for so many.
+    #[test]
+    fn the_maps_are_small_where_there_could_be_many_cpus() {
+        // Since 6.9 a kernel takes no more for possible than this firmware says are there.
+        let archive = Archive::default();
+        for (cpus, limit) in [(2, 32.0), (64, 36.0), (128, 40.0)] {
+            let console = tours_with(&archive, "6.1", &["maps"], cpus);
+            let line =
+                console.lines().find_map(|line| line.strip_prefix(MAPS)).expect("a line about the maps");
+            let (mebibytes, possible) = line.split_once(" MiB with ").expect(line);
+            assert_eq!(possible, format!("{cpus} possible CPUs"));
+            assert!(
+                mebibytes.parse::<f64>().expect(line) <= limit,
+                "{line}, above the target of {limit} MiB"
+            );
+        }
+    }
 
     #[test]
     fn linux_6_1_serves_by_clsact_filters() {

@@ -12,7 +12,8 @@ pub use frames::LiveFrames;
 pub use sockets::Connects;
 use tables::seconds_of_loading;
 pub use tables::{
-    ProgramCost, beside_flows, deepest_stacks, map_memory, memory_of_frontends, verified_instructions,
+    ProgramCost, beside_flows, deepest_stacks, kernel_memory_beside_flows, map_memory, memory_of_frontends,
+    verified_instructions,
 };
 
 use crate::bench::record::{Machine, RECORDS, Record};

@@ -15,6 +15,7 @@ use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::tables::{self, Backends, Callers, Filter, Flows, Frontends, Table as _};
 use dataplane_common::{Addr, Port};
+use dataplane_user::config::MapSize;
 use dataplane_user::kernel::bpf::{self, MapFd, TestRun};
 use dataplane_user::kernel::maps::{KernelMaps, Map};
 use dataplane_user::kernel::object::{Object, Options};
@@ -141,6 +142,26 @@ pub(super) fn seconds_of_loading() -> Result<f64> {
 /// Bytes of all maps but `flows`, whose memory is taken by entry.
 pub fn beside_flows(memory: &BTreeMap<String, u64>) -> u64 {
     memory.iter().filter(|(name, _)| *name != Flows::NAME).map(|(_, bytes)| bytes).sum()
+}
+
+/// Bytes by which the kernel's memory grows when all maps are made at their default sizes, but `flows` with a single entry. A machine that
+/// does nothing else says it truly. Kernels before 6.4 tell of a map what its entries take, and nothing of CPUs.
+///
+/// # Errors
+/// As [`map_memory`].
+pub fn kernel_memory_beside_flows() -> Result<u64> {
+    /// Per-CPU values, what is too large for a slab, and slabs.
+    const KINDS: [&str; 3] = ["Percpu:", "VmallocUsed:", "SUnreclaim:"];
+    let used = || -> Result<u64> {
+        let text = std::fs::read_to_string("/proc/meminfo")?;
+        let kinds = text.lines().filter(|line| KINDS.iter().any(|kind| line.starts_with(kind)));
+        let kib = kinds.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        Ok(kib.sum::<u64>() << 10)
+    };
+    let before = used()?;
+    let sizes = [MapSize { map: Flows::NAME, entries: 1 }];
+    let _object = Object::open(&Options { sizes: &sizes, ..Options::default() })?;
+    Ok(used()?.saturating_sub(before))
 }
 
 /// How many bytes each map takes at its default size, as the kernel tells.

@@ -2,8 +2,10 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use dataplane_tests::bench_prog::kernel_memory_beside_flows;
 use dataplane_tests::controlplane::Binaries;
 use dataplane_tests::{kind, lab, layouts, tour};
+use dataplane_user::kernel::bpf::possible_cpus;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
@@ -51,6 +53,9 @@ enum Verb {
     },
     /// Raise nodes as people have them, with Portolan and with kube-proxy, and ask who is served.
     Layouts(layouts::LayoutsArgs),
+    /// Make the maps of an agent at their default sizes, and say what they take with the CPUs that there could be here.
+    #[command(hide = true)]
+    Maps,
     /// Find or build the programs of the control plane, so that no test waits for that.
     #[command(hide = true)]
     Prepare,
@@ -86,6 +91,10 @@ fn run() -> Result<ExitCode> {
         }
         Verb::Layouts(args) => {
             return Ok(if layouts::run(&args)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Verb::Maps => {
+            let mebibytes = kernel_memory_beside_flows()? as f64 / f64::from(1 << 20);
+            println!("all maps but flows take {mebibytes:.1} MiB with {} possible CPUs", possible_cpus()?);
         }
         Verb::Prepare => {
             Binaries::find_or_build()?.find_or_build_extras()?;
