@@ -37,14 +37,26 @@ mod programs {
         debug!(ctx, "packet dropped or refused: reason {}", reason as u8);
     }
 
-    /// From the network, before a socket buffer exists.
-    #[xdp]
-    pub(crate) fn xdp_uplink(ctx: XdpContext) -> u32 {
+    #[inline(always)]
+    fn uplink(ctx: &XdpContext) -> u32 {
         // SAFETY: the context the kernel handed to the program.
         let mut frame = unsafe { XdpFrame::new(ctx.ctx) };
         let Some(scratch) = scratch::get() else { return XDP_PASS };
-        let verdict = walk(&mut frame, Hook::UplinkIngress, scratch, |reason| log(&ctx, reason));
+        let verdict = walk(&mut frame, Hook::UplinkIngress, scratch, |reason| log(ctx, reason));
         frame.finish(verdict, &scratch.way, true) as u32
+    }
+
+    /// From the network, before a socket buffer exists. A packet may lie in several buffers, its headers in the first: so a driver
+    /// keeps XDP where packets are longer than a page.
+    #[xdp(frags)]
+    pub(crate) fn xdp_uplink(ctx: XdpContext) -> u32 {
+        uplink(&ctx)
+    }
+
+    /// The same in the stack, which brings a packet into one buffer for a program that says nothing of several, its headers with it.
+    #[xdp]
+    pub(crate) fn xdp_generic(ctx: XdpContext) -> u32 {
+        uplink(&ctx)
     }
 
     /// From the network.

@@ -246,6 +246,39 @@ fn another_mode_of_xdp_takes_the_place_of_the_one_before() {
     }
 }
 
+/// P4: a driver that has packets in several buffers keeps XDP where they are longer than a page, and sends them on as they are.
+#[test]
+fn xdp_serves_where_packets_are_longer_than_a_page() {
+    const LONG: usize = 8_000;
+    let lab = Options::default().nodes(2).xdp(true).create().unwrap();
+    lab.add_pod("web", 1, &PodOptions::default()).unwrap();
+    let web = lab.pod("web").unwrap().endpoint();
+    let service = Service::new("web", ADDRESS).udp_node_port(PORT, 8080, NODE_PORT).endpoints([web]);
+    lab.manifests().apply(&service).unwrap();
+    let widen = |name: &str| format!("link set {name} mtu 9000");
+    let ports = ["br0", "node-1", "node-2", "client"].map(widen);
+    lab.net().ip(&ports).unwrap();
+    let node = lab.node(0);
+    for place in [node.place(), lab.node(1).place(), lab.client()] {
+        place.ip(&[widen("eth0")]).unwrap();
+    }
+    node.start_agent(&AgentOptions::default().arguments(&["--xdp=native"])).unwrap();
+    assert_eq!(xdp(node), "xdp", "{}", log(node));
+    let left_to_tc = || {
+        let text = node.portolan(&["drops", "-o", "json"]).unwrap();
+        let rows: Value = serde_json::from_str(&text).unwrap();
+        let row = rows.as_array().unwrap().iter().find(|row| row["reason"] == "xdp-left-to-tc");
+        row.unwrap()["count"].as_u64().unwrap()
+    };
+    let to = at(node.address(), NODE_PORT);
+    let client = Client::at(lab.client());
+    // Until its neighbours are known.
+    client.udp(to).unwrap();
+    let before = left_to_tc();
+    client.udp_to_cut_up(to, LONG).unwrap();
+    assert_eq!(left_to_tc(), before, "XDP has left a packet to tc");
+}
+
 /// H2: `--xdp auto` never costs anything.
 #[test]
 fn an_uplink_that_another_xdp_program_has_is_left_to_tc() {

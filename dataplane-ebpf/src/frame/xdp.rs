@@ -1,9 +1,11 @@
-//! The frame of XDP: plain memory, with every access checked against its end.
+//! The frame of XDP: plain memory, with every access checked against its end. Where a packet lies in several buffers, that is the
+//! first, which holds all headers.
 
 use super::{ETHERNET, ETHERTYPE, Even, Frame, LINK_DESTINATION, LINK_SOURCE, Refused};
 use crate::verdict::{Verdict, Way};
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::bpf_xdp_adjust_tail;
+use aya_ebpf::helpers::generated::bpf_xdp_get_buff_len;
 use core::ffi::c_void;
 use dataplane_common::checksum::{Sum, update};
 
@@ -90,8 +92,8 @@ impl Frame for XdpFrame {
 
     #[inline(always)]
     fn length(&self) -> u32 {
-        let (data, end) = self.bounds();
-        (end - data) as u32
+        // SAFETY: the context is valid.
+        unsafe { bpf_xdp_get_buff_len(self.ctx) as u32 }
     }
 
     #[inline(always)]

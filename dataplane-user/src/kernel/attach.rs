@@ -90,6 +90,14 @@ impl AttachError {
     }
 }
 
+/// The program at a hook.
+const fn program_of(hook: Hook, xdp: XdpMode) -> &'static str {
+    match hook {
+        Hook::XdpUplink => xdp::program(xdp),
+        hook => hook.program(),
+    }
+}
+
 /// What is attached where.
 #[derive(Debug)]
 pub struct Attachments {
@@ -121,7 +129,8 @@ impl Attachments {
         sockets: SocketLb,
     ) -> Result<Self, ObjectError> {
         let needed = |hook: &Hook| !hook.is_rare() && (*hook != Hook::XdpUplink || xdp != XdpMode::Off);
-        let mut programs: Vec<_> = Hook::ALL.into_iter().filter(needed).map(Hook::program).collect();
+        let hooks = Hook::ALL.into_iter().filter(needed);
+        let mut programs: Vec<_> = hooks.map(|hook| program_of(hook, xdp)).collect();
         if sockets != SocketLb::Off {
             programs.extend(SOCKET_HOOKS.iter().map(|hook| hook.program));
         }
@@ -307,7 +316,7 @@ impl Attachments {
         flags: u32,
     ) -> Result<(), AttachError> {
         let failed = interface_error(hook, name);
-        let program = self.object.program(hook.program())?;
+        let program = self.object.program(program_of(hook, self.xdp))?;
         let pin = self.pins.link(hook.program(), index);
         if let Some(link) = open(&self.pins, &pin, &failed)? {
             let state = link.state().map_err(&failed)?;
@@ -369,10 +378,10 @@ impl Attachments {
     /// interface that went took its programs with it: that is no loss.
     pub fn lost(&mut self) -> Vec<String> {
         let mut lost = Vec::new();
-        let (pins, object, tcx) = (&self.pins, &self.object, self.tcx);
+        let (pins, object, tcx, xdp) = (&self.pins, &self.object, self.tcx, self.xdp);
         self.attached.retain(|(hook, index)| {
             let there = if tcx || *hook == Hook::XdpUplink {
-                is_attached(object, &pins.link(hook.program(), *index), hook.program())
+                is_attached(object, &pins.link(hook.program(), *index), program_of(*hook, xdp))
             } else {
                 has_filter(object, *hook, *index)
             };

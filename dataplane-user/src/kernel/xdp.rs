@@ -1,5 +1,6 @@
 //! XDP on uplinks: whether, and in which mode. Where it is not, tc does the same work.
 
+use super::hook::Hook;
 use super::netlink;
 use super::probe;
 use crate::config::XdpMode;
@@ -47,6 +48,14 @@ pub(super) fn mode(wanted: XdpMode, interface: &str, more: &[String]) -> Option<
             let driver = driver()?;
             (DRIVERS.contains(&driver.as_str()) || more.contains(&driver)).then_some(NATIVE)
         }
+    }
+}
+
+/// The program of a mode.
+pub(super) const fn program(mode: XdpMode) -> &'static str {
+    match mode {
+        XdpMode::Auto | XdpMode::Native | XdpMode::Off => Hook::XdpUplink.program(),
+        XdpMode::Generic => "xdp_generic",
     }
 }
 

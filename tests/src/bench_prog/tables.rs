@@ -75,8 +75,9 @@ pub struct ProgramCost {
 }
 
 /// Every program that the agent loads.
-pub(super) const ALL: [&str; 15] = [
+pub(super) const ALL: [&str; 16] = [
     "xdp_uplink",
+    "xdp_generic",
     "tc_bare_in",
     "tc_bare_out",
     "tc_uplink_in",

@@ -12,6 +12,8 @@ const LINK_CREATE: i32 = 28;
 /// `BPF_PROG_TYPE_XDP`, `BPF_XDP`.
 const TYPE_XDP: u32 = 6;
 const ATTACH_XDP: u32 = 37;
+/// `BPF_F_XDP_HAS_FRAGS`: a packet may be longer than a page.
+const HAS_FRAGS: u32 = 1 << 5;
 /// `XDP_FLAGS_DRV_MODE`: native.
 const NATIVE: u32 = 4;
 /// `XDP_DROP`, `XDP_PASS`, `XDP_TX`.
@@ -25,7 +27,8 @@ struct Load {
     instruction_count: u32,
     instructions: u64,
     licence: u64,
-    log: [u32; 6],
+    log: [u32; 5],
+    flags: u32,
     name: [u8; 16],
     interface: u32,
     attach_type: u32,
@@ -61,7 +64,8 @@ pub(crate) fn program(action: u64) -> Result<OwnedFd> {
         instruction_count: instructions.len() as u32,
         instructions: instructions.as_ptr() as u64,
         licence: c"GPL".as_ptr() as u64,
-        log: [0; 6],
+        log: [0; 5],
+        flags: HAS_FRAGS,
         name,
         interface: 0,
         attach_type: ATTACH_XDP,
