@@ -92,10 +92,7 @@ impl AttachError {
 
 /// The program at a hook.
 const fn program_of(hook: Hook, xdp: XdpMode) -> &'static str {
-    match hook {
-        Hook::XdpUplink => xdp::program(xdp),
-        hook => hook.program(),
-    }
+    if matches!(hook, Hook::XdpUplink) { xdp::program(xdp) } else { hook.program() }
 }
 
 /// What is attached where.
