@@ -91,6 +91,18 @@ mod short {
         }
     }
 
+    /// The kernel of Debian 11.
+    #[test]
+    fn a_kernel_that_lacks_something_is_refused_by_what_it_lacks() {
+        let console = tours_on(&Archive::of("bullseye").unwrap(), "5.10", &[]);
+        for lack in
+            ["bpf_check_mtu (5.12)", "bpf_loop (5.17)", "bpf_xdp_get_buff_len (5.18)", "Linux 6.1 has all"]
+        {
+            assert!(console.says(lack), "no word of {lack}");
+        }
+        assert!(!console.says("bpf_redirect_neigh"), "5.10 has it");
+    }
+
     #[test]
     fn linux_6_1_serves_by_clsact_filters() {
         let console = tours_on(&Archive::default(), "6.1", &TOURS[..1]);

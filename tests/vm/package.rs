@@ -23,9 +23,14 @@ pub(crate) struct Kernel {
 pub(crate) struct Archive(Vec<String>);
 
 impl Archive {
-    /// Debian's newest packages (sid), by lists of this tier's own: the machine's are not touched.
+    /// Debian's newest packages (sid).
     pub(crate) fn newest() -> Result<Self> {
-        let place = folder()?.join("sid");
+        Self::of("sid")
+    }
+
+    /// A release of Debian, by lists of this tier's own: the machine's are not touched.
+    pub(crate) fn of(release: &str) -> Result<Self> {
+        let place = folder()?.join(release);
         for part in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(place.join(part))?;
         }
@@ -36,9 +41,11 @@ impl Archive {
         let server =
             servers.find(|line| line.ends_with("/debian")).context("apt has no source of Debian's")?;
         let sources = place.join("sources.list");
-        fs::write(&sources, format!("deb [signed-by={KEYS}] {server} sid main\n"))?;
+        fs::write(&sources, format!("deb [signed-by={KEYS}] {server} {release} main\n"))?;
         let option = |name: &str, value: &Path| format!("{name}={}", value.display());
         let archive = Self(vec![
+            // Releases that are no longer kept have lists that are old.
+            "Acquire::Check-Valid-Until=false".into(),
             option("Dir::State::lists", &place.join("lists")),
             option("Dir::Cache", &place.join("cache")),
             option("Dir::Etc::sourcelist", &sources),
@@ -49,7 +56,7 @@ impl Archive {
         let updated = fs::metadata(place.join("updated")).and_then(|file| file.modified());
         let fresh = updated.is_ok_and(|then| then.elapsed().is_ok_and(|age| age < FRESH));
         if !fresh {
-            writeln!(io::stdout(), "asking for Debian's newest packages")?;
+            writeln!(io::stdout(), "asking for Debian's packages of {release}")?;
             archive.run("apt-get", &["update", "--quiet"], Path::new("."))?;
             fs::write(place.join("updated"), "")?;
         }

@@ -6,6 +6,7 @@ use super::explain::{Client, EndpointLine, Explanation, ServiceFacts};
 use super::status::{Finding, StatusPage, Verdict};
 use super::{AddressRow, BackendRow, DropRow, FlowRow, ServiceRow, TakeOverPage, TrafficRow, TranslatedRow};
 use crate::config::Cli;
+use crate::kernel::needs::{NEEDS, Need, ProgramType};
 use crate::kernel::other_proxies;
 use crate::status::{AgentStatus, Count, InterfaceStatus, WatchStatus};
 use clap::builder::PossibleValue;
@@ -240,8 +241,37 @@ fn page() -> String {
     page.push_str("\n## All verbs\n");
     flags(&mut page, command.get_arguments());
     command.get_subcommands().filter(|sub| !sub.is_hide_set()).for_each(|sub| verb(&mut page, sub));
+    needs(&mut page);
     page
 }
+
+/// What a kernel must have.
+fn needs(page: &mut String) {
+    page.push_str(NEEDS_HEAD);
+    for needed in NEEDS {
+        let (what, programs) = match needed.need {
+            Need::Helper(name, _, kind) => (format!("helper `bpf_{name}`"), kind.to_string()),
+            Need::Atomics => ("`atomic_fetch_add` and `cmpxchg`".to_owned(), "all".to_owned()),
+            Need::MappedArrays => {
+                ("arrays in a process's memory (`BPF_F_MMAPABLE`)".to_owned(), "all".to_owned())
+            }
+            Need::XdpFrags => ("`BPF_F_XDP_HAS_FRAGS`".to_owned(), ProgramType::Xdp.to_string()),
+        };
+        let _ = writeln!(page, "| {what} | {programs} | {} |", needed.since);
+    }
+}
+
+const NEEDS_HEAD: &str = "
+## What a kernel must have
+
+The agent asks the kernel for each of these when it starts, and refuses one that lacks something by what it lacks, whatever its version says:
+distributions bring much to old kernels. The release is that of upstream. Linux 6.1 and later have all. *Not tried*: RHEL 9, whose 5.14 has
+most of newer kernels' BPF. What else is used and can be done without is told in the agent's first lines: TCX (6.6), the source address
+by `bpf_fib_lookup` (6.7), BTF.
+
+| what | in programs of | since |
+|---|---|---|
+";
 
 #[test]
 fn the_reference_of_the_command_line_in_the_documentation_is_up_to_date() {

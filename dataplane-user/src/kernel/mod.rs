@@ -19,6 +19,7 @@ pub mod links;
 pub mod local_ports;
 pub mod maps;
 pub mod masquerade;
+pub mod needs;
 mod netlink;
 pub mod object;
 pub mod other_proxies;

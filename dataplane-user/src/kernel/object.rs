@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The programs, compiled by the build script.
-static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portolan-ebpf.o"));
+pub(super) static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portolan-ebpf.o"));
 
 /// The compiler and the linker that made them.
 pub const TOOLCHAIN: &str = env!("PORTOLAN_EBPF_TOOLCHAIN");

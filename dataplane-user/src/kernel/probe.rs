@@ -5,31 +5,37 @@
 
 use super::bpf::{self, TestRun, bpf};
 use super::link;
+use super::needs::{self, Needed, ProgramType};
 use std::ffi::CString;
-use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::{fmt, fs, io};
 
-/// The oldest kernel that is meant to work.
+/// The oldest kernel that was tried.
 const OLDEST: (u32, u32) = (6, 1);
 /// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
 const CGROUP2_MAGIC: i64 = 0x6367_7270;
 /// Types of the kernel itself.
 const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-const PROG_LOAD: libc::c_int = 5;
 const PROG_QUERY: libc::c_int = 16;
-const PROG_TYPE_SCHED_CLS: u32 = 3;
 /// Index of the loopback interface in every network namespace.
 const LOOPBACK: u32 = 1;
 
 /// What the kernel cannot do without which there is no dataplane.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
-    /// Too old.
-    #[error("Linux {0} is too old: 6.1 or newer is needed")]
-    Kernel(String),
+    /// Something that the programs need.
+    #[error(
+        "Linux {kernel} lacks what the programs need (in brackets the release that has it): {missing}. Linux 6.1 has all"
+    )]
+    Kernel {
+        /// Its version.
+        kernel: String,
+        /// What it lacks.
+        missing: String,
+    },
     /// Programs at one hook interrupt each other, on one CPU.
     #[error(
         "Linux {0} has PREEMPT_RT, and since 6.18 its programs of one CPU interrupt each other, so that a packet could leave with the \
@@ -63,6 +69,8 @@ pub struct Features {
     pub fib_source: bool,
     /// The kernel brings its own types.
     pub btf: bool,
+    /// It is of a series that Portolan was tried on, or newer.
+    pub tried: bool,
 }
 
 impl fmt::Display for Features {
@@ -74,6 +82,9 @@ impl fmt::Display for Features {
             "the node's primary address (no BPF_FIB_LOOKUP_SRC)"
         };
         write!(f, "Linux {}: tc programs by {tc}; source addresses by {source}", self.kernel)?;
+        if !self.tried {
+            write!(f, "; it has all that is needed, but kernels before 6.1 were not tried")?;
+        }
         if !self.btf {
             write!(f, "; no BTF of the kernel (no {KERNEL_BTF}; CONFIG_DEBUG_INFO_BTF)")?;
         }
@@ -84,12 +95,13 @@ impl fmt::Display for Features {
 /// Asks the kernel.
 ///
 /// # Errors
-/// If it is too old.
+/// If it lacks something, or its programs interrupt each other.
 pub fn features() -> Result<Features, ProbeError> {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
-    // A version that cannot be read is no reason to refuse: loading will tell.
-    if version(&kernel).is_some_and(|version| version < OLDEST) {
-        return Err(ProbeError::Kernel(kernel));
+    let missing = needs::missing();
+    if !missing.is_empty() {
+        let missing = missing.iter().map(Needed::to_string).collect::<Vec<_>>().join(", ");
+        return Err(ProbeError::Kernel { kernel, missing });
     }
     if nests(
         fs::read_to_string("/sys/kernel/realtime").is_ok_and(|text| text.trim() == "1"),
@@ -101,7 +113,9 @@ pub fn features() -> Result<Features, ProbeError> {
         tracing::debug!("cannot probe BPF_FIB_LOOKUP_SRC: {error}");
         false
     });
-    Ok(Features { kernel, tcx: tcx(), fib_source, btf: Path::new(KERNEL_BTF).exists() })
+    // A version that cannot be read says nothing.
+    let tried = version(&kernel).is_none_or(|version| version >= OLDEST);
+    Ok(Features { kernel, tcx: tcx(), fib_source, btf: Path::new(KERNEL_BTF).exists(), tried })
 }
 
 /// Whether sections with bottom halves disabled interrupt each other on one CPU: with PREEMPT_RT, since the lock that kept them apart is
@@ -145,7 +159,7 @@ fn tcx() -> bool {
 /// Whether `bpf_fib_lookup` knows `BPF_FIB_LOOKUP_SRC`: it refuses flags that it does not know with `EINVAL` before it
 /// looks at anything else.
 fn fib_source() -> io::Result<bool> {
-    let program = load(&fib_source_program())?;
+    let program = needs::load(ProgramType::SchedCls, 0, &fib_source_program())?;
     let packet = [0; 64];
     let run = bpf::prog_test_run(program.as_fd(), &TestRun { data: &packet, ..TestRun::default() })?;
     Ok(run.retval as i32 != -libc::EINVAL)
@@ -177,34 +191,6 @@ fn fib_source_program() -> Vec<u64> {
         instruction(0x95, 0, 0, 0, 0),
     ]);
     program
-}
-
-fn load(program: &[u64]) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    #[derive(Default)]
-    struct Load {
-        prog_type: u32,
-        insn_cnt: u32,
-        insns: u64,
-        license: u64,
-        log_level: u32,
-        log_size: u32,
-        log_buf: u64,
-        kern_version: u32,
-        prog_flags: u32,
-    }
-    let mut attr = Load {
-        prog_type: PROG_TYPE_SCHED_CLS,
-        insn_cnt: program.len() as u32,
-        insns: program.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        ..Default::default()
-    };
-    // SAFETY: `Load` is what the command reads; both addresses are of memory that outlives the call, of the length given
-    // beside it or closed by a zero.
-    let fd = unsafe { bpf(PROG_LOAD, &mut attr)? };
-    // SAFETY: the kernel just gave us this descriptor; nobody else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// A cgroup2 folder that is open.
@@ -329,8 +315,10 @@ mod tests {
 
     #[test]
     fn one_line_tells_which_way_was_taken() {
-        let features = Features { kernel: "6.1.0".to_owned(), tcx: false, fib_source: false, btf: true };
+        let features =
+            Features { kernel: "6.1.0".to_owned(), tcx: false, fib_source: false, btf: true, tried: false };
         let text = features.to_string();
         assert!(text.contains("clsact filters") && text.contains("primary address"), "{text}");
+        assert!(text.contains("were not tried"), "{text}");
     }
 }
