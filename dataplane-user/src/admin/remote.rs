@@ -4,7 +4,8 @@
 use super::AdminError;
 use serde_json::Value;
 use std::ffi::OsString;
-use std::process::Command;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
 
 /// By which the pods of agents are found, in all namespaces.
 pub const LABEL: &str = "app.kubernetes.io/name=portolan";
@@ -34,10 +35,20 @@ pub struct Answer {
     pub err: String,
 }
 
-fn kubectl(arguments: &[OsString]) -> Result<Answer, AdminError> {
-    let output = Command::new("kubectl").args(arguments).output();
-    let output =
-        output.map_err(|error| AdminError::End(format!("cannot run kubectl: {error}. Is it in PATH?")))?;
+/// Runs `kubectl`, with a text on its standard input.
+///
+/// # Errors
+/// If there is none.
+pub(super) fn kubectl(arguments: &[OsString], input: &str) -> Result<Answer, AdminError> {
+    let failed = |error| AdminError::End(format!("cannot run kubectl: {error}. Is it in PATH?"));
+    let mut command = Command::new("kubectl");
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(failed)?;
+    // What it does not read it needs no more.
+    if let Some(mut stdin) = child.stdin.take() {
+        let _ = stdin.write_all(input.as_bytes());
+    }
+    let output = child.wait_with_output().map_err(failed)?;
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     Ok(Answer { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) })
 }
@@ -48,7 +59,7 @@ fn kubectl(arguments: &[OsString]) -> Result<Answer, AdminError> {
 /// If `kubectl` does not list them.
 pub fn pods() -> Result<Vec<AgentPod>, AdminError> {
     let get = ["get", "pods", "--all-namespaces", "--selector", LABEL, "--output", "json"];
-    let answer = kubectl(&get.map(OsString::from))?;
+    let answer = kubectl(&get.map(OsString::from), "")?;
     if answer.code != Some(0) {
         return Err(AdminError::End(format!("kubectl get pods: {}", answer.err.trim())));
     }
@@ -69,14 +80,53 @@ fn pods_of(list: &Value) -> Vec<AgentPod> {
     items.iter().filter(lives).map(pod).collect()
 }
 
+/// All pods, as `kubectl` has them.
+///
+/// # Errors
+/// As [`pods`].
+pub fn all_pods() -> Result<Value, AdminError> {
+    let answer = kubectl(&["get", "pods", "--all-namespaces", "--output", "json"].map(OsString::from), "")?;
+    if answer.code != Some(0) {
+        return Err(AdminError::End(format!("kubectl get pods: {}", answer.err.trim())));
+    }
+    Ok(serde_json::from_str(&answer.out)?)
+}
+
+fn exec(pod: &AgentPod, arguments: &[OsString]) -> Vec<OsString> {
+    let exec = ["exec", "--namespace", &pod.namespace, &pod.name, "--container", CONTAINER, "--", "portolan"];
+    exec.iter().map(OsString::from).chain(arguments.iter().cloned()).collect()
+}
+
 /// Runs `portolan` with these arguments in a pod.
 ///
 /// # Errors
 /// If there is no `kubectl`.
 pub fn portolan(pod: &AgentPod, arguments: &[OsString]) -> Result<Answer, AdminError> {
-    let exec = ["exec", "--namespace", &pod.namespace, &pod.name, "--container", CONTAINER, "--", "portolan"];
-    let words: Vec<_> = exec.iter().map(OsString::from).chain(arguments.iter().cloned()).collect();
-    kubectl(&words)
+    kubectl(&exec(pod, arguments), "")
+}
+
+/// The command that does so, for what it says as it goes on.
+pub fn portolan_command(pod: &AgentPod, arguments: &[OsString]) -> Command {
+    let mut command = Command::new("kubectl");
+    command.args(exec(pod, arguments));
+    command
+}
+
+/// The pod of a node's agent.
+///
+/// # Errors
+/// If there is none, or `kubectl` cannot be run.
+pub fn pod_on(node: &str) -> Result<AgentPod, AdminError> {
+    let pods = pods()?;
+    if let Some(pod) = pods.iter().find(|pod| pod.node == node) {
+        return Ok(pod.clone());
+    }
+    let mut nodes: Vec<_> = pods.iter().map(|pod| pod.node.as_str()).collect();
+    nodes.sort_unstable();
+    let found = if nodes.is_empty() { "none".to_owned() } else { nodes.join(", ") };
+    Err(AdminError::End(format!(
+        "no pod with the label {LABEL} runs on a node `{node}`; nodes that have one: {found}"
+    )))
 }
 
 /// Asks the node what this command line asks.
@@ -84,16 +134,7 @@ pub fn portolan(pod: &AgentPod, arguments: &[OsString]) -> Result<Answer, AdminE
 /// # Errors
 /// If no agent's pod is on that node, or `kubectl` cannot be run.
 pub fn ask(node: &str, command_line: impl IntoIterator<Item = OsString>) -> Result<Answer, AdminError> {
-    let pods = pods()?;
-    let Some(pod) = pods.iter().find(|pod| pod.node == node) else {
-        let mut nodes: Vec<_> = pods.iter().map(|pod| pod.node.as_str()).collect();
-        nodes.sort_unstable();
-        let found = if nodes.is_empty() { "none".to_owned() } else { nodes.join(", ") };
-        return Err(AdminError::End(format!(
-            "no pod with the label {LABEL} runs on a node `{node}`; nodes that have one: {found}"
-        )));
-    };
-    let mut answer = portolan(pod, &without_node(command_line))?;
+    let mut answer = portolan(&pod_on(node)?, &without_node(command_line))?;
     // kubectl says how the command ended, which the exit code says as well.
     let lines = answer.err.lines().filter(|line| !line.starts_with("command terminated with exit code"));
     answer.err = lines.map(|line| format!("{line}\n")).collect();
