@@ -152,18 +152,19 @@ pub enum Command {
 }
 
 impl Command {
-    /// The node that is to be asked in place of this one.
-    pub fn other_node(&self) -> Option<&str> {
-        let show = match self {
-            Self::Status(args) => &args.show,
-            Self::Check(args) if args.pods => return None,
-            Self::Check(args) => &args.show,
-            Self::Explain(args) => &args.show,
+    /// Where a verb asks that can ask other nodes by having them run it; none: it runs here, or puts nodes together by itself.
+    pub fn asks(&self) -> Option<&ShowArgs> {
+        match self {
+            Self::Status(args) if args.show.all_nodes => None,
+            Self::Status(args) => Some(&args.show),
+            Self::Check(args) if args.pods => None,
+            Self::Check(args) => Some(&args.show),
+            Self::Explain(args) => Some(&args.show),
             Self::Services(show)
             | Self::Backends(show)
             | Self::Flows(show)
             | Self::Drops(show)
-            | Self::TakeOver(show) => show,
+            | Self::TakeOver(show) => Some(show),
             Self::Agent(_)
             | Self::MountBpffs(_)
             | Self::NoteApiServer(_)
@@ -172,9 +173,8 @@ impl Command {
             | Self::Report(_)
             | Self::Watch(_)
             | Self::Probe(_)
-            | Self::Completion(_) => return None,
-        };
-        show.node.as_deref()
+            | Self::Completion(_) => None,
+        }
     }
 }
 

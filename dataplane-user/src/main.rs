@@ -38,8 +38,15 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command, matches: &ArgMatches) -> Result<ExitCode> {
-    if let Some(node) = command.other_node() {
-        return ask_other(node);
+    if let Some(show) = command.asks() {
+        if let Some(node) = &show.node {
+            return ask_other(node);
+        }
+        if show.all_nodes {
+            let (text, code) = remote::ask_all(std::env::args_os().skip(1), show.output)?;
+            print(&text)?;
+            return Ok(ExitCode::from(code));
+        }
     }
     match command {
         Command::Agent(mut args) => {
@@ -58,7 +65,7 @@ fn run(command: Command, matches: &ArgMatches) -> Result<ExitCode> {
         }
         Command::Cleanup(args) => clean_up(&args)?,
         Command::Status(args) => {
-            let (verdict, text) = if args.all_nodes {
+            let (verdict, text) = if args.show.all_nodes {
                 let page = status::nodes::look()?;
                 (page.verdict, page.print(args.show.output)?)
             } else {

@@ -1,7 +1,8 @@
 //! Verbs for another node, from a workstation: by `kubectl exec` in the pod of that node's agent. They need no root there, and no
 //! right but those that `kubectl` has.
 
-use super::AdminError;
+use super::{AdminError, structured};
+use crate::config::Output;
 use serde_json::Value;
 use std::ffi::OsString;
 use std::io::Write as _;
@@ -13,6 +14,8 @@ pub const LABEL: &str = "app.kubernetes.io/name=portolan";
 const CONTAINER: &str = "portolan";
 /// The flag that names a node.
 const FLAG: &str = "--node";
+/// The flag by which all are asked.
+const ALL_NODES: &str = "--all-nodes";
 
 /// The pod of an agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,14 +144,65 @@ pub fn ask(node: &str, command_line: impl IntoIterator<Item = OsString>) -> Resu
     Ok(answer)
 }
 
+/// Asks each node what this command line asks. What they say, each under the name of its node, and the worst of their exit codes.
+///
+/// # Errors
+/// If no agent's pod runs, or `kubectl` cannot be run.
+pub fn ask_all(
+    command_line: impl IntoIterator<Item = OsString>,
+    output: Output,
+) -> Result<(String, u8), AdminError> {
+    let is_data = matches!(output, Output::Json | Output::Yaml);
+    let mut words = without(command_line, &[ALL_NODES], &[]);
+    if is_data {
+        words = without(words, &[], &["--output", "-o"]);
+        words.push("--output=json".into());
+    }
+    let mut pods = pods()?;
+    if pods.is_empty() {
+        return Err(AdminError::End(format!("no pod with the label {LABEL} runs")));
+    }
+    pods.sort_by(|a, b| a.node.cmp(&b.node));
+    let (mut text, mut all, mut worst) = (String::new(), serde_json::Map::new(), 0);
+    for pod in &pods {
+        let answer = portolan(pod, &words)?;
+        let code = answer.code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
+        worst = worst.max(code);
+        let said = if answer.out.is_empty() { &answer.err } else { &answer.out };
+        if is_data {
+            // Where a node has no answer its words are in its place.
+            let value = serde_json::from_str(&answer.out).unwrap_or_else(|_| Value::from(said.trim()));
+            all.insert(pod.node.clone(), value);
+        } else {
+            text.push_str(&format!("{}:\n{said}\n", pod.node));
+        }
+    }
+    Ok(if is_data { (structured(&all, output)?, worst) } else { (text, worst) })
+}
+
 /// The arguments of a command line without the flag that names the node.
 fn without_node(command_line: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    without(command_line, &[], &[FLAG])
+}
+
+/// The arguments without some switches, and without some flags that have a value.
+fn without(
+    command_line: impl IntoIterator<Item = OsString>,
+    switches: &[&str],
+    flags: &[&str],
+) -> Vec<OsString> {
     let mut left = Vec::new();
     let mut words = command_line.into_iter();
     while let Some(word) = words.next() {
-        if word == FLAG {
+        let text = word.to_string_lossy().into_owned();
+        // `--flag=value`, and `-fvalue`.
+        let joined = |flag: &&str| match text.strip_prefix(*flag) {
+            Some(value) => value.starts_with('=') || !flag.starts_with("--") && !value.is_empty(),
+            None => false,
+        };
+        if flags.contains(&text.as_str()) {
             words.next();
-        } else if !word.to_string_lossy().starts_with(&format!("{FLAG}=")) {
+        } else if !switches.contains(&text.as_str()) && !flags.iter().any(joined) {
             left.push(word);
         }
     }
@@ -167,6 +221,16 @@ mod tests {
             assert_eq!(without_node(words(line)), words("services -o json"), "{line}");
         }
         assert_eq!(without_node(words("explain node --node-name x 10.0.0.1:80")).len(), 5);
+    }
+
+    #[test]
+    fn all_nodes_are_asked_the_same_and_for_json_where_that_is_put_together() {
+        let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
+        let line = || words("flows --all-nodes --bpffs /x");
+        assert_eq!(without(line(), &[ALL_NODES], &[]), words("flows --bpffs /x"));
+        for line in ["flows -o yaml x", "flows -oyaml x", "flows --output=yaml x", "--output yaml flows x"] {
+            assert_eq!(without(words(line), &[], &["--output", "-o"]), words("flows x"), "{line}");
+        }
     }
 
     #[test]

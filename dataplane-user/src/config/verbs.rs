@@ -52,6 +52,9 @@ pub struct ShowArgs {
     /// Ask the node of this name in place of this one, by `kubectl exec` in the pod of its agent. Needs no root here, but `kubectl`.
     #[arg(long, value_name = "NAME")]
     pub node: Option<String>,
+    /// Ask each node of the cluster by `kubectl exec`: all of them in one answer. Needs no root here, but `kubectl`.
+    #[arg(long, conflicts_with = "node")]
+    pub all_nodes: bool,
 }
 
 /// Flags of `portolan status`.
@@ -63,9 +66,6 @@ pub struct StatusArgs {
     /// End with 0 in place of 3 where Services are served and somebody should look at something.
     #[arg(long)]
     pub allow_warnings: bool,
-    /// Ask each node of the cluster by `kubectl exec`, and show a row for each, and what differs. Needs no root, but `kubectl`.
-    #[arg(long, conflicts_with = "node")]
-    pub all_nodes: bool,
 }
 
 /// Flags of `portolan check`.
@@ -121,7 +121,7 @@ impl CheckArgs {
             state_dir: DEFAULT_STATE.into(),
             pods: false,
             image: None,
-            show: ShowArgs { bpffs: bpffs.to_owned(), output: Output::Table, node: None },
+            show: ShowArgs { bpffs: bpffs.to_owned(), output: Output::Table, node: None, all_nodes: false },
         }
     }
 
@@ -220,9 +220,6 @@ pub struct WatchArgs {
     /// End when so many were shown.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
-    /// Watch each node of the cluster by `kubectl exec`, together. Needs no root here, but `kubectl`.
-    #[arg(long, conflicts_with = "node")]
-    pub all_nodes: bool,
     /// Where it looks and how it is printed.
     #[command(flatten)]
     pub show: ShowArgs,
@@ -231,7 +228,7 @@ pub struct WatchArgs {
 impl WatchArgs {
     /// Whether other nodes are watched, from here.
     pub const fn is_remote(&self) -> bool {
-        self.all_nodes || self.show.node.is_some()
+        self.show.all_nodes || self.show.node.is_some()
     }
 
     /// The command line for one of those nodes: what is left is for whoever puts them together.

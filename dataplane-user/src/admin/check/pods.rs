@@ -158,7 +158,7 @@ impl Trial {
         let callers = pods.iter().filter(|pod| only.is_none_or(|node| pod.node == node));
         let before = checks.len();
         for pod in callers {
-            checks.extend(self.from_pod(pod, &pods, &services)?);
+            checks.extend(self.calls_of(pod, &pods, &services)?);
         }
         if checks.len() == before && checks.is_empty() {
             return Err(AdminError::End("no node has a pod to call from".to_owned()));
@@ -247,7 +247,7 @@ impl Trial {
         }
     }
 
-    fn from_pod(
+    fn calls_of(
         &self,
         pod: &Pod,
         pods: &[Pod],
