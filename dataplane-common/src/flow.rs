@@ -402,6 +402,8 @@ impl Flow {
     pub const NOTED: u16 = 1 << 13;
     /// Its client comes back to the endpoint (S1): that is remembered for good when the flow is established.
     pub const AFFINE: u16 = 1 << 14;
+    /// Whoever watches is told of each of its packets.
+    pub const WATCHED: u16 = 1 << 15;
 
     /// An entry with these flags that says nothing else yet.
     #[inline(always)]

@@ -16,6 +16,7 @@ pub mod checksum;
 pub mod counter;
 pub mod crc32c;
 pub mod drop;
+pub mod event;
 pub mod filter;
 pub mod flow;
 pub mod fragment;

@@ -9,6 +9,7 @@ use crate::answers::ANSWER_RATES;
 use crate::backend::Backend;
 use crate::counter::Traffic;
 use crate::drop::REASON_SLOTS;
+use crate::event::{EVENTS, Event, Watch};
 use crate::filter::{CALLER_CELLS, FILTER_WORDS};
 use crate::flow::{Flow, FlowKey, Name, PortTurn, RingTurns};
 use crate::fragment::{FragmentKey, FragmentPorts};
@@ -23,7 +24,7 @@ use bytemuck::Pod;
 /// Version of the layout of all maps: the folder of their pins below the agent's pin folder.
 ///
 /// A change of a key, a value or the meaning of a field takes the next number.
-pub const LAYOUT: &str = "v5";
+pub const LAYOUT: &str = "v6";
 
 /// The kinds of map that are used, after the kernel's `BPF_MAP_TYPE_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,6 +142,10 @@ tables! {
     BackendTraffic = "backend_traffic", Array<u32, Traffic>, 122_880;
     /// How often each reason occurred.
     Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
+    /// Whether anybody watches, one element.
+    Watches = "watch", MappedArray<u32, Watch>, 1;
+    /// What whoever watches is told: a ring.
+    Events = "events", MappedArray<u32, Event>, EVENTS;
     /// How many answers that say no a CPU has given: the moments up to which they were given, in nanoseconds of the coarse monotonic
     /// clock.
     Answers = "answers", PerCpuArray<u32, u64>, ANSWER_RATES;
@@ -203,6 +208,7 @@ mod tests {
         assert_eq!(size_of::<FrontendKey>(), 24);
         assert_eq!(size_of::<FlowKey>(), 40);
         assert_eq!(size_of::<Flow>(), 96);
+        assert_eq!((size_of::<Event>(), size_of::<Watch>()), (144, 320));
         assert_eq!((size_of::<Name>(), size_of::<RingTurns>()), (48, 64));
         assert_eq!(size_of::<FragmentKey>(), 40);
         assert_eq!(size_of::<Service>(), 40);

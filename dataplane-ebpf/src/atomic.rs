@@ -98,6 +98,24 @@ pub unsafe fn publish(at: *mut u64, value: u64) {
     unsafe { swap(at, value) };
 }
 
+/// Clears bits of a word.
+///
+/// # Safety
+/// As [`fetch_add`].
+#[inline(always)]
+pub unsafe fn clear_bits(at: *mut u64, bits: u64) {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: the caller promises that the word is valid.
+    unsafe {
+        asm!("lock *(u64 *)({0} + 0) &= {1}", in(reg) at, in(reg) !bits);
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: as above.
+    unsafe {
+        AtomicU64::from_ptr(at).fetch_and(!bits, Ordering::SeqCst);
+    }
+}
+
 /// Sets bits of a word.
 ///
 /// # Safety

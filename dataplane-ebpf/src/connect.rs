@@ -5,6 +5,7 @@
 
 use crate::affinity;
 use crate::count;
+use crate::event::{self, Call};
 use crate::forward::primary;
 use crate::maps::{SOCKET_CHOICES, SOCKET_NAMES, SOCKET_PEERS};
 use crate::select::{self, Chosen};
@@ -15,6 +16,7 @@ use aya_ebpf::programs::SockAddrContext;
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
+use dataplane_common::event::{EventKind, Place, What};
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::Node;
 use dataplane_common::service::{Algorithm, Policy};
@@ -120,7 +122,7 @@ pub fn connect<S: SocketAddress>(mut socket: S) -> i32 {
     forget_name(&socket);
     let Some(source) = source(&socket, proto) else { return PROCEED };
     let Ok(Some(destination)) = service::lookup(&addr, port, proto) else {
-        return closed(&addr, proto);
+        return closed(&socket, &addr, proto, source);
     };
     if !serves(proto, &addr, destination, source) {
         return PROCEED;
@@ -131,13 +133,15 @@ pub fn connect<S: SocketAddress>(mut socket: S) -> i32 {
     }
     let endpoints = match service::endpoints(destination, source, policy) {
         Ok(endpoints) => endpoints,
-        Err(Reason::NoEndpoints) if proto == Protocol::Tcp as u8 => return refuse(Reason::NoEndpoints),
+        Err(Reason::NoEndpoints) if proto == Protocol::Tcp as u8 => {
+            return refuse(&socket, source, Reason::NoEndpoints);
+        }
         Err(_) => return PROCEED,
     };
     let Ok(Some(chosen)) = choose(&socket, &addr, destination, source, policy, endpoints) else {
         return PROCEED;
     };
-    translate(&mut socket, destination, &chosen, proto, true)
+    translate(&mut socket, destination, source, &chosen, proto, true)
 }
 
 /// A call of `sendmsg(2)` or `sendto(2)` that names a destination, on a UDP socket.
@@ -169,7 +173,7 @@ pub fn send<S: SocketAddress>(mut socket: S) -> i32 {
             (chosen, true)
         }
     };
-    translate(&mut socket, destination, &chosen, proto, new)
+    translate(&mut socket, destination, source, &chosen, proto, new)
 }
 
 /// What `getpeername(2)` gives back, and `accept(2)`, which asks for the client's name: the address that the program
@@ -311,19 +315,33 @@ fn tries_again(addr: &Addr, proto: u8, policy: Policy) -> bool {
 
 /// A ClusterIP on a port that no Service has (P13).
 #[inline(always)]
-fn closed(addr: &Addr, proto: u8) -> i32 {
+fn closed<S: SocketAddress>(socket: &S, addr: &Addr, proto: u8, source: Source) -> i32 {
     if proto == Protocol::Tcp as u8 && service::is_closed(addr) {
-        return refuse(Reason::ClosedPort);
+        return refuse(socket, source, Reason::ClosedPort);
     }
     PROCEED
 }
 
 #[inline(always)]
-fn refuse(reason: Reason) -> i32 {
+fn refuse<S: SocketAddress>(socket: &S, source: Source, reason: Reason) -> i32 {
     count::reason(reason);
+    let (addr, port) = socket.read();
+    let (src, proto) = (told_source(&addr, source), Protocol::Tcp as u8);
+    let call =
+        Call { src, addr, port, proto, dst: Addr::UNSPECIFIED, dst_port: Port::ANY, service: 0, backend: 0 };
+    event::tell_call(&call, What::because(EventKind::Refused, reason).at(Place::Connect));
     // SAFETY: a helper without pointers.
     unsafe { bpf_set_retval(-ECONNREFUSED) };
     FAIL
+}
+
+/// The address that a caller is told to have: that of the node, whichever it will get; nobody knows a pod's yet.
+#[inline(always)]
+fn told_source(addr: &Addr, source: Source) -> Addr {
+    match (source, service::node()) {
+        (Source::Node, Some(node)) => *primary(node, addr),
+        (Source::Node | Source::Pod | Source::Outside, _) => Addr::UNSPECIFIED,
+    }
 }
 
 /// The backend a socket keeps, if it still serves (C1).
@@ -339,6 +357,7 @@ fn still_serves(choice: SocketChoice) -> Option<Chosen> {
 fn translate<S: SocketAddress>(
     socket: &mut S,
     destination: Destination,
+    source: Source,
     chosen: &Chosen,
     proto: u8,
     new: bool,
@@ -368,6 +387,10 @@ fn translate<S: SocketAddress>(
     }
     if new {
         count::new_flow(destination.service, chosen.id);
+        let (src, service, backend) = (told_source(&addr, source), destination.service, chosen.id);
+        let call = Call { src, addr, port, proto, dst: chosen.addr, dst_port: chosen.port, service, backend };
+        let place = if proto == Protocol::Udp as u8 { Place::Sendmsg } else { Place::Connect };
+        event::tell_call(&call, What::of(EventKind::Begun).at(place));
     }
     socket.write(&chosen.addr, chosen.port);
     PROCEED

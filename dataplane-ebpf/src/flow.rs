@@ -7,7 +7,7 @@
 use crate::maps::FLOWS;
 use crate::ring::{self, ClosingRing, HalfOpenRing};
 use crate::scratch::Scratch;
-use crate::{atomic, count};
+use crate::{atomic, count, event};
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_jiffies64;
 use core::sync::atomic::{Ordering, compiler_fence};
@@ -370,6 +370,8 @@ pub unsafe fn remove_live(key: &FlowKey, entry: *const Flow) -> bool {
     if !Found(entry.cast_mut()).is_of(key) {
         return false;
     }
+    // SAFETY: the caller promises it.
+    unsafe { event::tell_displaced(key, entry, &partner) };
     remove_half(key);
     remove_half(&partner);
     true

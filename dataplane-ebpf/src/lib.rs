@@ -17,6 +17,7 @@ pub mod atomic;
 pub mod clock;
 pub mod connect;
 pub mod count;
+pub mod event;
 pub mod flow;
 pub mod forward;
 pub mod fragment;

@@ -69,6 +69,8 @@ maps! {
     SERVICE_TRAFFIC: Array = "service_traffic", ServiceTraffic;
     BACKEND_TRAFFIC: Array = "backend_traffic", BackendTraffic;
     REASONS: PerCpuArray = "reasons", Reasons;
+    WATCH: MappedArray = "watch", Watches;
+    EVENTS: MappedArray = "events", Events;
     ANSWERS: PerCpuArray = "answers", Answers;
     ROUNDS: Array = "rounds", Rounds;
     SCRATCH: PerCpuArray = "scratch", Scratch;

@@ -7,6 +7,7 @@ mod retry;
 
 use crate::affinity;
 use crate::count;
+use crate::event;
 use crate::flow::{self, Claim, Ending};
 use crate::forward::{self, Origin, Route};
 use crate::frame::Frame;
@@ -21,6 +22,7 @@ use crate::{interest, limit, nat, outgoing, uplink};
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
+use dataplane_common::event::{EventKind, Place, What};
 use dataplane_common::flow::{Attempt, Counted, Flow, FlowKey, Stage};
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::{Node, SourceCase, SourceRule};
@@ -66,6 +68,8 @@ pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, log: imp
         Verdict::Drop(reason) => {
             log(reason);
             count::reason(reason);
+            let place = event::place(hook, F::LEAVES_TO_TC);
+            event::tell(scratch, What::because(EventKind::Dropped, reason).at(place), frame.ifindex());
             verdict
         }
         Verdict::Refuse(_) | Verdict::LeaveToTc if F::LEAVES_TO_TC => {
@@ -75,6 +79,8 @@ pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, log: imp
         Verdict::Refuse(reason) => {
             log(reason);
             let answered = answer(frame, scratch, reason);
+            let place = event::place(hook, F::LEAVES_TO_TC);
+            event::tell(scratch, refused(answered, reason).at(place), frame.ifindex());
             if hook != Hook::UplinkIngress || answered != Code::ANSWER {
                 return answered.verdict();
             }
@@ -82,6 +88,18 @@ pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, log: imp
         }
         Verdict::Pass | Verdict::Forward | Verdict::HandUp | Verdict::Answer => verdict,
         Verdict::Begin | Verdict::LeaveToTc => Verdict::Pass,
+    }
+}
+
+/// What is told of a packet that was to be refused.
+#[inline(always)]
+fn refused(answered: Code, reason: Reason) -> What {
+    match answered.verdict() {
+        Verdict::Drop(silent) => What::because(EventKind::Dropped, silent),
+        Verdict::Pass | Verdict::Forward | Verdict::HandUp | Verdict::Answer => {
+            What::because(EventKind::Refused, reason)
+        }
+        Verdict::Refuse(_) | Verdict::LeaveToTc | Verdict::Begin => What::because(EventKind::Refused, reason),
     }
 }
 
@@ -210,6 +228,7 @@ impl<F: Frame> Walk<'_, F> {
     fn continue_flow(&mut self) -> Verdict {
         self.s.end = End::NONE;
         self.s.attempt = Attempt::default();
+        self.s.told = What::of(EventKind::Begun);
         let Some(found) = flow::lookup(&self.s.key, &mut self.s.flow) else { return Verdict::Begin };
         if !self.applies() {
             return Verdict::Pass;
@@ -229,9 +248,13 @@ impl<F: Frame> Walk<'_, F> {
                 return Verdict::LeaveToTc;
             }
             count::reason(Reason::MovedSilent);
+            self.s.told = What::because(EventKind::Moved, Reason::MovedSilent);
             self.s.attempt = self.s.flow.attempt().next();
         }
         if again || self.answers_another(stage) || !reply && self.begins_anew(stage, serving) {
+            if self.s.packet.proto == Protocol::Udp as u8 {
+                self.s.told = What::because(EventKind::Moved, Reason::Rebalanced);
+            }
             flow::remove(&self.s.key, &self.s.flow);
             return Verdict::Begin;
         }
@@ -246,15 +269,31 @@ impl<F: Frame> Walk<'_, F> {
         self.send(exit)
     }
 
-    /// Closes the flow of a packet that was its last. Gives the verdict on it back.
+    /// Tells of a flow that is established or ends by a packet, and of the packets of one that is marked, and closes or removes what has
+    /// ended. Gives the verdict on the packet back.
     #[inline(always)]
     fn end(&mut self, known: Code) -> Code {
         let known = self.s.through_memory(known);
-        let Scratch { key, flow, keys: [partner, _], end: End { own, others }, .. } = &mut *self.s;
+        let watched = self.s.flow.has(Flow::WATCHED);
+        if watched && self.s.end.what.is_nothing() {
+            self.s.end.what = What::of(EventKind::Packet);
+        }
+        if !self.s.end.what.is_nothing() {
+            event::tell(self.s, self.s.end.what.at(self.met_at()), self.frame.ifindex());
+        }
+        let Scratch { key, flow, keys: [partner, _], end: End { own, others, what }, .. } = &mut *self.s;
         if *own != 0 {
             flow::close(key, flow, partner, *own, *others);
+        } else if *what == End::REFUSED.what {
+            flow::remove(key, flow);
         }
         known
+    }
+
+    /// Where this walk is, as it is told.
+    #[inline(always)]
+    const fn met_at(&self) -> Place {
+        event::place(self.hook, F::LEAVES_TO_TC)
     }
 
     /// Whether this hook is the one that translates this direction of the flow.
@@ -584,7 +623,11 @@ impl<F: Frame> Walk<'_, F> {
                 flow::make_room();
                 begun
             }
-            Verdict::Pass | Verdict::Forward | Verdict::HandUp | Verdict::Drop(_) => begun,
+            Verdict::Pass | Verdict::Forward | Verdict::HandUp => {
+                event::tell(self.s, self.s.told.at(self.met_at()), self.frame.ifindex());
+                begun
+            }
+            Verdict::Drop(_) => begun,
             Verdict::Refuse(_) | Verdict::Answer | Verdict::Begin | Verdict::LeaveToTc => begun,
         }
     }
@@ -698,6 +741,7 @@ impl<F: Frame> Walk<'_, F> {
             Ok(chosen) => {
                 let change = self.source_change(&chosen);
                 self.write_flow(source, &chosen, change);
+                event::mark(self.s);
                 Code::BEGIN
             }
             Err(reason) => Verdict::Drop(reason).into(),

@@ -11,6 +11,7 @@ use crate::path::{End, Tried};
 use crate::service::{Endpoints, Source};
 use crate::verdict::{Code, Exit, Way};
 use aya_ebpf::bindings::bpf_fib_lookup;
+use dataplane_common::event::What;
 use dataplane_common::flow::{Attempt, Flow, FlowKey};
 use dataplane_common::node::SourceRule;
 
@@ -33,6 +34,8 @@ pub struct Scratch {
     code: Code,
     /// How it ends by this packet.
     pub end: End,
+    /// What whoever watches is told where one begins.
+    pub told: What,
     /// The endpoint's half of the flow that begins.
     pub reply: Flow,
     /// What came of the attempt to enter it.

@@ -6,7 +6,8 @@ pub mod kube_proxy;
 mod verbs;
 
 pub use verbs::{
-    CheckArgs, CleanupArgs, CompletionArgs, ExplainArgs, NoteArgs, Output, ReportArgs, ShowArgs, StatusArgs,
+    AskArgs, CheckArgs, CleanupArgs, CompletionArgs, ExplainArgs, NoteArgs, Output, PacketFilter, ProbeArgs,
+    ProbeCommand, ReportArgs, ShowArgs, StatusArgs, WatchArgs, WatchEvent,
 };
 
 use crate::compile::{Sources, selection};
@@ -122,7 +123,7 @@ pub enum Command {
     TakeOver(ShowArgs),
     /// Whether this node can run Portolan, before an install; and whether it serves, afterwards. Beside each fault it says what helps.
     ///
-    /// Changes nothing. Needs root and the node's network namespace. Where an agent runs it opens a connection to the API server's
+    /// Changes nothing, but for --pods. Needs root and the node's network namespace. Where an agent runs it opens a connection to the API server's
     /// Service and to DNS, as any process of the node does. The exit code is 0 if all is well, 3 if somebody should look at something,
     /// and 4 if something does not work.
     Check(CheckArgs),
@@ -137,31 +138,43 @@ pub enum Command {
     /// node port of this node (`node:30080`). Needs root and the node's network namespace; an agent tells besides why endpoints take
     /// no part. The exit code is 0 if the connection is served, 3 if it is none of Portolan's, and 4 if it is dropped or refused.
     Explain(ExplainArgs),
+    /// What becomes of flows, as it happens: a line for each that begins, moves, is established, refused, dropped, or ends.
+    ///
+    /// Needs root, but no agent. Any number may watch; packets wait for none of them, and what is not read in time is lost, and counted.
+    /// Only what is new is told: packets of established flows are not, but for those that --packets asks for. JSON is a line for each
+    /// event. A connection whose endpoint was chosen at its socket has no end here. Ctrl-C ends it.
+    Watch(Box<WatchArgs>),
+    /// One end of a call by which `portolan check --pods` tries a cluster.
+    #[command(subcommand, hide = true)]
+    Probe(ProbeCommand),
     /// Print a script by which a shell completes the verbs and flags: `source <(portolan completion bash)`.
     Completion(CompletionArgs),
 }
 
 impl Command {
-    /// The node that is to be asked in place of this one.
-    pub fn other_node(&self) -> Option<&str> {
-        let show = match self {
-            Self::Status(args) => &args.show,
-            Self::Check(args) => &args.show,
-            Self::Explain(args) => &args.show,
+    /// Where a verb asks that can ask other nodes by having them run it; none: it runs here, or puts nodes together by itself.
+    pub fn asks(&self) -> Option<&ShowArgs> {
+        match self {
+            Self::Status(args) if args.show.all_nodes => None,
+            Self::Status(args) => Some(&args.show),
+            Self::Check(args) if args.pods => None,
+            Self::Check(args) => Some(&args.show),
+            Self::Explain(args) => Some(&args.show),
             Self::Services(show)
             | Self::Backends(show)
             | Self::Flows(show)
             | Self::Drops(show)
-            | Self::TakeOver(show) => show,
+            | Self::TakeOver(show) => Some(show),
             Self::Agent(_)
             | Self::MountBpffs(_)
             | Self::NoteApiServer(_)
             | Self::SetConntrack(_)
             | Self::Cleanup(_)
             | Self::Report(_)
-            | Self::Completion(_) => return None,
-        };
-        show.node.as_deref()
+            | Self::Watch(_)
+            | Self::Probe(_)
+            | Self::Completion(_) => None,
+        }
     }
 }
 
@@ -614,8 +627,19 @@ impl Machine {
 }
 
 /// Maps whose size the programs know, or that have none.
-const FIXED: &[&str] =
-    &["node", "filter", "callers", "turns", "port_turn", "reasons", "answers", "scratch", "socket_names"];
+const FIXED: &[&str] = &[
+    "node",
+    "filter",
+    "callers",
+    "turns",
+    "port_turn",
+    "reasons",
+    "watch",
+    "events",
+    "answers",
+    "scratch",
+    "socket_names",
+];
 
 impl AgentArgs {
     /// Each map whose size differs from its default on this machine, and the size.

@@ -102,7 +102,8 @@ impl Swept {
 }
 
 /// Sweeps the table of flows once. Of `bits` and `marks`, those remain that no flow needs: they can be cleared. `fold` is given the
-/// keys of all halves of flows in which something was counted, some at a time.
+/// keys of all halves of flows in which something was counted, some at a time; `going` those of the halves of flows that are idle, before
+/// they are removed.
 ///
 /// It walks the table twice, and holds two bytes for each entry that there is room for, and what it removes.
 ///
@@ -115,8 +116,9 @@ pub fn sweep<M: Maps>(
     bits: &mut LingeringBits,
     marks: &mut OldMarks,
     fold: impl FnMut(&[FlowKey]),
+    going: impl FnMut(&[FlowKey]),
 ) -> Result<Swept, MapError> {
-    sweep_at_most(MOST, maps, times, clock, bits, marks, fold)
+    sweep_at_most(MOST, maps, times, clock, bits, marks, fold, going)
 }
 
 /// How many keys are given to `fold` at once.
@@ -125,6 +127,7 @@ const FOLDED: usize = 1 << 10;
 /// How many entries a sweep looks at closely, which may be idle or alone; those past that have their turn in the next.
 const MOST: usize = 1 << 18;
 
+#[expect(clippy::too_many_arguments, reason = "a sweep with its bound, for tests")]
 fn sweep_at_most<M: Maps>(
     most: usize,
     maps: &M,
@@ -133,6 +136,7 @@ fn sweep_at_most<M: Maps>(
     bits: &mut LingeringBits,
     marks: &mut OldMarks,
     fold: impl FnMut(&[FlowKey]),
+    mut going: impl FnMut(&[FlowKey]),
 ) -> Result<Swept, MapError> {
     let mut census = Census::of(maps, times, clock, bits, marks, most, fold)?;
     let idle = census.idle(maps, times, clock)?;
@@ -142,7 +146,9 @@ fn sweep_at_most<M: Maps>(
         *count = count.saturating_sub(1);
     }
     let keys = |entries: Vec<(FlowKey, Stage)>| entries.into_iter().map(|(key, _)| key).collect::<Vec<_>>();
-    let (idle, alone) = (maps.remove::<Flows>(&keys(idle))?, maps.remove::<Flows>(&keys(alone))?);
+    let idle = keys(idle);
+    going(&idle);
+    let (idle, alone) = (maps.remove::<Flows>(&idle)?, maps.remove::<Flows>(&keys(alone))?);
     Ok(Swept { idle, alone, ..census.remain })
 }
 
@@ -344,6 +350,7 @@ mod tests {
     use crate::sync::MemoryMaps;
     use dataplane_common::flow::Counted;
     use dataplane_common::{Addr, Port};
+    use std::collections::BTreeSet;
 
     const CLIENT: Addr = Addr::from_v4([10, 0, 0, 9]);
     const CLUSTER_IP: Addr = Addr::from_v4([10, 96, 0, 1]);
@@ -373,6 +380,7 @@ mod tests {
             clock,
             &mut LingeringBits::default(),
             &mut OldMarks::default(),
+            |_| (),
             |_| (),
         )
         .unwrap()
@@ -489,7 +497,8 @@ mod tests {
         let mut left = 16;
         while left > 0 {
             let swept =
-                sweep_at_most(3, &maps, &IdleTimes::default(), clock, &mut bits, &mut marks, |_| ()).unwrap();
+                sweep_at_most(3, &maps, &IdleTimes::default(), clock, &mut bits, &mut marks, |_| (), |_| ())
+                    .unwrap();
             assert!(swept.entries() < left && swept.idle <= 6 && swept.alone <= 3, "{swept:?}");
             (left, sweeps) = (swept.entries(), sweeps + 1);
         }
@@ -509,8 +518,15 @@ mod tests {
             assert!(maps.get::<Flows>(&keys[0]).unwrap().is_some());
             folded.extend_from_slice(keys);
         };
-        let swept = sweep(&maps, &IdleTimes::default(), clock, &mut bits, &mut marks, fold).unwrap();
+        let mut gone = BTreeSet::new();
+        let going = |keys: &[FlowKey]| {
+            assert!(maps.get::<Flows>(&keys[0]).unwrap().is_some(), "it can be read still");
+            gone.extend(keys.iter().map(|key| key.src_port.number()));
+        };
+        let times = IdleTimes::default();
+        let swept = sweep(&maps, &times, clock, &mut bits, &mut marks, fold, going).unwrap();
         assert_eq!((folded, swept.idle), (vec![entries[1].0], 2));
+        assert_eq!(gone, [1, 8080].into(), "both halves of the idle one, and no other");
     }
 
     /// C4
@@ -590,8 +606,8 @@ mod tests {
                     maps.write::<Flows>(&entries).unwrap();
                 }
                 let (mut bits, mut marks) = (LingeringBits::default(), OldMarks::default());
-                let swept = sweep(&maps, &IdleTimes::default(), clock(at, hz), &mut bits, &mut marks, |_| ())
-                    .unwrap();
+                let (times, clock) = (IdleTimes::default(), clock(at, hz));
+                let swept = sweep(&maps, &times, clock, &mut bits, &mut marks, |_| (), |_| ()).unwrap();
                 assert_eq!(swept, Swept { established: 6, idle: 4, ..Swept::default() }, "{hz} Hz, {at}");
             }
         }

@@ -9,7 +9,7 @@ use dataplane_user::agent;
 use dataplane_user::causes::causes;
 use dataplane_user::config::kube_proxy;
 use dataplane_user::config::{
-    AgentArgs, CleanupArgs, Cli, Command, LogFormat, NoteArgs, ReportArgs, ShowArgs,
+    AgentArgs, CleanupArgs, Cli, Command, LogFormat, NoteArgs, ProbeCommand, ReportArgs, ShowArgs,
 };
 use dataplane_user::heartbeat::Log;
 use dataplane_user::kernel::capability;
@@ -38,8 +38,15 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command, matches: &ArgMatches) -> Result<ExitCode> {
-    if let Some(node) = command.other_node() {
-        return ask_other(node);
+    if let Some(show) = command.asks() {
+        if let Some(node) = &show.node {
+            return ask_other(node);
+        }
+        if show.all_nodes {
+            let (text, code) = remote::ask_all(std::env::args_os().skip(1), show.output)?;
+            print(&text)?;
+            return Ok(ExitCode::from(code));
+        }
     }
     match command {
         Command::Agent(mut args) => {
@@ -58,7 +65,7 @@ fn run(command: Command, matches: &ArgMatches) -> Result<ExitCode> {
         }
         Command::Cleanup(args) => clean_up(&args)?,
         Command::Status(args) => {
-            let (verdict, text) = if args.all_nodes {
+            let (verdict, text) = if args.show.all_nodes {
                 let page = status::nodes::look()?;
                 (page.verdict, page.print(args.show.output)?)
             } else {
@@ -76,7 +83,14 @@ fn run(command: Command, matches: &ArgMatches) -> Result<ExitCode> {
         Command::TakeOver(args) => show(View::TakeOver, &args)?,
         Command::Check(args) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let page = runtime.block_on(check::look(&args))?;
+            let page = if args.pods {
+                runtime.block_on(check::pods::look(&args))
+            } else {
+                runtime.block_on(check::look(&args))
+            };
+            // What still waits for kubectl is not waited for.
+            runtime.shutdown_background();
+            let page = page?;
             print(&page.print(args.show.output)?)?;
             return Ok(page.verdict.code().into());
         }
@@ -86,6 +100,12 @@ fn run(command: Command, matches: &ArgMatches) -> Result<ExitCode> {
             let explanation = runtime.block_on(explain::explain(&args))?;
             print(&explanation.print(args.show.output)?)?;
             return Ok(explanation.verdict.code().into());
+        }
+        Command::Watch(args) if args.is_remote() => admin::watch::nodes::watch(&args)?,
+        Command::Watch(args) => admin::watch::watch(&args)?,
+        Command::Probe(ProbeCommand::Serve(args)) => check::probe::serve(&args)?,
+        Command::Probe(ProbeCommand::Ask(args)) => {
+            print(&(serde_json::to_string(&check::probe::ask(&args))? + "\n"))?;
         }
         Command::Completion(args) => {
             let mut script = Vec::new();

@@ -1,7 +1,7 @@
 //! Agents whose API server refuses, forgets, dawdles, falls silent or is not there: what is served goes on, what changed comes
 //! when it is over, and the log says once what to check.
 
-use crate::world::eventually;
+use crate::world::{eventually, metric};
 use dataplane_tests::api_server::{ApiServer, Treatment, kubeconfig};
 use dataplane_tests::lab::{self, AgentOptions, Client, Lab, Node, Options, PodOptions, Service, Source, at};
 use serde_json::{Value, json};
@@ -234,4 +234,36 @@ fn a_history_that_is_forgotten_is_listed_again_and_flushes_nothing() {
     assert!(made > 20, "{made} connections say nothing");
     // Slices are listed by themselves, and may have been first.
     eventually("Services are listed again", || scene.server.asked("list services") > lists);
+}
+
+/// Z5, H2: a Service for which a table has no room is told so by an Event on it and counted by a metric, and is served when there is room.
+#[test]
+fn a_service_that_finds_no_room_gets_an_event_and_a_metric() {
+    let scene = Scene::set("node-1");
+    let last = |number: u8| Ipv4Addr::new(10, 96, 8, 20 + number);
+    // Id 0 is nobody's, so there is room for `kept` and two more.
+    scene.node().start_agent(&scene.options(&["--map-size=services=4"])).unwrap();
+    let services = [1, 2, 3].map(|number| scene.service(&format!("s{number}"), last(number)));
+    for (number, service) in services[..2].iter().enumerate() {
+        scene.put(service);
+        eventually("it is served", || scene.serves(last(number as u8 + 1)));
+    }
+    let waiting = || metric(scene.node(), "portolan_waiting_services ");
+    assert_eq!(waiting(), Some(0.0));
+    scene.put(&services[2]);
+    let told = || {
+        let events = scene.server.events().into_iter();
+        let own = events.filter(|event| event["reason"] == "NoRoom");
+        own.map(|event| (event["regarding"]["name"].clone(), event["note"].to_string())).collect::<Vec<_>>()
+    };
+    eventually("an Event tells of it", || !told().is_empty());
+    for (name, note) in told() {
+        assert_eq!(name, "s3");
+        assert!(note.contains("--map-size services=N") && note.contains("its changes wait"), "{note}");
+    }
+    eventually("a metric counts it", || waiting() == Some(1.0));
+    assert!(scene.serves(KEPT) && scene.serves(last(1)) && scene.serves(last(2)));
+    services[0].objects().iter().for_each(|object| scene.server.remove(object));
+    eventually("it is served where there is room", || scene.serves(last(3)));
+    eventually("none waits", || waiting() == Some(0.0));
 }

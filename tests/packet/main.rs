@@ -4,6 +4,7 @@
 mod affinity;
 mod choice;
 mod errors;
+mod events;
 mod flows;
 mod fragments;
 mod half_written;

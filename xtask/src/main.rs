@@ -66,7 +66,7 @@ enum Verb {
     },
     /// Run the tests, tier by tier (the tiers above golden need root).
     Test {
-        /// The tiers to run; if none is named, all, of `vm` a short form.
+        /// The tiers to run; if none is named, all but `kind`, of `vm` a short form.
         tiers: Vec<test::Tier>,
         /// Run only the tests whose names contain this.
         #[arg(long)]
@@ -77,6 +77,9 @@ enum Verb {
         /// Run each tier so many times; in the second half something else keeps all CPUs busy.
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
         repeat: u32,
+        /// The node image of the tier `kind`; without it, the one that kind pulls by itself, or one that is made.
+        #[arg(long, value_name = "IMAGE")]
+        node_image: Option<String>,
     },
     /// Check format, lints, dependencies and documentation, and list which tests cite which rule of the contract.
     Check,
@@ -141,8 +144,9 @@ fn main() -> Result<ExitCode> {
             programs::build_programs()?;
             programs::become_lab(["layouts".into()].into_iter().chain(args))?;
         }
-        Verb::Test { tiers, filter, check, repeat } => {
-            let order = test::Order { tiers: &tiers, filter: filter.as_deref(), repeat };
+        Verb::Test { tiers, filter, check, repeat, node_image } => {
+            let node_image = node_image.as_deref();
+            let order = test::Order { tiers: &tiers, filter: filter.as_deref(), repeat, node_image };
             return Ok(test_after_checks(&order, check).unwrap_or_else(|error| {
                 println!("{error:#}\n{}", summary::Summary::ONE_FAILURE);
                 ExitCode::FAILURE
@@ -203,7 +207,8 @@ fn test_after_checks(order: &test::Order<'_>, check: bool) -> Result<ExitCode> {
     steps.begin("what this machine lacks");
     let has = |tier| test::chosen(order.tiers).contains(&tier);
     let (cluster, vm) = (has(test::Tier::Cluster), has(test::Tier::Vm));
-    setup::ensure(Needs { cluster, vm, checks: check, ..Needs::default() })?;
+    let kind = has(test::Tier::Kind);
+    setup::ensure(Needs { cluster, vm, kind, checks: check, ..Needs::default() })?;
     let mut failed_checks = Vec::new();
     if check {
         steps.begin("checks");

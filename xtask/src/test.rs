@@ -43,11 +43,13 @@ pub(crate) enum Tier {
     Cluster,
     /// The tour on other kernels, emulated. Takes minutes: unless it is named, one tour each on the oldest and the newest.
     Vm,
+    /// The tour in a Kubernetes cluster by kind. Runs only if it is named: it takes minutes, and up to half an hour the first time.
+    Kind,
 }
 
 impl Tier {
     /// All of them, in the order they run.
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Unit,
         Self::Golden,
         Self::Packet,
@@ -58,7 +60,11 @@ impl Tier {
         Self::Netns,
         Self::Cluster,
         Self::Vm,
+        Self::Kind,
     ];
+
+    /// How many of them run if none is named: the last is left out.
+    const UNASKED: usize = 10;
 
     /// Those that run once more where a machine has been used.
     const AGAIN: [Self; 2] = [Self::Kernel, Self::Lab];
@@ -76,6 +82,7 @@ impl Tier {
             Self::Netns => "netns",
             Self::Cluster => "cluster",
             Self::Vm => "vm",
+            Self::Kind => "kind",
         }
     }
 
@@ -97,7 +104,8 @@ impl Tier {
             | Self::Kernel
             | Self::Lab
             | Self::Cluster
-            | Self::Vm => vec![self.program()],
+            | Self::Vm
+            | Self::Kind => vec![self.program()],
             // Most of their time these tests wait: for silence, and for changes to arrive.
             Self::Netns => vec![self.program().variable("RUST_TEST_THREADS", "4")],
         }
@@ -110,6 +118,8 @@ struct Part {
     ground: Ground,
     /// Whether it needs no network but its own.
     own_network: bool,
+    /// Whether it runs where a machine is fresh. kind needs the machine's own Docker, and takes away what it makes by itself.
+    apart: bool,
     commands: Vec<CommandLine>,
 }
 
@@ -117,7 +127,8 @@ impl Part {
     fn of(tier: Tier, whole: bool) -> Self {
         // Downloads kernels.
         let own_network = tier != Tier::Vm;
-        Self { name: tier.name(), ground: Ground::Fresh, own_network, commands: tier.commands(whole) }
+        let apart = tier != Tier::Kind;
+        Self { name: tier.name(), ground: Ground::Fresh, own_network, apart, commands: tier.commands(whole) }
     }
 
     /// The parts of a run: its tiers, and those again that depend most on what a machine has, where something is there already.
@@ -128,7 +139,7 @@ impl Part {
         let again: Vec<_> = tiers.iter().filter(|tier| Tier::AGAIN.contains(tier)).collect();
         if !again.is_empty() {
             let commands = again.iter().flat_map(|tier| tier.commands(true)).collect();
-            parts.push(Self { name: "used", ground: Ground::Used, own_network: true, commands });
+            parts.push(Self { name: "used", ground: Ground::Used, own_network: true, apart: true, commands });
         }
         parts
     }
@@ -154,7 +165,12 @@ pub(crate) struct Order<'a> {
     pub(crate) filter: Option<&'a str>,
     /// How many times each tier runs.
     pub(crate) repeat: u32,
+    /// The node image of the tier `kind`.
+    pub(crate) node_image: Option<&'a str>,
 }
+
+/// Tells the tier `kind` its node image.
+const NODE_IMAGE: &str = "PORTOLAN_KIND_NODE_IMAGE";
 
 impl Order<'_> {
     /// The steps of this verb beside the checks.
@@ -176,7 +192,7 @@ impl Order<'_> {
 
 /// The tiers named, else all.
 pub(crate) fn chosen(tiers: &[Tier]) -> &[Tier] {
-    if tiers.is_empty() { &Tier::ALL } else { tiers }
+    if tiers.is_empty() { &Tier::ALL[..Tier::UNASKED] } else { tiers }
 }
 
 /// The verb, after checks of which some may have failed. The last line is `N passed, N failed`.
@@ -194,7 +210,7 @@ pub(crate) fn test(order: &Order<'_>, failed_checks: &[&str], steps: &mut Steps)
             for number in 0..order.repeat {
                 steps.begin(part.title() + &order.run(number));
                 let busy = order.is_busy(number).then(Busy::begin);
-                all += run(&part, order.filter)?;
+                all += run(&part, order)?;
                 drop(busy);
             }
             results.push((part.name, all));
@@ -206,6 +222,9 @@ pub(crate) fn test(order: &Order<'_>, failed_checks: &[&str], steps: &mut Steps)
         let note = if summary.ignored > 0 { ", the ignored ones among these" } else { "" };
         println!("  {name:<8} {summary}{note}");
         total += *summary;
+    }
+    if order.tiers.is_empty() {
+        println!("  kind     was not asked for: `cargo xtask test kind` makes a Kubernetes cluster for it");
     }
     for name in failed_checks {
         println!("  the check `{name}` failed: see above");
@@ -241,17 +260,26 @@ fn build(tiers: &[Tier]) -> Result<()> {
         let lab = target_folder()?.join("portolan-lab");
         CommandLine::of(&lab).arg("prepare").run()?;
     }
+    if tiers.contains(&Tier::Kind) {
+        image::image(None, Profile::Debug)?;
+        image::lab_image()?;
+    }
     Ok(())
 }
 
 /// Runs the commands of one part.
-fn run(part: &Part, filter: Option<&str>) -> Result<Summary> {
+fn run(part: &Part, order: &Order<'_>) -> Result<Summary> {
+    let filter = order.filter;
     let start = Instant::now();
     let mut summary = Summary::default();
     for command in &part.commands {
         let command = match filter {
             Some(filter) => command.clone().arg("--").arg(filter),
             None => command.clone(),
+        };
+        let command = match order.node_image {
+            Some(image) => command.variable(NODE_IMAGE, image),
+            None => command,
         };
         summary += run_and_count(part, &command)?;
     }
@@ -266,8 +294,12 @@ fn run(part: &Part, filter: Option<&str>) -> Result<Summary> {
 /// Runs `cargo test` with its output shown, and counts. A program that dies without its closing line is one failure.
 fn run_and_count(part: &Part, command: &CommandLine) -> Result<Summary> {
     println!("$ {command}");
-    let place = Run::new();
-    let command = limited(place.wrap(command.clone(), part.ground, part.own_network)?);
+    let place = part.apart.then(Run::new);
+    let command = match &place {
+        Some(place) => place.wrap(command.clone(), part.ground, part.own_network)?,
+        None => command.clone(),
+    };
+    let command = limited(command);
     let mut process = command.command();
     let mut child =
         process.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run `{command}`"))?;
@@ -275,7 +307,9 @@ fn run_and_count(part: &Part, command: &CommandLine) -> Result<Summary> {
     let shown = std::thread::spawn(move || show_and_count(stdout));
     let status = child.wait().with_context(|| format!("cannot wait for `{command}`"))?;
     // Whoever still runs may hold the pipe open.
-    place.end();
+    if let Some(place) = place {
+        place.end();
+    }
     let mut summary = shown.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     if !status.success() && summary.failed == 0 {
         println!("`{command}` ended with {status}");
@@ -354,16 +388,28 @@ mod tests {
     }
 
     #[test]
+    fn kind_runs_only_where_it_is_named() {
+        assert!(Tier::ALL[..Tier::UNASKED].iter().all(|tier| *tier != Tier::Kind));
+        assert_eq!((Tier::ALL.len(), chosen(&[]).len()), (Tier::UNASKED + 1, Tier::UNASKED));
+        assert_eq!(chosen(&[Tier::Kind]), [Tier::Kind]);
+        let parts = Part::all(&[Tier::Kind], None);
+        assert!(parts.len() == 1 && !parts[0].apart);
+    }
+
+    #[test]
     fn of_several_runs_the_second_half_is_on_busy_cpus() {
         let busy = |repeat| {
-            let order = Order { tiers: &[], filter: None, repeat };
+            let order = Order { tiers: &[], filter: None, repeat, node_image: None };
             (0..repeat).map(|run| order.is_busy(run)).collect::<Vec<_>>()
         };
         assert_eq!(busy(1), [false]);
         assert_eq!(busy(2), [false, true]);
         assert_eq!(busy(10), [[false; 5], [true; 5]].concat());
-        assert_eq!(Order { tiers: &[], filter: None, repeat: 10 }.run(9), ", run 10 of 10, on busy CPUs");
-        let ten = Order { tiers: &[Tier::Golden, Tier::Lab], filter: None, repeat: 10 };
+        assert_eq!(
+            Order { tiers: &[], filter: None, repeat: 10, node_image: None }.run(9),
+            ", run 10 of 10, on busy CPUs"
+        );
+        let ten = Order { tiers: &[Tier::Golden, Tier::Lab], filter: None, repeat: 10, node_image: None };
         assert_eq!(ten.steps(), 31, "the build, and of golden, lab and what is used ten each");
     }
 

@@ -4,23 +4,32 @@ use crate::affinity;
 use crate::flow::{self, Found};
 use crate::parse::{Packet, sctp, tcp};
 use dataplane_common::Protocol;
+use dataplane_common::event::{Ended, EventKind, What};
 use dataplane_common::flow::{Flow, FlowKey, Numbers, Stage};
 
-/// How a flow ends: the flags for the half of its last packet, and for the other. Without any it goes on.
+/// What a packet does to the life of its flow. Without flags the flow goes on, unless it was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct End {
     /// For the half of the packet.
     pub own: u16,
     /// For the other.
     pub others: u16,
+    /// What whoever watches is told.
+    pub what: What,
 }
 
 impl End {
     /// It goes on.
-    pub const NONE: Self = Self { own: 0, others: 0 };
+    pub const NONE: Self = Self { own: 0, others: 0, what: What::NOTHING };
+
+    /// It goes on as one that both ends have confirmed.
+    const CONFIRMED: Self = Self { what: What::of(EventKind::Established), ..Self::NONE };
+
+    /// It was refused, and goes.
+    pub const REFUSED: Self = Self { what: What::ended(Ended::Refused), ..Self::NONE };
 
     /// It was reset.
-    const RESET: Self = Self { own: Flow::OVER, others: Flow::OVER };
+    const RESET: Self = Self { own: Flow::OVER, others: Flow::OVER, what: What::ended(Ended::Reset) };
 }
 
 /// Moves a flow through its life: half-open, established, closing. How it ends, if it does. `peer` is memory for the other half's key.
@@ -35,9 +44,12 @@ pub(super) fn progress(key: &FlowKey, found: Found, packet: &Packet, flow: &Flow
     };
     match stage {
         Stage::HalfOpen => {
+            if confirm(key, found, packet, flow) {
+                return End::CONFIRMED;
+            }
             // A connection that was refused leaves nothing behind.
-            if !confirm(key, found, packet, flow) && resets {
-                flow::remove(key, flow);
+            if resets {
+                return End::REFUSED;
             }
         }
         Stage::Established if is_tcp => {
@@ -116,7 +128,7 @@ fn finish(key: &FlowKey, found: Found, flow: &Flow) -> End {
         (Flow::CLIENT_FIN, Flow::ENDPOINT_FIN)
     };
     if flow.has(others) {
-        return End { own: own | Flow::LAST_FIN, others: own };
+        return End { own: own | Flow::LAST_FIN, others: own, what: What::ended(Ended::Closed) };
     }
     found.mark(key, flow, own);
     End::NONE

@@ -3,7 +3,9 @@
 
 mod api_server;
 mod machine;
+pub mod pods;
 mod ports;
+pub mod probe;
 mod services;
 
 use super::columns::{self, Row};
@@ -19,6 +21,8 @@ use serde::Serialize;
 pub struct CheckLine {
     /// How it is.
     pub verdict: Verdict,
+    /// The node, where several are looked at.
+    pub node: Option<String>,
     /// What was looked at.
     pub check: &'static str,
     /// What was found.
@@ -29,15 +33,20 @@ pub struct CheckLine {
 
 impl CheckLine {
     fn well(check: &'static str, found: impl Into<String>) -> Self {
-        Self { verdict: Verdict::Well, check, found: found.into(), helps: None }
+        Self { verdict: Verdict::Well, node: None, check, found: found.into(), helps: None }
     }
 
     fn warning(check: &'static str, found: impl Into<String>, helps: impl Into<String>) -> Self {
-        Self { verdict: Verdict::Warning, check, found: found.into(), helps: Some(helps.into()) }
+        Self { verdict: Verdict::Warning, node: None, check, found: found.into(), helps: Some(helps.into()) }
     }
 
     fn failing(check: &'static str, found: impl Into<String>, helps: impl Into<String>) -> Self {
-        Self { verdict: Verdict::Failing, check, found: found.into(), helps: Some(helps.into()) }
+        Self { verdict: Verdict::Failing, node: None, check, found: found.into(), helps: Some(helps.into()) }
+    }
+
+    /// On this node.
+    fn at(self, node: &str) -> Self {
+        Self { node: Some(node.to_owned()), ..self }
     }
 }
 
@@ -46,7 +55,11 @@ impl Row for CheckLine {
 
     fn cells(&self) -> Vec<String> {
         let helps = self.helps.clone().unwrap_or_default();
-        vec![self.verdict.mark().to_string(), self.check.to_owned(), self.found.clone(), helps]
+        let found = match &self.node {
+            Some(node) => format!("{node}: {}", self.found),
+            None => self.found.clone(),
+        };
+        vec![self.verdict.mark().to_string(), self.check.to_owned(), found, helps]
     }
 }
 
@@ -112,6 +125,7 @@ fn of_status(findings: &[status::Finding], agent: &AgentStatus) -> Vec<CheckLine
     let helps = "`portolan status -o wide` and the agent's log tell more";
     let lines = findings.iter().map(|finding| CheckLine {
         verdict: finding.verdict,
+        node: None,
         check: CHECK,
         found: finding.text.clone(),
         helps: Some(helps.to_owned()),

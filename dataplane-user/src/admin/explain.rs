@@ -24,6 +24,7 @@ use dataplane_common::service::{EndpointSet, Service};
 use dataplane_common::tables::{Backends, Frontends, Nodes, Services, Slots};
 use dataplane_common::{Addr, Protocol};
 use ends::Ends;
+pub(super) use ends::frontend as ends_of_frontend;
 use packet::Opening;
 use serde::Serialize;
 use std::collections::BTreeMap;

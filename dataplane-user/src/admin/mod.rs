@@ -19,6 +19,7 @@ pub mod report;
 mod services;
 pub mod status;
 mod take_over;
+pub mod watch;
 
 use crate::config::{Output, ShowArgs};
 use crate::kernel::conntrack::ConntrackError;
@@ -36,6 +37,7 @@ pub use drops::DropRow;
 pub use flows::FlowRow;
 pub use services::{AddressRow, ServiceRow, TrafficRow};
 pub use take_over::{TakeOverPage, TranslatedRow};
+pub use watch::EventLine;
 
 /// Which tables are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -79,6 +79,12 @@ impl Names {
         let _ = fs::remove_dir(RUN_FOLDER);
     }
 
+    /// The ids of a service port (`namespace/name:port`), one for each IP family, or of all ports of a Service.
+    pub fn ids(&self, wanted: &str) -> Vec<u32> {
+        let is_it = |name: &str| name == wanted || name.split_once(':').is_some_and(|(it, _)| it == wanted);
+        self.0.iter().filter(|(_, name)| is_it(name)).map(|(id, _)| *id).collect()
+    }
+
     /// The name of an id, else the id itself.
     pub fn name(&self, id: u32) -> String {
         self.0.get(&id).cloned().unwrap_or_else(|| format!("#{id}"))

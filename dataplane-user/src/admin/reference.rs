@@ -4,7 +4,9 @@
 use super::check::{CheckLine, CheckPage};
 use super::explain::{Client, EndpointLine, Explanation, ServiceFacts};
 use super::status::{Finding, StatusPage, Verdict};
-use super::{AddressRow, BackendRow, DropRow, FlowRow, ServiceRow, TakeOverPage, TrafficRow, TranslatedRow};
+use super::{
+    AddressRow, BackendRow, DropRow, EventLine, FlowRow, ServiceRow, TakeOverPage, TrafficRow, TranslatedRow,
+};
 use crate::config::Cli;
 use crate::kernel::needs::{NEEDS, Need, ProgramType};
 use crate::kernel::other_proxies;
@@ -104,10 +106,17 @@ fn json(verb: &str) -> Option<Vec<String>> {
         "check" => fields_of(&CheckPage {
             verdict: Verdict::Well,
             installed: true,
-            checks: vec![CheckLine { verdict: Verdict::Well, check: "", found: String::new(), helps: None }],
+            checks: vec![CheckLine {
+                verdict: Verdict::Well,
+                node: None,
+                check: "",
+                found: String::new(),
+                helps: None,
+            }],
         }),
         "explain" => fields_of(&explain_sample()),
         "drops" => fields_of(&[drop_sample()]),
+        "watch" => fields_of(&EventLine::default()),
         "take-over" => fields_of(&TakeOverPage {
             taking_over: true,
             connections: vec![TranslatedRow {

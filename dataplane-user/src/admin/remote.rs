@@ -1,10 +1,12 @@
 //! Verbs for another node, from a workstation: by `kubectl exec` in the pod of that node's agent. They need no root there, and no
 //! right but those that `kubectl` has.
 
-use super::AdminError;
+use super::{AdminError, structured};
+use crate::config::Output;
 use serde_json::Value;
 use std::ffi::OsString;
-use std::process::Command;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
 
 /// By which the pods of agents are found, in all namespaces.
 pub const LABEL: &str = "app.kubernetes.io/name=portolan";
@@ -12,6 +14,8 @@ pub const LABEL: &str = "app.kubernetes.io/name=portolan";
 const CONTAINER: &str = "portolan";
 /// The flag that names a node.
 const FLAG: &str = "--node";
+/// The flag by which all are asked.
+const ALL_NODES: &str = "--all-nodes";
 
 /// The pod of an agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,10 +38,20 @@ pub struct Answer {
     pub err: String,
 }
 
-fn kubectl(arguments: &[OsString]) -> Result<Answer, AdminError> {
-    let output = Command::new("kubectl").args(arguments).output();
-    let output =
-        output.map_err(|error| AdminError::End(format!("cannot run kubectl: {error}. Is it in PATH?")))?;
+/// Runs `kubectl`, with a text on its standard input.
+///
+/// # Errors
+/// If there is none.
+pub(super) fn kubectl(arguments: &[OsString], input: &str) -> Result<Answer, AdminError> {
+    let failed = |error| AdminError::End(format!("cannot run kubectl: {error}. Is it in PATH?"));
+    let mut command = Command::new("kubectl");
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(failed)?;
+    // What it does not read it needs no more.
+    if let Some(mut stdin) = child.stdin.take() {
+        let _ = stdin.write_all(input.as_bytes());
+    }
+    let output = child.wait_with_output().map_err(failed)?;
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     Ok(Answer { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) })
 }
@@ -48,7 +62,7 @@ fn kubectl(arguments: &[OsString]) -> Result<Answer, AdminError> {
 /// If `kubectl` does not list them.
 pub fn pods() -> Result<Vec<AgentPod>, AdminError> {
     let get = ["get", "pods", "--all-namespaces", "--selector", LABEL, "--output", "json"];
-    let answer = kubectl(&get.map(OsString::from))?;
+    let answer = kubectl(&get.map(OsString::from), "")?;
     if answer.code != Some(0) {
         return Err(AdminError::End(format!("kubectl get pods: {}", answer.err.trim())));
     }
@@ -69,14 +83,53 @@ fn pods_of(list: &Value) -> Vec<AgentPod> {
     items.iter().filter(lives).map(pod).collect()
 }
 
+/// All pods, as `kubectl` has them.
+///
+/// # Errors
+/// As [`pods`].
+pub fn all_pods() -> Result<Value, AdminError> {
+    let answer = kubectl(&["get", "pods", "--all-namespaces", "--output", "json"].map(OsString::from), "")?;
+    if answer.code != Some(0) {
+        return Err(AdminError::End(format!("kubectl get pods: {}", answer.err.trim())));
+    }
+    Ok(serde_json::from_str(&answer.out)?)
+}
+
+fn exec(pod: &AgentPod, arguments: &[OsString]) -> Vec<OsString> {
+    let exec = ["exec", "--namespace", &pod.namespace, &pod.name, "--container", CONTAINER, "--", "portolan"];
+    exec.iter().map(OsString::from).chain(arguments.iter().cloned()).collect()
+}
+
 /// Runs `portolan` with these arguments in a pod.
 ///
 /// # Errors
 /// If there is no `kubectl`.
 pub fn portolan(pod: &AgentPod, arguments: &[OsString]) -> Result<Answer, AdminError> {
-    let exec = ["exec", "--namespace", &pod.namespace, &pod.name, "--container", CONTAINER, "--", "portolan"];
-    let words: Vec<_> = exec.iter().map(OsString::from).chain(arguments.iter().cloned()).collect();
-    kubectl(&words)
+    kubectl(&exec(pod, arguments), "")
+}
+
+/// The command that does so, for what it says as it goes on.
+pub fn portolan_command(pod: &AgentPod, arguments: &[OsString]) -> Command {
+    let mut command = Command::new("kubectl");
+    command.args(exec(pod, arguments));
+    command
+}
+
+/// The pod of a node's agent.
+///
+/// # Errors
+/// If there is none, or `kubectl` cannot be run.
+pub fn pod_on(node: &str) -> Result<AgentPod, AdminError> {
+    let pods = pods()?;
+    if let Some(pod) = pods.iter().find(|pod| pod.node == node) {
+        return Ok(pod.clone());
+    }
+    let mut nodes: Vec<_> = pods.iter().map(|pod| pod.node.as_str()).collect();
+    nodes.sort_unstable();
+    let found = if nodes.is_empty() { "none".to_owned() } else { nodes.join(", ") };
+    Err(AdminError::End(format!(
+        "no pod with the label {LABEL} runs on a node `{node}`; nodes that have one: {found}"
+    )))
 }
 
 /// Asks the node what this command line asks.
@@ -84,30 +137,72 @@ pub fn portolan(pod: &AgentPod, arguments: &[OsString]) -> Result<Answer, AdminE
 /// # Errors
 /// If no agent's pod is on that node, or `kubectl` cannot be run.
 pub fn ask(node: &str, command_line: impl IntoIterator<Item = OsString>) -> Result<Answer, AdminError> {
-    let pods = pods()?;
-    let Some(pod) = pods.iter().find(|pod| pod.node == node) else {
-        let mut nodes: Vec<_> = pods.iter().map(|pod| pod.node.as_str()).collect();
-        nodes.sort_unstable();
-        let found = if nodes.is_empty() { "none".to_owned() } else { nodes.join(", ") };
-        return Err(AdminError::End(format!(
-            "no pod with the label {LABEL} runs on a node `{node}`; nodes that have one: {found}"
-        )));
-    };
-    let mut answer = portolan(pod, &without_node(command_line))?;
+    let mut answer = portolan(&pod_on(node)?, &without_node(command_line))?;
     // kubectl says how the command ended, which the exit code says as well.
     let lines = answer.err.lines().filter(|line| !line.starts_with("command terminated with exit code"));
     answer.err = lines.map(|line| format!("{line}\n")).collect();
     Ok(answer)
 }
 
+/// Asks each node what this command line asks. What they say, each under the name of its node, and the worst of their exit codes.
+///
+/// # Errors
+/// If no agent's pod runs, or `kubectl` cannot be run.
+pub fn ask_all(
+    command_line: impl IntoIterator<Item = OsString>,
+    output: Output,
+) -> Result<(String, u8), AdminError> {
+    let is_data = matches!(output, Output::Json | Output::Yaml);
+    let mut words = without(command_line, &[ALL_NODES], &[]);
+    if is_data {
+        words = without(words, &[], &["--output", "-o"]);
+        words.push("--output=json".into());
+    }
+    let mut pods = pods()?;
+    if pods.is_empty() {
+        return Err(AdminError::End(format!("no pod with the label {LABEL} runs")));
+    }
+    pods.sort_by(|a, b| a.node.cmp(&b.node));
+    let (mut text, mut all, mut worst) = (String::new(), serde_json::Map::new(), 0);
+    for pod in &pods {
+        let answer = portolan(pod, &words)?;
+        let code = answer.code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
+        worst = worst.max(code);
+        let said = if answer.out.is_empty() { &answer.err } else { &answer.out };
+        if is_data {
+            // Where a node has no answer its words are in its place.
+            let value = serde_json::from_str(&answer.out).unwrap_or_else(|_| Value::from(said.trim()));
+            all.insert(pod.node.clone(), value);
+        } else {
+            text.push_str(&format!("{}:\n{said}\n", pod.node));
+        }
+    }
+    Ok(if is_data { (structured(&all, output)?, worst) } else { (text, worst) })
+}
+
 /// The arguments of a command line without the flag that names the node.
 fn without_node(command_line: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    without(command_line, &[], &[FLAG])
+}
+
+/// The arguments without some switches, and without some flags that have a value.
+fn without(
+    command_line: impl IntoIterator<Item = OsString>,
+    switches: &[&str],
+    flags: &[&str],
+) -> Vec<OsString> {
     let mut left = Vec::new();
     let mut words = command_line.into_iter();
     while let Some(word) = words.next() {
-        if word == FLAG {
+        let text = word.to_string_lossy().into_owned();
+        // `--flag=value`, and `-fvalue`.
+        let joined = |flag: &&str| match text.strip_prefix(*flag) {
+            Some(value) => value.starts_with('=') || !flag.starts_with("--") && !value.is_empty(),
+            None => false,
+        };
+        if flags.contains(&text.as_str()) {
             words.next();
-        } else if !word.to_string_lossy().starts_with(&format!("{FLAG}=")) {
+        } else if !switches.contains(&text.as_str()) && !flags.iter().any(joined) {
             left.push(word);
         }
     }
@@ -126,6 +221,16 @@ mod tests {
             assert_eq!(without_node(words(line)), words("services -o json"), "{line}");
         }
         assert_eq!(without_node(words("explain node --node-name x 10.0.0.1:80")).len(), 5);
+    }
+
+    #[test]
+    fn all_nodes_are_asked_the_same_and_for_json_where_that_is_put_together() {
+        let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
+        let line = || words("flows --all-nodes --bpffs /x");
+        assert_eq!(without(line(), &[ALL_NODES], &[]), words("flows --bpffs /x"));
+        for line in ["flows -o yaml x", "flows -oyaml x", "flows --output=yaml x", "--output yaml flows x"] {
+            assert_eq!(without(words(line), &[], &["--output", "-o"]), words("flows x"), "{line}");
+        }
     }
 
     #[test]

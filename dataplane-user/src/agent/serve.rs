@@ -330,7 +330,7 @@ impl Service {
 
     /// A task that ended would be missing in silence.
     fn check_tasks(&self) -> Result<()> {
-        if let Some((what, _)) = self.tasks.iter().find(|(_, task)| task.is_finished()) {
+        if let Some(what) = ended(&self.tasks) {
             bail!("{what} ended: this is a fault of portolan");
         }
         if self.watch.has_ended() {
@@ -406,6 +406,35 @@ impl Service {
     }
 }
 
+/// The first of these tasks that has ended, with a panic or without.
+fn ended(tasks: &[(&'static str, JoinHandle<()>)]) -> Option<&'static str> {
+    tasks.iter().find(|(_, task)| task.is_finished()).map(|(what, _)| *what)
+}
+
 fn is_running(job: Option<&JoinHandle<()>>) -> bool {
     job.is_some_and(|job| !job.is_finished())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// H5
+    #[tokio::test]
+    async fn a_task_that_ends_without_a_panic_is_noticed() {
+        let lives = || tokio::spawn(std::future::pending());
+        let mut tasks = vec![("one that lives", lives()), ("another", lives())];
+        assert_eq!(ended(&tasks), None);
+        tasks.push(("one that ends", tokio::spawn(async {})));
+        while !tasks[2].1.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(ended(&tasks), Some("one that ends"));
+        tasks[0].1.abort();
+        while !tasks[0].1.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(ended(&tasks), Some("one that lives"));
+        tasks[1].1.abort();
+    }
 }

@@ -11,6 +11,7 @@ pub mod clock;
 mod clsact;
 pub mod conntrack;
 mod enlarge;
+pub mod events;
 pub mod fold;
 pub mod hook;
 pub mod lasting;

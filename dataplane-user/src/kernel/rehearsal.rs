@@ -15,7 +15,7 @@ use dataplane_common::drop::{Disposition, Reason};
 use dataplane_common::filter::caller_cell;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables::{
-    self, Affinities, BackendTraffic, Callers, Closing, Flows, Fragments, HalfOpen, Newcomers, Nodes,
+    self, Affinities, BackendTraffic, Callers, Closing, Events, Flows, Fragments, HalfOpen, Newcomers, Nodes,
     Outgoings, Reasons, Rounds, ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
 };
 use std::collections::{BTreeMap, BTreeSet};
@@ -161,6 +161,8 @@ impl Rehearsal {
             // A turn that is asked about is not taken: it is the first.
             (Rounds::NAME, 1),
             (Fragments::NAME, FEW),
+            // Nobody watches it.
+            (Events::NAME, 1),
             (SocketPeers::NAME, FEW),
             (SocketChoices::NAME, FEW),
         ]

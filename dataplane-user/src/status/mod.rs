@@ -123,6 +123,11 @@ pub fn timestamp(time: SystemTime) -> Option<String> {
     jiff::Timestamp::try_from(time).ok().map(|time| format!("{time:.0}"))
 }
 
+/// A moment with microseconds.
+pub fn timestamp_of(time: SystemTime) -> String {
+    jiff::Timestamp::try_from(time).map_or_else(|_| String::new(), |time| format!("{time:.6}"))
+}
+
 /// How long ago a moment was that [`timestamp`] wrote, in seconds; none if it is no moment.
 pub fn age(text: &str, now: SystemTime) -> Option<u64> {
     let then: jiff::Timestamp = text.parse().ok()?;

@@ -222,6 +222,64 @@ fn measure_all(runs: usize) -> Result<Vec<CaseCost>> {
     Ok(costs)
 }
 
+/// What a new flow costs while somebody watches, beside what it costs while nobody does.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct WatchCost {
+    /// The program.
+    pub program: String,
+    /// What kind of packet.
+    pub case: String,
+    /// Nanoseconds while nobody watches, median.
+    pub alone: f64,
+    /// Nanoseconds while somebody does, median.
+    pub watched: f64,
+}
+
+/// Measures new flows in two worlds by turns, in one of which somebody watches.
+pub(super) fn measure_watched(effort: Effort) -> Result<Vec<WatchCost>> {
+    let (sender, receiver) = mpsc::channel();
+    in_namespace(move || {
+        let _ = sender.send(measure_all_watched(effort.samples * RUNS_PER_SAMPLE));
+    });
+    receiver.recv().context("the programs' namespace is gone")?
+}
+
+fn measure_all_watched(runs: usize) -> Result<Vec<WatchCost>> {
+    /// How many runs there are at most between two renewals.
+    const RENEWAL: usize = 100;
+    let net = &NETS[0];
+    let [alone, watched] = [world(net)?, world(net)?];
+    let mut costs = Vec::new();
+    for case in CASES.iter().filter(|case| case.what.starts_with("new flow")) {
+        let mut reader = watched.watch(&[case.hook])?;
+        let (mut without, mut with) = (Vec::with_capacity(runs), Vec::with_capacity(runs));
+        let before = watched.watch_state()?.head;
+        for n in 0..runs {
+            if n % RENEWAL == 0 {
+                reader.renew().map_err(|_| anyhow::anyhow!("no mark was asked for"))?;
+            }
+            let data = (case.packet)(net, n as u16).bytes();
+            for (world, samples) in [(&alone, &mut without), (&watched, &mut with)] {
+                let (is, nanoseconds) = world.time(case.hook, &data)?;
+                ensure!(is == case.verdict, "{:?}, {}: {is:?}", case.hook, case.what);
+                samples.push(f64::from(nanoseconds));
+            }
+        }
+        let told = watched.watch_state()?.head - before;
+        ensure!(told >= runs as u64, "{told} events of {runs} new flows: the lease ended");
+        let median = |samples: Vec<f64>| {
+            Ratio::among(samples).map(|ratio| ratio.median).context("nothing was measured")
+        };
+        costs.push(WatchCost {
+            program: case.hook.program().into(),
+            case: case.what.into(),
+            alone: median(without)?,
+            watched: median(with)?,
+        });
+    }
+    Ok(costs)
+}
+
 fn measure_case(world: &World, net: &Net, case: &Case, runs: usize) -> Result<CaseCost> {
     let Case { hook, what, verdict, packet } = case;
     let what = format!("{}{what}", net.prefix);

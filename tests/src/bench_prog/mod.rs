@@ -7,7 +7,7 @@ mod sockets;
 mod stack;
 mod tables;
 
-pub use cases::CaseCost;
+pub use cases::{CaseCost, WatchCost};
 pub use frames::LiveFrames;
 pub use sockets::Connects;
 use tables::seconds_of_loading;
@@ -92,6 +92,9 @@ pub struct Measured {
     pub programs_ipv6: Vec<ProgramCost>,
     /// Each packet program on other packets, one run at a time.
     pub cases: Vec<CaseCost>,
+    /// New flows while somebody watches; nothing in records of old.
+    #[serde(default)]
+    pub watched: Vec<WatchCost>,
     /// Instructions that the verifier walks, of every program.
     pub verified: BTreeMap<String, u32>,
     /// Bytes of machine code, of every program.
@@ -123,6 +126,7 @@ pub fn run(args: &BenchProgArgs) -> Result<Record<Measured>> {
         programs: tables::measure(effort, tables::IPV4)?,
         programs_ipv6: tables::measure(effort, tables::IPV6)?,
         cases: cases::measure(effort)?,
+        watched: cases::measure_watched(effort)?,
         verified,
         jited,
         stacks: deepest_stacks()?,
@@ -191,6 +195,12 @@ fn print(measured: &Measured) {
     println!("\nother cases, one run at a time: nanoseconds, and those of the empty program");
     for case in &measured.cases {
         println!("{:<14} {:<51} {:>5.0} {:>5.0}", case.program, case.case, case.nanoseconds, case.empty);
+    }
+    println!("\nnew flows: nanoseconds while nobody watches, and while somebody does");
+    for cost in &measured.watched {
+        let more = (cost.watched / cost.alone.max(1.0) - 1.0) * 100.0;
+        let (program, case) = (&cost.program, &cost.case);
+        println!("{program:<14} {case:<51} {:>5.0} {:>5.0} {more:>+5.1} %", cost.alone, cost.watched);
     }
     println!("\nverified instructions, bytes of machine code, and of stack on the deepest chain");
     for (program, count) in &measured.verified {

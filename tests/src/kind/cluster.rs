@@ -4,6 +4,7 @@ use super::docker::{Docker, NETWORK};
 use super::programs::{KIND, KUBECTL};
 use super::{node_image, undo};
 use crate::controlplane::HELM;
+use crate::lab::portolan;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::fs;
@@ -174,6 +175,19 @@ impl Cluster {
     /// Runs `kubectl`, with a text on its standard input, and returns what it printed.
     pub(super) fn kubectl(&self, arguments: &[&str], input: &str) -> Result<String> {
         undo::output(self.kubectl_command().args(arguments), input)
+    }
+
+    /// `portolan` on a workstation of this cluster: with `kubectl`, and nothing else of the nodes.
+    ///
+    /// # Errors
+    /// If it was not built.
+    pub(super) fn portolan_command(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = self.docker.command(portolan()?);
+        command.args(arguments).env("KUBECONFIG", &self.kubeconfig);
+        let own = self.kubectl.parent().context("kubectl lies nowhere")?.to_owned();
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        command.env("PATH", std::env::join_paths([own].into_iter().chain(std::env::split_paths(&path)))?);
+        Ok(command)
     }
 
     /// Objects of a kind.

@@ -9,6 +9,7 @@ use super::{LAB_IMAGE, undo};
 use crate::lab::{Answer, Asked, Failure};
 use crate::tour::{Narration, Tally};
 use anyhow::{Context as _, Result};
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::process::Stdio;
@@ -22,13 +23,15 @@ const RESTART_PAUSE: u32 = 20;
 type Step = fn(&Tour, &mut Narration) -> Result<()>;
 
 /// The steps in their order.
-pub(super) const STEPS: [(&str, Step); 8] = [
+pub(super) const STEPS: [(&str, Step); 10] = [
     ("What Portolan says of itself", Tour::status),
     ("A name and a ClusterIP from a pod", Tour::a_pod_asks),
     ("A ClusterIP from every node", Tour::nodes_ask),
     ("The node port of every node from outside", Tour::node_ports),
     ("externalTrafficPolicy Cluster and Local side by side", Tour::policies),
     ("Why a connection goes where it goes", Tour::explain),
+    ("Every node is tried from pods of its own", Tour::tries_from_pods),
+    ("All nodes are watched from a workstation", Tour::watch),
     ("A pod goes away and the traffic moves on", Tour::a_pod_leaves),
     ("All agents are replaced under load", Tour::restart),
 ];
@@ -248,6 +251,87 @@ impl Tour {
                 "it names every endpoint, and says that it would connect",
             );
         }
+        Ok(())
+    }
+
+    fn tries_from_pods(&self, say: &mut Narration) -> Result<()> {
+        let all = ["check", "--pods"];
+        say.tell(&format!("portolan {}", all.join(" ")));
+        let output = undo::attempt(&mut self.cluster.portolan_command(&all)?, "")?;
+        say.quote(&(String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr)));
+        say.check(
+            output.status.success(),
+            "ClusterIPs, node ports, DNS, hairpin and policies work from a pod of every node",
+        );
+        say.check(self.trials()? == 0, "the namespace of the pods is gone");
+        say.tell("portolan check --pods, and Ctrl-C in the middle");
+        let mut command = self.cluster.portolan_command(&all)?;
+        let mut ended = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().context("portolan")?;
+        wait("its namespace is made", || Ok(self.trials()? == 1))?;
+        // SAFETY: a plain system call on a child that was not waited for.
+        unsafe { libc::kill(ended.id() as i32, libc::SIGINT) };
+        say.check(!ended.wait()?.success(), "it ends");
+        say.check(self.trials()? == 0, "its namespace is gone all the same");
+        Ok(())
+    }
+
+    /// How many namespaces of `portolan check --pods` there are.
+    fn trials(&self) -> Result<usize> {
+        let names = self.cluster.kubectl(&["get", "namespaces", "--output=name"], "")?;
+        Ok(names.lines().filter(|name| name.contains("portolan-check-")).count())
+    }
+
+    fn watch(&self, say: &mut Narration) -> Result<()> {
+        let service = format!("{NAMESPACE}/web");
+        let command = [
+            "watch",
+            "--all-nodes",
+            "--service",
+            &service,
+            "--pod",
+            SHELL,
+            "--event",
+            "ended",
+            "--count",
+            "3",
+        ];
+        say.tell(&format!("portolan {}", command.join(" ")));
+        let all = [command.as_slice(), &["--output", "json"]].concat();
+        let mut command = self.cluster.portolan_command(&all)?;
+        let watching = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("portolan")?;
+        let watching = RefCell::new(watching);
+        let web = self.cluster_ips()?.into_iter().next().context("web has no ClusterIP")?;
+        let asked = wait("three connections have ended", || {
+            self.once(Place::Pod(SHELL), &web.to_string(), &[])?
+                .map_err(|failure| anyhow::anyhow!("{failure}"))?;
+            Ok(watching.borrow_mut().try_wait()?.is_some())
+        });
+        // One that saw fewer is not waited for.
+        let mut watching = watching.into_inner();
+        let _ = watching.kill();
+        let text = String::from_utf8_lossy(&watching.wait_with_output()?.stdout).into_owned();
+        asked?;
+        let events: Vec<serde_json::Value> =
+            text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        for event in &events {
+            say.seen(
+                "ended",
+                format!("{} → {} on {}", event["client_name"], event["endpoint_name"], event["node"]),
+            );
+        }
+        let (shell, node) = (format!("{NAMESPACE}/{SHELL}"), self.pods(SHELL)?[0].1.clone());
+        let right = |event: &serde_json::Value| {
+            let endpoint = event["endpoint_name"].as_str().unwrap_or_default();
+            event["client_name"] == shell.as_str()
+                && endpoint.starts_with(&format!("{NAMESPACE}/web-"))
+                && event["bytes_out"].as_u64() > Some(0)
+        };
+        say.check(
+            events.len() == 3 && events.iter().all(right),
+            "pods have their names at both ends, and what passed is told",
+        );
+        let first = events.first().is_some_and(|event| event["node"] == node.as_str());
+        say.check(first, &format!("the node that did it is {node}, where the client is"));
         Ok(())
     }
 

@@ -75,7 +75,7 @@ impl World {
         let later = now + dataplane_user::sync::REST;
         let mut bits = self.mirror.lingering_bits(later);
         let clock = Clock { now: 0, tick: Duration::from_secs(1) };
-        expire::sweep(&self.maps, &NEVER, clock, &mut bits, &mut OldMarks::default(), |_| ())?;
+        expire::sweep(&self.maps, &NEVER, clock, &mut bits, &mut OldMarks::default(), |_| (), |_| ())?;
         self.mirror.clear_bits(&self.maps, &bits, later)?;
         Ok(errors.iter().map(ToString::to_string).collect())
     }
@@ -93,7 +93,7 @@ impl World {
         let last = marks.iter().map(|mark| caller_tick(*mark)).max().unwrap_or_default();
         let clock = Clock { now: (last + 100) & TICK_MASK, tick: Duration::from_secs(1) };
         let mut old = cells.old(clock.now);
-        expire::sweep(&self.maps, &NEVER, clock, &mut LingeringBits::default(), &mut old, |_| ())?;
+        expire::sweep(&self.maps, &NEVER, clock, &mut LingeringBits::default(), &mut old, |_| (), |_| ())?;
         cells.clear(&old);
         Ok(table.entries()?.into_iter().filter(|(_, mark)| *mark != 0).count())
     }

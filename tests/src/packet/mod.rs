@@ -3,6 +3,7 @@
 
 mod batch;
 pub mod build;
+mod events;
 pub mod family;
 mod stepwise;
 

@@ -135,7 +135,7 @@ async fn client(maps: &KernelMaps, from: IpAddr, whereabouts: &Whereabouts) -> R
 }
 
 /// The frontend of an address, port and protocol, as the programs look it up: a node port answers at the node's addresses.
-pub(super) fn frontend(
+pub(in crate::admin) fn frontend(
     maps: &KernelMaps,
     to: SocketAddr,
     protocol: Protocol,
