@@ -18,6 +18,7 @@ mod load;
 mod load_balancers;
 mod manifests;
 mod masquerade;
+mod open;
 mod others;
 mod own;
 mod policies;

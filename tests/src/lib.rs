@@ -16,5 +16,6 @@ pub mod layouts;
 pub mod load;
 pub mod oracle;
 pub mod packet;
+pub mod serial;
 pub mod soak;
 pub mod tour;

@@ -6,7 +6,7 @@
 use super::bpf::{self, TestRun, bpf};
 use super::link;
 use std::ffi::CString;
-use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::{fmt, fs, io};
@@ -18,9 +18,7 @@ const CGROUP2_MAGIC: i64 = 0x6367_7270;
 /// Types of the kernel itself.
 const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-const PROG_LOAD: libc::c_int = 5;
 const PROG_QUERY: libc::c_int = 16;
-const PROG_TYPE_SCHED_CLS: u32 = 3;
 /// Index of the loopback interface in every network namespace.
 const LOOPBACK: u32 = 1;
 
@@ -145,7 +143,7 @@ fn tcx() -> bool {
 /// Whether `bpf_fib_lookup` knows `BPF_FIB_LOOKUP_SRC`: it refuses flags that it does not know with `EINVAL` before it
 /// looks at anything else.
 fn fib_source() -> io::Result<bool> {
-    let program = load(&fib_source_program())?;
+    let program = bpf::load_classifier(&fib_source_program())?;
     let packet = [0; 64];
     let run = bpf::prog_test_run(program.as_fd(), &TestRun { data: &packet, ..TestRun::default() })?;
     Ok(run.retval as i32 != -libc::EINVAL)
@@ -177,34 +175,6 @@ fn fib_source_program() -> Vec<u64> {
         instruction(0x95, 0, 0, 0, 0),
     ]);
     program
-}
-
-fn load(program: &[u64]) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    #[derive(Default)]
-    struct Load {
-        prog_type: u32,
-        insn_cnt: u32,
-        insns: u64,
-        license: u64,
-        log_level: u32,
-        log_size: u32,
-        log_buf: u64,
-        kern_version: u32,
-        prog_flags: u32,
-    }
-    let mut attr = Load {
-        prog_type: PROG_TYPE_SCHED_CLS,
-        insn_cnt: program.len() as u32,
-        insns: program.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        ..Default::default()
-    };
-    // SAFETY: `Load` is what the command reads; both addresses are of memory that outlives the call, of the length given
-    // beside it or closed by a zero.
-    let fd = unsafe { bpf(PROG_LOAD, &mut attr)? };
-    // SAFETY: the kernel just gave us this descriptor; nobody else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// A cgroup2 folder that is open.

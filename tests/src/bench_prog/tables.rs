@@ -73,7 +73,7 @@ pub struct ProgramCost {
 }
 
 /// Every program that the agent loads.
-pub const ALL: [&str; 15] = [
+pub const ALL: [&str; 16] = [
     "xdp_uplink",
     "tc_bare_in",
     "tc_bare_out",
@@ -89,6 +89,7 @@ pub const ALL: [&str; 15] = [
     "recvmsg6",
     "getpeername4",
     "getpeername6",
+    "sock_release",
 ];
 
 /// How many instructions the verifier walks for each program, and how many bytes of machine code it becomes.

@@ -1,5 +1,6 @@
 //! What is due from time to time, most of it beside the loop: audits, sweeps of the flow tables, names, sockets.
 
+use super::accounting::Accounting;
 use super::{JOB, SWEEP, Service};
 use crate::admin::names::Names;
 use crate::expire::{self, Clock, Swept};
@@ -8,7 +9,6 @@ use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::sockets::{self, SocketError};
 use crate::memory;
 use crate::sync::Maps as _;
-use dataplane_common::flow::FlowKey;
 use dataplane_common::tables::{
     self, Backends, Closing, Flows, Frontends, HalfOpen, SocketPeers, Table as _, TableKind,
 };
@@ -98,7 +98,7 @@ impl Service {
         let (mut bits, maps) = (mirror.lingering_bits(Instant::now()), maps.clone());
         let room = maps.capacity::<Flows>().unwrap_or(usize::MAX);
         let (idle, clock) = (self.idle.for_table(self.flow_entries, room), self.clock.clone());
-        let fold = self.fold.clone();
+        let (fold, metrics, recount) = (self.fold.clone(), self.metrics.clone(), self.recount.clone());
         // Programs of another version, if they could not be replaced, may mark no cells.
         let are_marked = self.health.is_attached() && self.hooks.is_none();
         let beat = self.health.heartbeat().part("the sweep of the flow tables", JOB);
@@ -110,12 +110,9 @@ impl Service {
                 cells.inspect_err(|error| tracing::warn!("the filter of replies is not cleared: {error}"));
             let cells = cells.ok().filter(|_| are_marked);
             let mut marks = cells.as_ref().map(|cells| cells.old(now.now)).unwrap_or_default();
-            let mut failed = None;
-            let fold = |keys: &[FlowKey]| failed = fold.fold(keys).err().or(failed.take());
-            let swept = expire::sweep(&maps, &idle, now, &mut bits, &mut marks, fold)?;
-            if let Some(error) = failed {
-                tracing::warn!("the traffic of Services is not up to date: {error}");
-            }
+            let mut accounts = Accounting::new(&maps, fold, recount, metrics);
+            let swept = expire::sweep(&maps, &idle, now, &mut bits, &mut marks, &mut accounts)?;
+            accounts.end();
             if let Some(cells) = cells {
                 cells.clear(&marks);
             }
