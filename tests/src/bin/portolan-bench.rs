@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand};
 use dataplane_tests::bench::record::RECORDS;
 use dataplane_tests::bench::{self, BenchAllArgs, report};
 use dataplane_tests::bench_agent::{self, BenchAgentArgs};
+use dataplane_tests::bench_choose::{self, BenchChooseArgs};
 use dataplane_tests::bench_load::{self, BenchLoadArgs};
 use dataplane_tests::bench_net::{self, BenchNetArgs};
 use dataplane_tests::bench_prog::{self, BenchProgArgs};
@@ -35,6 +36,9 @@ enum Bench {
     Net(BenchNetArgs),
     /// The load tool beside wrk, on the same connections to the same server: do both measure the same?
     Load(BenchLoadArgs),
+    /// Which endpoint: how long clients wait where one of two takes ten times as long, by each algorithm and beside kube-proxy. Not among
+    /// `all`.
+    Choose(BenchChooseArgs),
     /// Drift: an agent under churn for two hours, and what it holds meanwhile. Not among `all`.
     Soak(SoakArgs),
     /// One line for each target, from the newest records.
@@ -62,6 +66,7 @@ fn main() -> Result<()> {
         Bench::Agent(args) => bench_agent::run(&args)?.is_good(),
         Bench::Net(args) => bench_net::run(&args)?.is_good(),
         Bench::Load(args) => bench_load::run(&args)?.is_good(),
+        Bench::Choose(args) => bench_choose::run(&args)?.is_good(),
         Bench::Soak(args) => soak::run(&args)?.is_good(),
         Bench::Targets { records } => {
             bench::targets(&records)?;
