@@ -55,7 +55,7 @@ pub struct Affinity {
     pub last_used: u64,
 }
 
-/// A backend as it was when it was chosen. One word.
+/// A backend as it was when it was chosen; the value of `socket_choices` as well. One word.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C, align(8))]
 pub struct Choice {

@@ -405,6 +405,9 @@ impl Flow {
     /// Whoever watches is told of each of its packets.
     pub const WATCHED: u16 = 1 << 15;
 
+    /// In the client's half: its backend counts it among those that are open. Whoever takes the flag away counts it off.
+    pub const COUNTED_OPEN: u16 = 1 << 15;
+
     /// An entry with these flags that says nothing else yet.
     #[inline(always)]
     pub fn with_flags(flags: u16) -> Self {
@@ -445,7 +448,7 @@ impl Flow {
         (self.packets as u64 + self.counted.packets(), self.bytes + self.counted.bytes())
     }
 
-    /// How far the flow is. A flag is only ever set, so a flow never goes back.
+    /// How far the flow is. A flag is only ever set, but for [`Flow::COUNTED_OPEN`], so a flow never goes back.
     #[inline(always)]
     pub const fn stage(&self) -> Stage {
         if self.has(Self::CLOSING) {

@@ -15,11 +15,14 @@ pub enum Algorithm {
     Maglev = 2,
     /// The hash of the client's address leads to a slot.
     SourceHash = 3,
+    /// Of two slots that are drawn, the one whose endpoint has fewer open connections for its weight.
+    LeastConnections = 4,
 }
 
 impl Algorithm {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Random, Self::RoundRobin, Self::Maglev, Self::SourceHash];
+    pub const ALL: [Self; 5] =
+        [Self::Random, Self::RoundRobin, Self::LeastConnections, Self::Maglev, Self::SourceHash];
 
     /// Its name, as annotations and flags have it.
     pub const fn name(self) -> &'static str {
@@ -28,6 +31,7 @@ impl Algorithm {
             Self::RoundRobin => "round-robin",
             Self::Maglev => "maglev",
             Self::SourceHash => "source-hash",
+            Self::LeastConnections => "least-connections",
         }
     }
 }
@@ -46,7 +50,8 @@ impl TryFrom<u8> for Algorithm {
             1 => Ok(Self::RoundRobin),
             2 => Ok(Self::Maglev),
             3 => Ok(Self::SourceHash),
-            4.. => Err(UnknownAlgorithm),
+            4 => Ok(Self::LeastConnections),
+            5.. => Err(UnknownAlgorithm),
         }
     }
 }

@@ -1,9 +1,11 @@
 //! What the socket hooks remember of the sockets whose destination they changed.
 
+use crate::affinity::Choice;
 use crate::{Addr, Port};
 use bytemuck::{Pod, Zeroable};
 
-/// Value of `socket_names`: the address that a program connected its TCP socket to. 24 bytes.
+/// Value of `socket_names`: the address that a program connected its TCP socket to, and the backend that counts the socket among what
+/// is open. 32 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct SocketName {
@@ -12,15 +14,17 @@ pub struct SocketName {
     /// The frontend's port; 0: the socket's destination is what the program asked for.
     pub port: Port,
     _zero: [u8; 6],
+    /// The backend that counts it; all zero: none does.
+    pub counted: Choice,
 }
 
 impl SocketName {
-    /// The frontend `addr:port`.
+    /// The frontend `addr:port`; no backend counts it yet.
     #[inline(always)]
     pub const fn new(addr: Addr, port: Port) -> Self {
         let ([high, low], [a, b]) = (addr.words(), port.bytes());
         // In whole words: the compiler would make calls of what is not.
-        bytemuck::must_cast([high, low, u64::from_ne_bytes([a, b, 0, 0, 0, 0, 0, 0])])
+        bytemuck::must_cast([high, low, u64::from_ne_bytes([a, b, 0, 0, 0, 0, 0, 0]), 0])
     }
 }
 
@@ -95,14 +99,4 @@ impl SocketChoiceKey {
     pub const fn new(cookie: u64, service: u32) -> Self {
         Self { cookie, service, _zero: 0 }
     }
-}
-
-/// Value of `socket_choices`: the backend such a socket keeps while it serves. One word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C, align(8))]
-pub struct SocketChoice {
-    /// Id of the backend.
-    pub backend: u32,
-    /// The generation the backend's id had.
-    pub generation: u32,
 }

@@ -4,10 +4,10 @@
 //! 131,072 established flows; each can be changed by a flag of the agent.
 
 use crate::Addr;
-use crate::affinity::{Affinity, AffinityKey};
+use crate::affinity::{Affinity, AffinityKey, Choice};
 use crate::answers::ANSWER_RATES;
 use crate::backend::Backend;
-use crate::counter::Traffic;
+use crate::counter::{Open, Traffic};
 use crate::drop::REASON_SLOTS;
 use crate::event::{EVENTS, Event, Watch};
 use crate::filter::{CALLER_CELLS, FILTER_WORDS};
@@ -17,7 +17,7 @@ use crate::frontend::{Frontend, FrontendKey};
 use crate::node::{Node, NodeAddress};
 use crate::range::SourceRangeKey;
 use crate::service::Service;
-use crate::socket::{SocketChoice, SocketChoiceKey, SocketName, SocketPeer, SocketPeerKey};
+use crate::socket::{SocketChoiceKey, SocketName, SocketPeer, SocketPeerKey};
 use crate::uplink::Uplink;
 use bytemuck::Pod;
 
@@ -140,6 +140,8 @@ tables! {
     ServiceTraffic = "service_traffic", Array<u32, Traffic>, 32_768;
     /// The same per backend.
     BackendTraffic = "backend_traffic", Array<u32, Traffic>, 122_880;
+    /// How many flows and connected sockets of each backend are open (L2). The agent maps it: it counts off what it removes.
+    OpenCounts = "open", MappedArray<u32, Open>, 122_880;
     /// How often each reason occurred.
     Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
     /// Whether anybody watches, one element.
@@ -158,7 +160,7 @@ tables! {
     /// What programs called by UDP, by socket and endpoint.
     SocketPeers = "socket_peers", LruHash<SocketPeerKey, SocketPeer>, 8_192;
     /// The endpoint an unconnected UDP socket keeps.
-    SocketChoices = "socket_choices", LruHash<SocketChoiceKey, SocketChoice>, 8_192;
+    SocketChoices = "socket_choices", LruHash<SocketChoiceKey, Choice>, 8_192;
 }
 
 /// The tables that programs only read: a second copy of the programs may have these and nothing else in common with those that
@@ -192,14 +194,14 @@ mod tests {
         assert_eq!(size_of::<Frontend>(), 8);
         assert_eq!(size_of::<crate::service::EndpointSet>(), 8);
         assert_eq!(size_of::<crate::backend::BackendStatus>(), 8);
-        assert_eq!(size_of::<SocketChoice>(), 8);
-        assert_eq!(size_of::<crate::affinity::Choice>(), 8);
+        assert_eq!(size_of::<Choice>(), 8);
         assert_eq!(size_of::<NodeAddress>(), 8);
         assert_eq!(size_of::<crate::flow::Numbers>(), 8);
         assert_eq!(size_of::<crate::flow::Counted>(), 8);
         assert_eq!(size_of::<crate::node::SourceRule>(), 8);
         assert_eq!(size_of::<PortTurn>(), 16);
         assert_eq!(size_of::<Uplink>(), 8);
+        assert_eq!(size_of::<Open>(), 8);
         assert_eq!(size_of::<FragmentPorts>(), 8);
     }
 

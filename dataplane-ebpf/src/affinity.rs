@@ -36,7 +36,7 @@ pub fn select(
         return select::backend(recalled).ok_or(Reason::CorruptTable);
     }
     let chosen = select::at(set, place())?;
-    let choice = Choice { backend: chosen.id, generation: chosen.status.generation() };
+    let choice = chosen.choice();
     if remember(key, choice, BPF_NOEXIST as u64) {
         return Ok(chosen);
     }
@@ -62,7 +62,7 @@ pub fn select_for_socket(
     seconds: u32,
 ) -> Result<Chosen, Reason> {
     let chosen = select(set, member, place, key, seconds)?;
-    keep(key, Choice { backend: chosen.id, generation: chosen.status.generation() });
+    keep(key, chosen.choice());
     Ok(chosen)
 }
 
@@ -74,8 +74,11 @@ pub fn select_for_socket(
 #[inline(always)]
 pub fn another(set: EndpointSet, place: u32, key: &AffinityKey) -> Result<Chosen, Reason> {
     let chosen = select::at(set, place)?;
-    let choice = Choice { backend: chosen.id, generation: chosen.status.generation() };
-    let _ = NEWCOMERS.insert(key, &Affinity { choice, last_used: nanoseconds() }, BPF_ANY as u64);
+    let _ = NEWCOMERS.insert(
+        key,
+        &Affinity { choice: chosen.choice(), last_used: nanoseconds() },
+        BPF_ANY as u64,
+    );
     Ok(chosen)
 }
 

@@ -26,6 +26,26 @@ pub unsafe fn fetch_add(at: *mut u64, by: u64) -> u64 {
     }
 }
 
+/// Clears bits of a word, and gives what it was.
+///
+/// # Safety
+/// As [`fetch_add`].
+#[inline(always)]
+pub unsafe fn fetch_clear(at: *mut u64, bits: u64) -> u64 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut value = !bits;
+        // SAFETY: the caller promises that the word is valid.
+        unsafe { asm!("{1} = atomic_fetch_and((u64 *)({0} + 0), {1})", in(reg) at, inout(reg) value) };
+        value
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: as above.
+    unsafe {
+        AtomicU64::from_ptr(at).fetch_and(!bits, Ordering::SeqCst)
+    }
+}
+
 /// Writes a word if it is `old` still, and gives what it was: `old` where it was written.
 ///
 /// # Safety

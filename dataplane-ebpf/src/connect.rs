@@ -3,24 +3,25 @@
 //! A hook that would have to drop in silence, or that does not know enough, leaves the address alone: the packet path
 //! decides. UDP is served here only where the node calls an address on an interface of its own, which has no packet path.
 
-use crate::affinity;
-use crate::count;
 use crate::event::{self, Call};
 use crate::forward::primary;
 use crate::maps::{SOCKET_CHOICES, SOCKET_NAMES, SOCKET_PEERS};
 use crate::select::{self, Chosen};
 use crate::service::{self, Destination, Endpoints, Source};
-use aya_ebpf::bindings::{BPF_ANY, bpf_sock_addr};
+use crate::{affinity, atomic, count};
+use aya_ebpf::bindings::{BPF_ANY, bpf_sock, bpf_sock_addr};
+use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::programs::SockAddrContext;
-use dataplane_common::affinity::AffinityKey;
+use core::ptr;
+use dataplane_common::affinity::{AffinityKey, Choice};
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
 use dataplane_common::event::{EventKind, Place, What};
 use dataplane_common::frontend::FrontendKind;
 use dataplane_common::node::Node;
 use dataplane_common::service::{Algorithm, Policy};
-use dataplane_common::socket::{SocketChoice, SocketChoiceKey, SocketName, SocketPeer, SocketPeerKey};
+use dataplane_common::socket::{SocketChoiceKey, SocketName, SocketPeer, SocketPeerKey};
 use dataplane_common::{Addr, Port, Protocol, read_word};
 
 const ECONNREFUSED: i32 = 111;
@@ -119,7 +120,7 @@ fn context_port(port: u32) -> Port {
 pub fn connect<S: SocketAddress>(mut socket: S) -> i32 {
     let proto = protocol(&socket);
     let (addr, port) = socket.read();
-    forget_name(&socket);
+    forget(&socket);
     let Some(source) = source(&socket, proto) else { return PROCEED };
     let Ok(Some(destination)) = service::lookup(&addr, port, proto) else {
         return closed(&socket, &addr, proto, source);
@@ -168,8 +169,7 @@ pub fn send<S: SocketAddress>(mut socket: S) -> i32 {
             let Ok(Some(chosen)) = choose(&socket, &addr, destination, source, policy, endpoints) else {
                 return PROCEED;
             };
-            let choice = SocketChoice { backend: chosen.id, generation: chosen.status.generation() };
-            let _ = SOCKET_CHOICES.insert(&key, &choice, BPF_ANY as u64);
+            let _ = SOCKET_CHOICES.insert(&key, &chosen.choice(), BPF_ANY as u64);
             (chosen, true)
         }
     };
@@ -275,6 +275,9 @@ fn choose<S: SocketAddress>(
         let number = match (algorithm, own) {
             (Algorithm::SourceHash, Some(client)) => select::of_client(client, seed),
             (Algorithm::RoundRobin, _) => select::turn(service),
+            (Algorithm::LeastConnections, _) => {
+                return select::lighter(set, select::random(), select::random());
+            }
             // A socket has no port yet that could be hashed, and none that anybody has seen before.
             (Algorithm::Random | Algorithm::Maglev | Algorithm::SourceHash, _) => select::random(),
         };
@@ -346,7 +349,7 @@ fn told_source(addr: &Addr, source: Source) -> Addr {
 
 /// The backend a socket keeps, if it still serves (C1).
 #[inline(always)]
-fn still_serves(choice: SocketChoice) -> Option<Chosen> {
+fn still_serves(choice: Choice) -> Option<Chosen> {
     let chosen = select::backend(choice.backend)?;
     let serves = chosen.status.generation() == choice.generation && chosen.status.has(BackendStatus::SERVING);
     serves.then_some(chosen)
@@ -363,16 +366,21 @@ fn translate<S: SocketAddress>(
     new: bool,
 ) -> i32 {
     let (addr, port) = socket.read();
-    if proto == Protocol::Tcp as u8 {
+    let is_tcp = proto == Protocol::Tcp as u8;
+    if new {
+        // A UDP socket has no name of its own: it can call several.
+        let mut name = SocketName::new(addr, if is_tcp { port } else { Port::ANY });
         // SAFETY: the context's socket; the value is the socket's own.
         unsafe {
-            let mut name = SocketName::new(addr, port);
-            if let Some(kept) = SOCKET_NAMES.get_or_insert_ptr_mut(&storage(socket), Some(&mut name)).as_mut()
-            {
-                (kept.addr, kept.port) = (addr, port);
+            let kept = SOCKET_NAMES.get_or_insert_ptr_mut(&storage(socket), Some(&mut name));
+            if !kept.is_null() {
+                ((*kept).addr, (*kept).port) = (name.addr, name.port);
+                recount(&raw mut (*kept).counted, Some(chosen.choice()));
             }
         }
-    } else {
+        count::new_flow(destination.service, chosen.id);
+    }
+    if !is_tcp {
         let generation = chosen.status.generation();
         let key = SocketPeerKey::new(cookie(socket), chosen.addr, chosen.port, proto);
         // An answer comes from the address that was called last: one socket can call several, and what it called is forgotten first
@@ -386,7 +394,6 @@ fn translate<S: SocketAddress>(
         }
     }
     if new {
-        count::new_flow(destination.service, chosen.id);
         let (src, service, backend) = (told_source(&addr, source), destination.service, chosen.id);
         let call = Call { src, addr, port, proto, dst: chosen.addr, dst_port: chosen.port, service, backend };
         let place = if proto == Protocol::Udp as u8 { Place::Sendmsg } else { Place::Connect };
@@ -398,10 +405,42 @@ fn translate<S: SocketAddress>(
 
 /// The socket is about to be connected: what it was connected to is no matter any more.
 #[inline(always)]
-fn forget_name<S: SocketAddress>(socket: &S) {
+fn forget<S: SocketAddress>(socket: &S) {
     // SAFETY: the context's socket; the value is the socket's own.
     if let Some(name) = unsafe { SOCKET_NAMES.get_ptr_mut(&storage(socket)).as_mut() } {
         name.port = Port::ANY;
+        // SAFETY: a word of a socket's storage.
+        unsafe { recount(&raw mut name.counted, None) };
+    }
+}
+
+/// A socket is closed: nobody is connected by it any more.
+#[inline(always)]
+pub fn release(socket: *mut bpf_sock) {
+    // SAFETY: the context the kernel handed to the program; the value is the socket's own.
+    unsafe {
+        let map = (&raw const SOCKET_NAMES).cast_mut().cast();
+        let name: *mut SocketName = bpf_sk_storage_get(map, socket.cast(), ptr::null_mut(), 0).cast();
+        if !name.is_null() {
+            recount(&raw mut (*name).counted, None);
+        }
+    }
+}
+
+/// Another backend counts a socket among what is open, or none: the one that did no longer does.
+///
+/// # Safety
+/// `counted` must be that word of a socket's storage.
+#[inline(always)]
+unsafe fn recount(counted: *mut Choice, by: Option<Choice>) {
+    let word = bytemuck::must_cast(by.unwrap_or_default());
+    // SAFETY: the caller promises it. Whoever takes a choice away counts it off, so it is done once.
+    let before: Choice = bytemuck::must_cast(unsafe { atomic::swap(counted.cast(), word) });
+    if before.generation != 0 {
+        count::ended(before.backend, before.generation);
+    }
+    if let Some(choice) = by {
+        count::begun(choice.backend);
     }
 }
 

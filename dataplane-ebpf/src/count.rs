@@ -4,16 +4,17 @@
 //! and endpoint: when the agent sweeps the flows, when a flow goes, and when its word is full.
 
 use crate::atomic;
-use crate::maps::{BACKEND_TRAFFIC, FLOWS, REASONS, SERVICE_TRAFFIC};
+use crate::maps::{BACKEND_TRAFFIC, FLOWS, OPEN, REASONS, SERVICE_TRAFFIC};
 use crate::repeat::{Step, Steps, repeat};
 use crate::select;
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_skb_load_bytes;
 use bytemuck::Zeroable as _;
 use core::mem::offset_of;
-use dataplane_common::counter::Traffic;
+use dataplane_common::counter::{Open, Traffic};
 use dataplane_common::drop::Reason;
 use dataplane_common::flow::{Counted, Flow, FlowKey};
+use dataplane_common::read_word;
 
 /// Counts one occurrence of a reason.
 #[inline(always)]
@@ -101,21 +102,66 @@ pub fn new_flow(service: u32, backend: u32) {
     }
 }
 
+/// Counts a flow or a connected socket that began among what is open of its backend.
+#[inline(always)]
+pub fn begun(backend: u32) {
+    if let Some(open) = OPEN.get_ptr_mut(backend) {
+        // SAFETY: an element of an array, which stays; one aligned word.
+        unsafe { atomic::add(open.cast(), Open::BEGUN) };
+    }
+}
+
+/// Counts one off that ended, unless its backend is gone and its id another's: with that its count began at zero.
+#[inline(always)]
+pub fn ended(backend: u32, generation: u32) {
+    if select::status(backend).generation() == generation
+        && let Some(open) = OPEN.get_ptr_mut(backend)
+    {
+        // SAFETY: an element of an array, which stays; one aligned word.
+        unsafe { atomic::add(open.cast(), Open::ENDED) };
+    }
+}
+
+/// Counts a flow off that is over or about to be removed. Whoever takes the flag away does it, so it is done once; only the client's half
+/// has it.
+///
+/// # Safety
+/// As [`packet`].
+#[inline(always)]
+pub unsafe fn close(entry: *mut Flow) {
+    const COUNTED: u64 = Flow::in_first_word(Flow::COUNTED_OPEN);
+    // SAFETY: the caller promises it; a flow is aligned as a word is, and its flags lie in the first.
+    unsafe {
+        if !(*entry).has(Flow::COUNTED_OPEN) || atomic::fetch_clear(entry.cast(), COUNTED) & COUNTED == 0 {
+            return;
+        }
+        ended((*entry).backend, (*entry).generation);
+    }
+}
+
+/// How many open connections the backend with an id has.
+#[inline(always)]
+pub fn open(backend: u32) -> u32 {
+    // SAFETY: an element of an array, which stays; one aligned word.
+    OPEN.get_ptr(backend).map_or(0, |open| unsafe { read_word::<Open>(open) }.count())
+}
+
 /// How many keys the agent names at once: the kernel lets a test packet have as many bytes as fit into a page beside its own.
 const NAMED: u32 = 64;
 
-/// Adds to the totals what was counted in the halves of flows whose keys a test packet of the agent is made of.
+/// Adds to the totals what was counted in the halves of flows whose keys a test packet of the agent is made of; with `END` the flows are
+/// about to be removed, and counted off as well.
 #[inline(always)]
-pub fn fold_named(packet: *mut __sk_buff) {
-    repeat(NAMED, &mut Folding { packet });
+pub fn fold_named<const END: bool>(packet: *mut __sk_buff) {
+    repeat(NAMED, &mut Folding::<END> { packet });
 }
 
 /// The way through such a packet.
-struct Folding {
+struct Folding<const END: bool> {
     packet: *mut __sk_buff,
 }
 
-impl Steps for Folding {
+impl<const END: bool> Steps for Folding<END> {
     fn step(&mut self, index: u32) -> Step {
         let mut key = FlowKey::zeroed();
         let at = index * size_of::<FlowKey>() as u32;
@@ -128,7 +174,12 @@ impl Steps for Folding {
         }
         if let Some(entry) = FLOWS.get_ptr_mut(&key) {
             // SAFETY: an element of the map.
-            unsafe { fold(entry) };
+            unsafe {
+                fold(entry);
+                if END {
+                    close(entry);
+                }
+            }
         }
         Step::Next
     }

@@ -87,6 +87,7 @@ pub fn close(key: &FlowKey, flow: &Flow, partner: &mut FlowKey, own: u16, others
         (&raw mut (*client).turn).write_volatile(turn);
         set(half, own | Flow::CLOSING);
         set(other, others | Flow::CLOSING);
+        count::close(client);
     }
 }
 
@@ -207,7 +208,13 @@ fn try_claim(scratch: &mut Scratch) -> Claim {
             return Claim::TAKEN;
         }
     }
-    if let Err(error) = FLOWS.insert(&*key, &*forward, BPF_ANY as u64) {
+    let mut entered = FLOWS.insert(&*key, &*forward, BPF_NOEXIST as u64);
+    if entered == Err(-EEXIST) {
+        // One that is alone; or another processor was quicker with a packet of the same flow.
+        remove_half(key);
+        entered = FLOWS.insert(&*key, &*forward, BPF_ANY as u64);
+    }
+    if let Err(error) = entered {
         let _ = FLOWS.remove(&*reply_key);
         return Claim::refused(error);
     }
@@ -377,12 +384,16 @@ pub unsafe fn remove_live(key: &FlowKey, entry: *const Flow) -> bool {
     true
 }
 
-/// Removes one direction. What was counted in it comes to the totals; a packet of it that passes another CPU in this moment may not.
+/// Removes one direction. What was counted in it comes to the totals; a packet of it that passes another CPU in this moment may not. The
+/// flow is open no more.
 #[inline(never)]
 fn remove_half(key: &FlowKey) {
     if let Some(entry) = FLOWS.get_ptr_mut(key) {
         // SAFETY: an element of the map.
-        unsafe { count::fold(entry) };
+        unsafe {
+            count::fold(entry);
+            count::close(entry);
+        }
     }
     let _ = FLOWS.remove(key);
 }

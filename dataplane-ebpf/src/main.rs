@@ -9,11 +9,11 @@ mod programs {
     use aya_ebpf::EbpfContext;
     use aya_ebpf::bindings::TC_ACT_UNSPEC;
     use aya_ebpf::bindings::xdp_action::XDP_PASS;
-    use aya_ebpf::macros::{cgroup_sock_addr, classifier, xdp};
-    use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
+    use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp};
+    use aya_ebpf::programs::{SockAddrContext, SockContext, TcContext, XdpContext};
     use aya_log_ebpf::debug;
     use dataplane_common::drop::Reason;
-    use dataplane_ebpf::connect::{self, Inet4, Inet6};
+    use dataplane_ebpf::connect::{self, Inet4, Inet6, PROCEED};
     use dataplane_ebpf::count;
     use dataplane_ebpf::flow;
     use dataplane_ebpf::frame::skb::SkbFrame;
@@ -104,8 +104,22 @@ mod programs {
     /// Adds what was counted in flows to the totals: of those whose keys the agent names.
     #[classifier]
     pub(crate) fn fold(ctx: TcContext) -> i32 {
-        count::fold_named(ctx.skb.skb);
+        count::fold_named::<false>(ctx.skb.skb);
         0
+    }
+
+    /// The same, of flows that the agent is about to remove: they are counted off.
+    #[classifier]
+    pub(crate) fn end(ctx: TcContext) -> i32 {
+        count::fold_named::<true>(ctx.skb.skb);
+        0
+    }
+
+    /// A socket is closed.
+    #[cgroup_sock(sock_release)]
+    pub(crate) fn sock_release(ctx: SockContext) -> i32 {
+        connect::release(ctx.sock);
+        PROCEED
     }
 
     /// Does nothing: what the others are measured against.

@@ -68,6 +68,7 @@ maps! {
     FRAGMENTS: LruHashMap = "fragments", Fragments;
     SERVICE_TRAFFIC: Array = "service_traffic", ServiceTraffic;
     BACKEND_TRAFFIC: Array = "backend_traffic", BackendTraffic;
+    OPEN: MappedArray = "open", OpenCounts;
     REASONS: PerCpuArray = "reasons", Reasons;
     WATCH: MappedArray = "watch", Watches;
     EVENTS: MappedArray = "events", Events;

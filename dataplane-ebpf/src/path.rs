@@ -760,6 +760,10 @@ impl<F: Frame> Walk<'_, F> {
         let algorithm = set.algorithm().unwrap_or_default();
         let number = match algorithm {
             Algorithm::Random => Number(draw(&self.s.key, self.s.now, attempt)),
+            Algorithm::LeastConnections => {
+                let first = Number(draw(&self.s.key, self.s.now, attempt));
+                return select::lighter(*set, first, select::after(first));
+            }
             Algorithm::RoundRobin => select::turn(*service),
             Algorithm::Maglev => Number(self.s.key.draw(*seed)),
             Algorithm::SourceHash => select::of_client(client_address(&self.s.packet.src, *source), *seed),
@@ -795,7 +799,7 @@ impl<F: Frame> Walk<'_, F> {
         flow.service = opening.service;
         flow.last_seen = *now;
         *reply = *flow;
-        flow.set(change);
+        flow.set(change | Flow::COUNTED_OPEN);
         if opening.affinity_seconds != 0 {
             flow.set(Flow::AFFINE);
             reply.set(Flow::AFFINE);
@@ -845,6 +849,7 @@ impl<F: Frame> Walk<'_, F> {
     #[inline(never)]
     fn launch(&mut self) -> Code {
         count::new_flow(self.s.opening.service, self.s.flow.backend);
+        count::begun(self.s.flow.backend);
         self.send(self.s.exit).into()
     }
 }

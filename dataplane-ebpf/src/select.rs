@@ -1,8 +1,9 @@
 //! Choosing one endpoint of a set.
 
-use crate::atomic;
 use crate::maps::{BACKENDS, ROUNDS, SLOTS};
+use crate::{atomic, count};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
+use dataplane_common::affinity::Choice;
 use dataplane_common::backend::{Backend, BackendStatus};
 use dataplane_common::drop::Reason;
 use dataplane_common::hash::mix;
@@ -22,6 +23,14 @@ pub struct Chosen {
     pub status: BackendStatus,
 }
 
+impl Chosen {
+    /// The backend, as it was when it was chosen.
+    #[inline(always)]
+    pub const fn choice(&self) -> Choice {
+        Choice { backend: self.id, generation: self.status.generation() }
+    }
+}
+
 /// A number by which one of a set is chosen, from all of `u32`: by turns, whose turn it is; else what is drawn or hashed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
@@ -32,11 +41,37 @@ pub struct Number(pub u32);
 pub fn place(set: EndpointSet, algorithm: Algorithm, Number(number): Number) -> u32 {
     match algorithm {
         Algorithm::RoundRobin => number % set.count().max(1),
-        // The upper half of the product is uniform in 0 .. count, without a division.
-        Algorithm::Random | Algorithm::Maglev | Algorithm::SourceHash => {
-            ((number as u64 * set.count() as u64) >> 32) as u32
+        Algorithm::Random | Algorithm::Maglev | Algorithm::SourceHash | Algorithm::LeastConnections => {
+            scaled(number, set.count())
         }
     }
+}
+
+/// A number from all of `u32` made one of `0 .. count`: the upper half of the product is uniform there, without a division.
+#[inline(always)]
+const fn scaled(number: u32, count: u32) -> u32 {
+    ((number as u64 * count as u64) >> 32) as u32
+}
+
+/// Of two slots of a set that is not empty, the one whose endpoint has fewer open connections for its weight; of two that are equal the
+/// first (L2). So where nothing is open each has its share. The slots are never the same where there are two.
+#[inline(always)]
+pub fn lighter(set: EndpointSet, Number(first): Number, Number(second): Number) -> u32 {
+    let count = set.count();
+    let one = scaled(first, count);
+    let behind = one + 1 + scaled(second, count.saturating_sub(1));
+    let other = if behind < count { behind } else { behind - count };
+    let ((open, weight), (others, others_weight)) = (load(set, one), load(set, other));
+    if others * weight < open * others_weight { other } else { one }
+}
+
+/// How many open connections the endpoint in a slot has, and its weight, which is 1 where it has none.
+#[inline(always)]
+fn load(set: EndpointSet, place: u32) -> (u64, u64) {
+    let Some(id) = SLOTS.get(set.base() + place) else { return (0, 1) };
+    // SAFETY: array elements stay; one aligned field.
+    let weight = BACKENDS.get_ptr(*id).map_or(1, |backend| unsafe { (*backend).weight() });
+    (count::open(*id) as u64, if weight == 0 { 1 } else { weight as u64 })
 }
 
 /// The endpoint in a slot of a set.
@@ -54,6 +89,12 @@ pub fn at(set: EndpointSet, place: u32) -> Result<Chosen, Reason> {
 pub fn random() -> Number {
     // SAFETY: a helper without arguments.
     Number(unsafe { bpf_get_prandom_u32() })
+}
+
+/// Another number that nobody knows before, from one.
+#[inline(always)]
+pub fn after(Number(first): Number) -> Number {
+    Number((mix([first as u64], 0) >> 32) as u32)
 }
 
 /// The number of a client at this address, the same on all nodes (L2).

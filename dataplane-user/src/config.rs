@@ -276,8 +276,8 @@ pub struct AgentArgs {
     /// Which externalIPs of Services are served: whoever may write a Service can take any address by them.
     #[arg(long, value_enum, default_value_t = ExternalIps::All)]
     pub external_ips: ExternalIps,
-    /// How endpoints are chosen where a Service's annotation asks for nothing: random, round-robin, maglev, source-hash, or a name that
-    /// an IPVS scheduler of the same meaning has.
+    /// How endpoints are chosen where a Service's annotation asks for nothing: random, round-robin, least-connections, maglev,
+    /// source-hash, or a name that an IPVS scheduler of the same meaning has.
     #[arg(
         long,
         visible_alias = "ipvs-scheduler",
@@ -660,7 +660,7 @@ impl AgentArgs {
             sizes.push(size.clone());
             let followers: &[&'static str] = match size.map {
                 "services" => &["service_traffic", "rounds"],
-                "backends" => &["backend_traffic"],
+                "backends" => &["backend_traffic", "open"],
                 _ => continue,
             };
             sizes.extend(followers.iter().map(|map| MapSize { map, entries: size.entries }));
@@ -835,7 +835,10 @@ mod tests {
     fn the_room_for_flows_counts_both_directions() {
         let sizes = agent(&["--max-flows", "50000", "--map-size", "backends=1000"]).unwrap().map_sizes(SMALL);
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
-        assert_eq!(sizes, [("flows", 493_216), ("backends", 1_000), ("backend_traffic", 1_000)]);
+        assert_eq!(
+            sizes,
+            [("flows", 493_216), ("backends", 1_000), ("backend_traffic", 1_000), ("open", 1_000)]
+        );
         let sizes = agent(&["--map-size", "half_open=100,closing=200"]).unwrap().map_sizes(SMALL);
         let sizes: Vec<_> = sizes.iter().map(|size| (size.map, size.entries)).collect();
         assert_eq!(sizes, [("flows", 262_744), ("half_open", 100), ("closing", 200)]);

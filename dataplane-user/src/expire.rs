@@ -71,6 +71,37 @@ impl Clock {
     }
 }
 
+/// What goes by what a sweep sees.
+pub trait Accounts {
+    /// Something was counted in these halves of flows, some at a time.
+    fn fold(&mut self, keys: &[FlowKey]);
+
+    /// An entry is in the table. Each flow of which nothing changes meanwhile is told once for each half.
+    fn seen(&mut self, flow: &Flow);
+
+    /// All entries have been seen, and none is removed yet.
+    fn all_seen(&mut self);
+
+    /// These halves of flows are idle; [`Accounts::ending`] is told of them next.
+    fn idle(&mut self, keys: &[FlowKey]);
+
+    /// These halves of flows are about to be removed.
+    fn ending(&mut self, keys: &[FlowKey]);
+}
+
+/// Nobody keeps accounts.
+impl Accounts for () {
+    fn fold(&mut self, _: &[FlowKey]) {}
+
+    fn seen(&mut self, _: &Flow) {}
+
+    fn all_seen(&mut self) {}
+
+    fn idle(&mut self, _: &[FlowKey]) {}
+
+    fn ending(&mut self, _: &[FlowKey]) {}
+}
+
 /// What a sweep came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
@@ -101,9 +132,7 @@ impl Swept {
     }
 }
 
-/// Sweeps the table of flows once. Of `bits` and `marks`, those remain that no flow needs: they can be cleared. `fold` is given the
-/// keys of all halves of flows in which something was counted, some at a time; `going` those of the halves of flows that are idle, before
-/// they are removed.
+/// Sweeps the table of flows once. Of `bits` and `marks`, those remain that no flow needs: they can be cleared.
 ///
 /// It walks the table twice, and holds two bytes for each entry that there is room for, and what it removes.
 ///
@@ -115,13 +144,12 @@ pub fn sweep<M: Maps>(
     clock: Clock,
     bits: &mut LingeringBits,
     marks: &mut OldMarks,
-    fold: impl FnMut(&[FlowKey]),
-    going: impl FnMut(&[FlowKey]),
+    accounts: &mut impl Accounts,
 ) -> Result<Swept, MapError> {
-    sweep_at_most(MOST, maps, times, clock, bits, marks, fold, going)
+    sweep_at_most(MOST, maps, times, clock, bits, marks, accounts)
 }
 
-/// How many keys are given to `fold` at once.
+/// How many keys are folded at once.
 const FOLDED: usize = 1 << 10;
 
 /// How many entries a sweep looks at closely, which may be idle or alone; those past that have their turn in the next.
@@ -135,10 +163,10 @@ fn sweep_at_most<M: Maps>(
     clock: Clock,
     bits: &mut LingeringBits,
     marks: &mut OldMarks,
-    fold: impl FnMut(&[FlowKey]),
-    mut going: impl FnMut(&[FlowKey]),
+    accounts: &mut impl Accounts,
 ) -> Result<Swept, MapError> {
-    let mut census = Census::of(maps, times, clock, bits, marks, most, fold)?;
+    let mut census = Census::of(maps, times, clock, bits, marks, most, accounts)?;
+    accounts.all_seen();
     let idle = census.idle(maps, times, clock)?;
     let alone = census.alone(maps, clock, most)?;
     for (_, stage) in idle.iter().chain(&alone) {
@@ -146,9 +174,15 @@ fn sweep_at_most<M: Maps>(
         *count = count.saturating_sub(1);
     }
     let keys = |entries: Vec<(FlowKey, Stage)>| entries.into_iter().map(|(key, _)| key).collect::<Vec<_>>();
-    let idle = keys(idle);
-    going(&idle);
-    let (idle, alone) = (maps.remove::<Flows>(&idle)?, maps.remove::<Flows>(&keys(alone))?);
+    let mut remove = |entries, is_idle: bool| {
+        let keys = keys(entries);
+        if is_idle {
+            accounts.idle(&keys);
+        }
+        accounts.ending(&keys);
+        maps.remove::<Flows>(&keys)
+    };
+    let (idle, alone) = (remove(idle, true)?, remove(alone, false)?);
     Ok(Swept { idle, alone, ..census.remain })
 }
 
@@ -262,7 +296,7 @@ impl Census {
         bits: &mut LingeringBits,
         marks: &mut OldMarks,
         most: usize,
-        mut fold: impl FnMut(&[FlowKey]),
+        accounts: &mut impl Accounts,
     ) -> Result<Self, MapError> {
         let mut present = Present::with_room(maps.capacity::<Flows>()?);
         let (mut candidates, mut remain) = (HashMap::new(), Swept::default());
@@ -271,10 +305,11 @@ impl Census {
             if !flow.counted.is_zero() {
                 counted.push(key);
                 if counted.len() == FOLDED {
-                    fold(&counted);
+                    accounts.fold(&counted);
                     counted.clear();
                 }
             }
+            accounts.seen(&flow);
             bits.keep_for(&key);
             if flow.has(Flow::REPLY) {
                 marks.keep_for(&key);
@@ -287,7 +322,7 @@ impl Census {
             }
         })?;
         if !counted.is_empty() {
-            fold(&counted);
+            accounts.fold(&counted);
         }
         Ok(Self { remain, present, candidates })
     }
@@ -350,7 +385,6 @@ mod tests {
     use crate::sync::MemoryMaps;
     use dataplane_common::flow::Counted;
     use dataplane_common::{Addr, Port};
-    use std::collections::BTreeSet;
 
     const CLIENT: Addr = Addr::from_v4([10, 0, 0, 9]);
     const CLUSTER_IP: Addr = Addr::from_v4([10, 96, 0, 1]);
@@ -380,10 +414,37 @@ mod tests {
             clock,
             &mut LingeringBits::default(),
             &mut OldMarks::default(),
-            |_| (),
-            |_| (),
+            &mut (),
         )
         .unwrap()
+    }
+
+    /// What the accounts are told.
+    #[derive(Default)]
+    struct Told {
+        folded: Vec<FlowKey>,
+        seen: [usize; 2],
+        idle: usize,
+        ending: Vec<FlowKey>,
+    }
+
+    impl Accounts for Told {
+        fn fold(&mut self, keys: &[FlowKey]) {
+            self.folded.extend_from_slice(keys);
+        }
+        fn seen(&mut self, _: &Flow) {
+            self.seen[0] += 1;
+        }
+        fn all_seen(&mut self) {
+            assert!(self.ending.is_empty());
+            self.seen[1] += 1;
+        }
+        fn idle(&mut self, keys: &[FlowKey]) {
+            self.idle += keys.len();
+        }
+        fn ending(&mut self, keys: &[FlowKey]) {
+            self.ending.extend_from_slice(keys);
+        }
     }
 
     /// C4
@@ -496,9 +557,8 @@ mod tests {
         let mut sweeps = 0;
         let mut left = 16;
         while left > 0 {
-            let swept =
-                sweep_at_most(3, &maps, &IdleTimes::default(), clock, &mut bits, &mut marks, |_| (), |_| ())
-                    .unwrap();
+            let swept = sweep_at_most(3, &maps, &IdleTimes::default(), clock, &mut bits, &mut marks, &mut ())
+                .unwrap();
             assert!(swept.entries() < left && swept.idle <= 6 && swept.alone <= 3, "{swept:?}");
             (left, sweeps) = (swept.entries(), sweeps + 1);
         }
@@ -506,27 +566,20 @@ mod tests {
     }
 
     #[test]
-    fn what_was_counted_in_a_flow_is_folded_before_it_goes() {
+    fn what_was_counted_in_a_flow_is_folded_and_the_flow_counted_off_before_it_goes() {
         let maps = MemoryMaps::default();
         let mut entries = flow(1, UDP, [1_000, 1_000], 0);
         entries[1].1.counted = Counted::packet(60);
         maps.write::<Flows>(&entries).unwrap();
         maps.write::<Flows>(&flow(2, UDP, [0, 0], 0)).unwrap();
         let clock = Clock { now: NOW, tick: Duration::from_secs(1) };
-        let (mut bits, mut marks, mut folded) = (LingeringBits::default(), OldMarks::default(), Vec::new());
-        let fold = |keys: &[FlowKey]| {
-            assert!(maps.get::<Flows>(&keys[0]).unwrap().is_some());
-            folded.extend_from_slice(keys);
-        };
-        let mut gone = BTreeSet::new();
-        let going = |keys: &[FlowKey]| {
-            assert!(maps.get::<Flows>(&keys[0]).unwrap().is_some(), "it can be read still");
-            gone.extend(keys.iter().map(|key| key.src_port.number()));
-        };
-        let times = IdleTimes::default();
-        let swept = sweep(&maps, &times, clock, &mut bits, &mut marks, fold, going).unwrap();
-        assert_eq!((folded, swept.idle), (vec![entries[1].0], 2));
-        assert_eq!(gone, [1, 8080].into(), "both halves of the idle one, and no other");
+        let (mut bits, mut marks, mut told) =
+            (LingeringBits::default(), OldMarks::default(), Told::default());
+        let swept = sweep(&maps, &IdleTimes::default(), clock, &mut bits, &mut marks, &mut told).unwrap();
+        assert_eq!((&told.folded, swept.idle), (&vec![entries[1].0], 2));
+        told.ending.sort_unstable_by_key(|key| key.src != CLIENT);
+        assert_eq!(told.idle, 2, "both halves of the idle one, and no other");
+        assert_eq!((told.seen, told.ending), ([4, 1], entries.map(|(key, _)| key).to_vec()));
     }
 
     /// C4
@@ -606,8 +659,9 @@ mod tests {
                     maps.write::<Flows>(&entries).unwrap();
                 }
                 let (mut bits, mut marks) = (LingeringBits::default(), OldMarks::default());
-                let (times, clock) = (IdleTimes::default(), clock(at, hz));
-                let swept = sweep(&maps, &times, clock, &mut bits, &mut marks, |_| (), |_| ()).unwrap();
+                let swept =
+                    sweep(&maps, &IdleTimes::default(), clock(at, hz), &mut bits, &mut marks, &mut ())
+                        .unwrap();
                 assert_eq!(swept, Swept { established: 6, idle: 4, ..Swept::default() }, "{hz} Hz, {at}");
             }
         }

@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod model;
 pub mod pattern;
 pub mod pending;
+pub mod recount;
 pub mod snapshot;
 pub mod status;
 pub mod sync;

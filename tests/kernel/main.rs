@@ -257,7 +257,7 @@ fn idle_flows_leave_the_table() {
     maps.write::<tables::Flows>(&entries).unwrap();
     let (mut bits, clock) = (LingeringBits::default(), Clock { now: 100_000, tick: Duration::from_secs(1) });
     let swept =
-        sweep(&maps, &IdleTimes::default(), clock, &mut bits, &mut OldMarks::default(), |_| ()).unwrap();
+        sweep(&maps, &IdleTimes::default(), clock, &mut bits, &mut OldMarks::default(), &mut ()).unwrap();
     assert_eq!(swept, Swept { idle: 30_000, established: 10_000, ..Swept::default() });
     assert_eq!(maps.count(tables::Flows::NAME).unwrap(), 10_000);
 }

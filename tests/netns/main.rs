@@ -19,6 +19,7 @@ mod load;
 mod load_balancers;
 mod manifests;
 mod masquerade;
+mod open;
 mod others;
 mod own;
 mod policies;

@@ -130,7 +130,8 @@ fn another_layout_takes_over_when_its_maps_hold_everything() {
     assert_eq!(scene.log().matches("another layout").count(), told, "{}", scene.log());
 }
 
-/// C3: an upgrade to another layout of the maps, and the way back, breaks no connection: its flow is there under the new version's maps.
+/// C3, L2: an upgrade to another layout of the maps, and the way back, breaks no connection: its flow is there under the new version's maps,
+/// and counts as open.
 #[test]
 fn flows_go_on_when_another_layout_takes_over() {
     let scene = Scene::set("node-1");
@@ -145,14 +146,21 @@ fn flows_go_on_when_another_layout_takes_over() {
             .filter(|line| line.contains("established") && line.contains(&first.client.to_string()))
             .count()
     };
-    assert_eq!(known(), 1);
+    let open = || {
+        let text = scene.node().portolan(&["backends", "-o", "json"]).unwrap();
+        let rows: serde_json::Value = serde_json::from_str(&text).unwrap();
+        rows.as_array().unwrap().iter().map(|row| row["open"].as_u64().unwrap()).sum::<u64>()
+    };
+    assert_eq!((known(), open()), (1, 1));
     for arguments in [&["--map-layout=v999"][..], &[]] {
         scene.node().agent().unwrap().stop().unwrap();
         scene.node().start_agent(&options(arguments)).unwrap();
         scene.says(&["1 flows of other layouts were carried over"]);
         assert_eq!(stream.ask().unwrap().client, first.client);
     }
-    assert_eq!(known(), 1, "{}", scene.log());
+    assert_eq!((known(), open()), (1, 1), "{}", scene.log());
+    drop(stream);
+    until("it is open no more", || open() == 0);
 }
 
 /// C3, S1: a client has the endpoint that it had, under the maps of the new version and of the one before.

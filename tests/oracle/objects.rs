@@ -196,8 +196,18 @@ fn choice(random: &mut Random) -> Option<BTreeMap<String, String>> {
             "service.cilium.io/lb-algorithm",
             "kube-router.io/service.scheduler",
         ]);
-        let word =
-            random.of(&["random", "round-robin", "maglev", "source-hash", "rr", "sh", "dh", "whatever"]);
+        let word = random.of(&[
+            "random",
+            "round-robin",
+            "maglev",
+            "source-hash",
+            "least-connections",
+            "rr",
+            "sh",
+            "lc",
+            "dh",
+            "whatever",
+        ]);
         annotations.insert(name.to_owned(), word.to_owned());
     }
     if random.chance(30) {

@@ -54,6 +54,7 @@ impl Bench {
         let sizes = [
             ("backends", 2_048),
             ("backend_traffic", 2_048),
+            ("open", 2_048),
             ("services", 256),
             ("service_traffic", 256),
             ("rounds", 256),

@@ -10,6 +10,7 @@ mod fragments;
 mod half_written;
 mod headers;
 mod load_balancers;
+mod open;
 mod policies;
 mod refusals;
 mod retry;

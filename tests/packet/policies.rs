@@ -182,7 +182,7 @@ fn a_service_of_five_thousand_endpoints_is_served() {
         let addresses: Vec<_> = (0..5_000).map(|n| f.nth_remote(n).to_string()).collect();
         let endpoints: Vec<_> =
             addresses.iter().map(|addr| (addr.as_str(), "there", "ready: true")).collect();
-        let sizes = [("backends", 10_100), ("backend_traffic", 10_100)];
+        let sizes = [("backends", 10_100), ("backend_traffic", 10_100), ("open", 10_100)];
         let world = World::with(&f.web("", &endpoints), 0, &sizes).unwrap();
         let mut chosen = std::collections::BTreeSet::new();
         for port in 40_000..40_400 {

@@ -3,6 +3,7 @@
 pub mod api_server;
 pub mod bench;
 pub mod bench_agent;
+pub mod bench_choose;
 pub mod bench_flood;
 pub mod bench_load;
 pub mod bench_net;
@@ -17,5 +18,6 @@ pub mod layouts;
 pub mod load;
 pub mod oracle;
 pub mod packet;
+pub mod serial;
 pub mod soak;
 pub mod tour;

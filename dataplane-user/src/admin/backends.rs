@@ -32,6 +32,8 @@ pub struct BackendRow {
     pub weight: u16,
     /// How often its id was given out.
     pub generation: u32,
+    /// Connections and UDP flows that did not end, by packet and by socket.
+    pub open: u32,
     /// Traffic.
     pub traffic: TrafficRow,
 }
@@ -46,6 +48,7 @@ impl Row for BackendRow {
             "NODE",
             "STATE",
             "WEIGHT",
+            "OPEN",
             flows,
             packets_in,
             bytes_in,
@@ -62,6 +65,7 @@ impl Row for BackendRow {
             if self.local { "this" } else { "other" }.to_owned(),
             if self.in_use { "in-use" } else { "draining" }.to_owned(),
             self.weight.to_string(),
+            self.open.to_string(),
         ];
         cells.extend(self.traffic.cells());
         cells
@@ -87,6 +91,7 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<BackendRow>, 
     let protocols = protocols(&maps.map::<tables::Frontends>()?.entries()?);
     let used = in_use(maps)?;
     let (traffic, in_flows) = (maps.map::<tables::BackendTraffic>()?, InFlows::read(maps)?);
+    let open = maps.map::<tables::OpenCounts>()?;
     let mut backends = maps.map::<tables::Backends>()?.entries()?;
     backends.retain(|(_, backend)| backend.status().has(BackendStatus::SERVING));
     backends
@@ -102,6 +107,7 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<BackendRow>, 
             local: backend.status().has(BackendStatus::LOCAL),
             in_use: used.contains(&id),
             weight: backend.weight(),
+            open: open.get(&id)?.unwrap_or_default().count(),
             generation: backend.status().generation(),
             traffic: in_flows.with_backend(id, backend.status().generation(), total).into(),
         })

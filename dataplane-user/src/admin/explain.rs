@@ -105,6 +105,8 @@ pub struct ServiceFacts {
     pub external_local: bool,
     /// Timeout of `sessionAffinity: ClientIP` in seconds; 0 without.
     pub affinity_seconds: u32,
+    /// How an endpoint of the set is chosen.
+    pub algorithm: &'static str,
     /// Only some sources may call its load balancer addresses.
     pub source_ranges: bool,
     /// Endpoints in the set of the whole cluster.
@@ -120,6 +122,8 @@ pub struct EndpointLine {
     pub endpoint: String,
     /// Its node, if that is known.
     pub node: Option<String>,
+    /// Connections and UDP flows of it that did not end.
+    pub open: u32,
     /// It was chosen so often.
     pub chosen: usize,
     /// Why it takes no part; none if it does.
@@ -268,14 +272,17 @@ impl Explanation {
 }
 
 /// The endpoints of a set.
-fn members(rehearsal: &Rehearsal, set: EndpointSet) -> Result<BTreeMap<SocketAddr, Backend>, AdminError> {
+fn members(
+    rehearsal: &Rehearsal,
+    set: EndpointSet,
+) -> Result<BTreeMap<SocketAddr, (u32, Backend)>, AdminError> {
     let (slots, backends) = (rehearsal.live().map::<Slots>()?, rehearsal.live().map::<Backends>()?);
     let mut members = BTreeMap::new();
     for slot in set.base()..set.base().saturating_add(set.count()) {
         if let Some(id) = slots.get(&slot)?
             && let Some(backend) = backends.get(&id)?
         {
-            members.insert(SocketAddr::new(backend.addr().to_ip(), backend.port().number()), backend);
+            members.insert(SocketAddr::new(backend.addr().to_ip(), backend.port().number()), (id, backend));
         }
     }
     Ok(members)

@@ -79,7 +79,7 @@ pub struct ServiceRow {
     pub external_local: bool,
     /// Timeout of `sessionAffinity: ClientIP` in seconds; 0 without.
     pub affinity_seconds: u32,
-    /// How an endpoint is chosen: `random`, `round-robin`, `maglev`, `source-hash`.
+    /// How an endpoint is chosen: `random`, `round-robin`, `least-connections`, `maglev`, `source-hash`.
     pub algorithm: &'static str,
     /// How often a connection by packet whose endpoint is silent is given to another.
     pub retry: u32,
@@ -147,6 +147,12 @@ pub(super) fn kind_name(kind: FrontendKind) -> Option<&'static str> {
     }
 }
 
+/// How one of its endpoints is chosen, in the word of annotations: that of the set that it has.
+pub(super) fn algorithm_name(service: &Service) -> &'static str {
+    let set = if service.cluster.count() == 0 { service.local } else { service.cluster };
+    set.algorithm().map_or("unknown", Algorithm::name)
+}
+
 /// A protocol's name, or its number.
 pub(super) fn protocol_name(number: u8) -> String {
     Protocol::try_from(number).map_or_else(|number| number.to_string(), |protocol| protocol.to_string())
@@ -184,7 +190,6 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<ServiceRow>, 
     let row = |(id, mut addresses): (u32, Vec<AddressRow>)| {
         addresses.sort();
         let service: Service = services.get(&id)?.unwrap_or_default();
-        let set = if service.cluster.count() == 0 { service.local } else { service.cluster };
         Ok(ServiceRow {
             id,
             name: names.name(id),
@@ -196,7 +201,7 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<ServiceRow>, 
             internal_local: service.policy.has(Policy::INTERNAL_LOCAL),
             external_local: service.policy.has(Policy::EXTERNAL_LOCAL),
             affinity_seconds: service.policy.affinity_seconds(),
-            algorithm: set.algorithm().map_or("unknown", Algorithm::name),
+            algorithm: algorithm_name(&service),
             retry: service.policy.tries(),
             traffic: in_flows.with_service(id, traffic.get(&id)?.unwrap_or_default()).into(),
         })

@@ -6,11 +6,12 @@ use crate::http::{Once, Page, Pages, now};
 use crate::kernel::bpf;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::object::Programs;
-use crate::metrics::{Counts, Metrics, Observed, Ports, SERIES};
+use crate::metrics::{Count, Counts, Metrics, Observed, Ports, SERIES};
 use crate::watch::Status;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
-use dataplane_common::tables::{BackendTraffic, Backends, Reasons, ServiceTraffic};
+use dataplane_common::tables::{BackendTraffic, Backends, OpenCounts, Reasons, ServiceTraffic};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
@@ -88,8 +89,12 @@ impl Scrape {
     fn counts(&self, ports: &Ports) -> Result<Counts, MapError> {
         let traffic = self.maps.map::<ServiceTraffic>()?;
         let mut counts = Counts { left_out: [ports.left_out, 0], ..Counts::default() };
+        let open = self.open_of_services()?;
         for (id, name) in &ports.ports {
-            counts.services.push((name.clone(), traffic.get(id)?.unwrap_or_default()));
+            let traffic = traffic.get(id)?.unwrap_or_default();
+            counts
+                .services
+                .push((name.clone(), Count { traffic, open: open.get(id).copied().unwrap_or_default() }));
         }
         if !self.endpoints {
             return Ok(counts);
@@ -113,11 +118,34 @@ impl Scrape {
             }
         })?;
         counts.left_out[1] = all - told.len();
-        let traffic = self.maps.map::<BackendTraffic>()?;
+        let (traffic, open) = (self.maps.map::<BackendTraffic>()?, self.maps.map::<OpenCounts>()?);
         for (id, name, address) in told {
-            counts.endpoints.push((name, address, traffic.get(&id)?.unwrap_or_default()));
+            let count = Count {
+                traffic: traffic.get(&id)?.unwrap_or_default(),
+                open: open.get(&id)?.unwrap_or_default().count().into(),
+            };
+            counts.endpoints.push((name, address, count));
         }
         Ok(counts)
+    }
+
+    /// How many flows and connected sockets each service port has that did not end.
+    fn open_of_services(&self) -> Result<HashMap<u32, u64>, MapError> {
+        let mut open = Vec::new();
+        self.maps.map::<OpenCounts>()?.visit(|backend, counts| {
+            let count = counts.first().map_or(0, |count| count.count());
+            if count > 0 {
+                open.push((backend, u64::from(count)));
+            }
+        })?;
+        let backends = self.maps.map::<Backends>()?;
+        let mut services = HashMap::new();
+        for (backend, count) in open {
+            if let Some(backend) = backends.get(&backend)? {
+                *services.entry(backend.service()).or_default() += count;
+            }
+        }
+        Ok(services)
     }
 
     fn runs(&self) -> Vec<(Arc<str>, u64, u64)> {

@@ -1,5 +1,6 @@
 //! The loop: changes in, tables written, signals heard. Everything that waits is tried again; only a signal ends it.
 
+pub(super) mod accounting;
 mod rivals;
 mod take_in;
 pub(super) mod take_over;
@@ -14,7 +15,7 @@ use super::notify::{self, State, notify};
 use super::signals::Signals;
 use super::sources::SourceLists;
 use super::standing::Question;
-use crate::config::AgentArgs;
+use crate::config::{AgentArgs, SocketLb};
 use crate::expire::IdleTimes;
 use crate::health::Health;
 use crate::health_checks::HealthChecks;
@@ -30,6 +31,7 @@ use crate::metrics::{Metrics, Ports, SERIES};
 use crate::model::{Change, ObjectName};
 use crate::sync::LingeringBits;
 use crate::watch::Watch;
+use accounting::Recounting;
 use anyhow::{Result, bail};
 use rivals::Rivals;
 use std::collections::BTreeSet;
@@ -68,6 +70,7 @@ pub(super) struct Service {
     metrics: Arc<Metrics>,
     clock: Arc<Clock>,
     fold: Arc<Fold>,
+    recount: Arc<Recounting>,
     idle: IdleTimes,
     /// How many entries the table of flows had when it was last swept.
     flow_entries: usize,
@@ -170,6 +173,7 @@ impl Service {
             metrics,
             clock: Arc::new(clock),
             fold: Arc::new(fold),
+            recount: Arc::new(Recounting::new(args.socket_lb != SocketLb::Off)),
             idle,
             flow_entries: 0,
             sources,

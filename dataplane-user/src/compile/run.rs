@@ -34,7 +34,7 @@ pub fn run(algorithm: Algorithm, members: &[Member], seed: u64, order: u64) -> B
         return [only.id].into();
     }
     match algorithm {
-        Algorithm::Random => {
+        Algorithm::Random | Algorithm::LeastConnections => {
             let mut ids = spread(members);
             // In this order a run says what it holds, whatever it is compared with.
             ids.sort_unstable();
@@ -240,7 +240,7 @@ mod tests {
     #[test]
     fn runs_are_short() {
         let length = |algorithm, weights: &[u16]| run(algorithm, &members(weights), 7, 9).len();
-        for algorithm in [Algorithm::Random, Algorithm::RoundRobin] {
+        for algorithm in [Algorithm::Random, Algorithm::LeastConnections, Algorithm::RoundRobin] {
             assert_eq!(length(algorithm, &[5; 40]), 40);
             assert_eq!(length(algorithm, &[300, 100, 100]), 5);
             assert!(length(algorithm, &[1_000, 999]) < 205);
@@ -264,6 +264,30 @@ mod tests {
         assert_eq!(firsts.len(), 5, "{firsts:?}");
         let orders: std::collections::BTreeSet<_> = (0..40).map(begins).collect();
         assert!(orders.len() > 20, "an order of its own, not a start alone");
+    }
+
+    /// L2: of three nodes that serve the same Services few begin with the same endpoint, and what each sends comes to the endpoints at
+    /// different times.
+    #[test]
+    fn nodes_do_not_send_their_turns_to_one_endpoint_at_a_time() {
+        use crate::compile::selection::order;
+        const SERVICES: u64 = 2_000;
+        const ENDPOINTS: usize = 10;
+        let members = members(&[1; ENDPOINTS]);
+        let (mut all_three, mut most) = ([0; ENDPOINTS], 0);
+        for seed in 0..SERVICES {
+            let runs =
+                ["a", "b", "c"].map(|node| run(Algorithm::RoundRobin, &members, seed, order(seed, node)));
+            for (turn, met) in all_three.iter_mut().enumerate() {
+                *met += u64::from(runs.iter().all(|run| run[turn] == runs[0][turn]));
+            }
+            most = most.max(
+                (0..ENDPOINTS).filter(|turn| runs.iter().all(|run| run[*turn] == runs[0][*turn])).count(),
+            );
+        }
+        // By chance one in a hundred: 20, with a standard deviation of 4.5.
+        assert!(all_three.iter().all(|met| (0..45).contains(met)), "{all_three:?}");
+        assert!(most < ENDPOINTS / 2, "some Service has one order on all nodes");
     }
 
     /// L2: one of a hundred goes: who had it moves, and half as many of the others at most.

@@ -64,7 +64,7 @@ pub enum Word {
 /// All words that ask for an algorithm: the project's own first, then those of IPVS, which kube-proxy and kube-router have, and of
 /// loxilb.
 pub const WORDS: &[(&str, Word)] = {
-    use Algorithm::{Maglev, Random, RoundRobin, SourceHash};
+    use Algorithm::{LeastConnections, Maglev, Random, RoundRobin, SourceHash};
     use Word::{Means, Nothing};
     /// Why what finds a cache's content again has no meaning behind a virtual address.
     const ONE_ADDRESS: Word =
@@ -73,6 +73,7 @@ pub const WORDS: &[(&str, Word)] = {
     &[
         ("random", Means(Random)),
         ("round-robin", Means(RoundRobin)),
+        ("least-connections", Means(LeastConnections)),
         ("maglev", Means(Maglev)),
         ("source-hash", Means(SourceHash)),
         ("rr", Means(RoundRobin)),
@@ -80,16 +81,17 @@ pub const WORDS: &[(&str, Word)] = {
         ("sh", Means(SourceHash)),
         // It hashes the client's address, unless it is told to hash the port as well, which kube-proxy never does.
         ("mh", Means(SourceHash)),
+        ("lc", Means(LeastConnections)),
+        ("wlc", Means(LeastConnections)),
+        ("sed", Means(LeastConnections)),
+        ("nq", Means(LeastConnections)),
+        // Of two that are drawn.
+        ("twos", Means(LeastConnections)),
         ("hash", Means(Maglev)),
         ("persist", Means(SourceHash)),
         ("dh", ONE_ADDRESS),
         ("lblc", ONE_ADDRESS),
         ("lblcr", ONE_ADDRESS),
-        ("lc", NOT_YET),
-        ("wlc", NOT_YET),
-        ("sed", NOT_YET),
-        ("nq", NOT_YET),
-        ("twos", NOT_YET),
         ("fo", NOT_YET),
         ("ovf", NOT_YET),
         ("n2", NOT_YET),
@@ -271,7 +273,10 @@ mod tests {
         }
         let (selection, complaints) = of(Some("Maglev"), None);
         assert_eq!((selection.algorithm, complaints.len()), (Algorithm::RoundRobin, 1));
-        assert!(complaints[0].contains("it is none of random, round-robin, maglev, source-hash"));
+        assert!(
+            complaints[0]
+                .contains("it is none of random, round-robin, least-connections, maglev, source-hash")
+        );
     }
 
     /// L5, L6

@@ -41,7 +41,7 @@ fn write_port(f: &mut fmt::Formatter<'_>, name: &ServicePortName, port: &PortTab
     write!(f, "  policy {}", PolicyText(port.policy))?;
     match port.algorithm {
         Algorithm::Random => writeln!(f)?,
-        Algorithm::RoundRobin | Algorithm::Maglev | Algorithm::SourceHash => {
+        Algorithm::RoundRobin | Algorithm::LeastConnections | Algorithm::Maglev | Algorithm::SourceHash => {
             writeln!(f, " {}", port.algorithm.name())?;
         }
     }

@@ -18,6 +18,7 @@ const MAP_LOOKUP_ELEM: libc::c_int = 1;
 const MAP_UPDATE_ELEM: libc::c_int = 2;
 const MAP_DELETE_ELEM: libc::c_int = 3;
 const MAP_GET_NEXT_KEY: libc::c_int = 4;
+const PROG_LOAD: libc::c_int = 5;
 const OBJ_PIN: libc::c_int = 6;
 const OBJ_GET: libc::c_int = 7;
 const PROG_TEST_RUN: libc::c_int = 10;
@@ -107,6 +108,31 @@ mod attr {
 
     #[repr(C)]
     #[derive(Default)]
+    pub(super) struct Load {
+        pub(super) prog_type: u32,
+        pub(super) insn_cnt: u32,
+        pub(super) insns: u64,
+        pub(super) license: u64,
+        pub(super) log_level: u32,
+        pub(super) log_size: u32,
+        pub(super) log_buf: u64,
+        pub(super) kern_version: u32,
+        pub(super) prog_flags: u32,
+        pub(super) prog_name: [u8; 16],
+        pub(super) prog_ifindex: u32,
+        pub(super) expected_attach_type: u32,
+        pub(super) prog_btf_fd: u32,
+        pub(super) func_info_rec_size: u32,
+        pub(super) func_info: u64,
+        pub(super) func_info_cnt: u32,
+        pub(super) line_info_rec_size: u32,
+        pub(super) line_info: u64,
+        pub(super) line_info_cnt: u32,
+        pub(super) attach_btf_id: u32,
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
     pub(super) struct Object {
         pub(super) pathname: u64,
         pub(super) bpf_fd: u32,
@@ -190,6 +216,59 @@ fn path_string(path: &Path) -> io::Result<CString> {
 /// A wrong buffer size would let the kernel write past the buffer's end: the kernel never sees it.
 fn check(is: usize, must_be: usize) -> io::Result<()> {
     if is == must_be { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }
+}
+
+/// Loads a tc program that is written out by instruction.
+///
+/// # Errors
+/// The kernel's: `EINVAL` or `EACCES` if its verifier refuses it, `EPERM` without the right.
+pub fn load_classifier(program: &[u64]) -> io::Result<OwnedFd> {
+    const SCHED_CLS: u32 = 3;
+    load(program, attr::Load { prog_type: SCHED_CLS, ..Default::default() })
+}
+
+/// Loads a program of a type (`enum bpf_prog_type`), for an attach type where the kernel must know it, with flags.
+///
+/// # Errors
+/// As [`load_classifier`].
+pub(super) fn load_program(
+    program: &[u64],
+    prog_type: u32,
+    attach_type: u32,
+    prog_flags: u32,
+) -> io::Result<OwnedFd> {
+    load(
+        program,
+        attr::Load { prog_type, expected_attach_type: attach_type, prog_flags, ..Default::default() },
+    )
+}
+
+/// Loads a program of an iterator: `target` is the number of its function among the kernel's types.
+///
+/// # Errors
+/// As [`load_classifier`].
+pub fn load_iterator(program: &[u64], target: u32) -> io::Result<OwnedFd> {
+    const TRACING: u32 = 26;
+    let kind = attr::Load {
+        prog_type: TRACING,
+        expected_attach_type: TRACE_ITER,
+        attach_btf_id: target,
+        ..Default::default()
+    };
+    load(program, kind)
+}
+
+/// `BPF_TRACE_ITER` of `enum bpf_attach_type`.
+pub(super) const TRACE_ITER: u32 = 28;
+
+fn load(program: &[u64], mut attr: attr::Load) -> io::Result<OwnedFd> {
+    attr.insn_cnt = program.len() as u32;
+    (attr.insns, attr.license) = (program.as_ptr() as u64, c"GPL".as_ptr() as u64);
+    // SAFETY: `Load` is what the command reads; both addresses are of memory that outlives the call, of the length given
+    // beside it or closed by a zero.
+    let fd = unsafe { bpf(PROG_LOAD, &mut attr)? };
+    // SAFETY: the kernel just gave us this descriptor; nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Opens a pinned object: a map, a program or a link.

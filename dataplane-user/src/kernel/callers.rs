@@ -4,52 +4,37 @@
 //! cleared although a flow needs it would leave replies untranslated. So only such a cell is cleared as was marked long before
 //! the table of flows was read, has no flow in it, and holds the same mark still: programs may mark it at any moment.
 
+use super::mapped::MappedWords;
 use super::maps::{Map, MapError};
 use dataplane_common::filter::{CALLER_CELLS, caller_cell, caller_mark, caller_tick};
 use dataplane_common::flow::{FlowKey, ticks_since};
-use dataplane_common::tables::Callers;
+use dataplane_common::tables::{Callers, Table as _};
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// After how many ticks a mark is old: the program that wrote or found it has long entered its flow.
 const OLD: u32 = 8;
 
-/// Bytes of the map's elements.
-const LENGTH: usize = CALLER_CELLS * size_of::<u64>();
-
 /// The cells, as long as they are mapped: between sweeps they need not be in this process's memory.
 #[derive(Debug)]
-pub struct CallerCells(NonNull<AtomicU64>);
+pub struct CallerCells(MappedWords);
 
 impl CallerCells {
     /// Maps the table.
     ///
     /// # Errors
-    /// The kernel's, or [`MapError::Shape`] if the table has another number of cells.
+    /// The kernel's, or [`MapError::Call`] if the table has another number of cells.
     pub fn map(table: &Map<Callers>) -> Result<Self, MapError> {
-        let failed = |source| MapError::Call { verb: "map", name: "callers", source };
         if table.capacity() != CALLER_CELLS {
-            return Err(failed(io::Error::from(io::ErrorKind::InvalidData)));
+            let source = io::Error::from(io::ErrorKind::InvalidData);
+            return Err(MapError::Call { verb: "map", name: Callers::NAME, source });
         }
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses; it is as long as the map's elements.
-        let address = unsafe {
-            let fd = table.as_fd().as_raw_fd();
-            libc::mmap(std::ptr::null_mut(), LENGTH, protection, libc::MAP_SHARED, fd, 0)
-        };
-        if address == libc::MAP_FAILED {
-            return Err(failed(io::Error::last_os_error()));
-        }
-        let cells = NonNull::new(address.cast());
-        cells.map(Self).ok_or_else(|| failed(io::Error::from(io::ErrorKind::AddrNotAvailable)))
+        MappedWords::map(table).map(Self)
     }
 
     fn cells(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping lives as long as `self` and is aligned to a page; programs write whole words.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), CALLER_CELLS) }
+        self.0.words()
     }
 
     /// Marks all cells. For a table that is new or was in other programs' hands: flows may be there whose cells nobody marked.
@@ -72,13 +57,6 @@ impl CallerCells {
                 let _ = cell.compare_exchange(*mark, 0, Ordering::SeqCst, Ordering::Relaxed);
             }
         }
-    }
-}
-
-impl Drop for CallerCells {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nothing borrows from it any more.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), LENGTH) };
     }
 }
 

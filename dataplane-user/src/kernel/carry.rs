@@ -8,6 +8,7 @@ mod remembered;
 
 use super::bpf::{self, MapFd};
 use super::maps::{KernelMaps, MapError};
+use super::open::OpenCells;
 use super::pins::{PinError, Pins};
 use crate::sync::Maps;
 use bytemuck::Zeroable as _;
@@ -76,6 +77,7 @@ impl Carried {
     /// [`CarryError`]; what was copied before stays.
     pub fn carry(&mut self, pins: &Pins, to: &KernelMaps, now: u32) -> Result<usize, CarryError> {
         let (endpoints, flows) = (Endpoints::read(to)?, to.map::<Flows>()?);
+        let open = OpenCells::map(&to.map()?)?;
         let mut carried = 0;
         for layout in pins.other_layouts()? {
             let failed = |source| CarryError::Read { layout: layout.clone(), source };
@@ -92,8 +94,10 @@ impl Carried {
                 match self.copied.entry(key) {
                     Entry::Vacant(entry) if flow.stage() != Stage::Closing => {
                         entry.insert(seen);
-                        if flows.insert(&key, &endpoints.own(&key, flow), bpf::NO_EXIST).is_ok() {
+                        let own = endpoints.own(&key, flow);
+                        if flows.insert(&key, &own, bpf::NO_EXIST).is_ok() {
                             carried += 1;
+                            count(&open, None, Some(&own));
                         }
                     }
                     Entry::Vacant(_) => {}
@@ -103,8 +107,11 @@ impl Carried {
                             && let Some(here) = flows.get(&key)?
                             && let Some(newer) = caught_up(before, &flow, here, key.proto())
                         {
+                            let own = endpoints.own(&key, newer);
                             // It may have gone meanwhile.
-                            let _ = flows.insert(&key, &endpoints.own(&key, newer), bpf::EXIST);
+                            if flows.insert(&key, &own, bpf::EXIST).is_ok() {
+                                count(&open, Some(&here), Some(&own));
+                            }
                         }
                     }
                 }
@@ -115,6 +122,18 @@ impl Carried {
             })?;
         }
         Ok(carried)
+    }
+}
+
+/// Counts what is open in the place of what was, of one key (L2).
+fn count(open: &OpenCells, before: Option<&Flow>, after: Option<&Flow>) {
+    let counted =
+        |flow: Option<&Flow>| flow.filter(|flow| flow.has(Flow::COUNTED_OPEN)).map(|flow| flow.backend);
+    if let Some(backend) = counted(before) {
+        open.ended(backend);
+    }
+    if let Some(backend) = counted(after) {
+        open.begun(backend);
     }
 }
 
@@ -228,6 +247,11 @@ impl Endpoints {
         flow.service = found.copied().unwrap_or_default();
         (flow.backend, flow.generation) =
             backend.map_or((0, NOBODYS), |(id, status)| (*id, status.generation()));
+        // Its endpoint counts it here as long as it is not over.
+        flow.clear(Flow::COUNTED_OPEN);
+        if !flow.has(Flow::REPLY) && flow.stage() != Stage::Closing && flow.backend != 0 {
+            flow.set(Flow::COUNTED_OPEN);
+        }
         flow
     }
 }
@@ -318,9 +342,11 @@ mod tests {
             for (key, half) in [(key, flow), (flow.partner(6), reply)] {
                 let own = endpoints.own(&key, half);
                 assert_eq!((own.service, own.backend, own.generation), (7, 9, 3));
+                assert_eq!(own.has(Flow::COUNTED_OPEN), !half.has(Flow::REPLY), "it is open");
             }
             flow.dst_port = port(9090);
-            assert_eq!(endpoints.own(&key, flow).backend, 0, "an endpoint that is gone");
+            let gone = endpoints.own(&key, flow);
+            assert_eq!((gone.backend, gone.has(Flow::COUNTED_OPEN)), (0, false), "an endpoint that is gone");
         }
     }
 }

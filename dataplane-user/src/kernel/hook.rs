@@ -83,8 +83,10 @@ pub struct SocketHook {
     pub attach_type: u32,
 }
 
-/// The socket hooks, those that restore what programs see before those that translate.
-pub const SOCKET_HOOKS: [SocketHook; 8] = [
+/// The socket hooks: that which counts a closed socket off before those that count one, and those that restore what programs see before
+/// those that translate.
+pub const SOCKET_HOOKS: [SocketHook; 9] = [
+    SocketHook { program: "sock_release", attach_type: 34 },
     SocketHook { program: "getpeername4", attach_type: 29 },
     SocketHook { program: "getpeername6", attach_type: 30 },
     SocketHook { program: "recvmsg4", attach_type: 19 },

@@ -80,6 +80,39 @@ struct RawInfo {
     rest: [u32; 9],
 }
 
+/// The parts of `union bpf_attr` that a link of an iterator uses.
+#[repr(C)]
+#[derive(Default)]
+struct CreateIterator {
+    prog_fd: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    iter_info: u64,
+    iter_info_len: u32,
+    pad: u32,
+}
+
+/// Has an iterator's program walk through a map: the link by which it is begun.
+///
+/// # Errors
+/// The kernel's: `EINVAL` if the map is none that can be walked through.
+pub(super) fn iterator(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    // `union bpf_iter_link_info`.
+    let map_fd = map.as_raw_fd() as u32;
+    let mut attr = CreateIterator {
+        prog_fd: program.as_raw_fd() as u32,
+        attach_type: bpf::TRACE_ITER,
+        iter_info: std::ptr::from_ref(&map_fd) as u64,
+        iter_info_len: size_of::<u32>() as u32,
+        ..Default::default()
+    };
+    // SAFETY: `CreateIterator` is what the command reads; the address is of a word that outlives the call.
+    let fd = unsafe { bpf(LINK_CREATE, &mut attr)? };
+    // SAFETY: the kernel just gave us this descriptor; nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// What a link is attached to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {

@@ -1,12 +1,11 @@
 //! What the programs need of a kernel, asked of the kernel itself: distributions bring much to old kernels, and leave out what others
 //! have. Must never refuse a kernel for what cannot be found out.
 
-use super::bpf::bpf;
+use super::bpf::{self, bpf};
 use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::{fmt, io};
 
 const MAP_CREATE: libc::c_int = 0;
-const PROG_LOAD: libc::c_int = 5;
 /// `BPF_MAP_TYPE_ARRAY`, `BPF_F_MMAPABLE`.
 const ARRAY: u32 = 2;
 const MMAPABLE: u32 = 1 << 10;
@@ -21,6 +20,8 @@ pub enum ProgramType {
     SchedCls = 3,
     /// XDP.
     Xdp = 6,
+    /// The hook of a socket that is released.
+    CgroupSock = 9,
     /// The hooks of `connect` and its like.
     CgroupSockAddr = 18,
 }
@@ -30,16 +31,17 @@ impl fmt::Display for ProgramType {
         f.write_str(match self {
             Self::SchedCls => "tc",
             Self::Xdp => "XDP",
-            Self::CgroupSockAddr => "sockets",
+            Self::CgroupSock | Self::CgroupSockAddr => "sockets",
         })
     }
 }
 
 impl ProgramType {
-    /// `BPF_CGROUP_INET4_CONNECT` where the kernel must know it as it loads a program.
+    /// `enum bpf_attach_type` where the kernel must know it as it loads a program: of `sock_release`, and of `connect`.
     const fn attach_type(self) -> u32 {
         match self {
             Self::SchedCls | Self::Xdp => 0,
+            Self::CgroupSock => 34,
             Self::CgroupSockAddr => 10,
         }
     }
@@ -84,13 +86,15 @@ const fn helper(name: &'static str, number: u32, kind: ProgramType, since: &'sta
     Needed { need: Need::Helper(name, number, kind), since }
 }
 
-use ProgramType::{CgroupSockAddr, SchedCls, Xdp};
+use ProgramType::{CgroupSock, CgroupSockAddr, SchedCls, Xdp};
 
 /// All that the programs need. Each helper that an object calls is in it, as a test sees to.
 pub const NEEDS: &[Needed] = &[
     helper("map_lookup_elem", 1, SchedCls, "3.19"),
     helper("map_update_elem", 2, SchedCls, "3.19"),
     helper("map_delete_elem", 3, SchedCls, "3.19"),
+    helper("ktime_get_ns", 5, SchedCls, "4.1"),
+    helper("ktime_get_ns", 5, CgroupSockAddr, "4.1"),
     helper("get_prandom_u32", 7, SchedCls, "4.1"),
     helper("skb_store_bytes", 9, SchedCls, "4.1"),
     helper("l4_csum_replace", 11, SchedCls, "4.1"),
@@ -107,6 +111,7 @@ pub const NEEDS: &[Needed] = &[
     helper("sk_release", 86, SchedCls, "4.20"),
     helper("skc_lookup_tcp", 99, SchedCls, "5.2"),
     helper("sk_storage_get", 107, CgroupSockAddr, "5.2"),
+    helper("sk_storage_get", 107, CgroupSock, "5.8"),
     helper("jiffies64", 118, SchedCls, "5.6"),
     helper("get_netns_cookie", 122, CgroupSockAddr, "5.7"),
     helper("ringbuf_reserve", 131, SchedCls, "5.8"),
@@ -175,38 +180,8 @@ fn has(need: Need) -> io::Result<bool> {
     }
 }
 
-/// Loads a program.
-pub(super) fn load(kind: ProgramType, flags: u32, program: &[u64]) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    #[derive(Default)]
-    struct Load {
-        prog_type: u32,
-        insn_cnt: u32,
-        insns: u64,
-        license: u64,
-        log_level: u32,
-        log_size: u32,
-        log_buf: u64,
-        kern_version: u32,
-        prog_flags: u32,
-        prog_name: [u8; 16],
-        prog_ifindex: u32,
-        expected_attach_type: u32,
-    }
-    let mut attr = Load {
-        prog_type: kind as u32,
-        insn_cnt: program.len() as u32,
-        insns: program.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        prog_flags: flags,
-        expected_attach_type: kind.attach_type(),
-        ..Default::default()
-    };
-    // SAFETY: `Load` is what the command reads; both addresses are of memory that outlives the call, of the length given
-    // beside it or closed by a zero.
-    let fd = unsafe { bpf(PROG_LOAD, &mut attr)? };
-    // SAFETY: the kernel just gave us this descriptor; nobody else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+fn load(kind: ProgramType, flags: u32, program: &[u64]) -> io::Result<OwnedFd> {
+    bpf::load_program(program, kind as u32, kind.attach_type(), flags)
 }
 
 fn mapped_array() -> io::Result<OwnedFd> {

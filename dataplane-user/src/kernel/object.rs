@@ -100,6 +100,7 @@ fn load(program: &mut Program) -> Result<Result<(), ProgramError>, ObjectError> 
         Program::Xdp(program) => Ok(program.load()),
         Program::SchedClassifier(program) => Ok(program.load()),
         Program::CgroupSockAddr(program) => Ok(program.load()),
+        Program::CgroupSock(program) => Ok(program.load()),
         _ => Err(ObjectError::Missing("a program of the right type".to_owned())),
     }
 }

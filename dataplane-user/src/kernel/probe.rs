@@ -5,7 +5,7 @@
 
 use super::bpf::{self, TestRun, bpf};
 use super::link;
-use super::needs::{self, Needed, ProgramType};
+use super::needs::{self, Needed};
 use std::ffi::CString;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
@@ -159,7 +159,7 @@ fn tcx() -> bool {
 /// Whether `bpf_fib_lookup` knows `BPF_FIB_LOOKUP_SRC`: it refuses flags that it does not know with `EINVAL` before it
 /// looks at anything else.
 fn fib_source() -> io::Result<bool> {
-    let program = needs::load(ProgramType::SchedCls, 0, &fib_source_program())?;
+    let program = bpf::load_classifier(&fib_source_program())?;
     let packet = [0; 64];
     let run = bpf::prog_test_run(program.as_fd(), &TestRun { data: &packet, ..TestRun::default() })?;
     Ok(run.retval as i32 != -libc::EINVAL)

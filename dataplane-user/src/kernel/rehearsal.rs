@@ -11,14 +11,15 @@ use super::object::{Object, ObjectError, Options};
 use super::pins::Pins;
 use crate::config::MapSize;
 use dataplane_common::affinity::{Affinity, AffinityKey};
+use dataplane_common::counter::Open;
 use dataplane_common::drop::{Disposition, Reason};
 use dataplane_common::filter::caller_cell;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables::{
     self, Affinities, BackendTraffic, Callers, Closing, Events, Flows, Fragments, HalfOpen, Newcomers, Nodes,
-    Outgoings, Reasons, Rounds, ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
+    OpenCounts, Outgoings, Reasons, Rounds, ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 
 /// Entries of the maps that need few here.
@@ -141,6 +142,8 @@ pub struct Rehearsal {
     /// What the live programs remember of clients, and of what left the node.
     affinities: Entries<Affinities>,
     outgoings: Entries<Outgoings>,
+    /// How many connections of each backend are open, of those that have some.
+    open: HashMap<u32, Open>,
 }
 
 impl Rehearsal {
@@ -158,6 +161,7 @@ impl Rehearsal {
             (Newcomers::NAME, FEW),
             (ServiceTraffic::NAME, 1),
             (BackendTraffic::NAME, 1),
+            (OpenCounts::NAME, live.map::<OpenCounts>()?.capacity() as u32),
             // A turn that is asked about is not taken: it is the first.
             (Rounds::NAME, 1),
             (Fragments::NAME, FEW),
@@ -170,7 +174,8 @@ impl Rehearsal {
         let object = Object::open(&Options { sizes: &sizes, reads: Some(pins), ..Options::default() })?;
         let fds = tables::ALL.iter().map(|(name, ..)| Ok((*name, object.map(name)?)));
         let maps = KernelMaps::from_fds(fds.collect::<Result<Vec<_>, ObjectError>>()?)?;
-        let mut rehearsal = Self { object, maps, live, affinities: Vec::new(), outgoings: Vec::new() };
+        let mut rehearsal =
+            Self { object, maps, live, affinities: Vec::new(), outgoings: Vec::new(), open: HashMap::new() };
         rehearsal.refresh()?;
         Ok(rehearsal)
     }
@@ -252,6 +257,7 @@ impl Rehearsal {
     /// Everything that this packet may meet is as it is in the live tables again: a client whose endpoint was drawn just now would
     /// have the same again.
     fn settle(&self, flows: &Map<Flows>, key: &FlowKey) -> Result<(), MapError> {
+        self.settle_open(flows)?;
         self.clear(flows)?;
         let (affinities, outgoings) = (self.maps.map::<Affinities>()?, self.maps.map::<Outgoings>()?);
         self.clear(&affinities)?;
@@ -265,6 +271,15 @@ impl Rehearsal {
         affinities.insert_batch(&of_client)?;
         let answered: Vec<_> = self.outgoings.iter().filter(|(answer, _)| answer == key).copied().collect();
         outgoings.insert_batch(&answered)
+    }
+
+    /// The connections that were rehearsed are not open (L2).
+    fn settle_open(&self, flows: &Map<Flows>) -> Result<(), MapError> {
+        let mut backends = BTreeSet::new();
+        flows.visit(|_, flow| backends.extend(flow.iter().map(|flow| flow.backend)))?;
+        let before = |id| (id, self.open.get(&id).copied().unwrap_or_default());
+        let before: Vec<_> = backends.into_iter().map(before).collect();
+        self.maps.map::<OpenCounts>()?.insert_batch(&before)
     }
 
     fn clear<T: Table>(&self, map: &Map<T>) -> Result<(), MapError> {
@@ -287,7 +302,15 @@ impl Rehearsal {
         let unknown = newcomers.into_iter().filter(|(key, _)| !known.contains(bytemuck::bytes_of(key)));
         self.affinities.extend(unknown);
         self.outgoings = self.live.map::<Outgoings>()?.entries()?;
-        Ok(())
+        let open = self.maps.map::<OpenCounts>()?;
+        let nothing: Vec<_> = self.open.keys().map(|id| (*id, Open::default())).collect();
+        open.insert_batch(&nothing)?;
+        self.open.clear();
+        let found = &mut self.open;
+        self.live.map::<OpenCounts>()?.visit(|id, counts| {
+            found.extend(counts.first().filter(|open| open.count() > 0).map(|open| (id, *open)));
+        })?;
+        open.insert_batch(&self.open.iter().map(|(id, open)| (*id, *open)).collect::<Vec<_>>())
     }
 
     fn reasons(&self) -> Result<BTreeMap<u32, u64>, MapError> {

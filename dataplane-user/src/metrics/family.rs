@@ -124,6 +124,8 @@ families! {
         "1 while netfilter translates the source of clients from outside where the endpoint is on this node, else 0: the log says why";
     MASQUERADE_RESTORED = "portolan_masquerade_restored_total", Counter, [],
         "How often something removed or changed the nftables table inet portolan, and it was made again";
+    OPEN_DRIFT = "portolan_open_connections_drift_total", Counter, [],
+        "By how many the counts of open connections differed from the flows and sockets that there are, and were put right";
     PRIVATE_PINS = "portolan_private_pins", Gauge, [],
         "1 if pins, and with them programs and flows, end with the agent: no other process has their BPF file system; else 0";
     SERVICE_PORTS = "portolan_service_ports", Gauge, [],
@@ -155,12 +157,18 @@ families! {
     SERVICE_FLOWS = "portolan_service_flows_total", Counter,
         ["namespace", "service", "port", "protocol", "ip_family"],
         "Flows of a service port that began, by packet or at connect time";
+    SERVICE_OPEN = "portolan_service_open_connections", Gauge,
+        ["namespace", "service", "port", "protocol", "ip_family"],
+        "Connections and UDP flows of a service port that did not end, by packet and by socket, of this node";
     ENDPOINT_PACKETS = "portolan_endpoint_packets_total", Counter,
         ["namespace", "service", "port", "protocol", "endpoint", "direction"],
         "Packets of one endpoint of a service port: `in` from clients, `out` from the endpoint";
     ENDPOINT_BYTES = "portolan_endpoint_bytes_total", Counter,
         ["namespace", "service", "port", "protocol", "endpoint", "direction"],
         "Bytes of these packets of one endpoint, from the network header on";
+    ENDPOINT_OPEN = "portolan_endpoint_open_connections", Gauge,
+        ["namespace", "service", "port", "protocol", "endpoint"],
+        "Connections and UDP flows of an endpoint that did not end, by packet and by socket, of this node";
     ENDPOINT_FLOWS = "portolan_endpoint_flows_total", Counter,
         ["namespace", "service", "port", "protocol", "endpoint"],
         "Flows to one endpoint of a service port that began, by packet or at connect time";

@@ -9,7 +9,7 @@ mod traffic;
 
 pub use fill::Fill;
 pub use histogram::Histogram;
-pub use traffic::{Counts, Ports, SERIES};
+pub use traffic::{Count, Counts, Ports, SERIES};
 
 use crate::model::Kind;
 use crate::version;
@@ -115,6 +115,8 @@ pub struct Metrics {
     pub taking_over: Number,
     /// Traces of other proxies on this node.
     pub rivals: Number,
+    /// By how many counts of open connections were wrong.
+    pub open_drift: Number,
     /// 1 if pins end with the agent.
     pub private_pins: Number,
     /// How full the tables are.
@@ -235,6 +237,7 @@ impl Metrics {
             (&family::SERVICE_ROUTES_RESTORED, &self.routes_restored),
             (&family::MASQUERADING, &self.masquerading),
             (&family::MASQUERADE_RESTORED, &self.masquerade_restored),
+            (&family::OPEN_DRIFT, &self.open_drift),
             (&family::PRIVATE_PINS, &self.private_pins),
             (&family::SERVICE_PORTS, ports),
             (&family::BACKENDS, backends),

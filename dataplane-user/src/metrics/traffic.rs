@@ -1,8 +1,8 @@
-//! The counters of service ports and endpoints, as series: five each, and never more than the operator wants.
+//! The counters of service ports and endpoints, as series: six each, and never more than the operator wants.
 
 use super::family::{
-    ENDPOINT_BYTES, ENDPOINT_FLOWS, ENDPOINT_PACKETS, Family, LEFT_OUT, SERVICE_BYTES, SERVICE_FLOWS,
-    SERVICE_PACKETS, Text,
+    ENDPOINT_BYTES, ENDPOINT_FLOWS, ENDPOINT_OPEN, ENDPOINT_PACKETS, Family, LEFT_OUT, SERVICE_BYTES,
+    SERVICE_FLOWS, SERVICE_OPEN, SERVICE_PACKETS, Text,
 };
 use crate::compile::ServicePortName;
 use dataplane_common::Protocol;
@@ -10,7 +10,7 @@ use dataplane_common::counter::Traffic;
 use std::net::SocketAddr;
 
 /// Series of one service port or endpoint.
-pub const SERIES: usize = 5;
+pub const SERIES: usize = 6;
 
 /// The names of service ports by their ids, as many as are told, in the order of the ids.
 #[derive(Clone, Debug, Default)]
@@ -37,36 +37,45 @@ impl Ports {
     }
 }
 
+/// What the kernel counted of one service port or endpoint.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Count {
+    /// What passed.
+    pub traffic: Traffic,
+    /// How many flows and connected sockets are open.
+    pub open: u64,
+}
+
 /// What the kernel counted.
 #[derive(Clone, Debug, Default)]
 pub struct Counts {
     /// Of service ports.
-    pub services: Vec<(ServicePortName, Traffic)>,
+    pub services: Vec<(ServicePortName, Count)>,
     /// Of endpoints.
-    pub endpoints: Vec<(ServicePortName, SocketAddr, Traffic)>,
+    pub endpoints: Vec<(ServicePortName, SocketAddr, Count)>,
     /// How many service ports and endpoints were left out.
     pub left_out: [usize; 2],
 }
 
-/// The values of the labels of one service port or endpoint, and its traffic.
-type Row<'a> = ([&'a str; 5], &'a Traffic);
+/// The values of the labels of one service port or endpoint, and what was counted of it.
+type Row<'a> = ([&'a str; 5], &'a Count);
 
 impl Counts {
     pub(super) fn write(&self, text: &mut Text) {
         let services: Vec<_> = self
             .services
             .iter()
-            .map(|(name, traffic)| row(name, if name.ipv6 { "IPv6" } else { "IPv4" }, traffic))
+            .map(|(name, count)| row(name, if name.ipv6 { "IPv6" } else { "IPv4" }, count))
             .collect();
-        write(text, [&SERVICE_PACKETS, &SERVICE_BYTES, &SERVICE_FLOWS], &services);
+        write(text, [&SERVICE_PACKETS, &SERVICE_BYTES, &SERVICE_FLOWS, &SERVICE_OPEN], &services);
         let addresses: Vec<_> = self.endpoints.iter().map(|(_, address, _)| address.to_string()).collect();
         let endpoints: Vec<_> = self
             .endpoints
             .iter()
             .zip(&addresses)
-            .map(|((name, _, traffic), address)| row(name, address, traffic))
+            .map(|((name, _, count), address)| row(name, address, count))
             .collect();
-        write(text, [&ENDPOINT_PACKETS, &ENDPOINT_BYTES, &ENDPOINT_FLOWS], &endpoints);
+        write(text, [&ENDPOINT_PACKETS, &ENDPOINT_BYTES, &ENDPOINT_FLOWS, &ENDPOINT_OPEN], &endpoints);
         text.head(&LEFT_OUT);
         for (kind, count) in ["service_port", "endpoint"].into_iter().zip(self.left_out) {
             text.sample(&LEFT_OUT, &[kind], count);
@@ -74,21 +83,21 @@ impl Counts {
     }
 }
 
-fn row<'a>(name: &'a ServicePortName, last: &'a str, traffic: &'a Traffic) -> Row<'a> {
+fn row<'a>(name: &'a ServicePortName, last: &'a str, count: &'a Count) -> Row<'a> {
     let protocol = match Protocol::try_from(name.proto) {
         Ok(Protocol::Tcp) => "TCP",
         Ok(Protocol::Udp) => "UDP",
         Ok(Protocol::Sctp) => "SCTP",
         Err(_) => "?",
     };
-    ([&name.service.namespace, &name.service.name, &name.port, protocol, last], traffic)
+    ([&name.service.namespace, &name.service.name, &name.port, protocol, last], count)
 }
 
-fn write(text: &mut Text, [packets, bytes, flows]: [&Family; 3], rows: &[Row<'_>]) {
+fn write(text: &mut Text, [packets, bytes, flows, open]: [&Family; 4], rows: &[Row<'_>]) {
     let mut both = |family: &Family, values: fn(&Traffic) -> [u64; 2]| {
         text.head(family);
-        for ([a, b, c, d, e], traffic) in rows {
-            for (direction, value) in ["in", "out"].into_iter().zip(values(traffic)) {
+        for ([a, b, c, d, e], count) in rows {
+            for (direction, value) in ["in", "out"].into_iter().zip(values(&count.traffic)) {
                 text.sample(family, &[a, b, c, d, e, direction], value);
             }
         }
@@ -96,8 +105,12 @@ fn write(text: &mut Text, [packets, bytes, flows]: [&Family; 3], rows: &[Row<'_>
     both(packets, |traffic| [traffic.packets_in, traffic.packets_out]);
     both(bytes, |traffic| [traffic.bytes_in, traffic.bytes_out]);
     text.head(flows);
-    for (labels, traffic) in rows {
-        text.sample(flows, labels, traffic.new_flows);
+    for (labels, count) in rows {
+        text.sample(flows, labels, count.traffic.new_flows);
+    }
+    text.head(open);
+    for (labels, count) in rows {
+        text.sample(open, labels, count.open);
     }
 }
 
@@ -123,9 +136,10 @@ mod tests {
     #[test]
     fn each_service_port_and_endpoint_has_its_counters() {
         let traffic = Traffic { packets_in: 1, bytes_in: 2, packets_out: 3, bytes_out: 4, new_flows: 5 };
+        let count = Count { traffic, open: 8 };
         let counts = Counts {
-            services: vec![(port("web", true), traffic)],
-            endpoints: vec![(port("web", false), "10.0.0.1:8080".parse().unwrap(), traffic)],
+            services: vec![(port("web", true), count)],
+            endpoints: vec![(port("web", false), "10.0.0.1:8080".parse().unwrap(), count)],
             left_out: [6, 7],
         };
         let mut text = Text::default();
@@ -143,6 +157,8 @@ mod tests {
                 "portolan_endpoint_bytes_total{{{labels},endpoint=\"10.0.0.1:8080\",direction=\"in\"}} 2"
             ),
             format!("portolan_endpoint_flows_total{{{labels},endpoint=\"10.0.0.1:8080\"}} 5"),
+            format!("portolan_service_open_connections{{{labels},ip_family=\"IPv6\"}} 8"),
+            format!("portolan_endpoint_open_connections{{{labels},endpoint=\"10.0.0.1:8080\"}} 8"),
             "portolan_metrics_left_out{kind=\"service_port\"} 6".to_owned(),
             "portolan_metrics_left_out{kind=\"endpoint\"} 7".to_owned(),
         ] {

@@ -5,7 +5,7 @@ use crate::kernel::maps::MapError;
 use bytemuck::Zeroable as _;
 use dataplane_common::Addr;
 use dataplane_common::backend::Backend;
-use dataplane_common::counter::Traffic;
+use dataplane_common::counter::{Open, Traffic};
 use dataplane_common::frontend::{Frontend, FrontendKey};
 use dataplane_common::node::{Node, NodeAddress};
 use dataplane_common::range::SourceRangeKey;
@@ -22,6 +22,8 @@ pub enum Op {
     ZeroServiceTraffic(u32),
     /// A backend's counters begin at zero.
     ZeroBackendTraffic(u32),
+    /// Nothing is open of a backend whose id is new.
+    ZeroOpen(u32),
     /// A backend, by id.
     Backend(u32, Backend),
     /// A slot and the backend id it holds.
@@ -68,6 +70,9 @@ fn apply_alike<M: Maps>(maps: &M, ops: &[Op]) -> Result<(), MapError> {
             .write::<tables::ServiceTraffic>(&each!(Op::ZeroServiceTraffic(id) => (*id, Traffic::zeroed()))),
         Some(Op::ZeroBackendTraffic(_)) => maps
             .write::<tables::BackendTraffic>(&each!(Op::ZeroBackendTraffic(id) => (*id, Traffic::zeroed()))),
+        Some(Op::ZeroOpen(_)) => {
+            maps.write::<tables::OpenCounts>(&each!(Op::ZeroOpen(id) => (*id, Open::default())))
+        }
         Some(Op::Backend(..)) => {
             maps.write::<tables::Backends>(&each!(Op::Backend(id, backend) => (*id, *backend)))
         }

@@ -50,8 +50,10 @@ impl Plan {
         let mut ops = filter.take_ops();
         ops.extend(self.addresses.into_iter().map(|(addr, value)| Op::NodeAddress(addr, value)));
         ops.extend(self.zero_services.into_iter().map(Op::ZeroServiceTraffic));
-        ops.extend(self.zero_backends.into_iter().map(Op::ZeroBackendTraffic));
+        ops.extend(self.zero_backends.iter().copied().map(Op::ZeroBackendTraffic));
         ops.extend(self.backends.into_iter().map(|(id, value)| Op::Backend(id, value)));
+        // After the id's new generation, from which on what ends of the one before it is not counted off here.
+        ops.extend(self.zero_backends.into_iter().map(Op::ZeroOpen));
         ops.extend(self.slots.into_iter().map(|(slot, id)| Op::Slot(slot, id)));
         // S2: there before the policy that asks for them, and gone after it; where they change, the new ones come first.
         ops.extend(self.ranges.into_iter().map(Op::SourceRange));

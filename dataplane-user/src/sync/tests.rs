@@ -7,7 +7,7 @@ use crate::kernel::maps::MapError;
 use crate::model::ObjectName;
 use bytemuck::Zeroable as _;
 use dataplane_common::backend::{Backend, BackendStatus};
-use dataplane_common::counter::Traffic;
+use dataplane_common::counter::{Open, Traffic};
 use dataplane_common::filter::FilterBit;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
 use dataplane_common::node::{Node, NodeAddress, Prefix};
@@ -304,6 +304,7 @@ impl Maps for Recorder<'_> {
                 "source_ranges" => Op::SourceRange(bytemuck::pod_read_unaligned(key)),
                 "services" => Op::Service(id(), bytemuck::pod_read_unaligned(value)),
                 "backend_traffic" => Op::ZeroBackendTraffic(id()),
+                "open" => Op::ZeroOpen(id()),
                 other => panic!("unexpected write to {other}"),
             });
         }
@@ -388,6 +389,7 @@ fn a_backend_id_returns_after_a_rest_under_a_new_generation() {
     mirror.replace(&maps, [(&name(1), &service(1, &[1, 2], None))], now).unwrap();
     let (id, first) = status(&maps, endpoint(2))[0];
     maps.write::<tables::BackendTraffic>(&[(id, Traffic { new_flows: 5, ..Traffic::zeroed() })]).unwrap();
+    maps.write::<tables::OpenCounts>(&[(id, Open::from_word(Open::BEGUN))]).unwrap();
     mirror.change(&maps, [(&name(1), Some(&service(1, &[1], None)))], now).unwrap();
     assert_eq!(status(&maps, endpoint(2)), [(id, BackendStatus::new(first.generation(), 0))]);
 
@@ -400,6 +402,7 @@ fn a_backend_id_returns_after_a_rest_under_a_new_generation() {
     assert_eq!(status(&maps, endpoint(4))[0].1.generation(), first.generation() + 1);
     let traffic: Traffic = maps.get::<tables::BackendTraffic>(&id).unwrap().unwrap();
     assert_eq!(traffic, Traffic::zeroed(), "its counters begin anew");
+    assert_eq!(maps.get::<tables::OpenCounts>(&id).unwrap(), Some(Open::default()));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! `docs/benchmarks.md` and its plots, from the newest records. No figure is written here.
 
 mod agent;
+mod choose;
 mod paths;
 mod programs;
 mod soak;
@@ -117,6 +118,7 @@ const REPEAT: &str = "\
 ```
 cargo xtask bench --quick      # the main ratios; without --quick, what the method asks for
 cargo xtask bench --resume     # goes on with a run that was cut short
+cargo xtask bench choose       # who waits how long where one endpoint is slow
 cargo xtask bench soak         # two hours of churn: does anything grow?
 cargo xtask bench targets      # one line per target, from the newest records
 cargo xtask bench report       # writes this page and its plots from the newest records
@@ -166,6 +168,9 @@ fn page(records: &Path) -> Result<Page> {
         newest(records, crate::bench_sync::KIND)?,
         newest(records, crate::bench_agent::KIND)?,
     );
+    if let Some(record) = newest(records, crate::bench_choose::KIND)? {
+        choose::write(&mut page, &record);
+    }
     if let Some(record) = newest(records, crate::soak::KIND)? {
         soak::write(&mut page, &record);
     }

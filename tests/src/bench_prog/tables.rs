@@ -75,7 +75,7 @@ pub struct ProgramCost {
 }
 
 /// Every program that the agent loads.
-pub(super) const ALL: [&str; 16] = [
+pub(super) const ALL: [&str; 17] = [
     "xdp_uplink",
     "xdp_generic",
     "tc_bare_in",
@@ -92,6 +92,7 @@ pub(super) const ALL: [&str; 16] = [
     "recvmsg6",
     "getpeername4",
     "getpeername6",
+    "sock_release",
 ];
 
 /// How many instructions the verifier walks for each program, and how many bytes of machine code it becomes.

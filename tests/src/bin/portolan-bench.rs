@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand};
 use dataplane_tests::bench::record::RECORDS;
 use dataplane_tests::bench::{self, BenchAllArgs, report};
 use dataplane_tests::bench_agent::{self, BenchAgentArgs};
+use dataplane_tests::bench_choose::{self, BenchChooseArgs};
 use dataplane_tests::bench_flood::{self, FloodArgs};
 use dataplane_tests::bench_load::{self, BenchLoadArgs};
 use dataplane_tests::bench_net::{self, BenchNetArgs};
@@ -36,6 +37,9 @@ enum Bench {
     Net(BenchNetArgs),
     /// The load tool beside wrk, on the same connections to the same server: do both measure the same?
     Load(BenchLoadArgs),
+    /// Which endpoint: how long clients wait where one of two takes ten times as long, by each algorithm and beside kube-proxy. Not among
+    /// `all`.
+    Choose(BenchChooseArgs),
     /// Honest clients and established connections under a flood of SYNs (B16), and 10,000 questions by UDP in a second (B17), beside
     /// kube-proxy. Not among `all`.
     Flood(FloodArgs),
@@ -66,6 +70,7 @@ fn main() -> Result<()> {
         Bench::Agent(args) => bench_agent::run(&args)?.is_good(),
         Bench::Net(args) => bench_net::run(&args)?.is_good(),
         Bench::Load(args) => bench_load::run(&args)?.is_good(),
+        Bench::Choose(args) => bench_choose::run(&args)?.is_good(),
         Bench::Flood(args) => bench_flood::run(&args)?.is_good(),
         Bench::Soak(args) => soak::run(&args)?.is_good(),
         Bench::Targets { records } => {

@@ -47,7 +47,10 @@ impl Model {
         let bound = self.affinities.narrow(who, port, endpoints);
         let question = Answers::question(port, (headers.src, headers.dst), who, endpoints)
             .filter(|_| bound.len() == all);
-        let endpoints = &self.answers.narrow(question.as_ref(), &bound);
+        let narrowed = self.answers.narrow(question.as_ref(), &bound);
+        let is_bound = narrowed.len() < all;
+        // Affinity goes first.
+        let endpoints = &if is_bound { narrowed } else { self.lighter(port, Tuple::of(headers), narrowed) };
         let mut alternatives = Vec::new();
         let reply_of = |to| Tuple { src: to, dst: headers.src, proto: headers.proto };
         // Two flows of one client to one endpoint port, through two addresses, would have the same reply.
@@ -79,7 +82,10 @@ impl Model {
                     .push(Alternative { collided: true, ..begun_with(to, Changes { here, ..changes }) });
             }
         }
-        alternatives.iter_mut().for_each(|alternative| alternative.bound = endpoints.len() < all);
+        alternatives.iter_mut().for_each(|alternative| {
+            alternative.bound = is_bound;
+            alternative.spared = !is_bound && endpoints.len() < all;
+        });
         alternatives
     }
 

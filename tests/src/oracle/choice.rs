@@ -1,6 +1,8 @@
 //! Section 8 of the contract: which of its endpoints a flow gets.
 
+use super::Model;
 use super::cluster::{PortId, ServicePort};
+use super::flows::{Flow, Phase, Tuple};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::Endpoint;
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,6 +28,8 @@ pub enum Algorithm {
     Tuple,
     /// The client's address.
     Client,
+    /// Chance, and what is open.
+    Open,
 }
 
 impl Algorithm {
@@ -36,6 +40,7 @@ impl Algorithm {
         match word {
             Some("maglev" | "hash") => Self::Tuple,
             Some("source-hash" | "sh" | "mh" | "persist") => Self::Client,
+            Some("least-connections" | "lc" | "wlc" | "sed" | "nq" | "twos") => Self::Open,
             Some(_) | None => Self::Any,
         }
     }
@@ -81,7 +86,7 @@ impl Answers {
         endpoints: &BTreeSet<SocketAddr>,
     ) -> Option<Question> {
         let hashed = match port.algorithm {
-            Algorithm::Any => return None,
+            Algorithm::Any | Algorithm::Open => return None,
             Algorithm::Tuple => vec![src, dst],
             Algorithm::Client => vec![SocketAddr::new(client, 0)],
         };
@@ -101,5 +106,39 @@ impl Answers {
     /// It was one of these.
     pub(super) fn remember(&mut self, question: &Question, chosen: &BTreeSet<SocketAddr>) {
         self.0.insert(question.clone(), chosen.clone());
+    }
+}
+
+impl Model {
+    /// Which of a set's endpoints least-connections can choose for a flow of this client (L2). Each may be one of the two that are drawn; but
+    /// the one that has more open than every other is never the lighter of two. Where weights differ, it may be drawn twice.
+    pub(super) fn lighter(
+        &self,
+        port: &ServicePort,
+        client: Tuple,
+        endpoints: BTreeSet<SocketAddr>,
+    ) -> BTreeSet<SocketAddr> {
+        let weights: BTreeSet<_> =
+            endpoints.iter().map(|at| port.sets.weights.get(at).copied().unwrap_or(1)).collect();
+        if port.algorithm != Algorithm::Open || endpoints.len() < 2 || weights.len() > 1 {
+            return endpoints;
+        }
+        // What an endpoint had before it was gone for a while it may have lost: at least, and at most.
+        let open = |at: &SocketAddr| {
+            let here = |flow: &&Flow| {
+                flow.port == port.id && flow.translated.dst == *at && flow.phase != Phase::Closing
+            };
+            let others: Vec<_> =
+                self.flows.iter().filter(here).filter(|flow| flow.client != client).collect();
+            let gone = others.iter().filter(|flow| flow.endpoint_gone).count();
+            let all = others.len();
+            (all - gone, all)
+        };
+        let counts: Vec<_> = endpoints.iter().map(|at| (*at, open(at))).collect();
+        let heaviest = counts
+            .iter()
+            .find(|(at, (least, _))| counts.iter().all(|(other, (_, most))| other == at || most < least));
+        let heaviest = heaviest.map(|(at, _)| *at);
+        endpoints.into_iter().filter(|at| Some(*at) != heaviest).collect()
     }
 }

@@ -139,6 +139,8 @@ pub struct Alternative {
     pub collided: bool,
     /// S1 left less of a choice than the endpoint set.
     pub bound: bool,
+    /// The endpoint that has most open was no choice (L2).
+    pub spared: bool,
     /// The packet is left to another proxy.
     pub left: bool,
     /// P22: the packet is of somebody else's connection.
@@ -173,6 +175,7 @@ impl Alternative {
             rebalanced: false,
             collided: false,
             bound: false,
+            spared: false,
             left: false,
             others: false,
             notes: None,

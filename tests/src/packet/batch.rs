@@ -3,7 +3,8 @@
 
 use super::{Hook, Verdict, World};
 use anyhow::{Context as _, Result, bail};
-use dataplane_common::counter::Traffic;
+use dataplane_common::backend::{Backend, BackendStatus};
+use dataplane_common::counter::{Open, Traffic};
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
 use dataplane_common::flow::{Counted, Flow, FlowKey, Numbers, Stage, TICK_MASK};
@@ -11,7 +12,7 @@ use dataplane_common::service::EndpointSet;
 use dataplane_common::tables::{self, Table as _};
 use dataplane_common::{Addr, Port, Protocol};
 use dataplane_user::compile::{self, Context, NodeSettings};
-use dataplane_user::expire::{self, Clock, IdleTimes};
+use dataplane_user::expire::{self, Accounts, Clock, IdleTimes};
 use dataplane_user::kernel::bpf;
 use dataplane_user::kernel::callers::{CallerCells, OldMarks};
 use dataplane_user::kernel::fold::Fold;
@@ -75,7 +76,7 @@ impl World {
         let later = now + dataplane_user::sync::REST;
         let mut bits = self.mirror.lingering_bits(later);
         let clock = Clock { now: 0, tick: Duration::from_secs(1) };
-        expire::sweep(&self.maps, &NEVER, clock, &mut bits, &mut OldMarks::default(), |_| (), |_| ())?;
+        expire::sweep(&self.maps, &NEVER, clock, &mut bits, &mut OldMarks::default(), &mut ())?;
         self.mirror.clear_bits(&self.maps, &bits, later)?;
         Ok(errors.iter().map(ToString::to_string).collect())
     }
@@ -93,7 +94,7 @@ impl World {
         let last = marks.iter().map(|mark| caller_tick(*mark)).max().unwrap_or_default();
         let clock = Clock { now: (last + 100) & TICK_MASK, tick: Duration::from_secs(1) };
         let mut old = cells.old(clock.now);
-        expire::sweep(&self.maps, &NEVER, clock, &mut LingeringBits::default(), &mut old, |_| (), |_| ())?;
+        expire::sweep(&self.maps, &NEVER, clock, &mut LingeringBits::default(), &mut old, &mut ())?;
         cells.clear(&old);
         Ok(table.entries()?.into_iter().filter(|(_, mark)| *mark != 0).count())
     }
@@ -138,6 +139,71 @@ impl World {
             table.insert(&key, &flow, 0)?;
         }
         Ok(full)
+    }
+
+    /// Removes all flows as the agent's sweep does those that are idle.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn sweep_all(&self) -> Result<()> {
+        let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut accounts = Ending { fold: Fold::new(&mut object)?, failed: None };
+        let clock = Clock { now: super::Clock::new(&mut object)?.tick(), tick: Duration::from_secs(1) };
+        let (mut bits, mut marks) = (LingeringBits::default(), OldMarks::default());
+        expire::sweep(&self.maps, &AT_ONCE, clock, &mut bits, &mut marks, &mut accounts)?;
+        accounts.failed.map_or(Ok(()), Err)
+    }
+
+    /// How many flows of each endpoint are counted as open, without those that have none.
+    ///
+    /// # Errors
+    /// If a table cannot be read.
+    pub fn open(&self) -> Result<BTreeMap<IpAddr, u32>> {
+        let open = self.maps.map::<tables::OpenCounts>()?;
+        let mut counts = BTreeMap::new();
+        for (id, backend) in self.serving()? {
+            let count = open.get(&id)?.unwrap_or_default().count();
+            if count > 0 {
+                *counts.entry(backend.addr().to_ip()).or_default() += count;
+            }
+        }
+        Ok(counts)
+    }
+
+    /// How many flows of each endpoint there are that did not end.
+    ///
+    /// # Errors
+    /// If a table cannot be read.
+    pub fn live(&self) -> Result<BTreeMap<IpAddr, u32>> {
+        let serving: BTreeMap<_, _> = self.serving()?.into_iter().collect();
+        let mut counts = BTreeMap::new();
+        for (_, flow) in self.maps.map::<tables::Flows>()?.entries()? {
+            if flow.has(Flow::REPLY) || flow.stage() == Stage::Closing {
+                continue;
+            }
+            if let Some(backend) = serving.get(&flow.backend)
+                && backend.status().generation() == flow.generation
+            {
+                *counts.entry(backend.addr().to_ip()).or_default() += 1;
+            }
+        }
+        Ok(counts)
+    }
+
+    fn serving(&self) -> Result<Vec<(u32, Backend)>> {
+        let mut backends = self.maps.map::<tables::Backends>()?.entries()?;
+        backends.retain(|(_, backend)| backend.status().has(BackendStatus::SERVING));
+        Ok(backends)
+    }
+
+    /// Counts nothing as open.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget_open(&self) -> Result<()> {
+        let open = self.maps.map::<tables::OpenCounts>()?;
+        let none: Vec<_> = (0..open.capacity() as u32).map(|id| (id, Open::default())).collect();
+        Ok(open.insert_batch(&none)?)
     }
 
     /// Makes all flows so many ticks older than they are.
@@ -258,6 +324,7 @@ impl World {
         let flows = self.maps.map::<tables::Flows>()?;
         let keys: Vec<_> = flows.entries()?.into_iter().map(|(key, _)| key).collect();
         flows.remove_batch(&keys)?;
+        self.forget_open()?;
         let (affinities, fragments) =
             (self.maps.map::<tables::Affinities>()?, self.maps.map::<tables::Fragments>()?);
         let outgoings = self.maps.map::<tables::Outgoings>()?;
@@ -400,6 +467,40 @@ impl World {
         Ok([services, backends])
     }
 }
+
+/// Counts flows off that are removed.
+struct Ending {
+    fold: Fold,
+    failed: Option<anyhow::Error>,
+}
+
+impl Accounts for Ending {
+    fn fold(&mut self, keys: &[FlowKey]) {
+        self.failed = self.fold.fold(keys).err().map(Into::into).or(self.failed.take());
+    }
+
+    fn seen(&mut self, _: &Flow) {}
+
+    fn all_seen(&mut self) {}
+
+    fn ending(&mut self, keys: &[FlowKey]) {
+        self.failed = self.fold.end(keys).err().map(Into::into).or(self.failed.take());
+    }
+}
+
+/// Each flow is idle.
+const AT_ONCE: IdleTimes = {
+    let none = Duration::ZERO;
+    IdleTimes {
+        established: none,
+        half_closed: none,
+        udp: none,
+        udp_answered: none,
+        udp_unanswered: none,
+        half_open: none,
+        closing: none,
+    }
+};
 
 /// No flow is idle for so long.
 const NEVER: IdleTimes = {

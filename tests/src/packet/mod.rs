@@ -233,8 +233,8 @@ impl World {
         snat_ports: RangeInclusive<u16>,
     ) -> Result<Self> {
         // Small tables: all counters are read before and after each packet.
-        let small =
-            ["backends", "backend_traffic", "services", "service_traffic", "rounds"].map(|map| (map, 256));
+        let small = ["backends", "backend_traffic", "open", "services", "service_traffic", "rounds"]
+            .map(|map| (map, 256));
         let sizes = small.iter().chain(sizes).map(|&(map, entries)| MapSize { map, entries });
         let sizes: Vec<_> = sizes.collect();
         let object = Object::open(&Options { sizes: &sizes, ..Options::default() })?;

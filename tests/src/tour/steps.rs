@@ -1,8 +1,12 @@
 //! The steps of the tour. Each asks real servers, shows the answers and checks them against the contract.
 
 use super::narration::{Narration, Tally};
-use super::world::{BARE_NODE, LEAVING, LOCAL_PORT, NODE_PORT, PODS, PORT, SHELL, WEB, World, pod, wait};
+use super::world::{
+    BARE_NODE, CHANCE, LEAST, LEAVING, LOCAL_PORT, NODE_PORT, PODS, PORT, SERIAL_PORT, SHELL, WEB, World,
+    pod, wait,
+};
 use crate::lab::{Asked, Client, Failure, Lab, ask_datagram, at};
+use crate::serial::{self, Server};
 use anyhow::{Context, Result};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
@@ -14,6 +18,8 @@ const MANY: usize = 40;
 const SILENCE: Duration = Duration::from_millis(700);
 /// The headless Service of the StatefulSet, where there is a cluster.
 const NGINX: &str = "nginx.default.svc.cluster.local";
+/// Clients of each algorithm that is shown.
+const SLOW_CLIENTS: u32 = 120;
 /// Entries of a dump that are shown.
 const DUMP_ENTRIES: usize = 2;
 
@@ -21,12 +27,13 @@ const DUMP_ENTRIES: usize = 2;
 type Step = fn(&Tour, &mut Narration) -> Result<()>;
 
 /// The steps in their order.
-pub(crate) const STEPS: [(&str, Step); 8] = [
+pub(crate) const STEPS: [(&str, Step); 9] = [
     ("A ClusterIP from a pod", Tour::cluster_ip_from_a_pod),
     ("A ClusterIP from a node", Tour::cluster_ip_from_a_node),
     ("The node port on 127.0.0.1 of a node", Tour::loopback),
     ("The node port of every node from outside", Tour::node_ports),
     ("externalTrafficPolicy Cluster and Local side by side", Tour::policies),
+    ("Least-connections beside random, with one slow pod", Tour::a_slow_pod),
     ("A pod goes away and the traffic moves on", Tour::a_pod_leaves),
     ("The endpoints' counters", Tour::counters),
     ("A map as bpftool shows it", Tour::a_map),
@@ -165,6 +172,38 @@ impl Tour {
         say.asked(&format!("{SHELL}: {}:{LOCAL_PORT} (Local)", bare.name()), &inside);
         let shell = pod(&self.lab, SHELL)?.address();
         say.check(from(&inside, shell), "but a pod on that node is answered, with its own address (P5)");
+        Ok(())
+    }
+
+    fn a_slow_pod(&self, say: &mut Narration) -> Result<()> {
+        let pods = PODS.map(|name| pod(&self.lab, name));
+        let slow = PODS[1];
+        let mut servers = Vec::new();
+        for pod in pods {
+            let pod = pod?;
+            let work = if pod.name() == slow { serial::SLOW } else { serial::QUICK };
+            servers.push(Server::start(pod.place(), at(pod.address(), SERIAL_PORT), pod.name(), work)?);
+        }
+        say.tell(&format!(
+            "each pod answers one connection after the other, within {} ms, but {slow} within {} ms; {} clients come in a second",
+            serial::QUICK.as_millis(),
+            serial::SLOW.as_millis(),
+            serial::RATE
+        ));
+        let client = pod(&self.lab, SHELL)?;
+        let (mut of_slow, mut failed) = (Vec::new(), 0);
+        for (name, service) in [("random", CHANCE), ("least-connections", LEAST)] {
+            let met = serial::clients(client.place(), at(service, PORT), SLOW_CLIENTS, serial::RATE)?;
+            let shares: Vec<_> = met.answered.iter().map(|(pod, count)| format!("{pod} ×{count}")).collect();
+            let (p50, p99) = (met.quantile(500).as_millis(), met.quantile(990).as_millis());
+            say.seen(name, format!("p50 {p50} ms, p99 {p99} ms: {}", shares.join(", ")));
+            of_slow.push(met.answered.get(slow).copied().unwrap_or_default());
+            failed += met.failed;
+        }
+        say.check(
+            of_slow[1] < of_slow[0] && failed == 0,
+            "whoever has many open connections gets fewer new ones (L2)",
+        );
         Ok(())
     }
 

@@ -16,6 +16,11 @@ pub(crate) const NODE_PORT: u16 = 30002;
 /// ClusterIP of `web-local` (externalTrafficPolicy Local) and its node port.
 pub(crate) const LOCAL_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 82);
 pub(crate) const LOCAL_PORT: u16 = 30003;
+/// ClusterIPs of `chance` and `least`, which have the algorithms random and least-connections, and the port of their pods, of which one
+/// takes its time.
+pub(crate) const CHANCE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 83);
+pub(crate) const LEAST: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 84);
+pub(crate) const SERIAL_PORT: u16 = 8090;
 /// The port of the Services, and the port on which pods serve TCP and UDP.
 pub(crate) const PORT: u16 = 80;
 pub(crate) const POD_PORT: u16 = 8080;
@@ -27,6 +32,8 @@ pub(crate) const LEAVING: &str = "web-2";
 pub(crate) const SHELL: &str = "shell";
 /// The node (from 0) that gets no web server, so that externalTrafficPolicy makes a difference.
 pub(crate) const BARE_NODE: usize = 2;
+/// The annotation that names a Service's algorithm.
+const ALGORITHM: &str = "service.portolan.dev/lb-algorithm";
 /// How long the control plane may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -36,7 +43,7 @@ pub(crate) enum World {
     Cluster(Box<ControlPlane>),
 }
 
-fn services() -> [Service; 3] {
+fn services() -> [Service; 5] {
     [
         Service::new("web", WEB).tcp(PORT, POD_PORT).udp(PORT, POD_PORT),
         Service::new("web-nodeport", NODE_PORT_IP)
@@ -46,6 +53,8 @@ fn services() -> [Service; 3] {
             .tcp_node_port(PORT, POD_PORT, LOCAL_PORT)
             .udp_node_port(PORT, POD_PORT, LOCAL_PORT)
             .external_local(),
+        Service::new("chance", CHANCE).tcp(PORT, SERIAL_PORT).annotation(ALGORITHM, "random"),
+        Service::new("least", LEAST).tcp(PORT, SERIAL_PORT).annotation(ALGORITHM, "least-connections"),
     ]
 }
 
@@ -113,7 +122,7 @@ impl World {
         let bare = lab.node(BARE_NODE).name();
         tell(&format!("kubectl cordon {bare}: so that one node has no web server"));
         plane.kubectl(&["cordon", bare], "")?;
-        tell("kubectl apply: a StatefulSet `web` of 3 replicas, five Services, a pod `shell`");
+        tell("kubectl apply: a StatefulSet `web` of 3 replicas, seven Services, a pod `shell`");
         let mut objects = vec![stateful_set(drain), shell(bare), headless(), external_name()];
         for service in services() {
             let mut service = service.service();

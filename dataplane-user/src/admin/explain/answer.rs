@@ -6,7 +6,7 @@ use crate::admin::AdminError;
 use crate::admin::columns::short_time;
 use crate::admin::flows::host_and_port;
 use crate::admin::names::Names;
-use crate::admin::services::kind_name;
+use crate::admin::services::{algorithm_name, kind_name};
 use crate::admin::status::Verdict;
 use crate::agent::node_name;
 use crate::compile::{self, Context, OwnAddresses};
@@ -22,6 +22,7 @@ use dataplane_common::drop::Reason;
 use dataplane_common::flow::Flow;
 use dataplane_common::frontend::{Frontend, FrontendKind};
 use dataplane_common::service::{Policy, Service};
+use dataplane_common::tables::OpenCounts;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -94,6 +95,7 @@ impl Explanation {
             internal_local: service.policy.has(Policy::INTERNAL_LOCAL),
             external_local: service.policy.has(Policy::EXTERNAL_LOCAL),
             affinity_seconds: service.policy.affinity_seconds(),
+            algorithm: algorithm_name(service),
             source_ranges: service.policy.has(Policy::SOURCE_RANGES),
             cluster_endpoints: 0,
             local_endpoints: 0,
@@ -115,10 +117,12 @@ impl Explanation {
         let is_local =
             outcome.chosen.keys().all(|endpoint| local.contains_key(endpoint)) && !local.is_empty();
         let set = if is_local && local.len() < cluster.len() || cluster.is_empty() { local } else { cluster };
-        for (endpoint, backend) in &set {
+        let open = rehearsal.live().map::<OpenCounts>()?;
+        for (endpoint, (id, backend)) in &set {
             self.endpoints.push(EndpointLine {
                 endpoint: endpoint.to_string(),
                 node: backend.status().has(BackendStatus::LOCAL).then(|| "this node".to_owned()),
+                open: open.get(id)?.unwrap_or_default().count(),
                 chosen: outcome.chosen.get(endpoint).copied().unwrap_or_default(),
                 left_out: None,
             });
@@ -177,6 +181,7 @@ impl Explanation {
             None => self.endpoints.push(EndpointLine {
                 endpoint,
                 node: fact.node.clone(),
+                open: 0,
                 chosen: 0,
                 left_out: Some(left_out.clone().unwrap_or_else(|| "not in the kernel yet".to_owned())),
             }),

@@ -32,8 +32,9 @@ impl Explanation {
                     local(service.internal_local),
                     local(service.external_local)
                 );
+                let algorithm = format!(" · algorithm {}", service.algorithm);
                 let ranges = if service.source_ranges { " · only some sources" } else { "" };
-                line("policy", format!("{policy}{ranges}"));
+                line("policy", format!("{policy}{algorithm}{ranges}"));
             }
             None => line("address", "no Service's".to_owned()),
         }
@@ -69,7 +70,7 @@ impl Explanation {
                 let node = endpoint.node.as_ref().map_or(String::new(), |node| format!("  on {node}"));
                 let why = match &endpoint.left_out {
                     Some(why) => format!("  {why}"),
-                    None => format!("  chosen {} times", endpoint.chosen),
+                    None => format!("  chosen {} times, {} open", endpoint.chosen, endpoint.open),
                 };
                 line("", format!("{kind}  {}{node}{why}", endpoint.endpoint));
             }

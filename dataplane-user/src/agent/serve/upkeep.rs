@@ -1,16 +1,14 @@
 //! What is due from time to time, most of it beside the loop: audits, sweeps of the flow tables, names, sockets.
 
+use super::accounting::Accounting;
 use super::{JOB, SWEEP, Service};
 use crate::admin::names::Names;
 use crate::expire::{self, Clock, Swept};
 use crate::kernel::callers::CallerCells;
-use crate::kernel::events::{self, EventRing};
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::kernel::sockets::{self, SocketError};
 use crate::memory;
 use crate::sync::Maps as _;
-use dataplane_common::event::{Ended, Event, Place, What};
-use dataplane_common::flow::{Flow, FlowKey, Stage};
 use dataplane_common::tables::{
     self, Backends, Closing, Flows, Frontends, HalfOpen, SocketPeers, Table as _, TableKind,
 };
@@ -100,7 +98,7 @@ impl Service {
         let (mut bits, maps) = (mirror.lingering_bits(Instant::now()), maps.clone());
         let room = maps.capacity::<Flows>().unwrap_or(usize::MAX);
         let (idle, clock) = (self.idle.for_table(self.flow_entries, room), self.clock.clone());
-        let fold = self.fold.clone();
+        let (fold, metrics, recount) = (self.fold.clone(), self.metrics.clone(), self.recount.clone());
         // Programs of another version, if they could not be replaced, may mark no cells.
         let are_marked = self.health.is_attached() && self.hooks.is_none();
         let beat = self.health.heartbeat().part("the sweep of the flow tables", JOB);
@@ -112,18 +110,9 @@ impl Service {
                 cells.inspect_err(|error| tracing::warn!("the filter of replies is not cleared: {error}"));
             let cells = cells.ok().filter(|_| are_marked);
             let mut marks = cells.as_ref().map(|cells| cells.old(now.now)).unwrap_or_default();
-            let mut failed = None;
-            let fold = |keys: &[FlowKey]| failed = fold.fold(keys).err().or(failed.take());
-            let ring = EventRing::open(&maps).ok().filter(EventRing::is_on);
-            let going = |keys: &[FlowKey]| {
-                if let Some(ring) = &ring {
-                    tell_idle(ring, &maps, keys);
-                }
-            };
-            let swept = expire::sweep(&maps, &idle, now, &mut bits, &mut marks, fold, going)?;
-            if let Some(error) = failed {
-                tracing::warn!("the traffic of Services is not up to date: {error}");
-            }
+            let mut accounts = Accounting::new(&maps, fold, recount, metrics);
+            let swept = expire::sweep(&maps, &idle, now, &mut bits, &mut marks, &mut accounts)?;
+            accounts.end();
             if let Some(cells) = cells {
                 cells.clear(&marks);
             }
@@ -144,35 +133,6 @@ impl Service {
         for (table, entries, room) in mirror.fill().into_iter().chain(counted) {
             self.metrics.filled(table, entries, room);
         }
-    }
-}
-
-/// Tells whoever watches of flows that are about to be removed because they are idle. What ended before was told then.
-fn tell_idle(ring: &EventRing, maps: &KernelMaps, keys: &[FlowKey]) {
-    for key in keys {
-        let Ok(Some(flow)) = maps.get::<Flows>(key) else { continue };
-        if flow.has(Flow::REPLY) || flow.stage() == Stage::Closing {
-            continue;
-        }
-        let partner = maps.get::<Flows>(&flow.partner(key.proto())).ok().flatten();
-        let ((packets_in, bytes_in), (packets_out, bytes_out)) =
-            (flow.passed(), partner.map_or((0, 0), |partner| partner.passed()));
-        ring.write(&Event {
-            key: *key,
-            src: flow.src,
-            dst: flow.dst,
-            src_port: flow.src_port,
-            dst_port: flow.dst_port,
-            service: flow.service,
-            backend: flow.backend,
-            packets_in: packets_in as u32,
-            bytes_in,
-            packets_out: packets_out as u32,
-            bytes_out,
-            what: What::ended(Ended::Idle).at(Place::Sweep),
-            flags: flow.flags(),
-            ..events::record()
-        });
     }
 }
 

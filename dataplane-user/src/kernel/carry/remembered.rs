@@ -11,7 +11,7 @@ use bytemuck::pod_read_unaligned;
 use dataplane_common::affinity::{Affinity, AffinityKey, Choice};
 use dataplane_common::backend::Backend;
 use dataplane_common::frontend::{Frontend, FrontendKey};
-use dataplane_common::socket::{SocketChoice, SocketChoiceKey, SocketPeer, SocketPeerKey};
+use dataplane_common::socket::{SocketChoiceKey, SocketPeer, SocketPeerKey};
 use dataplane_common::tables::{
     Affinities, Backends, Fragments, Frontends, Newcomers, Outgoings, SocketChoices, SocketPeers, Table,
     Uplinks,
@@ -63,10 +63,10 @@ impl<'a> Ids<'a> {
         Some((key.of_service(self.service(key.service())?), Affinity { choice, ..value }))
     }
 
-    fn choice(&self, key: SocketChoiceKey, value: SocketChoice) -> Option<(SocketChoiceKey, SocketChoice)> {
+    fn choice(&self, key: SocketChoiceKey, value: Choice) -> Option<(SocketChoiceKey, Choice)> {
         let (backend, generation) = self.backend(value.backend, value.generation)?;
         let key = SocketChoiceKey::new(key.cookie, self.service(key.service)?);
-        Some((key, SocketChoice { backend, generation }))
+        Some((key, Choice { backend, generation }))
     }
 
     fn peer(&self, key: SocketPeerKey, value: SocketPeer) -> Option<(SocketPeerKey, SocketPeer)> {
@@ -173,8 +173,8 @@ mod tests {
             Some((AffinityKey::namespace(8, 7), own))
         );
         assert_eq!(ids.affinity(AffinityKey::address(client, 3), affinity(4)), None);
-        let choice = SocketChoice { backend: 4, generation: 5 };
-        let own = SocketChoice { backend: 9, generation: 3 };
+        let choice = Choice { backend: 4, generation: 5 };
+        let own = Choice { backend: 9, generation: 3 };
         let found = ids.choice(SocketChoiceKey::new(1, 2), choice);
         assert_eq!(found, Some((SocketChoiceKey::new(1, 7), own)));
         let key = SocketPeerKey::new(1, endpoint, port, 17);

@@ -8,7 +8,7 @@ mod raised;
 mod table;
 mod trial;
 
-pub use proxy::{Proxy, Serving};
+pub use proxy::{Proxy, Serving, kube_proxy_on};
 pub use raised::Raised;
 pub use table::{LAYOUTS, PLAIN};
 

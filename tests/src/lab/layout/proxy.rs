@@ -3,9 +3,10 @@
 use super::Raised;
 use crate::api_server::ApiServer;
 use crate::controlplane::{Binaries, kube_proxy};
+use crate::lab::Lab;
 use crate::lab::agent::AgentOptions;
 use crate::lab::client::{Client, at};
-use crate::lab::manifests;
+use crate::lab::manifests::{self, Service};
 use crate::lab::process::Process;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -65,28 +66,42 @@ impl Raised {
     }
 
     fn start_kube_proxy(&self, mode: &str, within: Duration) -> Result<Serving> {
-        let node = self.lab.node(0);
-        let server = ApiServer::start(node.place())?;
-        self.lab.nodes().iter().for_each(|node| server.put(manifests::node(node)));
-        self.services().iter().flat_map(|service| service.objects()).for_each(|object| server.put(object));
-        let kubeconfig = server.kubeconfig(self.lab.folder())?;
-        let command = kube_proxy(&Binaries::find_or_build()?, node, mode, &kubeconfig)?;
-        let process = Process::start(&self.lab.logs(), &format!("kube-proxy-{mode}"), command)?;
-        let end = Instant::now() + within;
-        let client = Client::at(node.place()).timeout(Duration::from_secs(1));
-        let metrics = || client.connect(at(Ipv4Addr::LOCALHOST, METRICS))?.read_all("/metrics");
-        let slices = self.services().iter().flat_map(|service| service.objects());
-        let slices = slices.filter(|object| object["kind"] == "EndpointSlice").count();
-        while !metrics().is_ok_and(|text| has_written(&text, slices)) {
-            let log = || crate::lab::last_lines(&process.log(), 20);
-            ensure!(process.exit_status().is_none(), "kube-proxy ended:\n{}", log());
-            ensure!(Instant::now() < end, "kube-proxy is not ready after {within:?}:\n{}", log());
-            std::thread::sleep(LOOK);
-        }
-        // What it counts is on its way into the kernel: it writes at most once a second, one family after the other.
-        std::thread::sleep(WRITING);
-        Ok(Serving(Some((process, server))))
+        kube_proxy_on(&self.lab, 0, self.services(), mode, within)
     }
+}
+
+/// Starts kube-proxy on a node (from 0) for these Services, and waits until it has written them, at most so long.
+///
+/// # Errors
+/// If it ends, or takes longer.
+pub fn kube_proxy_on(
+    lab: &Lab,
+    node: usize,
+    services: &[Service],
+    mode: &str,
+    within: Duration,
+) -> Result<Serving> {
+    let node = lab.node(node);
+    let server = ApiServer::start(node.place())?;
+    lab.nodes().iter().for_each(|node| server.put(manifests::node(node)));
+    services.iter().flat_map(Service::objects).for_each(|object| server.put(object));
+    let kubeconfig = server.kubeconfig(lab.folder())?;
+    let command = kube_proxy(&Binaries::find_or_build()?, node, mode, &kubeconfig)?;
+    let process = Process::start(&lab.logs(), &format!("kube-proxy-{mode}"), command)?;
+    let end = Instant::now() + within;
+    let client = Client::at(node.place()).timeout(Duration::from_secs(1));
+    let metrics = || client.connect(at(Ipv4Addr::LOCALHOST, METRICS))?.read_all("/metrics");
+    let slices = services.iter().flat_map(Service::objects);
+    let slices = slices.filter(|object| object["kind"] == "EndpointSlice").count();
+    while !metrics().is_ok_and(|text| has_written(&text, slices)) {
+        let log = || crate::lab::last_lines(&process.log(), 20);
+        ensure!(process.exit_status().is_none(), "kube-proxy ended:\n{}", log());
+        ensure!(Instant::now() < end, "kube-proxy is not ready after {within:?}:\n{}", log());
+        std::thread::sleep(LOOK);
+    }
+    // What it counts is on its way into the kernel: it writes at most once a second, one family after the other.
+    std::thread::sleep(WRITING);
+    Ok(Serving(Some((process, server))))
 }
 
 /// Whether all slices have come and nothing waits to be written.
