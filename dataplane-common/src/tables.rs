@@ -13,6 +13,7 @@ use crate::filter::{CALLER_CELLS, FILTER_WORDS};
 use crate::flow::{Flow, FlowKey, Name, PortTurn, RingTurns};
 use crate::fragment::{FragmentKey, FragmentPorts};
 use crate::frontend::{Frontend, FrontendKey};
+use crate::kept::{self, Tries};
 use crate::node::{Node, NodeAddress};
 use crate::range::SourceRangeKey;
 use crate::service::Service;
@@ -23,7 +24,7 @@ use bytemuck::Pod;
 /// Version of the layout of all maps: the folder of their pins below the agent's pin folder.
 ///
 /// A change of a key, a value or the meaning of a field takes the next number.
-pub const LAYOUT: &str = "v5";
+pub const LAYOUT: &str = "v6";
 
 /// The kinds of map that are used, after the kernel's `BPF_MAP_TYPE_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +140,12 @@ tables! {
     ServiceTraffic = "service_traffic", Array<u32, Traffic>, 32_768;
     /// The same per backend.
     BackendTraffic = "backend_traffic", Array<u32, Traffic>, 122_880;
+    /// The packets by which flows began, as long as they are not answered: by the turn in which they began.
+    Kept = "kept", Array<u32, kept::Kept>, 2_048;
+    /// The endpoint's half of each flow of UDP that lately got another endpoint, by its key: what else the first refuses finds its client.
+    Moved = "moved", LruHash<FlowKey, Flow>, 256;
+    /// Second tries per service port.
+    ServiceTries = "service_tries", Array<u32, Tries>, 32_768;
     /// How often each reason occurred.
     Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
     /// How many answers that say no a CPU has given: the moments up to which they were given, in nanoseconds of the coarse monotonic
@@ -147,7 +154,7 @@ tables! {
     /// How many flows of a service port have begun by turns: whose turn it is (L2).
     Rounds = "rounds", Array<u32, u64>, 32_768;
     /// Working memory of the walk, opaque: the stack of an eBPF program has 512 bytes only.
-    Scratch = "scratch", PerCpuArray<u32, [u64; 96]>, 1;
+    Scratch = "scratch", PerCpuArray<u32, [u64; 128]>, 1;
     /// What programs called by TCP.
     SocketNames = "socket_names", SkStorage<i32, SocketName>, 0;
     /// What programs called by UDP, by socket and endpoint.
@@ -205,6 +212,7 @@ mod tests {
         assert_eq!(size_of::<Flow>(), 96);
         assert_eq!((size_of::<Name>(), size_of::<RingTurns>()), (48, 64));
         assert_eq!(size_of::<FragmentKey>(), 40);
+        assert_eq!((size_of::<kept::Kept>(), size_of::<Tries>()), (128, 48));
         assert_eq!(size_of::<Service>(), 40);
         assert_eq!(size_of::<Backend>(), 32);
         assert_eq!(size_of::<Traffic>(), 40);

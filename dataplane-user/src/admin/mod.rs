@@ -34,7 +34,7 @@ use serde::Serialize;
 pub use backends::BackendRow;
 pub use drops::DropRow;
 pub use flows::FlowRow;
-pub use services::{AddressRow, ServiceRow, TrafficRow};
+pub use services::{AddressRow, ServiceRow, TrafficRow, TriesRow};
 pub use take_over::{TakeOverPage, TranslatedRow};
 
 /// Which tables are shown.

@@ -4,7 +4,9 @@
 use super::check::{CheckLine, CheckPage};
 use super::explain::{Client, EndpointLine, Explanation, ServiceFacts};
 use super::status::{Finding, StatusPage, Verdict};
-use super::{AddressRow, BackendRow, DropRow, FlowRow, ServiceRow, TakeOverPage, TrafficRow, TranslatedRow};
+use super::{
+    AddressRow, BackendRow, DropRow, FlowRow, ServiceRow, TakeOverPage, TrafficRow, TranslatedRow, TriesRow,
+};
 use crate::config::Cli;
 use crate::kernel::other_proxies;
 use crate::status::{AgentStatus, Count, InterfaceStatus, WatchStatus};
@@ -71,6 +73,7 @@ fn json(verb: &str) -> Option<Vec<String>> {
             affinity_seconds: 0,
             algorithm: "",
             retry: 0,
+            tries: TriesRow::default(),
             traffic,
         }]),
         "backends" => fields_of(&[BackendRow {

@@ -433,7 +433,7 @@ impl KernelMaps {
         }
         create_each!(Nodes NodeAddrs Filter Callers Frontends Services Slots Backends Flows HalfOpen Closing Turns);
         create_each!(Rounds SourceRanges Affinities Newcomers Fragments PortTurns Outgoings);
-        create_each!(ServiceTraffic BackendTraffic Reasons Answers SocketPeers SocketChoices Uplinks);
+        create_each!(Kept Moved ServiceTries ServiceTraffic BackendTraffic Reasons Answers SocketPeers SocketChoices Uplinks);
         Ok(Self { maps })
     }
 

@@ -15,8 +15,8 @@ use dataplane_common::drop::{Disposition, Reason};
 use dataplane_common::filter::caller_cell;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables::{
-    self, Affinities, BackendTraffic, Callers, Closing, Flows, Fragments, HalfOpen, Newcomers, Nodes,
-    Outgoings, Reasons, Rounds, ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
+    self, Affinities, BackendTraffic, Callers, Closing, Flows, Fragments, HalfOpen, Kept, Newcomers, Nodes,
+    Outgoings, Reasons, Rounds, ServiceTraffic, ServiceTries, SocketChoices, SocketPeers, Table, Uplinks,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -156,6 +156,7 @@ impl Rehearsal {
             (Closing::NAME, FLOWS),
             (Affinities::NAME, FLOWS),
             (Newcomers::NAME, FEW),
+            (ServiceTries::NAME, 1),
             (ServiceTraffic::NAME, 1),
             (BackendTraffic::NAME, 1),
             // A turn that is asked about is not taken: it is the first.
@@ -242,9 +243,21 @@ impl Rehearsal {
         for (key, flow) in [(*key, Some(flow)), (partner, live.get(&partner)?)] {
             if let Some(flow) = flow {
                 flows.insert(&key, &flow, bpf::ANY)?;
+                self.copy_kept(&flow)?;
             }
         }
         Ok(true)
+    }
+
+    /// What a flow began with is what a refusal is turned into.
+    fn copy_kept(&self, flow: &Flow) -> Result<(), MapError> {
+        let place = flow.kept % Kept::CAPACITY as u32;
+        if flow.kept != 0
+            && let Some(kept) = self.live.map::<Kept>()?.get(&place)?
+        {
+            self.maps.map::<Kept>()?.insert(&place, &kept, bpf::ANY)?;
+        }
+        Ok(())
     }
 
     /// Everything that this packet may meet is as it is in the live tables again: a client whose endpoint was drawn just now would

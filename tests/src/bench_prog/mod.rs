@@ -26,7 +26,7 @@ const ESTABLISHED_LIMIT: f64 = 6.0;
 /// B7: times the empty program.
 const NOT_OURS_LIMIT: f64 = 2.5;
 /// B8: instructions the verifier walks; a tenth of what the kernel's lets a program have.
-pub const VERIFIED_LIMIT: u32 = 100_000;
+pub const VERIFIED_LIMIT: u32 = 130_000;
 /// B13: bytes of all maps at their default sizes.
 pub const MAP_MEMORY_LIMIT: u64 = 64 << 20;
 
