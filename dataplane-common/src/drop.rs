@@ -127,6 +127,17 @@ reasons! {
     SourceDenied = 41, "source-denied", Dropped;
     /// A client repeated a SYN that its endpoint had not answered, and got another endpoint (L5): the first is dead, or overloaded.
     MovedSilent = 42, "moved-silent", Noted;
+    /// An endpoint refused a connection by a reset, and the client got another endpoint instead (L5): nothing listens there.
+    MovedRefused = 50, "moved-refused", Noted;
+    /// There was no way to the endpoint of a connection (ICMP host or net unreachable), and the client got another endpoint (L5).
+    MovedUnreachable = 51, "moved-unreachable", Noted;
+    /// An endpoint refused a datagram (ICMP port, host or net unreachable), which was sent to another (L5): nothing listens there.
+    MovedUdp = 52, "moved-udp", Noted;
+    /// A flow that got another endpoint than its first was answered (L5): a second try that has helped.
+    Rescued = 53, "rescued", Noted;
+    /// A refusal went to the client although there are other endpoints, for more than 10,000 flows of the Service were given to others
+    /// within a second (L5): most of its endpoints refuse.
+    TriesLimited = 54, "tries-limited", Noted;
 }
 
 /// Length of the `reasons` array: one more than the largest number, rounded up for those to come.

@@ -132,6 +132,12 @@ impl What {
         Self(kind as u32 | (reason as u32) << Self::REASON_SHIFT)
     }
 
+    /// A flow that gets another endpoint, by the number of the reason.
+    #[inline(always)]
+    pub const fn moved(number: u32) -> Self {
+        Self(EventKind::Moved as u32 | number << Self::REASON_SHIFT)
+    }
+
     /// An end.
     #[inline(always)]
     pub const fn ended(how: Ended) -> Self {

@@ -100,7 +100,9 @@ pub struct Flow {
     pub detail: u32,
     /// In the client's half, while half-open or closing: the low bits of [`Name::turn`] of its name.
     pub turn: u32,
-    spare: u32,
+    /// In the client's half: [`Kept::turn`](crate::kept::Kept::turn) of its first packet; 0: that is not kept, and the flow stays where it
+    /// is (L5).
+    pub kept: u32,
     /// TCP: the numbers of this direction's segments.
     pub numbers: Numbers,
     /// What passed and is in no total yet.
@@ -224,7 +226,7 @@ impl Numbers {
     }
 }
 
-/// How a flow of TCP that was not answered yet got its endpoint: [`Flow::detail`] of the client's half (L5). One word.
+/// How a flow of TCP or UDP that was not answered yet got its endpoint: [`Flow::detail`] of the client's half (L5). One word.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(transparent)]
 pub struct Attempt(u32);
@@ -406,7 +408,7 @@ impl Flow {
     pub const WATCHED: u16 = 1 << 15;
 
     /// In the client's half: its backend counts it among those that are open. Whoever takes the flag away counts it off.
-    pub const COUNTED_OPEN: u16 = 1 << 15;
+    pub const COUNTED_OPEN: u16 = 1 << 11;
 
     /// An entry with these flags that says nothing else yet.
     #[inline(always)]
@@ -485,7 +487,7 @@ impl Flow {
         self.flags &= !flag;
     }
 
-    /// In the client's half of TCP, while half-open and before it is [`Flow::ANSWERED`]: how it got its endpoint.
+    /// In the client's half of TCP and UDP, while half-open and before it is [`Flow::ANSWERED`]: how it got its endpoint.
     #[inline(always)]
     pub const fn attempt(&self) -> Attempt {
         Attempt::of(self.detail)

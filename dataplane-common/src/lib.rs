@@ -22,6 +22,7 @@ pub mod flow;
 pub mod fragment;
 pub mod frontend;
 pub mod hash;
+pub mod kept;
 pub mod node;
 pub mod range;
 pub mod service;

@@ -71,7 +71,9 @@ impl EndpointSet {
     pub const EMPTY: Self = Self::new(0, 0);
 
     /// More slots than a table has.
-    const COUNT: u32 = (1 << 28) - 1;
+    const COUNT: u32 = (1 << 27) - 1;
+    /// They are of more endpoints than one.
+    const SEVERAL: u32 = 1 << 27;
     const ALGORITHM_SHIFT: u32 = 28;
 
     /// The slots `base .. base + count`, chosen at random.
@@ -84,8 +86,21 @@ impl EndpointSet {
     pub const fn with_algorithm(self, algorithm: Algorithm) -> Self {
         Self {
             base: self.base,
-            shape: self.shape & Self::COUNT | (algorithm as u32) << Self::ALGORITHM_SHIFT,
+            shape: self.shape & (Self::COUNT | Self::SEVERAL) | (algorithm as u32) << Self::ALGORITHM_SHIFT,
         }
+    }
+
+    /// The same slots, of more endpoints than one or not: only from several can another be chosen (L5).
+    #[must_use]
+    pub const fn of_several(self, several: bool) -> Self {
+        let shape = self.shape & !Self::SEVERAL;
+        Self { base: self.base, shape: if several { shape | Self::SEVERAL } else { shape } }
+    }
+
+    /// Whether the slots are of more endpoints than one.
+    #[inline(always)]
+    pub const fn has_several(self) -> bool {
+        self.shape & Self::SEVERAL != 0
     }
 
     /// How a slot is chosen.
@@ -207,6 +222,10 @@ mod tests {
             let set = EndpointSet::new(7, 65_537).with_algorithm(algorithm);
             assert_eq!((set.base(), set.count(), set.algorithm()), (7, 65_537, Ok(algorithm)));
             assert_eq!(set.with_algorithm(Algorithm::Random), EndpointSet::new(7, 65_537));
+            let several = set.of_several(true);
+            assert_eq!((several.base(), several.count(), several.algorithm()), (7, 65_537, Ok(algorithm)));
+            assert!(several.has_several() && !set.has_several() && several.of_several(false) == set);
+            assert!(several.with_algorithm(Algorithm::Random).has_several());
         }
         let other: EndpointSet = bytemuck::must_cast([7_u32, 0xf000_0001]);
         assert_eq!((other.count(), other.algorithm()), (1, Err(UnknownAlgorithm)));

@@ -14,6 +14,7 @@ use crate::filter::{CALLER_CELLS, FILTER_WORDS};
 use crate::flow::{Flow, FlowKey, Name, PortTurn, RingTurns};
 use crate::fragment::{FragmentKey, FragmentPorts};
 use crate::frontend::{Frontend, FrontendKey};
+use crate::kept::{self, Tries};
 use crate::node::{Node, NodeAddress};
 use crate::range::SourceRangeKey;
 use crate::service::Service;
@@ -142,6 +143,12 @@ tables! {
     BackendTraffic = "backend_traffic", Array<u32, Traffic>, 122_880;
     /// How many flows and connected sockets of each backend are open (L2). The agent maps it: it counts off what it removes.
     OpenCounts = "open", MappedArray<u32, Open>, 122_880;
+    /// The packets by which flows began, as long as they are not answered: by the turn in which they began.
+    Kept = "kept", Array<u32, kept::Kept>, 2_048;
+    /// The endpoint's half of each flow of UDP that lately got another endpoint, by its key: what else the first refuses finds its client.
+    Moved = "moved", LruHash<FlowKey, Flow>, 256;
+    /// Second tries per service port.
+    ServiceTries = "service_tries", Array<u32, Tries>, 32_768;
     /// How often each reason occurred.
     Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
     /// Whether anybody watches, one element.
@@ -154,7 +161,7 @@ tables! {
     /// How many flows of a service port have begun by turns: whose turn it is (L2).
     Rounds = "rounds", Array<u32, u64>, 32_768;
     /// Working memory of the walk, opaque: the stack of an eBPF program has 512 bytes only.
-    Scratch = "scratch", PerCpuArray<u32, [u64; 96]>, 1;
+    Scratch = "scratch", PerCpuArray<u32, [u64; 128]>, 1;
     /// What programs called by TCP.
     SocketNames = "socket_names", SkStorage<i32, SocketName>, 0;
     /// What programs called by UDP, by socket and endpoint.
@@ -213,6 +220,7 @@ mod tests {
         assert_eq!((size_of::<Event>(), size_of::<Watch>()), (144, 320));
         assert_eq!((size_of::<Name>(), size_of::<RingTurns>()), (48, 64));
         assert_eq!(size_of::<FragmentKey>(), 40);
+        assert_eq!((size_of::<kept::Kept>(), size_of::<Tries>()), (128, 48));
         assert_eq!(size_of::<Service>(), 40);
         assert_eq!(size_of::<Backend>(), 32);
         assert_eq!(size_of::<Traffic>(), 40);

@@ -4,7 +4,7 @@
 //! and endpoint: when the agent sweeps the flows, when a flow goes, and when its word is full.
 
 use crate::atomic;
-use crate::maps::{BACKEND_TRAFFIC, FLOWS, OPEN, REASONS, SERVICE_TRAFFIC};
+use crate::maps::{BACKEND_TRAFFIC, FLOWS, OPEN, REASONS, SERVICE_TRAFFIC, SERVICE_TRIES};
 use crate::repeat::{Step, Steps, repeat};
 use crate::select;
 use aya_ebpf::bindings::__sk_buff;
@@ -22,6 +22,39 @@ pub fn reason(reason: Reason) {
     if let Some(count) = REASONS.get_ptr_mut(reason as u32) {
         // SAFETY: an element of this CPU alone; programs at this hook do not interrupt each other.
         unsafe { *count += 1 };
+    }
+}
+
+/// Counts a flow that gets another endpoint for the reason with this number (L5).
+#[inline(never)]
+pub fn moved(service: u32, number: u32) {
+    if let Some(count) = REASONS.get_ptr_mut(number) {
+        // SAFETY: as above.
+        unsafe { *count += 1 };
+    }
+    let Some(tries) = SERVICE_TRIES.get_ptr_mut(service) else { return };
+    // SAFETY: an element of an array, which stays; an aligned word.
+    unsafe {
+        let word = if number == Reason::MovedRefused as u32 {
+            &raw mut (*tries).refused
+        } else if number == Reason::MovedUnreachable as u32 {
+            &raw mut (*tries).unreachable
+        } else if number == Reason::MovedUdp as u32 {
+            &raw mut (*tries).udp
+        } else {
+            &raw mut (*tries).silent
+        };
+        atomic::add(word, 1);
+    }
+}
+
+/// Counts a flow that was answered by another endpoint than its first (L5).
+#[inline(never)]
+pub fn rescued(service: u32) {
+    reason(Reason::Rescued);
+    if let Some(tries) = SERVICE_TRIES.get_ptr_mut(service) {
+        // SAFETY: an element of an array, which stays; an aligned word.
+        unsafe { atomic::add(&raw mut (*tries).rescued, 1) };
     }
 }
 

@@ -305,11 +305,25 @@ pub fn answered(reply: &Flow, proto: u8, expected_ack: u32, numbers: Numbers) {
     let flags = Flow::ANSWERED | Flow::ACK_KNOWN;
     // SAFETY: an element of a map, valid until the program ends; each field is one aligned store, the flags last.
     unsafe {
+        note_rescued(forward);
         (&raw mut (*forward).detail).write_volatile(expected_ack);
         Found(forward).note(numbers);
         if !(*forward).has(flags) {
             set(forward, flags);
         }
+    }
+}
+
+/// Counts a flow whose first answer comes from another endpoint than its first (L5).
+///
+/// # Safety
+/// `forward` must be the client's half of a flow of TCP or UDP.
+#[inline(always)]
+unsafe fn note_rescued(forward: *const Flow) {
+    // SAFETY: the caller promises it; each field is one aligned read.
+    let forward: &Flow = unsafe { &*forward };
+    if !forward.has(Flow::ANSWERED) && forward.kept != 0 && forward.attempt().tries() != 0 {
+        count::rescued(forward.service);
     }
 }
 
@@ -346,6 +360,7 @@ pub fn streams(reply: &Flow) -> bool {
         if (*forward).has(Flow::ANSWERED) {
             return ticks_between((*forward).answered_at(), now()) >= LINGER;
         }
+        note_rescued(forward);
         (&raw mut (*forward).detail).write_volatile(now());
         set(forward, Flow::ANSWERED);
     }

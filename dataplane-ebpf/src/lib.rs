@@ -24,6 +24,7 @@ pub mod fragment;
 pub mod frame;
 pub mod icmp;
 pub mod interest;
+pub mod kept;
 pub mod limit;
 pub mod maps;
 pub mod nat;

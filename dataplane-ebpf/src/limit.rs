@@ -5,9 +5,11 @@
 //! algorithm, ITU-T I.371). It may lie ahead of now by as much as may come at once.
 
 use crate::clock::{SECOND, nanoseconds};
-use crate::maps::ANSWERS;
+use crate::maps::{ANSWERS, SERVICE_TRIES};
+use crate::{atomic, flow};
 use dataplane_common::Addr;
 use dataplane_common::answers::{ICMP, RESETS, by_source};
+use dataplane_common::kept::{TURNED_IN_A_TICK, Tries};
 
 /// A rate.
 #[derive(Clone, Copy)]
@@ -54,6 +56,22 @@ fn after(index: u32, rate: Rate, now: u64) -> Option<u64> {
     let given = unsafe { given.read_volatile() }.max(now);
     let one = SECOND / rate.per_second;
     (given + one <= now + one * rate.at_once).then_some(given + one)
+}
+
+/// Whether another refusal of a flow of this service port may be turned round in this tick (L5).
+#[inline(always)]
+pub fn allows_turn(service: u32) -> bool {
+    let Some(tries) = SERVICE_TRIES.get_ptr_mut(service) else { return true };
+    // SAFETY: an element of an array, which stays; one aligned word.
+    unsafe {
+        let (word, now) = (&raw mut (*tries).turned, flow::now());
+        let seen = word.read_volatile();
+        if (seen >> u32::BITS) as u32 != now {
+            // Whoever comes second counts on with the first.
+            atomic::compare_exchange(word, seen, Tries::in_tick(now, 0));
+        }
+        (atomic::fetch_add(word, 1) as u32) < TURNED_IN_A_TICK
+    }
 }
 
 #[inline(always)]

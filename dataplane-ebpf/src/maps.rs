@@ -66,6 +66,9 @@ maps! {
     AFFINITIES: LruHashMap = "affinity", Affinities;
     NEWCOMERS: LruHashMap = "affinity_new", Newcomers;
     FRAGMENTS: LruHashMap = "fragments", Fragments;
+    KEPT: Array = "kept", Kept;
+    MOVED: LruHashMap = "moved", Moved;
+    SERVICE_TRIES: Array = "service_tries", ServiceTries;
     SERVICE_TRAFFIC: Array = "service_traffic", ServiceTraffic;
     BACKEND_TRAFFIC: Array = "backend_traffic", BackendTraffic;
     OPEN: MappedArray = "open", OpenCounts;

@@ -240,6 +240,20 @@ impl Packet {
         self.l4.wrapping_sub(self.l3) as u32
     }
 
+    /// Bytes of the network header without options or extension headers.
+    #[inline(always)]
+    pub fn plain_header(&self) -> u32 {
+        if self.is_v4() { IPV4_HEADER as u32 } else { IPV6_HEADER as u32 }
+    }
+
+    /// Bytes of all headers of a packet of TCP or UDP whose network header has no options; never more than 100.
+    #[inline(always)]
+    pub fn plain_headers(&self) -> u32 {
+        /// All bits of the length of a TCP header.
+        const TRANSPORT: u32 = 60;
+        self.plain_header() + (self.transport_header() & TRANSPORT)
+    }
+
     /// Offset of the transport checksum.
     #[inline(always)]
     pub const fn checksum_offset(&self) -> u32 {

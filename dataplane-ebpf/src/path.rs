@@ -18,7 +18,7 @@ use crate::scratch::{Opening, Scratch};
 use crate::select::{self, Chosen, Number};
 use crate::service::{self, Destination, Endpoints, Source};
 use crate::verdict::{Code, Exit, Verdict, Way};
-use crate::{interest, limit, nat, outgoing, uplink};
+use crate::{interest, kept, limit, nat, outgoing, uplink};
 use dataplane_common::affinity::AffinityKey;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
@@ -29,7 +29,7 @@ use dataplane_common::node::{Node, SourceCase, SourceRule};
 use dataplane_common::service::{Algorithm, Policy};
 use dataplane_common::{Addr, Protocol, read_word};
 pub use life::End;
-pub use retry::Tried;
+pub use retry::{Summed, Tried};
 
 /// Where the packet is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,8 +86,8 @@ pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, log: imp
             }
             way_back(frame, scratch).verdict()
         }
-        Verdict::Pass | Verdict::Forward | Verdict::HandUp | Verdict::Answer => verdict,
-        Verdict::Begin | Verdict::LeaveToTc => Verdict::Pass,
+        Verdict::Pass | Verdict::Forward | Verdict::HandUp | Verdict::SendOut | Verdict::Answer => verdict,
+        Verdict::Begin | Verdict::Turn | Verdict::LeaveToTc => Verdict::Pass,
     }
 }
 
@@ -96,10 +96,12 @@ pub fn walk<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch, log: imp
 fn refused(answered: Code, reason: Reason) -> What {
     match answered.verdict() {
         Verdict::Drop(silent) => What::because(EventKind::Dropped, silent),
-        Verdict::Pass | Verdict::Forward | Verdict::HandUp | Verdict::Answer => {
+        Verdict::Pass | Verdict::Forward | Verdict::HandUp | Verdict::SendOut | Verdict::Answer => {
             What::because(EventKind::Refused, reason)
         }
-        Verdict::Refuse(_) | Verdict::LeaveToTc | Verdict::Begin => What::because(EventKind::Refused, reason),
+        Verdict::Refuse(_) | Verdict::LeaveToTc | Verdict::Turn | Verdict::Begin => {
+            What::because(EventKind::Refused, reason)
+        }
     }
 }
 
@@ -124,7 +126,7 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     if walk.s.packet.obstacle != Obstacle::None {
         let followed = walk.with_obstacle();
         if followed != Code::BEGIN {
-            return followed.verdict();
+            return walk.turned(followed);
         }
     }
     let packet = &walk.s.packet;
@@ -137,7 +139,8 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     // chain of calls, and kernels before 6.8 round each function's share up to 32.
     let known = walk.known();
     if known != Code::BEGIN {
-        return walk.end(known).verdict();
+        let known = walk.end(known);
+        return walk.turned(known);
     }
     if interest.reply && walk.may_be_of_others() {
         return Verdict::Drop(Reason::Undecided);
@@ -241,22 +244,25 @@ impl<F: Frame> Walk<'_, F> {
         let stage = self.s.flow.stage();
         let known = status.generation() == self.s.flow.generation;
         let serving = known && status.has(BackendStatus::SERVING);
-        let again = !reply && self.s.packet.opens() && known && self.tries_again(stage, self.s.flow.service);
+        let again = self.moves(if reply || !known { 0 } else { self.tries_again(stage) });
         if again {
             if F::LEAVES_TO_TC {
                 // One of both decides it, and the other would begin the flow as if it were new.
                 return Verdict::LeaveToTc;
             }
-            count::reason(Reason::MovedSilent);
-            self.s.told = What::because(EventKind::Moved, Reason::MovedSilent);
             self.s.attempt = self.s.flow.attempt().next();
+            self.s.told = What::moved(self.s.moved);
+            self.note_moved();
         }
         if again || self.answers_another(stage) || !reply && self.begins_anew(stage, serving) {
-            if self.s.packet.proto == Protocol::Udp as u8 {
+            if !again && self.s.packet.proto == Protocol::Udp as u8 {
                 self.s.told = What::because(EventKind::Moved, Reason::Rebalanced);
             }
             flow::remove(&self.s.key, &self.s.flow);
             return Verdict::Begin;
+        }
+        if reply && stage == Stage::HalfOpen && self.is_refused_by_reset() {
+            return if F::LEAVES_TO_TC { Verdict::LeaveToTc } else { Verdict::Turn };
         }
         let exit = match self.exit() {
             Ok(exit) => exit,
@@ -531,7 +537,8 @@ impl<F: Frame> Walk<'_, F> {
             Ok(endpoints) => {
                 let (service, rule) = (destination.service, source_rule(destination, source, policy));
                 let affinity_seconds = policy.affinity_seconds();
-                self.s.opening = Opening { endpoints, service, affinity_seconds, source, rule };
+                let retries = policy.tries() != 0 && endpoints.set.has_several() && self.can_be_moved();
+                self.s.opening = Opening { endpoints, service, affinity_seconds, source, rule, retries };
                 Verdict::Begin
             }
             Err(Reason::NoEndpoints) => Verdict::Refuse(Reason::NoEndpoints),
@@ -599,6 +606,9 @@ impl<F: Frame> Walk<'_, F> {
         if self.s.attempt.tries() != 0 {
             self.look_for_another();
         }
+        if self.s.opening.retries {
+            kept::keep(self.frame, &self.s.packet, self.s.turn as u32, self.hook == Hook::UplinkEgress);
+        }
         let begun = self.new_flow();
         if F::LEAVES_TO_TC && matches!(begun, Verdict::LeaveToTc | Verdict::Refuse(_)) {
             // tc chooses for this packet, and the same: L2.
@@ -627,8 +637,8 @@ impl<F: Frame> Walk<'_, F> {
                 event::tell(self.s, self.s.told.at(self.met_at()), self.frame.ifindex());
                 begun
             }
-            Verdict::Drop(_) => begun,
-            Verdict::Refuse(_) | Verdict::Answer | Verdict::Begin | Verdict::LeaveToTc => begun,
+            Verdict::Drop(_) | Verdict::Refuse(_) | Verdict::Answer | Verdict::SendOut => begun,
+            Verdict::Begin | Verdict::Turn | Verdict::LeaveToTc => begun,
         }
     }
 
@@ -807,8 +817,13 @@ impl<F: Frame> Walk<'_, F> {
         flow.turn = *turn as u32;
         // Its first packet.
         flow.counted = Counted::packet(packet.length);
+        if opening.retries {
+            flow.kept = *turn as u32;
+        }
         if packet.proto == Protocol::Tcp as u8 {
             flow.numbers = life::numbers(packet);
+        }
+        if packet.proto != Protocol::Sctp as u8 {
             let attempt = if attempt.tries() == 0 { Attempt::first(chosen.id) } else { *attempt };
             flow.detail = attempt.at(flow::moment());
         }

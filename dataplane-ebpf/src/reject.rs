@@ -185,7 +185,7 @@ fn ipv4_header(src: &Addr, dst: &Addr, proto: u8, length: u16) -> [u8; IPV4_HEAD
 }
 
 /// Sum of the pseudo header that the transport checksum of both families covers.
-fn pseudo_header(src: &Addr, dst: &Addr, proto: u8, length: usize) -> Sum {
+pub(crate) fn pseudo_header(src: &Addr, dst: &Addr, proto: u8, length: usize) -> Sum {
     let [high, low] = (length as u16).to_be_bytes();
     Sum::default().plus_address(src).plus_address(dst).plus(&[0, proto, high, low])
 }

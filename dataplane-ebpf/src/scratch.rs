@@ -7,12 +7,13 @@ use crate::flow::{Claim, Ending};
 use crate::icmp::Changes;
 use crate::maps::SCRATCH;
 use crate::parse::Packet;
-use crate::path::{End, Tried};
+use crate::path::{End, Summed, Tried};
 use crate::service::{Endpoints, Source};
 use crate::verdict::{Code, Exit, Way};
 use aya_ebpf::bindings::bpf_fib_lookup;
 use dataplane_common::event::What;
 use dataplane_common::flow::{Attempt, Flow, FlowKey};
+use dataplane_common::kept::Kept;
 use dataplane_common::node::SourceRule;
 
 /// What a walk knows.
@@ -50,12 +51,18 @@ pub struct Scratch {
     pub now: u32,
     /// The turn in which it is named among the half-open.
     pub turn: u64,
+    /// Why it leaves the endpoint that it had: the number of a reason; 0: it had none.
+    pub moved: u32,
     /// The ids of the endpoints that were tried.
     pub tried: Tried,
     /// The keys of its reply, and of another flow that has it.
     pub keys: [FlowKey; 2],
     /// How its first packet leaves.
     pub exit: Exit,
+    /// The packet by which the flow of a refusal began, and by which it begins again.
+    pub kept: Kept,
+    /// The sum of a datagram.
+    pub sum: Summed,
     /// Parameters of a route lookup.
     pub fib: bpf_fib_lookup,
     /// Where the packet goes past the stack.
@@ -77,6 +84,8 @@ pub struct Opening {
     pub source: Source,
     /// What becomes of the client's address.
     pub rule: SourceRule,
+    /// Whether it may get another endpoint if its first does not answer (L5).
+    pub retries: bool,
 }
 
 impl Scratch {
@@ -92,7 +101,7 @@ impl Scratch {
     }
 }
 
-const _: () = assert!(size_of::<Scratch>() <= size_of::<[u64; 96]>() && align_of::<Scratch>() <= 8);
+const _: () = assert!(size_of::<Scratch>() <= size_of::<[u64; 128]>() && align_of::<Scratch>() <= 8);
 
 /// This CPU's working memory.
 #[inline(always)]

@@ -88,19 +88,10 @@ pub fn policy(service: u32) -> Result<Policy, Reason> {
     Ok(unsafe { read_word(&raw const (*service).policy) })
 }
 
-/// Whether a flow of a service port that was tried so often may be given to another endpoint (L5).
+/// How often a flow of a service port may be given to another endpoint (L5).
 #[inline(always)]
-pub fn has_others(service: u32, tries: u32) -> bool {
-    let Some(service) = SERVICES.get_ptr(service) else { return false };
-    // SAFETY: array elements stay; each word is read whole.
-    let (policy, cluster, local): (Policy, EndpointSet, EndpointSet) = unsafe {
-        (
-            read_word(&raw const (*service).policy),
-            read_word(&raw const (*service).cluster),
-            read_word(&raw const (*service).local),
-        )
-    };
-    policy.tries() > tries && (cluster.count() > 1 || local.count() > 1)
+pub fn tries(service: u32) -> u32 {
+    policy(service).map_or(0, Policy::tries)
 }
 
 /// Whether only some sources may call this address (S2).

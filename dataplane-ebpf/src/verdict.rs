@@ -18,6 +18,10 @@ pub enum Verdict {
     Refuse(Reason),
     /// XDP cannot finish the packet: it passes unwritten, and tc does the work.
     LeaveToTc,
+    /// Out by the interface of the walk's [`Way`], as what the node itself sends: it meets what is met there.
+    SendOut,
+    /// Not decided: the packet refuses what began its flow, which goes to another endpoint (L5). Never the end of a walk.
+    Turn,
     /// Not decided: the packet belongs to no flow yet. Never the end of a walk.
     Begin,
     /// The frame holds an answer (RST or ICMP) for whoever sent the packet.
@@ -57,7 +61,7 @@ impl Exit {
             Verdict::Forward => Ok(Self::Forward),
             Verdict::HandUp => Ok(Self::HandUp),
             Verdict::Drop(_) | Verdict::Refuse(_) | Verdict::Answer => Err(verdict),
-            Verdict::Begin | Verdict::LeaveToTc => Err(verdict),
+            Verdict::Begin | Verdict::Turn | Verdict::SendOut | Verdict::LeaveToTc => Err(verdict),
         }
     }
 }
@@ -71,6 +75,8 @@ pub struct Code(u32);
 impl Code {
     /// [`Verdict::Begin`].
     pub const BEGIN: Self = Self(Self::BEGIN_TAG);
+    /// [`Verdict::Turn`].
+    pub const TURN: Self = Self(Self::TURN_TAG);
     /// [`Verdict::Answer`].
     pub const ANSWER: Self = Self(Self::ANSWER_TAG);
 
@@ -82,6 +88,8 @@ impl Code {
     const BEGIN_TAG: u32 = 5;
     const DROP_TAG: u32 = 6;
     const REFUSE_TAG: u32 = 7;
+    const SEND_OUT_TAG: u32 = 8;
+    const TURN_TAG: u32 = 9;
     const TAG_BITS: u32 = 8;
 
     /// The verdict. A number that stands for none is a drop, named as what it would be: a mistake.
@@ -96,6 +104,8 @@ impl Code {
             Self::LEAVE_TO_TC_TAG => Verdict::LeaveToTc,
             Self::BEGIN_TAG => Verdict::Begin,
             Self::REFUSE_TAG => Verdict::Refuse(reason),
+            Self::SEND_OUT_TAG => Verdict::SendOut,
+            Self::TURN_TAG => Verdict::Turn,
             _ => Verdict::Drop(reason),
         }
     }
@@ -111,6 +121,8 @@ impl From<Verdict> for Code {
             Verdict::Answer => Self::ANSWER_TAG,
             Verdict::LeaveToTc => Self::LEAVE_TO_TC_TAG,
             Verdict::Begin => Self::BEGIN_TAG,
+            Verdict::SendOut => Self::SEND_OUT_TAG,
+            Verdict::Turn => Self::TURN_TAG,
             Verdict::Drop(reason) => Self::DROP_TAG | (reason as u32) << Self::TAG_BITS,
             Verdict::Refuse(reason) => Self::REFUSE_TAG | (reason as u32) << Self::TAG_BITS,
         })

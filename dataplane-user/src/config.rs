@@ -659,7 +659,7 @@ impl AgentArgs {
         for size in &self.map_size {
             sizes.push(size.clone());
             let followers: &[&'static str] = match size.map {
-                "services" => &["service_traffic", "rounds"],
+                "services" => &["service_traffic", "service_tries", "rounds"],
                 "backends" => &["backend_traffic", "open"],
                 _ => continue,
             };

@@ -1,8 +1,8 @@
-//! Second tries (L5, L6): a client of a Service one of whose endpoints is silent.
+//! Second tries (L5, L6): clients of a Service some of whose endpoints are silent, or refuse.
 
-use crate::world::{Tcp, World, ask, on_all_paths};
-use dataplane_tests::lab::{Endpoint, Family, Service};
-use std::net::{Ipv4Addr, Ipv6Addr};
+use crate::world::{BOTH, Tcp, Udp, World, ask, in_kinds, on_all_paths};
+use dataplane_tests::lab::{Client, Endpoint, Family, Service};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// An endpoint at an address of node 3 that nobody has, and to which packets vanish there.
 fn nobody(world: &World) -> Endpoint {
@@ -42,5 +42,48 @@ on_all_paths! {
             }
         }
         node.place().ip(&[format!("route del blackhole {address}/{bits}")]).unwrap();
+    }
+}
+
+/// A Service of these endpoints by turns, whose TCP goes by packet everywhere.
+fn by_packet(world: &World, number: u8, pods: &[&str]) -> Service {
+    let service = world
+        .node_port_service(number)
+        .annotation("service.portolan.dev/lb-algorithm", "round-robin")
+        .annotation("service.portolan.dev/retry", "3");
+    service.endpoints(pods.iter().map(|pod| world.pod(pod).endpoint()))
+}
+
+/// Whoever calls from outside, from a pod and from a node, and whom.
+fn callers(world: &World, number: u8) -> [(Client, SocketAddr); 6] {
+    [
+        (world.outside(), world.node_frontend(1, number.into())),
+        (world.outside(), world.node_frontend(2, number.into())),
+        (world.outside(), world.node_frontend(3, number.into())),
+        (world.in_pod("shell-1"), world.frontend(number)),
+        (world.in_pod("shell-3"), world.frontend(number)),
+        (world.on_node(1), world.frontend(number)),
+    ]
+}
+
+in_kinds! {
+    plain Plain
+    bridge_packet_path_strict BridgePacketPath
+    native_xdp_strict Xdp
+    vxlan_packet_path_strict Vxlan;
+    /// L5: two of three endpoints refuse: nothing listens in these pods. No client notices, by TCP or by UDP, wherever it and the endpoints
+    /// are.
+    fn endpoints_that_refuse_cost_no_connection(world) {
+        world.apply(&by_packet(world, 0, &["web-1", "shell-1", "shell-2"]));
+        for (client, to) in callers(world, 0) {
+            for transport in BOTH {
+                // Endpoints send no more ICMP errors at once than six to a client.
+                for number in 0..if transport == Udp { 3 } else { 6 } {
+                    let answer = ask(&client, transport, to);
+                    let answer = answer.unwrap_or_else(|error| panic!("{transport:?} {to} {number}: {error}"));
+                    assert_eq!(answer.pod, "web-1", "{transport:?} {to}");
+                }
+            }
+        }
     }
 }

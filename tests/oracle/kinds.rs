@@ -47,6 +47,10 @@ const LEAST: &[(&str, usize)] = &[
     ("orphan fragment dropped", 119),
     ("passed, IPv4", 16467),
     ("passed, IPv6", 16011),
+    ("refused and turned round, TCP", 1),
+    ("refused and turned round, UDP", 1),
+    ("refused and given to another", 1),
+    ("rescued by a second try", 1),
     ("sent on", 1710),
     ("source not allowed", 182),
     ("time to live ended", 23),
@@ -90,6 +94,8 @@ pub(crate) fn of(place: Place, headers: &Headers, alternative: &Alternative, kin
     let later = headers.flaw == Some(Flaw::Fragment);
     let first = headers.fragment.is_some_and(|fragment| fragment.first);
     let behind = headers.l4 - headers.l3 > if headers.is_v6() { 40 } else { 20 };
+    let is_again = matches!(outcome, Outcome::Again(..));
+    let quotes_udp = headers.quote.is_some_and(|quote| quote.proto == wire::UDP);
     let is = |why: Why| *outcome == Outcome::Drop(why);
     let was = [
         (v4 && proto == wire::TCP, "TCP over IPv4 translated"),
@@ -114,6 +120,10 @@ pub(crate) fn of(place: Place, headers: &Headers, alternative: &Alternative, kin
         (headers.quote.is_some() && !translated, "error about nobody's packet, or elsewhere"),
         (is(Why::Unanswerable), "error or fragment that must not be answered"),
         (is(Why::SourceNotAllowed), "source not allowed"),
+        (is_again && !quotes_udp, "refused and turned round, TCP"),
+        (is_again && quotes_udp, "refused and turned round, UDP"),
+        (alternative.moved.is_some(), "refused and given to another"),
+        (alternative.rescued, "rescued by a second try"),
         (alternative.left, "left to another proxy"),
         (alternative.others, "of others at a node port"),
         (is(Why::StrayAnswer), "stray answer dropped"),

@@ -9,7 +9,7 @@ use dataplane_common::drop::Reason;
 use dataplane_common::flow::FlowKey;
 use dataplane_common::{Addr, Port};
 use dataplane_tests::oracle::wire::{self, Headers, Segment, TAG};
-use dataplane_tests::oracle::{Alternative, Flow, Model, Place, Way};
+use dataplane_tests::oracle::{Alternative, Flow, Model, Outcome, Place, Way};
 use dataplane_tests::packet::{Hook, NodeFacts, Verdict, World};
 use dataplane_user::kernel::pins::Pins;
 use dataplane_user::kernel::rehearsal::Rehearsal;
@@ -30,7 +30,7 @@ const KINDS_V6: &[([u8; 2], u32)] =
 const REHEARSED: usize = 4;
 
 /// Hooks that one packet may pass one after the other.
-const LONGEST_WALK: usize = 4;
+const LONGEST_WALK: usize = 8;
 
 /// The programs, ready for one case after the other.
 pub(crate) struct Bench {
@@ -57,6 +57,7 @@ impl Bench {
             ("open", 2_048),
             ("services", 256),
             ("service_traffic", 256),
+            ("service_tries", 256),
             ("rounds", 256),
         ];
         let world = World::with("", 0, &sizes).unwrap_or_else(|error| panic!("{error:#}"));
@@ -216,7 +217,12 @@ impl Case<'_> {
     /// Takes a frame from hook to hook as a node would. What arrived, if it did.
     fn walk(&mut self, mut place: Place, mut frame: Vec<u8>) -> Result<Option<Vec<u8>>, String> {
         for _ in 0..LONGEST_WALK {
-            let (verdict, out) = self.compare(place, &frame)?;
+            let (verdict, out, again) = self.compare(place, &frame)?;
+            if let Some(to) = again {
+                // What was refused comes once more, where its client's packets are met.
+                (place, frame) = (to, out);
+                continue;
+            }
             let headers = wire::parse(&out, place == Place::Early);
             match verdict {
                 Verdict::Drop => return Ok(None),
@@ -245,7 +251,7 @@ impl Case<'_> {
     }
 
     /// One packet at one hook, by the programs and by the oracle.
-    fn compare(&mut self, place: Place, frame: &[u8]) -> Result<(Verdict, Vec<u8>), String> {
+    fn compare(&mut self, place: Place, frame: &[u8]) -> Result<(Verdict, Vec<u8>, Option<Place>), String> {
         self.bench.packets += 1;
         self.rehearse(place, frame)?;
         let world = &self.bench.world;
@@ -268,8 +274,12 @@ impl Case<'_> {
                     if let Some(headers) = &headers {
                         kinds::of(place, headers, alternative, &mut self.bench.kinds);
                     }
-                    self.model.accept(headers.as_ref(), alternative, source);
-                    return Ok((verdict, out));
+                    let again = match &alternative.outcome {
+                        Outcome::Again(place, _) => Some(*place),
+                        _ => None,
+                    };
+                    self.model.accept((place, frame), headers.as_ref(), alternative, source);
+                    return Ok((verdict, out, again));
                 }
                 Err(complaint) => complaints.push(format!("{:?}: {complaint}", alternative.outcome)),
             }

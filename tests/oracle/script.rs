@@ -261,6 +261,9 @@ impl Author {
             (true, flag::ACK),
             (false, flag::ACK),
         ];
+        if random.chance(20) {
+            self.refusals(random, first, client.proto);
+        }
         for (from_client, flags) in script.into_iter().take(random.below(script.len() + 1)) {
             if random.chance(8) {
                 continue;
@@ -275,6 +278,29 @@ impl Author {
             }
         }
         client
+    }
+
+    /// Endpoints refuse what a client begins with, one after the other.
+    fn refusals(&mut self, random: &mut Random, first: usize, proto: u8) {
+        /// Port unreachable in either list of errors.
+        const PORT_UNREACHABLE: usize = 1;
+        let mut to = first;
+        for _ in 0..random.below(6) {
+            if proto == UDP {
+                let early = random.chance(20);
+                let about = first;
+                self.steps.push(Step::Error {
+                    about,
+                    early,
+                    router: false,
+                    kind: PORT_UNREACHABLE,
+                    quoted: 576,
+                });
+            } else {
+                self.reply(random, to, proto, flag::RST | flag::ACK);
+                to = self.next_id;
+            }
+        }
     }
 
     /// A client that was heard before sends again: its next packet, or a new connection on its port.

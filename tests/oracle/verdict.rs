@@ -4,7 +4,7 @@ use dataplane_common::counter::Traffic;
 use dataplane_common::drop::Reason;
 use dataplane_tests::oracle::outcome::{Exit, NewSource};
 use dataplane_tests::oracle::wire::{self, ETHERNET, Flaw, Headers, Rewrite, flag};
-use dataplane_tests::oracle::{Alternative, Answer, Model, Outcome, Place, Sender, Then, Why};
+use dataplane_tests::oracle::{Alternative, Answer, Model, Outcome, Place, Refusal, Sender, Then, Why};
 use dataplane_tests::packet::{GATEWAY_MAC, Verdict};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -80,11 +80,23 @@ pub(crate) fn fits(
     if alternative.rebalanced {
         counters.insert(Reason::Rebalanced, 1);
     }
+    if let Some(why) = alternative.moved {
+        let reason = match why {
+            Refusal::Silence => Reason::MovedSilent,
+            Refusal::Reset => Reason::MovedRefused,
+            Refusal::Unreachable => Reason::MovedUnreachable,
+            Refusal::Datagram => Reason::MovedUdp,
+        };
+        counters.insert(reason, 1);
+    }
+    if alternative.rescued {
+        counters.insert(Reason::Rescued, 1);
+    }
     if alternative.collided {
         counters.insert(Reason::ReplyCollision, 1);
     }
     let counted = match outcome {
-        Outcome::Pass | Outcome::Translated(..) | Outcome::Begun { .. } => None,
+        Outcome::Pass | Outcome::Translated(..) | Outcome::Begun { .. } | Outcome::Again(..) => None,
         Outcome::LeftToTc => Some(Reason::XdpLeftToTc),
         Outcome::Drop(why) | Outcome::Reject(why, _) => Some(reason(*why)),
     };
@@ -104,6 +116,10 @@ pub(crate) fn fits(
         (Outcome::Pass | Outcome::LeftToTc, _) => {
             verdict(seen, Verdict::Pass)?;
             same(seen, seen.frame, 0)
+        }
+        (Outcome::Again(_, wanted), _) => {
+            verdict(seen, Verdict::Redirect)?;
+            same(seen, wanted, 0)
         }
         (Outcome::Drop(_), _) => verdict(seen, Verdict::Drop),
         (Outcome::Reject(_, answer), Some(headers)) => {

@@ -118,6 +118,30 @@ pub trait Frame {
     /// As [`Frame::write`].
     fn resize(&mut self, length: u32) -> Result<(), Refused>;
 
+    /// Copies `length` bytes from `offset` on to memory.
+    ///
+    /// # Errors
+    /// [`Refused`] if the frame ends before.
+    ///
+    /// # Safety
+    /// `to` must have room for them. There must be at least one, and the verifier must see how many there are at most.
+    unsafe fn copy(&mut self, offset: u32, length: u32, to: *mut u8) -> Result<(), Refused>;
+
+    /// Writes `length` bytes of memory at `offset`, as [`Frame::write_counted`] does.
+    ///
+    /// # Errors
+    /// As [`Frame::write`].
+    ///
+    /// # Safety
+    /// As [`Frame::copy`].
+    unsafe fn store(&mut self, offset: u32, length: u32, from: *const u8) -> Result<(), Refused>;
+
+    /// Takes away `length` bytes behind the link-layer header.
+    ///
+    /// # Errors
+    /// [`Refused`] if too little would be left, or the hook cannot.
+    fn cut(&mut self, length: u32) -> Result<(), Refused>;
+
     /// Sets bits of the packet's mark, for netfilter and rules of routing.
     fn mark(&mut self, bits: u32);
 

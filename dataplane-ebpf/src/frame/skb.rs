@@ -4,13 +4,14 @@
 use super::{ETHERNET, ETHERTYPE, Even, Frame, LINK_DESTINATION, LINK_SOURCE, Refused};
 use crate::forward;
 use crate::verdict::{Verdict, Way};
+use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT,
     TC_ACT_UNSPEC, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
 };
 use aya_ebpf::helpers::{
-    bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_head, bpf_skb_change_tail,
-    bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop,
+    bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_head,
+    bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop,
 };
 use core::ffi::c_void;
 use dataplane_common::checksum::Sum;
@@ -64,9 +65,10 @@ impl<const LINK: u32> SkbFrame<LINK> {
         if removed { Ok(()) } else { Err(Refused) }
     }
 
-    /// Up the stack as if it had come in on the way's interface, which has an Ethernet header if it has an address.
+    /// To the way's interface, which has an Ethernet header if it has an address: up the stack as if it had come in there, or as what
+    /// leaves there (`flags` of `bpf_redirect`). `source`: its link-layer source where it has no such header yet.
     #[inline(always)]
-    fn hand_up(&mut self, way: &Way) -> Result<i32, Refused> {
+    fn hand_to(&mut self, way: &Way, flags: u32, source: [u8; 6]) -> Result<i32, Refused> {
         const NO_ADDRESS: [u8; 6] = [0; 6];
         self.remove_tag()?;
         if LINK == ETHERNET {
@@ -74,11 +76,11 @@ impl<const LINK: u32> SkbFrame<LINK> {
         } else if way.destination_mac != NO_ADDRESS {
             let (_, [high, low]) = self.network().ok_or(Refused)?;
             self.add_link()?;
-            let [a, b, c, d, e, f] = way.destination_mac;
-            self.write(0, &[a, b, c, d, e, f, 0, 0, 0, 0, 0, 0, high, low])?;
+            let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (way.destination_mac, source);
+            self.write(0, &[a, b, c, d, e, f, g, h, i, j, k, l, high, low])?;
         }
         // SAFETY: a helper without pointers.
-        Ok(unsafe { bpf_redirect(way.ifindex, BPF_F_INGRESS as u64) as i32 })
+        Ok(unsafe { bpf_redirect(way.ifindex, flags as u64) as i32 })
     }
 
     fn redirect_to(&mut self, way: &Way, ingress: bool) -> i32 {
@@ -132,10 +134,11 @@ impl<const LINK: u32> Frame for SkbFrame<LINK> {
         Some((LINK, (protocol as u16).to_ne_bytes()))
     }
 
-    /// A tag is no part of the packet here, and the kernel writes the link-layer header.
+    /// A tag is no part of the packet here.
     #[inline(always)]
     fn is_tagged(&self, _l3: u32) -> bool {
-        false
+        // SAFETY: `new` promises a valid context.
+        unsafe { (*self.skb).vlan_present != 0 }
     }
 
     #[inline(always)]
@@ -240,6 +243,32 @@ impl<const LINK: u32> Frame for SkbFrame<LINK> {
     }
 
     #[inline(always)]
+    unsafe fn copy(&mut self, offset: u32, length: u32, to: *mut u8) -> Result<(), Refused> {
+        // SAFETY: the caller promises it; the context is valid.
+        if unsafe { bpf_skb_load_bytes(self.skb.cast(), offset, to.cast(), length) } == 0 {
+            Ok(())
+        } else {
+            Err(Refused)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(&mut self, offset: u32, length: u32, from: *const u8) -> Result<(), Refused> {
+        // SAFETY: as above; no pointer into the packet lives across the call.
+        let result = unsafe {
+            bpf_skb_store_bytes(self.skb, offset, from.cast(), length, BPF_F_RECOMPUTE_CSUM as u64)
+        };
+        if result == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    #[inline(always)]
+    fn cut(&mut self, length: u32) -> Result<(), Refused> {
+        // SAFETY: the context is valid, and no pointer into the packet lives across the call.
+        let result = unsafe { bpf_skb_adjust_room(self.skb, -(length as i32), BPF_ADJ_ROOM_MAC, 0) };
+        if result == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    #[inline(always)]
     fn mark(&mut self, bits: u32) {
         // SAFETY: `new` promises a valid context, whose mark a program may write.
         unsafe { (*self.skb).mark |= bits };
@@ -249,10 +278,14 @@ impl<const LINK: u32> Frame for SkbFrame<LINK> {
     fn finish(&mut self, verdict: Verdict, way: &Way, ingress: bool) -> i32 {
         match verdict {
             // Not TC_ACT_OK, which would end the chain for the programs of others.
-            Verdict::Pass | Verdict::Begin | Verdict::Refuse(_) | Verdict::LeaveToTc => TC_ACT_UNSPEC,
+            Verdict::Pass | Verdict::Begin | Verdict::Turn | Verdict::Refuse(_) | Verdict::LeaveToTc => {
+                TC_ACT_UNSPEC
+            }
             Verdict::Drop(_) => TC_ACT_SHOT,
             Verdict::Forward => self.redirect_to(way, ingress),
-            Verdict::HandUp => self.hand_up(way).unwrap_or(TC_ACT_SHOT),
+            Verdict::HandUp => self.hand_to(way, BPF_F_INGRESS, [0; 6]).unwrap_or(TC_ACT_SHOT),
+            // Replies go up by the address that the node's own packets come from.
+            Verdict::SendOut => self.hand_to(way, 0, way.source_mac).unwrap_or(TC_ACT_SHOT),
             Verdict::Answer => {
                 if LINK == ETHERNET && self.swap_macs().is_err() {
                     return TC_ACT_SHOT;

@@ -101,6 +101,31 @@ impl Frame for SliceFrame {
         Ok(())
     }
 
+    unsafe fn copy(&mut self, offset: u32, length: u32, to: *mut u8) -> Result<(), Refused> {
+        let (start, length) = (offset as usize, length as usize);
+        let bytes = self.bytes.get(start..start + length).ok_or(Refused)?;
+        // SAFETY: the caller promises it.
+        unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), to, length) };
+        Ok(())
+    }
+
+    unsafe fn store(&mut self, offset: u32, length: u32, from: *const u8) -> Result<(), Refused> {
+        let (start, length) = (offset as usize, length as usize);
+        // SAFETY: the caller promises it.
+        let bytes = unsafe { core::slice::from_raw_parts(from, length) };
+        self.bytes.get_mut(start..start + length).ok_or(Refused)?.copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn cut(&mut self, length: u32) -> Result<(), Refused> {
+        let behind = ETHERNET as usize + length as usize;
+        if behind > self.bytes.len() {
+            return Err(Refused);
+        }
+        self.bytes.drain(ETHERNET as usize..behind);
+        Ok(())
+    }
+
     fn mark(&mut self, bits: u32) {
         self.mark |= bits;
     }

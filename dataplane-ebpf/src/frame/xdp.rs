@@ -4,8 +4,8 @@
 use super::{ETHERNET, ETHERTYPE, Even, Frame, LINK_DESTINATION, LINK_SOURCE, Refused};
 use crate::verdict::{Verdict, Way};
 use aya_ebpf::bindings::{xdp_action, xdp_md};
-use aya_ebpf::helpers::bpf_xdp_adjust_tail;
 use aya_ebpf::helpers::generated::bpf_xdp_get_buff_len;
+use aya_ebpf::helpers::{bpf_xdp_adjust_tail, bpf_xdp_load_bytes};
 use core::ffi::c_void;
 use dataplane_common::checksum::{Sum, update};
 
@@ -154,6 +154,28 @@ impl Frame for XdpFrame {
         if unsafe { bpf_xdp_adjust_tail(self.ctx, delta) } == 0 { Ok(()) } else { Err(Refused) }
     }
 
+    #[inline(always)]
+    unsafe fn copy(&mut self, offset: u32, length: u32, to: *mut u8) -> Result<(), Refused> {
+        // SAFETY: the caller promises it; the context is valid.
+        if unsafe { bpf_xdp_load_bytes(self.ctx, offset, to.cast(), length) } == 0 {
+            Ok(())
+        } else {
+            Err(Refused)
+        }
+    }
+
+    /// What is written by this is left to tc.
+    #[inline(always)]
+    unsafe fn store(&mut self, _offset: u32, _length: u32, _from: *const u8) -> Result<(), Refused> {
+        Err(Refused)
+    }
+
+    /// As above.
+    #[inline(always)]
+    fn cut(&mut self, _length: u32) -> Result<(), Refused> {
+        Err(Refused)
+    }
+
     /// Nothing here has a mark: the walk leaves what needs one to tc.
     #[inline(always)]
     fn mark(&mut self, _bits: u32) {}
@@ -161,11 +183,13 @@ impl Frame for XdpFrame {
     #[inline(always)]
     fn finish(&mut self, verdict: Verdict, way: &Way, _ingress: bool) -> i32 {
         let action = match verdict {
-            Verdict::Pass | Verdict::Begin | Verdict::Refuse(_) | Verdict::LeaveToTc => xdp_action::XDP_PASS,
+            Verdict::Pass | Verdict::Begin | Verdict::Turn | Verdict::Refuse(_) | Verdict::LeaveToTc => {
+                xdp_action::XDP_PASS
+            }
             Verdict::Drop(_) => xdp_action::XDP_DROP,
             Verdict::Forward => self.forward(way),
-            // The walk leaves both to tc; arriving here would be a mistake that shows as an abort.
-            Verdict::HandUp | Verdict::Answer => xdp_action::XDP_ABORTED,
+            // The walk leaves all of these to tc; arriving here would be a mistake that shows as an abort.
+            Verdict::HandUp | Verdict::SendOut | Verdict::Answer => xdp_action::XDP_ABORTED,
         };
         action as i32
     }

@@ -25,6 +25,9 @@ impl<F: Frame> Walk<'_, F> {
     fn by_another(&mut self) -> Code {
         let is_error = self.s.packet.obstacle == Obstacle::IcmpError;
         let named = if is_error { self.named_by_quote() } else { self.named_by_first_fragment() };
+        if named && is_error && self.is_refused_by_error() {
+            return if F::LEAVES_TO_TC { Verdict::LeaveToTc.into() } else { Code::TURN };
+        }
         if named {
             let followed = self.follow();
             if followed != Code::BEGIN {

@@ -35,7 +35,7 @@ use serde::Serialize;
 pub use backends::BackendRow;
 pub use drops::DropRow;
 pub use flows::FlowRow;
-pub use services::{AddressRow, ServiceRow, TrafficRow};
+pub use services::{AddressRow, ServiceRow, TrafficRow, TriesRow};
 pub use take_over::{TakeOverPage, TranslatedRow};
 pub use watch::EventLine;
 

@@ -6,6 +6,7 @@ use super::explain::{Client, EndpointLine, Explanation, ServiceFacts};
 use super::status::{Finding, StatusPage, Verdict};
 use super::{
     AddressRow, BackendRow, DropRow, EventLine, FlowRow, ServiceRow, TakeOverPage, TrafficRow, TranslatedRow,
+    TriesRow,
 };
 use crate::config::Cli;
 use crate::kernel::needs::{NEEDS, Need, ProgramType};
@@ -74,6 +75,7 @@ fn json(verb: &str) -> Option<Vec<String>> {
             affinity_seconds: 0,
             algorithm: "",
             retry: 0,
+            tries: TriesRow::default(),
             traffic,
         }]),
         "backends" => fields_of(&[BackendRow {

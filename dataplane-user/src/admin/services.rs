@@ -8,6 +8,7 @@ use crate::kernel::traffic::InFlows;
 use dataplane_common::Protocol;
 use dataplane_common::counter::Traffic;
 use dataplane_common::frontend::{Frontend, FrontendKey, FrontendKind};
+use dataplane_common::kept::Tries;
 use dataplane_common::service::{Algorithm, EndpointSet, Policy, Service};
 use dataplane_common::tables;
 use serde::Serialize;
@@ -56,6 +57,28 @@ impl TrafficRow {
     }
 }
 
+/// Second tries since the id was given out (L5).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TriesRow {
+    /// Connections that got another endpoint because theirs was silent.
+    pub silent: u64,
+    /// Because it refused them.
+    pub refused: u64,
+    /// Because there was no way to it.
+    pub unreachable: u64,
+    /// Flows of UDP that did for either of the last two reasons.
+    pub udp: u64,
+    /// Those of all these that were answered then.
+    pub rescued: u64,
+}
+
+impl From<Tries> for TriesRow {
+    fn from(tries: Tries) -> Self {
+        let Tries { silent, refused, unreachable, udp, rescued, .. } = tries;
+        Self { silent, refused, unreachable, udp, rescued }
+    }
+}
+
 /// A service port.
 #[derive(Clone, Debug, Serialize)]
 pub struct ServiceRow {
@@ -81,8 +104,10 @@ pub struct ServiceRow {
     pub affinity_seconds: u32,
     /// How an endpoint is chosen: `random`, `round-robin`, `least-connections`, `maglev`, `source-hash`.
     pub algorithm: &'static str,
-    /// How often a connection by packet whose endpoint is silent is given to another.
+    /// How often a connection by packet whose endpoint is silent or refuses it is given to another.
     pub retry: u32,
+    /// How often that was.
+    pub tries: TriesRow,
     /// Traffic.
     pub traffic: TrafficRow,
 }
@@ -180,6 +205,7 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<ServiceRow>, 
         }
     }
     let (services, traffic) = (maps.map::<tables::Services>()?, maps.map::<tables::ServiceTraffic>()?);
+    let tries = maps.map::<tables::ServiceTries>()?;
     let in_flows = InFlows::read(maps)?;
     let slots: HashMap<u32, u32> = maps.map::<tables::Slots>()?.entries()?.into_iter().collect();
     // An endpoint of more weight has more slots.
@@ -203,6 +229,7 @@ pub(super) fn rows(maps: &KernelMaps, names: &Names) -> Result<Vec<ServiceRow>, 
             affinity_seconds: service.policy.affinity_seconds(),
             algorithm: algorithm_name(&service),
             retry: service.policy.tries(),
+            tries: tries.get(&id)?.unwrap_or_default().into(),
             traffic: in_flows.with_service(id, traffic.get(&id)?.unwrap_or_default()).into(),
         })
     };

@@ -434,7 +434,7 @@ impl KernelMaps {
         create_each!(Nodes NodeAddrs Filter Callers Frontends Services Slots Backends Flows HalfOpen Closing Turns);
         create_each!(Rounds SourceRanges Affinities Newcomers Fragments PortTurns Outgoings);
         create_each!(ServiceTraffic BackendTraffic OpenCounts Reasons Answers SocketPeers SocketChoices Uplinks);
-        create_each!(Watches Events);
+        create_each!(Watches Events Kept Moved ServiceTries);
         Ok(Self { maps })
     }
 

@@ -16,8 +16,9 @@ use dataplane_common::drop::{Disposition, Reason};
 use dataplane_common::filter::caller_cell;
 use dataplane_common::flow::{Flow, FlowKey};
 use dataplane_common::tables::{
-    self, Affinities, BackendTraffic, Callers, Closing, Events, Flows, Fragments, HalfOpen, Newcomers, Nodes,
-    OpenCounts, Outgoings, Reasons, Rounds, ServiceTraffic, SocketChoices, SocketPeers, Table, Uplinks,
+    self, Affinities, BackendTraffic, Callers, Closing, Events, Flows, Fragments, HalfOpen, Kept, Newcomers,
+    Nodes, OpenCounts, Outgoings, Reasons, Rounds, ServiceTraffic, ServiceTries, SocketChoices, SocketPeers,
+    Table, Uplinks,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
@@ -159,6 +160,7 @@ impl Rehearsal {
             (Closing::NAME, FLOWS),
             (Affinities::NAME, FLOWS),
             (Newcomers::NAME, FEW),
+            (ServiceTries::NAME, 1),
             (ServiceTraffic::NAME, 1),
             (BackendTraffic::NAME, 1),
             (OpenCounts::NAME, live.map::<OpenCounts>()?.capacity() as u32),
@@ -249,9 +251,21 @@ impl Rehearsal {
         for (key, flow) in [(*key, Some(flow)), (partner, live.get(&partner)?)] {
             if let Some(flow) = flow {
                 flows.insert(&key, &flow, bpf::ANY)?;
+                self.copy_kept(&flow)?;
             }
         }
         Ok(true)
+    }
+
+    /// What a flow began with is what a refusal is turned into.
+    fn copy_kept(&self, flow: &Flow) -> Result<(), MapError> {
+        let place = flow.kept % Kept::CAPACITY as u32;
+        if flow.kept != 0
+            && let Some(kept) = self.live.map::<Kept>()?.get(&place)?
+        {
+            self.maps.map::<Kept>()?.insert(&place, &kept, bpf::ANY)?;
+        }
+        Ok(())
     }
 
     /// Everything that this packet may meet is as it is in the live tables again: a client whose endpoint was drawn just now would

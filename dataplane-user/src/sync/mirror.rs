@@ -472,16 +472,19 @@ impl Mirror {
         let old = known.map(|port| [(port.value.cluster, &port.cluster), (port.value.local, &port.local)]);
         for (at, set) in [&draft.tables.cluster, &draft.tables.local].into_iter().enumerate() {
             let ids = run_of(set, draft);
+            // Whose slots they are, and how one is chosen.
             let algorithm = draft.tables.algorithm;
-            let kept = old.and_then(|old| old.get(at).copied()).filter(|(run, held)| {
-                ***held == *ids && *run != DAMAGED && *run == run.with_algorithm(algorithm)
-            });
+            let several = ids.iter().any(|id| Some(id) != ids.first());
+            let shaped = |run: EndpointSet| run.with_algorithm(algorithm).of_several(several);
+            let kept = old
+                .and_then(|old| old.get(at).copied())
+                .filter(|(run, held)| ***held == *ids && *run != DAMAGED && *run == shaped(*run));
             let set = match kept {
                 Some((run, _)) => DraftSet { run, ids, fresh: false },
                 None => {
                     let run = self.slots.take(ids.len() as u32);
                     let run = run.ok_or_else(|| full::<tables::Slots>(self.slots.capacity()))?;
-                    DraftSet { run: run.with_algorithm(algorithm), ids, fresh: true }
+                    DraftSet { run: shaped(run), ids, fresh: true }
                 }
             };
             draft.sets.push(set);

@@ -7,6 +7,7 @@ use dataplane_common::Addr;
 use dataplane_common::backend::Backend;
 use dataplane_common::counter::{Open, Traffic};
 use dataplane_common::frontend::{Frontend, FrontendKey};
+use dataplane_common::kept::Tries;
 use dataplane_common::node::{Node, NodeAddress};
 use dataplane_common::range::SourceRangeKey;
 use dataplane_common::service::Service;
@@ -66,8 +67,12 @@ fn apply_alike<M: Maps>(maps: &M, ops: &[Op]) -> Result<(), MapError> {
         Some(Op::Filter(..)) => {
             maps.write::<tables::Filter>(&each!(Op::Filter(word, bits) => (*word, *bits)))
         }
-        Some(Op::ZeroServiceTraffic(_)) => maps
-            .write::<tables::ServiceTraffic>(&each!(Op::ZeroServiceTraffic(id) => (*id, Traffic::zeroed()))),
+        Some(Op::ZeroServiceTraffic(_)) => {
+            maps.write::<tables::ServiceTries>(&each!(Op::ZeroServiceTraffic(id) => (*id, Tries::zeroed())))?;
+            maps.write::<tables::ServiceTraffic>(
+                &each!(Op::ZeroServiceTraffic(id) => (*id, Traffic::zeroed())),
+            )
+        }
         Some(Op::ZeroBackendTraffic(_)) => maps
             .write::<tables::BackendTraffic>(&each!(Op::ZeroBackendTraffic(id) => (*id, Traffic::zeroed()))),
         Some(Op::ZeroOpen(_)) => {

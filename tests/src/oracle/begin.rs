@@ -1,5 +1,6 @@
 //! How a flow begins: to which endpoint, and with which source (P4 to P12, S1).
 
+use super::again::Tried;
 use super::choice::Answers;
 use super::cluster::{Kind, ServicePort};
 use super::flows::{Flow, Phase, Said, Tuple};
@@ -32,13 +33,13 @@ impl Model {
     /// A flow to one of these endpoints.
     pub(super) fn begun(
         &self,
-        place: Place,
-        headers: &Headers,
+        (place, headers): (Place, &Headers),
         client: Client,
-        port: &ServicePort,
-        kind: Kind,
+        (port, kind): (&ServicePort, Kind),
         endpoints: &BTreeSet<SocketAddr>,
+        before: Option<&Flow>,
     ) -> Vec<Alternative> {
+        let several = endpoints.len() > 1;
         // S1: the node is one client, whichever of its addresses it calls from.
         let src = headers.src.ip();
         let own = self.node.source(headers.is_v6()).filter(|_| client == Client::Node);
@@ -46,11 +47,23 @@ impl Model {
         let all = endpoints.len();
         let bound = self.affinities.narrow(who, port, endpoints);
         let question = Answers::question(port, (headers.src, headers.dst), who, endpoints)
-            .filter(|_| bound.len() == all);
+            .filter(|_| bound.len() == all && before.is_none());
         let narrowed = self.answers.narrow(question.as_ref(), &bound);
         let is_bound = narrowed.len() < all;
-        // Affinity goes first.
-        let endpoints = &if is_bound { narrowed } else { self.lighter(port, Tuple::of(headers), narrowed) };
+        // L5: not one that was tried, whatever the algorithm and affinity say.
+        let tried = before.and_then(|flow| flow.tried.as_ref());
+        let others: BTreeSet<_> = endpoints
+            .iter()
+            .filter(|to| tried.is_none_or(|tried| !tried.endpoints.contains(to)))
+            .copied()
+            .collect();
+        let endpoints = &match tried {
+            // Affinity goes first.
+            None if is_bound => narrowed,
+            None => self.lighter(port, Tuple::of(headers), narrowed),
+            Some(tried) if tried.sure && !others.is_empty() => others.clone(),
+            Some(_) => endpoints.clone(),
+        };
         let mut alternatives = Vec::new();
         let reply_of = |to| Tuple { src: to, dst: headers.src, proto: headers.proto };
         // Two flows of one client to one endpoint port, through two addresses, would have the same reply.
@@ -67,6 +80,7 @@ impl Model {
             if let Then::Begin(flow) = &mut alternative.then {
                 flow.source_translated = changes.here == Change::Source;
                 flow.masqueraded = changes.masqueraded;
+                flow.tried = Tried::begun(place, headers, several, to, before);
             }
             alternative
         };
@@ -82,11 +96,28 @@ impl Model {
                     .push(Alternative { collided: true, ..begun_with(to, Changes { here, ..changes }) });
             }
         }
-        alternatives.iter_mut().for_each(|alternative| {
-            alternative.bound = is_bound;
-            alternative.spared = !is_bound && endpoints.len() < all;
-        });
-        alternatives
+        let Some(tried) = tried else {
+            alternatives.iter_mut().for_each(|alternative| {
+                alternative.bound = is_bound;
+                alternative.spared = !is_bound && endpoints.len() < all;
+            });
+            return alternatives;
+        };
+        // Whether there was another can be said as long as the set is the same.
+        let counted = !tried.sure || !others.is_empty();
+        let uncounted = alternatives.clone().into_iter().filter(|_| !tried.sure || others.is_empty());
+        let moved = alternatives
+            .into_iter()
+            .filter(|_| counted)
+            .map(|alternative| Alternative { moved: tried.refused, ..alternative });
+        // What the client had before may still be what it has (S1).
+        let mut all: Vec<_> = moved.chain(uncounted).collect();
+        for alternative in &mut all {
+            if let Some((_, _, had)) = &mut alternative.remembers {
+                had.extend(bound.iter().copied());
+            }
+        }
+        all
     }
 
     /// Whether the endpoint must see an address of this node in place of the client's, and who translates it (P4 to P7, P9 to P11).
@@ -189,6 +220,7 @@ impl Model {
             phase: Phase::HalfOpen { answered: None },
             client_said: Said::by(headers),
             endpoint_said: Said::default(),
+            tried: None,
             endpoint_gone: false,
         };
         let then = if entered { Then::Begin(Box::new(flow)) } else { Then::Nothing };

@@ -1,5 +1,6 @@
 //! Section 5 of the contract: what is remembered of flows. Both directions of a flow live and die together (C4).
 
+use super::again::{Refusal, Tried};
 use super::cluster::{PortId, State};
 use super::wire::{Headers, Rewrite, UDP, chunk, flag};
 use std::collections::BTreeMap;
@@ -71,6 +72,11 @@ impl Said {
         Self { end: Some(seq.wrapping_add(used)), acked }
     }
 
+    /// Whether the next number is this one.
+    pub(super) fn ends_at(&self, number: u32) -> bool {
+        self.end == Some(number)
+    }
+
     fn admits(&self, segment: Self) -> bool {
         let near = |before: Option<u32>, now: Option<u32>| {
             before
@@ -112,6 +118,8 @@ pub struct Flow {
     pub client_said: Said,
     /// The same of the endpoint's.
     pub endpoint_said: Said,
+    /// What it began with, and where it was; `None` where it stays (L5).
+    pub tried: Option<Tried>,
     /// Its endpoint was missing or did not serve at some moment since it began.
     pub endpoint_gone: bool,
 }
@@ -295,6 +303,13 @@ impl Flows {
         self.set_phase(client, phase);
     }
 
+    /// The endpoint of a client's flow has refused it.
+    pub(super) fn refused(&mut self, client: Tuple, refusal: Refusal) {
+        if let Some(tried) = self.by_client.get_mut(&client).and_then(|flow| flow.tried.as_mut()) {
+            tried.refused = Some(refusal);
+        }
+    }
+
     fn set_phase(&mut self, client: Tuple, phase: Option<Phase>) {
         match (phase, self.by_client.get_mut(&client)) {
             (Some(phase), Some(flow)) => flow.phase = phase,
@@ -309,6 +324,7 @@ impl Flows {
             let port = state.ports.iter().find(|port| port.id == flow.port);
             let usable = port.and_then(|port| port.sets.usable.get(&flow.translated.dst));
             flow.endpoint_gone |= usable.is_none();
+            flow.tried.iter_mut().for_each(|tried| tried.sure = false);
         }
     }
 }

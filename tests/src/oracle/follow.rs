@@ -42,6 +42,7 @@ impl Fragments {
             | Outcome::LeftToTc
             | Outcome::Reject(..)
             | Outcome::Translated(..)
+            | Outcome::Again(..)
             | Outcome::Begun { .. } => drop(self.0.insert(datagram(headers), vec![known])),
         }
     }
@@ -126,9 +127,11 @@ impl Model {
             outcome @ Outcome::Translated(..) => {
                 Alternative { then: Then::Followed(flow.client, sender), ..Alternative::new(outcome) }
             }
-            outcome @ (Outcome::Pass | Outcome::LeftToTc | Outcome::Drop(_) | Outcome::Begun { .. }) => {
-                Alternative::new(outcome)
-            }
+            outcome @ (Outcome::Pass
+            | Outcome::LeftToTc
+            | Outcome::Drop(_)
+            | Outcome::Again(..)
+            | Outcome::Begun { .. }) => Alternative::new(outcome),
         }
     }
 

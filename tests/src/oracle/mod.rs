@@ -10,6 +10,7 @@
 
 pub mod address;
 mod affinity;
+mod again;
 mod begin;
 mod choice;
 mod cluster;
@@ -21,6 +22,7 @@ mod packets;
 pub mod wire;
 
 pub use address::Range;
+pub use again::{Refusal, Tried};
 pub use choice::{Algorithm, Question};
 pub use cluster::{Kind, PortId, ServicePort, State};
 pub use endpoints::Sets;
@@ -161,6 +163,8 @@ pub struct Model {
     affinities: affinity::Affinities,
     answers: choice::Answers,
     fragments: follow::Fragments,
+    /// The flows of UDP that got another endpoint, as they were before, by their replies.
+    moved: BTreeMap<Tuple, Flow>,
     /// What answers a packet that left from a port of the node and is of no flow (P22); true if that certainly was noted.
     outgoing: BTreeMap<Tuple, bool>,
     /// Addresses that flows were called by when the cluster last changed.
@@ -178,6 +182,7 @@ impl Model {
             affinities: affinity::Affinities::default(),
             answers: choice::Answers::default(),
             fragments: follow::Fragments::default(),
+            moved: BTreeMap::new(),
             outgoing: BTreeMap::new(),
             lately: BTreeSet::new(),
         }

@@ -1,5 +1,7 @@
 //! What may become of a packet.
 
+use super::Place;
+use super::again::Refusal;
 use super::choice::Question;
 use super::cluster::PortId;
 use super::flows::{Flow, Sender, Tuple};
@@ -98,6 +100,8 @@ pub enum Outcome {
     Reject(Why, Answer),
     /// Translated by a flow that is known.
     Translated(Rewrite, Exit),
+    /// It refuses what a client sent (L5): in its place that comes once more here, byte for byte.
+    Again(Place, Vec<u8>),
     /// Translated by a flow that begins with it.
     Begun {
         /// The endpoint.
@@ -120,6 +124,8 @@ pub enum Then {
     Begin(Box<Flow>),
     /// The flow of this client was used, by whom.
     Used(Tuple, Sender),
+    /// The endpoint of this client's flow has refused it.
+    Refused(Tuple, Refusal),
     /// A packet without ports went its way.
     Followed(Tuple, Sender),
 }
@@ -135,6 +141,12 @@ pub struct Alternative {
     pub ends: Option<Tuple>,
     /// A UDP flow left its endpoint (C1).
     pub rebalanced: bool,
+    /// The flow gets another endpoint than those that refused it (L5).
+    pub moved: Option<Refusal>,
+    /// Another endpoint than its first answers it.
+    pub rescued: bool,
+    /// The flow that leaves its endpoint.
+    pub leaves: Option<Box<Flow>>,
     /// Two flows would have had the same reply: a source port was translated that would else have been kept.
     pub collided: bool,
     /// S1 left less of a choice than the endpoint set.
@@ -158,7 +170,7 @@ impl Alternative {
     pub fn used(&self) -> Option<Tuple> {
         match &self.then {
             Then::Used(client, _) | Then::Followed(client, _) => Some(*client),
-            Then::Nothing | Then::Begin(_) => None,
+            Then::Nothing | Then::Begin(_) | Then::Refused(..) => None,
         }
     }
 
@@ -173,6 +185,9 @@ impl Alternative {
             then: Then::Nothing,
             ends: None,
             rebalanced: false,
+            moved: None,
+            rescued: false,
+            leaves: None,
             collided: false,
             bound: false,
             spared: false,

@@ -1,11 +1,12 @@
 //! Section 3 of the contract: what happens to a packet.
 
 use super::address::{Range, is_multicast_or_broadcast};
+use super::again::Refusal;
 use super::cluster::{Kind, ServicePort};
 use super::flows::{Flow, Phase, Sender, Tuple};
 use super::outcome::{Alternative, Answer, Exit, Outcome, Then, Why};
 use super::wire::{self, Flaw, Headers};
-use super::{Model, Place, Way};
+use super::{Model, Place, Way, again};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
@@ -30,7 +31,7 @@ impl Model {
         if place.is_from_network() && (headers.src.ip().is_loopback() || headers.dst.ip().is_loopback()) {
             return vec![Alternative::new(Outcome::Drop(Why::Loopback))];
         }
-        let mut alternatives = self.expect_of(place, &headers);
+        let mut alternatives = self.expect_of(place, frame, &headers);
         if headers.cut {
             // Whether it was ours can no longer be said.
             alternatives.push(Alternative::new(self.nobodys(place, &headers)));
@@ -46,6 +47,7 @@ impl Model {
                         matches!(alternative.outcome, Outcome::Begun { exit: Exit::Masqueraded, .. });
                     alternative.collided &= !masqueraded;
                     (alternative.outcome, alternative.then) = (Outcome::LeftToTc, Then::Nothing);
+                    alternative.rescued = false;
                 }
             }
         }
@@ -53,9 +55,16 @@ impl Model {
         alternatives
     }
 
-    fn expect_of(&self, place: Place, headers: &Headers) -> Vec<Alternative> {
+    fn expect_of(&self, place: Place, frame: &[u8], headers: &Headers) -> Vec<Alternative> {
         if headers.flaw == Some(Flaw::Fragment) {
             return self.later_fragment(place, headers);
+        }
+        let refused = headers.quote.and_then(|quote| {
+            let about_sender = quote.src.ip() == headers.dst.ip();
+            self.refused_by_error(place, frame, headers, &quote).filter(|_| about_sender)
+        });
+        if let Some(refused) = refused {
+            return vec![refused];
         }
         let about = headers.quote.and_then(|quote| self.error_about(place, headers, &quote));
         if let Some(about) = about {
@@ -72,6 +81,7 @@ impl Model {
     /// unwritten, and with it the other fragments.
     fn leaves_to_tc(&self, headers: &Headers, outcome: &Outcome) -> bool {
         match outcome {
+            Outcome::Again(..) => true,
             Outcome::Reject(..) | Outcome::Translated(_, Exit::HandUp(_) | Exit::Masqueraded) => true,
             Outcome::Begun { exit: Exit::HandUp(_) | Exit::Masqueraded, .. } => true,
             Outcome::Translated(rewrite, Exit::Forward) => {
@@ -95,6 +105,32 @@ impl Model {
         if !is_translated_at(flow, sender, place) {
             return vec![Alternative::new(Outcome::Pass)];
         }
+        let refusal = again::moves(flow, headers).filter(|_| sender == Sender::Client);
+        if let Some(refusal) = refusal {
+            let mut leaving = flow.clone();
+            leaving.tried.iter_mut().for_each(|tried| tried.refused = Some(refusal));
+            let mut alternatives = if place == Place::Early {
+                vec![Alternative::new(Outcome::LeftToTc)]
+            } else {
+                self.first_of(place, headers, Some(&leaving))
+            };
+            if place != Place::Early {
+                for alternative in &mut alternatives {
+                    alternative.ends = Some(flow.client);
+                    alternative.leaves = Some(Box::new(flow.clone()));
+                }
+            }
+            if flow.endpoint_gone || refusal == Refusal::Silence {
+                // Its endpoint may be nobody any more, or have come back; or it has more time.
+                let mut stays = flow.clone();
+                stays.tried.iter_mut().for_each(|tried| tried.frame.clear());
+                alternatives.extend(self.known(place, headers, &stays, sender));
+            }
+            return alternatives;
+        }
+        if let Some(refused) = self.refused_by_reset(flow, sender, headers) {
+            return vec![refused];
+        }
         if is_over(flow, sender, headers) {
             let mut alternatives = self.first(place, headers);
             for alternative in &mut alternatives {
@@ -110,9 +146,11 @@ impl Model {
             | Outcome::LeftToTc
             | Outcome::Drop(_)
             | Outcome::Reject(..)
+            | Outcome::Again(..)
             | Outcome::Begun { .. } => Then::Nothing,
         };
-        vec![Alternative { then, ..Alternative::new(outcome) }]
+        let rescued = matches!(outcome, Outcome::Translated(..)) && again::rescues(flow, sender, headers);
+        vec![Alternative { then, rescued, ..Alternative::new(outcome) }]
     }
 
     fn known_but_flawed(
@@ -182,6 +220,11 @@ impl Model {
 
     /// A packet of no flow.
     fn first(&self, place: Place, headers: &Headers) -> Vec<Alternative> {
+        self.first_of(place, headers, None)
+    }
+
+    /// The same of a flow that leaves its endpoint.
+    fn first_of(&self, place: Place, headers: &Headers, before: Option<&Flow>) -> Vec<Alternative> {
         let Some(client) = self.client(place, headers) else {
             return vec![Alternative::new(self.nobodys(place, headers))];
         };
@@ -199,7 +242,7 @@ impl Model {
             let left = passes && self.node.takes_over;
             return vec![Alternative { left, others: passes && !left, ..Alternative::new(outcome) }];
         }
-        let mut alternatives = self.served(place, headers, client, port, kind);
+        let mut alternatives = self.served((place, headers), client, port, kind, before);
         if self.answers_others(headers).is_some() {
             alternatives.push(Alternative { others: true, ..Alternative::new(Outcome::Pass) });
         }
@@ -209,11 +252,11 @@ impl Model {
     /// A packet that may begin a flow.
     fn served(
         &self,
-        place: Place,
-        headers: &Headers,
+        (place, headers): (Place, &Headers),
         client: Client,
         port: &ServicePort,
         kind: Kind,
+        before: Option<&Flow>,
     ) -> Vec<Alternative> {
         let endpoints = match chosen_from(port, kind, client) {
             Ok(endpoints) => endpoints,
@@ -222,7 +265,7 @@ impl Model {
             }
             Err(why) => return vec![Alternative::new(Outcome::Drop(why))],
         };
-        self.begun(place, headers, client, port, kind, endpoints)
+        self.begun((place, headers), client, (port, kind), endpoints, before)
     }
 
     /// A packet to no Service's address (Z4), and what must not leave the node (P13).
@@ -332,10 +375,14 @@ impl Model {
     /// This alternative happened; `source` is the source that the packet left with.
     pub fn accept(
         &mut self,
+        (_, frame): (Place, &[u8]),
         headers: Option<&Headers>,
         alternative: &Alternative,
         source: Option<SocketAddr>,
     ) {
+        if let Some(flow) = alternative.leaves.as_ref().filter(|flow| flow.client.proto == wire::UDP) {
+            self.moved.insert(flow.reply(), (**flow).clone());
+        }
         if let Some(client) = alternative.ends {
             self.flows.remove(client);
         }
@@ -353,9 +400,13 @@ impl Model {
         }
         match &alternative.then {
             Then::Nothing | Then::Followed(..) => {}
+            Then::Refused(client, refusal) => self.flows.refused(*client, *refusal),
             Then::Begin(flow) => {
                 let mut flow = (**flow).clone();
                 flow.translated.src = source.unwrap_or(flow.translated.src);
+                if let Some(tried) = &mut flow.tried {
+                    tried.frame = frame.to_vec();
+                }
                 self.flows.insert(flow);
             }
             Then::Used(client, sender) => {

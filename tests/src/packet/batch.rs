@@ -8,6 +8,7 @@ use dataplane_common::counter::{Open, Traffic};
 use dataplane_common::drop::Reason;
 use dataplane_common::filter::caller_tick;
 use dataplane_common::flow::{Counted, Flow, FlowKey, Numbers, Stage, TICK_MASK};
+use dataplane_common::kept::{TURNED_IN_A_TICK, Tries};
 use dataplane_common::service::EndpointSet;
 use dataplane_common::tables::{self, Table as _};
 use dataplane_common::{Addr, Port, Protocol};
@@ -59,9 +60,7 @@ impl World {
         let addresses: BTreeSet<Addr> = facts.interfaces.iter().map(|ip| Addr::from(*ip)).collect();
         let proxy_name = facts.proxy_name.as_deref().map(Into::into);
         let interfaces = facts.interfaces.clone().into();
-        let mut context = Context::new(&self.store, proxy_name, &facts.cluster_cidrs, &interfaces);
-        // How long it takes from one packet to the next means nothing here (L5).
-        context.defaults.tries = 0;
+        let context = Context::new(&self.store, proxy_name, &facts.cluster_cidrs, &interfaces);
         let all: BTreeSet<_> = self.store.services().map(|service| service.name.clone()).collect();
         dirty.services.extend(all);
         let update = self.compiler.update(&self.store, &dirty.services, &context);
@@ -333,6 +332,9 @@ impl World {
         let clients: Vec<_> = affinities.entries()?.into_iter().map(|(key, _)| key).collect();
         let datagrams: Vec<_> = fragments.entries()?.into_iter().map(|(key, _)| key).collect();
         affinities.remove_batch(&clients)?;
+        let moved = self.maps.map::<tables::Moved>()?;
+        let keys: Vec<_> = moved.entries()?.into_iter().map(|(key, _)| key).collect();
+        moved.remove_batch(&keys)?;
         let newcomers = self.maps.map::<tables::Newcomers>()?;
         let clients: Vec<_> = newcomers.entries()?.into_iter().map(|(key, _)| key).collect();
         newcomers.remove_batch(&clients)?;
@@ -351,6 +353,36 @@ impl World {
         (0..tables::Answers::CAPACITY as u32)
             .try_for_each(|index| answers.update(&index.to_ne_bytes(), &none, 0))
             .context("answers")
+    }
+
+    /// Has each service port have turned round as many refusals as may be in this second and the next ones.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn exhaust_tries(&self) -> Result<()> {
+        let tick = self.tick()?;
+        let table = self.maps.map::<tables::ServiceTries>()?;
+        for (id, tries) in table.entries()? {
+            table.insert(&id, &Tries { turned: Tries::in_tick(tick, TURNED_IN_A_TICK), ..tries }, 0)?;
+        }
+        // The programs may be in the next one by now.
+        if self.tick()? == tick { Ok(()) } else { self.exhaust_tries() }
+    }
+
+    /// The second tries of all service ports.
+    ///
+    /// # Errors
+    /// If the counters cannot be read.
+    pub fn tries(&self) -> Result<Tries> {
+        let mut sum = Tries::default();
+        for (_, tries) in self.maps.map::<tables::ServiceTries>()?.entries()? {
+            sum.silent += tries.silent;
+            sum.refused += tries.refused;
+            sum.unreachable += tries.unreachable;
+            sum.udp += tries.udp;
+            sum.rescued += tries.rescued;
+        }
+        Ok(sum)
     }
 
     /// Pins the maps below a folder that is mounted for that, so that a second copy of the programs finds them.
@@ -482,6 +514,8 @@ impl Accounts for Ending {
     fn seen(&mut self, _: &Flow) {}
 
     fn all_seen(&mut self) {}
+
+    fn idle(&mut self, _: &[FlowKey]) {}
 
     fn ending(&mut self, keys: &[FlowKey]) {
         self.failed = self.fold.end(keys).err().map(Into::into).or(self.failed.take());

@@ -233,8 +233,9 @@ impl World {
         snat_ports: RangeInclusive<u16>,
     ) -> Result<Self> {
         // Small tables: all counters are read before and after each packet.
-        let small = ["backends", "backend_traffic", "open", "services", "service_traffic", "rounds"]
-            .map(|map| (map, 256));
+        let small =
+            ["backends", "backend_traffic", "open", "services", "service_traffic", "service_tries", "rounds"]
+                .map(|map| (map, 256));
         let sizes = small.iter().chain(sizes).map(|&(map, entries)| MapSize { map, entries });
         let sizes: Vec<_> = sizes.collect();
         let object = Object::open(&Options { sizes: &sizes, ..Options::default() })?;
@@ -353,9 +354,14 @@ impl World {
     /// # Errors
     /// If the kernel refuses.
     pub fn hold_back(&self, holds: bool) -> Result<()> {
-        let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Clock::new(&mut object)?.tick();
+        let now = self.tick()?;
         Ok(carry::hold_back(&self.maps, holds.then_some(now))?)
+    }
+
+    /// The programs' tick.
+    fn tick(&self) -> Result<u32> {
+        let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Clock::new(&mut object)?.tick())
     }
 
     /// Takes this number for the secret of the boot.

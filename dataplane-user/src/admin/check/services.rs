@@ -64,8 +64,8 @@ fn called(row: &ServiceRow) -> Vec<CheckLine> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::TrafficRow;
     use crate::admin::status::Verdict;
+    use crate::admin::{TrafficRow, TriesRow};
 
     #[test]
     fn services_that_nobody_answers_for_are_named_and_not_all_of_many() {
@@ -82,6 +82,7 @@ mod tests {
             affinity_seconds: 0,
             algorithm: "random",
             retry: 3,
+            tries: TriesRow::default(),
             traffic: TrafficRow::default(),
         };
         assert_eq!(without_endpoints(&[row(0, true)]).verdict, Verdict::Well);

@@ -172,7 +172,7 @@ pub fn cut_up(frame: &[u8], id: u16, piece: usize) -> Vec<Vec<u8>> {
     payload.chunks(piece).enumerate().map(fragment).collect()
 }
 
-fn sum_header(frame: &mut [u8]) {
+pub(in crate::oracle) fn sum_header(frame: &mut [u8]) {
     let length = usize::from(frame[ETHERNET] & 15) * 4;
     frame[ETHERNET + 10..ETHERNET + 12].fill(0);
     let sum = header_checksum(&frame[ETHERNET..ETHERNET + length]);

@@ -3,7 +3,9 @@
 mod build;
 mod rewrite;
 
+pub(in crate::oracle) use build::sum_header;
 pub use build::{Segment, behind, cut_up, error_about, ip_frame, tagged};
+pub(in crate::oracle) use rewrite::checksum;
 pub use rewrite::{Rewrite, header_sum_is_right, rewritten, transport_sum_is_right};
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};

@@ -191,7 +191,7 @@ pub fn transport_sum_is_right(frame: &[u8], headers: &Headers) -> bool {
 }
 
 /// The checksum of a transport segment whose own field is zero.
-pub(super) fn checksum(headers: &Headers, segment: &[u8]) -> [u8; 2] {
+pub(in crate::oracle) fn checksum(headers: &Headers, segment: &[u8]) -> [u8; 2] {
     let pseudo = if headers.proto == ICMP { Vec::new() } else { pseudo_header(headers, segment.len()) };
     (!(ones_sum(&[pseudo, segment.to_vec()].concat()) as u16)).to_be_bytes()
 }
