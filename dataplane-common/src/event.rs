@@ -10,7 +10,7 @@ use crate::{Addr, Port};
 use bytemuck::{Pod, Zeroable};
 
 /// Slots of the ring: as many as fit into a mebibyte.
-pub const EVENTS: usize = 7_168;
+pub const EVENTS: usize = 4_096;
 
 /// How many readers at once may ask for the packets of flows.
 pub const MARKS: usize = 4;

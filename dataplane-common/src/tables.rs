@@ -100,7 +100,7 @@ tables! {
     /// The node's settings, one element.
     Nodes = "node", Array<u32, Node>, 1;
     /// Addresses of this node.
-    NodeAddrs = "node_addrs", Hash<Addr, NodeAddress>, 10_240;
+    NodeAddrs = "node_addrs", HashByEntry<Addr, NodeAddress>, 10_240;
     /// The filter in front of the hash tables.
     Filter = "filter", Array<u32, u64>, FILTER_WORDS;
     /// When somebody last called a Service by packet: the filter of replies.
@@ -148,7 +148,7 @@ tables! {
     /// The endpoint's half of each flow of UDP that lately got another endpoint, by its key: what else the first refuses finds its client.
     Moved = "moved", LruHash<FlowKey, Flow>, 256;
     /// Second tries per service port.
-    ServiceTries = "service_tries", Array<u32, Tries>, 32_768;
+    ServiceTries = "service_tries", HashByEntry<u32, Tries>, 32_768;
     /// How often each reason occurred.
     Reasons = "reasons", PerCpuArray<u32, u64>, REASON_SLOTS;
     /// Whether anybody watches, one element.

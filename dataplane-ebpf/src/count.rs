@@ -32,8 +32,8 @@ pub fn moved(service: u32, number: u32) {
         // SAFETY: as above.
         unsafe { *count += 1 };
     }
-    let Some(tries) = SERVICE_TRIES.get_ptr_mut(service) else { return };
-    // SAFETY: an element of an array, which stays; an aligned word.
+    let Some(tries) = SERVICE_TRIES.get_ptr_mut(&service) else { return };
+    // SAFETY: an element of a map, valid until the program ends; an aligned word.
     unsafe {
         let word = if number == Reason::MovedRefused as u32 {
             &raw mut (*tries).refused
@@ -52,8 +52,8 @@ pub fn moved(service: u32, number: u32) {
 #[inline(never)]
 pub fn rescued(service: u32) {
     reason(Reason::Rescued);
-    if let Some(tries) = SERVICE_TRIES.get_ptr_mut(service) {
-        // SAFETY: an element of an array, which stays; an aligned word.
+    if let Some(tries) = SERVICE_TRIES.get_ptr_mut(&service) {
+        // SAFETY: as above.
         unsafe { atomic::add(&raw mut (*tries).rescued, 1) };
     }
 }

@@ -61,8 +61,8 @@ fn after(index: u32, rate: Rate, now: u64) -> Option<u64> {
 /// Whether another refusal of a flow of this service port may be turned round in this tick (L5).
 #[inline(always)]
 pub fn allows_turn(service: u32) -> bool {
-    let Some(tries) = SERVICE_TRIES.get_ptr_mut(service) else { return true };
-    // SAFETY: an element of an array, which stays; one aligned word.
+    let Some(tries) = SERVICE_TRIES.get_ptr_mut(&service) else { return true };
+    // SAFETY: an element of a map, valid until the program ends; one aligned word.
     unsafe {
         let (word, now) = (&raw mut (*tries).turned, flow::now());
         let seen = word.read_volatile();

@@ -48,7 +48,7 @@ macro_rules! maps {
 
 maps! {
     NODE: Array = "node", Nodes;
-    NODE_ADDRS: HashMap = "node_addrs", NodeAddrs;
+    NODE_ADDRS: HashMapByEntry = "node_addrs", NodeAddrs;
     FILTER: Array = "filter", Filter;
     CALLERS: MappedArray = "callers", Callers;
     FRONTENDS: HashMapByEntry = "frontends", Frontends;
@@ -68,7 +68,7 @@ maps! {
     FRAGMENTS: LruHashMap = "fragments", Fragments;
     KEPT: Array = "kept", Kept;
     MOVED: LruHashMap = "moved", Moved;
-    SERVICE_TRIES: Array = "service_tries", ServiceTries;
+    SERVICE_TRIES: HashMapByEntry = "service_tries", ServiceTries;
     SERVICE_TRAFFIC: Array = "service_traffic", ServiceTraffic;
     BACKEND_TRAFFIC: Array = "backend_traffic", BackendTraffic;
     OPEN: MappedArray = "open", OpenCounts;
