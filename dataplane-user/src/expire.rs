@@ -155,7 +155,6 @@ const FOLDED: usize = 1 << 10;
 /// How many entries a sweep looks at closely, which may be idle or alone; those past that have their turn in the next.
 const MOST: usize = 1 << 18;
 
-#[expect(clippy::too_many_arguments, reason = "a sweep with its bound, for tests")]
 fn sweep_at_most<M: Maps>(
     most: usize,
     maps: &M,

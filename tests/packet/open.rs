@@ -91,10 +91,18 @@ fn a_flow_is_open_until_it_ends() {
         world.send(Hook::UplinkIn, &segment(f, 40_002, tcp::RST).numbers(1_001, 0)).unwrap();
         expect_open(&world, 0);
         // A connection that is refused.
-        let to = open(&world, f, Hook::UplinkIn, 40_003);
+        let mut to = open(&world, f, Hook::UplinkIn, 40_003);
         expect_open(&world, 1);
-        world.send(Hook::UplinkOut, &answer(f, to, 40_003, tcp::RST | tcp::ACK).numbers(0, 1_001)).unwrap();
-        expect_open(&world, 0);
+        for tries in (0..=3).rev() {
+            let reset = answer(f, to, 40_003, tcp::RST | tcp::ACK).numbers(0, 1_001);
+            let refused = world.send(Hook::UplinkOut, &reset).unwrap();
+            if tries != 0 {
+                // The next is asked (L5).
+                let again = world.send_bytes(Hook::UplinkIn, &refused.packet).unwrap();
+                to = f.destination(&again.packet);
+            }
+            expect_open(&world, u32::from(tries != 0));
+        }
         // The client begins anew on the port of a connection that is over.
         establish(&world, f, 40_001);
         expect_open(&world, 1);

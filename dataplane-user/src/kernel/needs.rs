@@ -105,6 +105,7 @@ pub const NEEDS: &[Needed] = &[
     helper("skb_pull_data", 39, SchedCls, "4.9"),
     helper("skb_change_head", 43, SchedCls, "4.10"),
     helper("get_socket_cookie", 46, CgroupSockAddr, "4.12"),
+    helper("skb_adjust_room", 50, SchedCls, "4.13"),
     helper("xdp_adjust_tail", 65, Xdp, "4.18"),
     helper("fib_lookup", 69, SchedCls, "4.18"),
     helper("fib_lookup", 69, Xdp, "4.18"),
@@ -125,6 +126,7 @@ pub const NEEDS: &[Needed] = &[
     helper("loop", 181, SchedCls, "5.17"),
     helper("set_retval", 187, CgroupSockAddr, "5.18"),
     helper("xdp_get_buff_len", 188, Xdp, "5.18"),
+    helper("xdp_load_bytes", 189, Xdp, "5.18"),
     Needed { need: Need::MappedArrays, since: "5.5" },
     Needed { need: Need::Atomics, since: "5.12" },
     Needed { need: Need::XdpFrags, since: "5.18" },
@@ -132,7 +134,7 @@ pub const NEEDS: &[Needed] = &[
 
 /// What of it this kernel has not. What the kernel will not say, for want of rights or memory, counts as there: loading tells.
 pub fn missing() -> Vec<Needed> {
-    missing_by(|need| has(need))
+    missing_by(has)
 }
 
 fn missing_by(has: impl Fn(Need) -> io::Result<bool>) -> Vec<Needed> {
