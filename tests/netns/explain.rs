@@ -188,7 +188,7 @@ fn a_flow_that_is_there_is_told_and_an_agent_that_is_not_is_too() {
     // The agent writes the names of service ports beside its loop.
     until("the name is known", || node.portolan(&["flows", "-o", "json"]).unwrap().contains("default/web"));
     let flows = node.portolan(&["flows", "-o", "json"]).unwrap();
-    for _ in 0..5 {
+    for _ in 0..2 {
         let (code, answer) = explain(node, &[&from, &format!("{ADDRESS}:80"), "--protocol", "udp"]);
         assert_eq!((code, &answer["known_flow"]), (0, &true.into()), "{answer}");
         assert_eq!(chosen(&answer), [at(served, 8080).to_string()].into());

@@ -246,7 +246,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Packets that were not told because there were more than [`PACKETS`] between two renewals, since this was last asked.
+    /// Packets that were not told because there were more than 1,000 between two renewals, since this was last asked.
     pub fn missed_packets(&mut self) -> u64 {
         let missed = self.ring.watch(offset_of!(Watch, missed)).load(Ordering::Relaxed);
         missed.wrapping_sub(std::mem::replace(&mut self.missed, missed))
