@@ -1,15 +1,14 @@
 //! The ring of events in this process's memory ([`dataplane_common::event`]): readers follow it, each at a pace of its own, and keep the
 //! programs telling as long as they live; the agent's sweep writes to it what it removes.
 
-use super::maps::{KernelMaps, Map, MapError};
+use super::mapped::MappedWords;
+use super::maps::{KernelMaps, MapError};
 use bytemuck::Zeroable as _;
 use dataplane_common::event::{EVENTS, Event, MARKS, Mark, Watch};
 use dataplane_common::node::Prefix;
-use dataplane_common::tables::{Events, Table, Watches};
+use dataplane_common::tables::{Events, Table as _, Watches};
 use std::io;
 use std::mem::offset_of;
-use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
@@ -25,61 +24,21 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// Words of a record.
 const WORDS: usize = size_of::<Event>() / size_of::<u64>();
 
-/// An array of the kernel, mapped.
-#[derive(Debug)]
-struct Mapping {
-    words: NonNull<AtomicU64>,
-    count: usize,
-}
-
-// SAFETY: words that are read and written atomically, in memory that lives as long as the mapping.
-unsafe impl Send for Mapping {}
-
-impl Mapping {
-    fn of<T: Table>(table: &Map<T>, elements: usize) -> Result<Self, MapError> {
-        let failed = |source| MapError::Call { verb: "map", name: T::NAME, source };
-        if table.capacity() < elements {
-            return Err(failed(io::ErrorKind::InvalidData.into()));
-        }
-        let length = elements * size_of::<T::Value>();
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses; it is no longer than the map's elements.
-        let address = unsafe {
-            let fd = table.as_fd().as_raw_fd();
-            libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, fd, 0)
-        };
-        if address == libc::MAP_FAILED {
-            return Err(failed(io::Error::last_os_error()));
-        }
-        let words = NonNull::new(address.cast());
-        let words = words.ok_or_else(|| failed(io::ErrorKind::AddrNotAvailable.into()))?;
-        Ok(Self { words, count: length / size_of::<u64>() })
-    }
-
-    fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping lives as long as `self` and is aligned to a page; programs write whole words, or parts of words
-        // whose turn tells that they are being written.
-        unsafe { std::slice::from_raw_parts(self.words.as_ptr(), self.count) }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nothing borrows from it any more.
-        unsafe { libc::munmap(self.words.as_ptr().cast(), self.count * size_of::<u64>()) };
-    }
-}
-
 /// The ring, and the word that switches it on.
 #[derive(Debug)]
 pub struct EventRing {
-    watch: Mapping,
-    events: Mapping,
+    watch: MappedWords,
+    events: MappedWords,
 }
 
 /// The coarse monotonic clock, in nanoseconds: the programs' own for all that lasts.
 fn coarse() -> u64 {
     nanoseconds(libc::CLOCK_MONOTONIC_COARSE)
+}
+
+/// The end of a lease that begins now, on that clock.
+fn lease_end() -> u64 {
+    coarse() + LEASE.as_nanos() as u64
 }
 
 /// The clock by which events have their time, in nanoseconds.
@@ -102,10 +61,14 @@ impl EventRing {
     /// Maps the tables.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's, or [`MapError::Call`] if the ring has fewer slots than programs write to.
     pub fn open(maps: &KernelMaps) -> Result<Self, MapError> {
-        let watch = Mapping::of(&maps.map::<Watches>()?, 1)?;
-        Ok(Self { watch, events: Mapping::of(&maps.map::<Events>()?, EVENTS)? })
+        let (watch, events) = (maps.map::<Watches>()?, maps.map::<Events>()?);
+        if events.capacity() < EVENTS {
+            let source = io::Error::from(io::ErrorKind::InvalidData);
+            return Err(MapError::Call { verb: "map", name: Events::NAME, source });
+        }
+        Ok(Self { watch: MappedWords::map(&watch)?, events: MappedWords::map(&events)? })
     }
 
     fn watch(&self, offset: usize) -> &AtomicU64 {
@@ -124,8 +87,7 @@ impl EventRing {
 
     /// Has programs tell events for [`LEASE`] from now.
     pub fn renew(&self) {
-        let until = coarse() + LEASE.as_nanos() as u64;
-        self.watch(offset_of!(Watch, until)).fetch_max(until, Ordering::SeqCst);
+        self.watch(offset_of!(Watch, until)).fetch_max(lease_end(), Ordering::SeqCst);
     }
 
     fn slot(&self, turn: u64) -> &[AtomicU64] {
@@ -233,7 +195,7 @@ impl Reader {
     pub fn renew(&mut self) -> Result<(), NoMark> {
         self.ring.renew();
         let Some(mark) = &mut self.mark else { return Ok(()) };
-        let until = coarse() + LEASE.as_nanos() as u64;
+        let until = lease_end();
         mark.place = mark.place.filter(|place| self.ring.holds(*place, mark));
         if mark.place.is_none() {
             mark.place = Some(self.ring.take_mark(mark).ok_or(NoMark)?);

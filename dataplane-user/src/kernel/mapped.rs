@@ -7,12 +7,15 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
-/// The elements of a table whose values are words, as long as they are mapped.
+/// The elements of a table whose values are whole words, as long as they are mapped.
 #[derive(Debug)]
 pub(super) struct MappedWords {
     address: NonNull<AtomicU64>,
     words: usize,
 }
+
+// SAFETY: words that are read and written atomically, in memory that lives as long as the mapping.
+unsafe impl Send for MappedWords {}
 
 impl MappedWords {
     /// Maps the table.
@@ -20,13 +23,15 @@ impl MappedWords {
     /// # Errors
     /// The kernel's.
     pub(super) fn map<T: Table>(table: &Map<T>) -> Result<Self, MapError> {
-        const { assert!(size_of::<T::Value>() == size_of::<u64>(), "each value is a word") };
+        const WORD: usize = size_of::<u64>();
+        const { assert!(size_of::<T::Value>().is_multiple_of(WORD), "each value is whole words") };
         let failed = |source| MapError::Call { verb: "map", name: T::NAME, source };
-        let (protection, words) = (libc::PROT_READ | libc::PROT_WRITE, table.capacity());
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let words = table.capacity() * (size_of::<T::Value>() / WORD);
         // SAFETY: a new mapping at an address that the kernel chooses; it is as long as the map's elements.
         let address = unsafe {
             let fd = table.as_fd().as_raw_fd();
-            libc::mmap(std::ptr::null_mut(), words * size_of::<u64>(), protection, libc::MAP_SHARED, fd, 0)
+            libc::mmap(std::ptr::null_mut(), words * WORD, protection, libc::MAP_SHARED, fd, 0)
         };
         if address == libc::MAP_FAILED {
             return Err(failed(io::Error::last_os_error()));
@@ -36,9 +41,10 @@ impl MappedWords {
         Ok(Self { address, words })
     }
 
-    /// The words, by the index of their element.
+    /// The words, those of the first element first.
     pub(super) fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping lives as long as `self` and is aligned to a page; programs write whole words.
+        // SAFETY: the mapping lives as long as `self` and is aligned to a page; programs write whole words, or parts of words of which
+        // another word tells that they are being written.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.words) }
     }
 }
