@@ -218,6 +218,14 @@ fn check(is: usize, must_be: usize) -> io::Result<()> {
     if is == must_be { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }
 }
 
+/// An instruction of BPF (RFC 9669, 3): its code, registers, offset and number.
+pub(super) const fn instruction(code: u8, dst: u8, src: u8, offset: i16, immediate: i32) -> u64 {
+    code as u64
+        | ((src << 4 | dst) as u64) << 8
+        | (offset as u16 as u64) << 16
+        | (immediate as u32 as u64) << 32
+}
+
 /// Loads a tc program that is written out by instruction.
 ///
 /// # Errors
@@ -367,7 +375,7 @@ impl AsFd for MapFd {
 }
 
 impl MapFd {
-    /// Makes a map without BTF. The agent's maps come from the eBPF object; this is for tests and benchmarks.
+    /// Makes a map without BTF. What the programs share comes from the eBPF object; this is for what the agent or a test has alone.
     ///
     /// # Errors
     /// The kernel's: `EPERM` without the right, `EINVAL` for a shape it does not take.

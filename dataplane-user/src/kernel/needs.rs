@@ -1,13 +1,11 @@
 //! What the programs need of a kernel, asked of the kernel itself: distributions bring much to old kernels, and leave out what others
 //! have. Must never refuse a kernel for what cannot be found out.
 
-use super::bpf::{self, bpf};
-use std::os::fd::{FromRawFd as _, OwnedFd};
+use super::bpf::{self, MapFd, instruction};
+use std::os::fd::OwnedFd;
 use std::{fmt, io};
 
-const MAP_CREATE: libc::c_int = 0;
-/// `BPF_MAP_TYPE_ARRAY`, `BPF_F_MMAPABLE`.
-const ARRAY: u32 = 2;
+/// `BPF_F_MMAPABLE`.
 const MMAPABLE: u32 = 1 << 10;
 /// `BPF_F_XDP_HAS_FRAGS`.
 const HAS_FRAGS: u32 = 1 << 5;
@@ -154,53 +152,38 @@ fn missing_by(has: impl Fn(Need) -> io::Result<bool>) -> Vec<Needed> {
 
 fn has(need: Need) -> io::Result<bool> {
     /// `r0 = 0; exit`
-    const END: [u64; 2] = [0xb7, 0x95];
-    let refused = |result: io::Result<OwnedFd>, code: i32| match result {
-        Ok(_) => Ok(true),
-        Err(error) if error.raw_os_error() == Some(code) => Ok(false),
-        Err(error) => Err(error),
-    };
+    const END: [u64; 2] = [instruction(0xb7, 0, 0, 0, 0), instruction(0x95, 0, 0, 0, 0)];
     match need {
         // The verifier knows the function first, with EINVAL if not; then it looks at the arguments, with EACCES.
         Need::Helper(_, number, kind) => {
-            let call = 0x85 | u64::from(number) << 32;
+            let call = instruction(0x85, 0, 0, 0, number as i32);
             match load(kind, 0, &[call, END[0], END[1]]) {
                 Err(error) if error.raw_os_error() == Some(libc::EACCES) => Ok(true),
-                result => refused(result, libc::EINVAL),
+                result => knows(result),
             }
         }
         Need::Atomics => {
             // *(u64 *)(r10 - 8) = 0; r1 = 1; r1 = atomic_fetch_add((u64 *)(r10 - 8), r1)
-            let below_frame = u64::from((-8_i16) as u16) << 16;
-            let store = 0x7a | 10 << 8 | below_frame;
-            let one = 0xb7 | 1 << 8 | 1 << 32;
-            let fetch_add = 0xdb | (1 << 4 | 10) << 8 | below_frame | 1 << 32;
-            refused(load(SchedCls, 0, &[store, one, fetch_add, END[0], END[1]]), libc::EINVAL)
+            let (store, one) = (instruction(0x7a, 10, 0, -8, 0), instruction(0xb7, 1, 0, 0, 1));
+            let fetch_add = instruction(0xdb, 10, 1, -8, 1);
+            knows(load(SchedCls, 0, &[store, one, fetch_add, END[0], END[1]]))
         }
-        Need::MappedArrays => refused(mapped_array(), libc::EINVAL),
-        Need::XdpFrags => refused(load(Xdp, HAS_FRAGS, &END), libc::EINVAL),
+        Need::MappedArrays => knows(MapFd::create("probe", bpf::TYPE_ARRAY, MMAPABLE, [4, 8], 1)),
+        Need::XdpFrags => knows(load(Xdp, HAS_FRAGS, &END)),
+    }
+}
+
+/// Whether the kernel took something: EINVAL says that it does not know it.
+fn knows<T>(result: io::Result<T>) -> io::Result<bool> {
+    match result {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
 fn load(kind: ProgramType, flags: u32, program: &[u64]) -> io::Result<OwnedFd> {
     bpf::load_program(program, kind as u32, kind.attach_type(), flags)
-}
-
-fn mapped_array() -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Create {
-        map_type: u32,
-        key_size: u32,
-        value_size: u32,
-        max_entries: u32,
-        map_flags: u32,
-    }
-    let mut attr =
-        Create { map_type: ARRAY, key_size: 4, value_size: 8, max_entries: 1, map_flags: MMAPABLE };
-    // SAFETY: `Create` is what the command reads.
-    let fd = unsafe { bpf(MAP_CREATE, &mut attr)? };
-    // SAFETY: as above.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[cfg(test)]

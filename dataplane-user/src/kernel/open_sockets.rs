@@ -4,7 +4,7 @@
 //! Only the kernel's own iterator can walk there (`bpf_iter`, Linux 5.9). Its program counts into a map, so that the walk is one piece: what
 //! is handed over in several may be missed where a socket goes meanwhile.
 
-use super::bpf::{self, MapFd, bpf};
+use super::bpf::{self, MapFd, bpf, instruction};
 use super::kernel_types;
 use super::link;
 use crate::recount::Live;
@@ -93,12 +93,6 @@ fn program(counts: BorrowedFd<'_>) -> Vec<u64> {
     const COUNTED: i16 = offset_of!(SocketName, counted) as i16;
     const KEY: i16 = -8;
     const ONE: i16 = -16;
-    let instruction = |code: u8, dst: u8, src: u8, offset: i16, immediate: i32| {
-        u64::from(code)
-            | u64::from(src << 4 | dst) << 8
-            | u64::from(offset as u16) << 16
-            | u64::from(immediate as u32) << 32
-    };
     let load = |dst, src, offset| instruction(0x79, dst, src, offset, 0);
     let store = |offset, src| instruction(0x7b, 10, src, offset, 0);
     let set = |register, value| instruction(0xb7, register, 0, 0, value);

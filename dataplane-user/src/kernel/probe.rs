@@ -3,7 +3,7 @@
 //! What is missing is replaced, and one log line tells which way was taken; what cannot be replaced is an error that says
 //! what to do.
 
-use super::bpf::{self, TestRun, bpf};
+use super::bpf::{self, TestRun, bpf, instruction};
 use super::link;
 use super::needs::{self, Needed};
 use std::ffi::CString;
@@ -170,12 +170,6 @@ fn fib_source_program() -> Vec<u64> {
     const PARAMS: i16 = -64;
     const FIB_LOOKUP: i32 = 69;
     const LOOKUP_SRC: i32 = 1 << 4;
-    let instruction = |code: u8, dst: u8, src: u8, offset: i16, immediate: i32| {
-        u64::from(code)
-            | u64::from(src << 4 | dst) << 8
-            | u64::from(offset as u16) << 16
-            | u64::from(immediate as u32) << 32
-    };
     let store_zero = |offset| instruction(0x7a, 10, 0, offset, 0);
     let set = |register, value| instruction(0xb7, register, 0, 0, value);
     let mut program: Vec<u64> = (0..8).map(|word| store_zero(PARAMS + 8 * word)).collect();
