@@ -173,15 +173,13 @@ fn sweep_at_most<M: Maps>(
         *count = count.saturating_sub(1);
     }
     let keys = |entries: Vec<(FlowKey, Stage)>| entries.into_iter().map(|(key, _)| key).collect::<Vec<_>>();
-    let mut remove = |entries, is_idle: bool| {
-        let keys = keys(entries);
-        if is_idle {
-            accounts.idle(&keys);
-        }
-        accounts.ending(&keys);
-        maps.remove::<Flows>(&keys)
+    let (idle, alone) = (keys(idle), keys(alone));
+    accounts.idle(&idle);
+    let mut remove = |keys: &[FlowKey]| {
+        accounts.ending(keys);
+        maps.remove::<Flows>(keys)
     };
-    let (idle, alone) = (remove(idle, true)?, remove(alone, false)?);
+    let (idle, alone) = (remove(&idle)?, remove(&alone)?);
     Ok(Swept { idle, alone, ..census.remain })
 }
 
