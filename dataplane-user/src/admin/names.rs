@@ -81,14 +81,18 @@ impl Names {
 
     /// The ids of a service port (`namespace/name:port`), one for each IP family, or of all ports of a Service.
     pub fn ids(&self, wanted: &str) -> Vec<u32> {
-        let is_it = |name: &str| name == wanted || name.split_once(':').is_some_and(|(it, _)| it == wanted);
-        self.0.iter().filter(|(_, name)| is_it(name)).map(|(id, _)| *id).collect()
+        self.0.iter().filter(|(_, name)| is_of(name, wanted)).map(|(id, _)| *id).collect()
     }
 
     /// The name of an id, else the id itself.
     pub fn name(&self, id: u32) -> String {
         self.0.get(&id).cloned().unwrap_or_else(|| format!("#{id}"))
     }
+}
+
+/// Whether a service port (`namespace/name:port`) is the one that is wanted, or a port of the Service that is (`namespace/name`).
+pub fn is_of(service_port: &str, wanted: &str) -> bool {
+    service_port == wanted || service_port.split_once(':').is_some_and(|(service, _)| service == wanted)
 }
 
 #[cfg(test)]

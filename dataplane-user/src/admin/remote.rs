@@ -38,20 +38,49 @@ pub struct Answer {
     pub err: String,
 }
 
+/// Why `kubectl` did not run.
+pub(super) fn not_run(error: std::io::Error) -> AdminError {
+    AdminError::End(format!("cannot run kubectl: {error}. Is it in PATH?"))
+}
+
+/// Words as `kubectl` takes them.
+pub(super) fn words(arguments: &[&str]) -> Vec<OsString> {
+    arguments.iter().map(OsString::from).collect()
+}
+
+/// What a command printed that must succeed; `arguments` are its own.
+///
+/// # Errors
+/// If it has not, with what it said.
+pub(super) fn succeeded(arguments: &[&str], answer: Answer) -> Result<String, AdminError> {
+    if answer.code == Some(0) {
+        return Ok(answer.out);
+    }
+    Err(AdminError::End(format!("kubectl {}: {}", arguments.join(" "), answer.err.trim())))
+}
+
+/// Objects, as `kubectl` has them.
+///
+/// # Errors
+/// If it cannot be run, or does not list them.
+pub(super) fn objects(arguments: &[&str]) -> Result<Value, AdminError> {
+    let all = [arguments, &["--output", "json"]].concat();
+    Ok(serde_json::from_str(&succeeded(&all, kubectl(&words(&all), "")?)?)?)
+}
+
 /// Runs `kubectl`, with a text on its standard input.
 ///
 /// # Errors
 /// If there is none.
 pub(super) fn kubectl(arguments: &[OsString], input: &str) -> Result<Answer, AdminError> {
-    let failed = |error| AdminError::End(format!("cannot run kubectl: {error}. Is it in PATH?"));
     let mut command = Command::new("kubectl");
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().map_err(failed)?;
+    let mut child = command.spawn().map_err(not_run)?;
     // What it does not read it needs no more.
     if let Some(mut stdin) = child.stdin.take() {
         let _ = stdin.write_all(input.as_bytes());
     }
-    let output = child.wait_with_output().map_err(failed)?;
+    let output = child.wait_with_output().map_err(not_run)?;
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     Ok(Answer { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) })
 }
@@ -61,12 +90,7 @@ pub(super) fn kubectl(arguments: &[OsString], input: &str) -> Result<Answer, Adm
 /// # Errors
 /// If `kubectl` does not list them.
 pub fn pods() -> Result<Vec<AgentPod>, AdminError> {
-    let get = ["get", "pods", "--all-namespaces", "--selector", LABEL, "--output", "json"];
-    let answer = kubectl(&get.map(OsString::from), "")?;
-    if answer.code != Some(0) {
-        return Err(AdminError::End(format!("kubectl get pods: {}", answer.err.trim())));
-    }
-    Ok(pods_of(&serde_json::from_str(&answer.out)?))
+    Ok(pods_of(&objects(&["get", "pods", "--all-namespaces", "--selector", LABEL])?))
 }
 
 fn pods_of(list: &Value) -> Vec<AgentPod> {
@@ -88,11 +112,7 @@ fn pods_of(list: &Value) -> Vec<AgentPod> {
 /// # Errors
 /// As [`pods`].
 pub fn all_pods() -> Result<Value, AdminError> {
-    let answer = kubectl(&["get", "pods", "--all-namespaces", "--output", "json"].map(OsString::from), "")?;
-    if answer.code != Some(0) {
-        return Err(AdminError::End(format!("kubectl get pods: {}", answer.err.trim())));
-    }
-    Ok(serde_json::from_str(&answer.out)?)
+    objects(&["get", "pods", "--all-namespaces"])
 }
 
 fn exec(pod: &AgentPod, arguments: &[OsString]) -> Vec<OsString> {

@@ -9,11 +9,12 @@ mod tracker;
 use super::AdminError;
 use super::explain::ends_of_frontend;
 use super::flows::host_and_port;
-use super::names::Names;
+use super::names::{Names, is_of};
 use super::services::protocol_name;
 use crate::config::{PacketFilter, WatchArgs};
 use crate::kernel::bpf::MapFd;
 use crate::kernel::events::{self, EventRing, LEASE, NoMark, Reader, Told};
+use crate::kernel::link::interface_name;
 use crate::kernel::maps::{KernelMaps, MapError};
 use crate::status::timestamp_of;
 use dataplane_common::event::{Ended, Event, EventKind, Place};
@@ -23,14 +24,13 @@ use dataplane_common::{Addr, Port, Protocol};
 use filter::Filter;
 pub use line::EventLine;
 use std::collections::HashMap;
-use std::ffi::CStr;
 use std::io::{ErrorKind, Write as _};
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant, SystemTime};
 use tracker::{Ends, Tracker};
 
-/// How often the ring is looked at: it has room for what comes in that time at 350,000 events a second.
+/// How often the ring is looked at: it has room for what comes in that time at 200,000 events a second.
 const PERIOD: Duration = Duration::from_millis(20);
 /// How often a reader says that it lives.
 const RENEWAL: Duration = Duration::from_millis(500);
@@ -242,10 +242,8 @@ impl<'a> Watched<'a> {
     /// Whether a packet is of a flow that this reader wants: others may have marked it.
     fn is_wanted(&self, wanted: &PacketFilter, event: &Event) -> bool {
         let ends = Whole::of(EventKind::Packet, event);
-        let of_service = wanted.service.as_ref().is_none_or(|service| {
-            let name = self.names.name(event.service);
-            name == *service || name.split_once(':').is_some_and(|(name, _)| name == *service)
-        });
+        let of_service =
+            wanted.service.as_ref().is_none_or(|service| is_of(&self.names.name(event.service), service));
         of_service && wanted.is_of(&ends.client.0)
     }
 
@@ -272,7 +270,8 @@ impl<'a> Watched<'a> {
     }
 
     fn interface(&mut self, index: u32) -> String {
-        self.interfaces.entry(index).or_insert_with(|| name_of(index)).clone()
+        let name = || interface_name(index).unwrap_or_else(|| format!("#{index}"));
+        self.interfaces.entry(index).or_insert_with(name).clone()
     }
 }
 
@@ -323,20 +322,18 @@ fn address((addr, port): (Addr, Port)) -> Option<String> {
     Some(if port == Port::ANY { host } else { host_and_port(&host, port.number()) })
 }
 
+/// The address alone, of what [`address`] has written.
+fn host(end: &str) -> &str {
+    match end.rsplit_once(':') {
+        // An IPv6 address without a port has colons too.
+        Some((host, _)) if end.starts_with('[') || !host.contains(':') => host.trim_matches(['[', ']']),
+        Some(_) | None => end,
+    }
+}
+
 /// The moment so many nanoseconds ago.
 fn moment(ago: u64) -> String {
     timestamp_of(SystemTime::now() - Duration::from_nanos(ago))
-}
-
-fn name_of(index: u32) -> String {
-    let mut name = [0; libc::IF_NAMESIZE];
-    // SAFETY: the buffer is as long as the longest name, and outlives the call.
-    let found = unsafe { libc::if_indextoname(index, name.as_mut_ptr()) };
-    if found.is_null() {
-        return format!("#{index}");
-    }
-    // SAFETY: the kernel's name, closed by a zero.
-    unsafe { CStr::from_ptr(found) }.to_string_lossy().into_owned()
 }
 
 /// The id of a service port: by its whole name, or that of a Service with one port.

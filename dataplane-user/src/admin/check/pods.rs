@@ -4,12 +4,11 @@
 use super::probe::Asked;
 use super::{CheckLine, CheckPage};
 use crate::admin::AdminError;
-use crate::admin::remote::{self, Answer};
+use crate::admin::remote::{self, Answer, succeeded, words};
 use crate::admin::status::Verdict;
 use crate::config::CheckArgs;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -97,7 +96,7 @@ pub async fn look(args: &CheckArgs) -> Result<CheckPage, AdminError> {
 /// The image of the agent, and the secrets by which it is pulled.
 fn image(wanted: Option<&str>) -> Result<(String, Value), AdminError> {
     let select = ["get", "pods", "--all-namespaces", "--selector", remote::LABEL];
-    let list = read(&select)?;
+    let list = remote::objects(&select)?;
     let spec = list.pointer("/items/0/spec");
     let secrets = spec.map_or(Value::Null, |spec| spec["imagePullSecrets"].clone());
     let agents = spec.and_then(|spec| spec.pointer("/containers/0/image")).and_then(Value::as_str);
@@ -110,24 +109,6 @@ fn image(wanted: Option<&str>) -> Result<(String, Value), AdminError> {
     }
 }
 
-fn words(arguments: &[&str]) -> Vec<OsString> {
-    arguments.iter().map(OsString::from).collect()
-}
-
-fn succeeded(arguments: &[&str], answer: Answer) -> Result<String, AdminError> {
-    if answer.code == Some(0) {
-        return Ok(answer.out);
-    }
-    let command = arguments.join(" ");
-    Err(AdminError::End(format!("kubectl {command}: {}", answer.err.trim())))
-}
-
-/// Objects, as JSON.
-fn read(arguments: &[&str]) -> Result<Value, AdminError> {
-    let all = [arguments, &["--output", "json"]].concat();
-    Ok(serde_json::from_str(&succeeded(&all, remote::kubectl(&words(&all), "")?)?)?)
-}
-
 /// Removes the namespace with all that is in it, and waits for that.
 fn remove(namespace: &str) -> Result<(), AdminError> {
     let delete = ["delete", "namespace", namespace, "--ignore-not-found", "--timeout=90s"];
@@ -136,7 +117,7 @@ fn remove(namespace: &str) -> Result<(), AdminError> {
 
 /// Removes what earlier runs left that were killed.
 fn remove_abandoned() -> Result<(), AdminError> {
-    let list = read(&["get", "namespaces", "--selector", LABEL])?;
+    let list = remote::objects(&["get", "namespaces", "--selector", LABEL])?;
     for namespace in list["items"].as_array().into_iter().flatten() {
         let text = |path: &str| namespace.pointer(path).and_then(Value::as_str).unwrap_or_default();
         let created = crate::status::age(text("/metadata/creationTimestamp"), SystemTime::now());

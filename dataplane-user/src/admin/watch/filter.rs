@@ -1,5 +1,7 @@
 //! Which events are shown, and how many.
 
+use super::super::names::is_of;
+use super::host;
 use super::line::EventLine;
 use crate::config::WatchArgs;
 use std::time::{Duration, Instant};
@@ -36,11 +38,8 @@ impl Filter {
         if line.count.is_some() {
             return true;
         }
-        let of_service = self.service.as_ref().is_none_or(|wanted| {
-            // With a port or without.
-            let name = line.service.as_deref().unwrap_or_default();
-            name == wanted || name.split_once(':').is_some_and(|(service, _)| service == wanted)
-        });
+        let service = line.service.as_deref().unwrap_or_default();
+        let of_service = self.service.as_ref().is_none_or(|wanted| is_of(service, wanted));
         let of_pod = self.pod.as_ref().is_none_or(|wanted| {
             let ends = [(&line.client, &line.client_name), (&line.endpoint, &line.endpoint_name)];
             ends.iter().any(|(address, name)| is_end(wanted, address.as_deref(), name.as_deref()))
@@ -74,14 +73,9 @@ impl Filter {
 
 /// Whether somebody who wrote an address, or the name of a pod with its namespace or without, means this end.
 fn is_end(wanted: &str, address: Option<&str>, name: Option<&str>) -> bool {
-    let host = address.map(|address| match address.rsplit_once(':') {
-        // An IPv6 address without a port has colons too.
-        Some((host, _)) if address.starts_with('[') || !host.contains(':') => host.trim_matches(['[', ']']),
-        Some(_) | None => address,
-    });
     let is_name = name
         .is_some_and(|name| name == wanted || name.split_once('/').is_some_and(|(_, name)| name == wanted));
-    host == Some(wanted) || is_name
+    address.map(host) == Some(wanted) || is_name
 }
 
 #[cfg(test)]

@@ -3,8 +3,8 @@
 
 use super::super::AdminError;
 use super::super::remote::{self, AgentPod};
-use super::Screen;
 use super::line::EventLine;
+use super::{Screen, host};
 use crate::config::WatchArgs;
 use serde_json::Value;
 use std::collections::HashMap;
@@ -76,9 +76,7 @@ fn start(
 ) -> Result<Child, AdminError> {
     let mut command = remote::portolan_command(pod, &args.for_a_node());
     command.stdout(Stdio::piped()).stdin(Stdio::null());
-    let mut child = command
-        .spawn()
-        .map_err(|error| AdminError::End(format!("cannot run kubectl: {error}. Is it in PATH?")))?;
+    let mut child = command.spawn().map_err(remote::not_run)?;
     if let Some(out) = child.stdout.take() {
         let node = pod.node.clone();
         std::thread::spawn(move || {
@@ -120,14 +118,6 @@ impl PodNames {
             }
         }
         self.names.get(host).cloned()
-    }
-}
-
-/// The address of an end.
-fn host(end: &str) -> &str {
-    match end.rsplit_once(':') {
-        Some((host, _)) if end.starts_with('[') || !host.contains(':') => host.trim_matches(['[', ']']),
-        Some(_) | None => end,
     }
 }
 
