@@ -1,10 +1,9 @@
 //! What happens when a table or the range of source ports is full: P11, P12, C4.
 
-use crate::fragments::send_raw;
 use crate::world::{SILENCE, World};
-use dataplane_tests::lab::{Client, Family, Stream};
-use dataplane_tests::packet::build::{tcp, tcp_packet};
-use std::net::{IpAddr, SocketAddr};
+use dataplane_tests::lab::{Client, Stream};
+use dataplane_tests::load;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -57,20 +56,15 @@ const HALF_OPEN: usize = 4_096;
 /// For how long it is flooded, at least, before and after what is meant.
 const FLOOD: Duration = Duration::from_secs(1);
 
-/// SYNs that nobody means, each from an address and port of its own, until there is an end of it; this is one of `parts` senders. How
-/// many were sent.
+/// SYNs that nobody means, as one of `parts` senders. How many were sent.
 fn flood(world: &World, to: SocketAddr, part: usize, parts: usize, end: &AtomicBool) -> usize {
     let place = world.lab().client();
     let raw = place.socket(world.family().domain(), libc::SOCK_RAW, libc::IPPROTO_RAW).unwrap();
     let mut sent = 0;
-    while !end.load(Ordering::Relaxed) {
-        let number = sent * parts + part;
-        let source = format!("{}", nobody(world.family(), number));
-        let port = 1_024 + (number / 40 % 60_000) as u16;
-        let syn = tcp_packet((&source, port), (&to.ip().to_string(), to.port()), tcp::SYN);
-        send_raw(&raw, &syn.network_bytes(), to);
+    load::flood(&raw, to, (part, parts), end, |bytes| {
+        bytes.unwrap();
         sent += 1;
-    }
+    });
     sent
 }
 
@@ -99,15 +93,6 @@ fn while_flooded(world: &World, to: SocketAddr, work: impl FnOnce()) -> usize {
         drop(ending);
         floods.into_iter().map(|flood| flood.join().unwrap()).sum()
     })
-}
-
-/// An address of the outside network at which nobody is.
-fn nobody(family: Family, number: usize) -> IpAddr {
-    let last = 210 + (number % 40) as u8;
-    match family {
-        Family::V4 => IpAddr::from([192, 168, 100, last]),
-        Family::V6 => IpAddr::from([0xfd00, 0x100, 0, 0, 0, 0, 0xbad, u16::from(last)]),
-    }
 }
 
 /// C4: a flood from all CPUs, of many times the room, breaks no established flow, neither of pods nor of clients outside; who means it is

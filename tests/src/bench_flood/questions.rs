@@ -1,14 +1,13 @@
 //! Questions by UDP, each from a port of its own, through a node port to one endpoint on another node.
 
 use super::PATIENCE;
-use crate::lab::Family;
 use crate::lab::layout::End::There;
 use crate::lab::layout::On::Uplink;
 use crate::lab::layout::Target::NodePort;
 use crate::lab::layout::{Proxy, Raised, Who};
+use crate::lab::{Asked, Family, ask_datagram};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
-use std::io;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -88,10 +87,8 @@ fn source(number: u64) -> SocketAddr {
     SocketAddr::new(address.into(), (FIRST_PORT + number / ADDRESSES % PORTS) as u16)
 }
 
-fn ask(from: SocketAddr, to: SocketAddr) -> io::Result<()> {
+fn ask(from: SocketAddr, to: SocketAddr) -> Asked {
     let socket = UdpSocket::bind(from)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
     socket.connect(to)?;
-    socket.send(b"hello")?;
-    socket.recv(&mut [0; 512]).map(drop)
+    ask_datagram(&socket, None, PATIENCE)
 }

@@ -6,20 +6,13 @@ use crate::lab::layout::On::{Uplink, Vpn};
 use crate::lab::layout::Target::{ClusterIp, NodePort};
 use crate::lab::layout::{Proxy, Raised, Target, Who};
 use crate::lab::{Client, Family, Stream};
-use crate::packet::build::{tcp, tcp_packet};
+use crate::load::flood;
 use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Of the nodes' network, at which nobody is.
-const NOBODY: u8 = 210;
-const NOBODIES: usize = 40;
-/// Ports of each of them.
-const FIRST_PORT: u16 = 1_024;
-const SOURCE_PORTS: usize = 60_000;
 /// Before anything is counted.
 const WARM_UP: Duration = Duration::from_secs(1);
 
@@ -104,7 +97,14 @@ pub(super) fn measure(raised: &Raised, proxy: Proxy, time: Duration, streams: us
     let seconds = std::thread::scope(|scope| {
         for (part, raw) in raws.iter().enumerate() {
             let (end, counting, sent) = (&end, &counting, &sent);
-            scope.spawn(move || flood(raw, target, (part, cpus), end, counting, sent));
+            scope.spawn(move || {
+                flood(raw, target, (part, cpus), end, |bytes| {
+                    // Its own network may be out of buffers: then it is not sent.
+                    if bytes.is_ok() && counting.load(Ordering::Relaxed) {
+                        sent.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            });
         }
         for ((_, threads, who, to, by_udp), counters) in HONEST.iter().zip(&counters) {
             let (client, to) = (raised.client(*who)?.timeout(PATIENCE), raised.address(*to, Family::V4));
@@ -144,30 +144,6 @@ fn establish(raised: &Raised, count: usize) -> Result<Vec<Stream>> {
         stream.ask().map_err(|failure| anyhow!("a connection before the flood: {failure}"))?;
     }
     Ok(all)
-}
-
-/// Sends SYNs that nobody means as fast as they go, as one of `parts` senders.
-fn flood(
-    raw: &OwnedFd,
-    to: SocketAddr,
-    (part, parts): (usize, usize),
-    end: &AtomicBool,
-    counting: &AtomicBool,
-    sent: &AtomicU64,
-) {
-    let address = socket2::SockAddr::from(SocketAddr::new(to.ip(), 0));
-    let mut number = part;
-    while !end.load(Ordering::Relaxed) {
-        let source = format!("192.168.100.{}", usize::from(NOBODY) + number % NOBODIES);
-        let port = FIRST_PORT + (number / NOBODIES % SOURCE_PORTS) as u16;
-        let syn = tcp_packet((&source, port), (&to.ip().to_string(), to.port()), tcp::SYN);
-        // Its own network may be out of buffers: then it is not sent.
-        let went = socket2::SockRef::from(raw).send_to(&syn.network_bytes(), &address).is_ok();
-        if went && counting.load(Ordering::Relaxed) {
-            sent.fetch_add(1, Ordering::Relaxed);
-        }
-        number += parts;
-    }
 }
 
 /// Calls again and again, and counts what comes to its end in the time.

@@ -8,10 +8,12 @@ mod client;
 mod connect;
 mod pace;
 mod server;
+mod syns;
 
 pub use connect::{Connect, ConnectOutcome, ConnectServer};
 pub use pace::{PacedServer, wait_at};
 pub use server::{ANSWER, CLOSING_ANSWER, Ports, Server, WORK};
+pub use syns::flood;
 
 use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
