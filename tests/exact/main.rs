@@ -8,7 +8,7 @@ mod words;
 use dataplane_common::tables::{self, Table as _, TableKind};
 use dataplane_tests::bench::record::kernel;
 use dataplane_tests::bench_prog::{
-    MAP_MEMORY_LIMIT, STACK_LIMIT, VERIFIED_LIMIT, beside_flows, deepest_stacks, map_memory,
+    MAP_MEMORY_LIMIT, STACK_LIMIT, VERIFIED_LIMIT, beside_flows, deepest_stacks, loaded, map_memory,
     verified_instructions,
 };
 use dataplane_tests::bench_sync::{change, cluster, node, service};
@@ -28,7 +28,7 @@ fn linux() -> String {
 
 #[test]
 fn the_verifier_walks_no_more_instructions_than_recorded() {
-    let (verified, _) = verified_instructions().unwrap();
+    let (verified, _) = verified_instructions(&loaded().unwrap()).unwrap();
     let numbers: Numbers = verified.into_iter().map(|(name, count)| (name, u64::from(count))).collect();
     let on = format!("{}, {TOOLCHAIN}", linux());
     hold("verified instructions", &on, &numbers, Some(u64::from(VERIFIED_LIMIT)));
@@ -36,7 +36,7 @@ fn the_verifier_walks_no_more_instructions_than_recorded() {
 
 #[test]
 fn the_stack_of_no_program_is_deeper_than_recorded() {
-    let depths = deepest_stacks().unwrap().into_iter().collect();
+    let depths = deepest_stacks(&loaded().unwrap()).unwrap();
     hold("bytes of stack", &format!("{}, {TOOLCHAIN}", linux()), &depths, Some(STACK_LIMIT));
 }
 

@@ -245,19 +245,17 @@ pub(super) fn measure_watched(effort: Effort) -> Result<Vec<WatchCost>> {
 }
 
 fn measure_all_watched(runs: usize) -> Result<Vec<WatchCost>> {
-    /// How many runs there are at most between two renewals.
-    const RENEWAL: usize = 100;
     let net = &NETS[0];
     let [alone, watched] = [world(net)?, world(net)?];
     let mut costs = Vec::new();
     for case in CASES.iter().filter(|case| case.what.starts_with("new flow")) {
+        // Cases have the same ports.
+        [&alone, &watched].into_iter().try_for_each(World::forget_flows)?;
         let mut reader = watched.watch(&[case.hook])?;
         let (mut without, mut with) = (Vec::with_capacity(runs), Vec::with_capacity(runs));
         let before = watched.watch_state()?.head;
         for n in 0..runs {
-            if n % RENEWAL == 0 {
-                reader.renew().map_err(|_| anyhow::anyhow!("no mark was asked for"))?;
-            }
+            reader.renew().map_err(|_| anyhow::anyhow!("no mark was asked for"))?;
             let data = (case.packet)(net, n as u16).bytes();
             for (world, samples) in [(&alone, &mut without), (&watched, &mut with)] {
                 let (is, nanoseconds) = world.time(case.hook, &data)?;
@@ -284,6 +282,7 @@ fn measure_case(world: &World, net: &Net, case: &Case, runs: usize) -> Result<Ca
     let Case { hook, what, verdict, packet } = case;
     let what = format!("{}{what}", net.prefix);
     let (mut samples, mut empty) = (Vec::with_capacity(runs), Vec::with_capacity(runs));
+    world.forget_flows()?;
     for n in 0..runs {
         let data = packet(net, n as u16).bytes();
         // Else the limit of answers would silence a packet that is refused so often.

@@ -10,14 +10,14 @@ mod tables;
 pub use cases::{CaseCost, WatchCost};
 pub use frames::LiveFrames;
 pub use sockets::Connects;
-use tables::seconds_of_loading;
 pub use tables::{
-    ProgramCost, beside_flows, deepest_stacks, kernel_memory_beside_flows, map_memory, memory_of_frontends,
-    verified_instructions,
+    ProgramCost, beside_flows, deepest_stacks, kernel_memory_beside_flows, loaded, map_memory,
+    memory_of_frontends, verified_instructions,
 };
 
 use crate::bench::record::{Machine, RECORDS, Record};
 use crate::bench::target::{Judgement, Limit, Ratio};
+use crate::bench_agent::cpu_seconds;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -120,7 +120,12 @@ pub struct Measured {
 pub fn run(args: &BenchProgArgs) -> Result<Record<Measured>> {
     let effort = args.effort();
     let quick = effort.repeats < REPEATS || effort.samples < SAMPLES;
-    let (verified, jited) = verified_instructions()?;
+    let before = cpu_seconds(std::process::id())?;
+    let object = loaded()?;
+    let loading = cpu_seconds(std::process::id())? - before;
+    let (verified, jited) = verified_instructions(&object)?;
+    let stacks = deepest_stacks(&object)?;
+    drop(object);
     let measured = Measured {
         effort,
         programs: tables::measure(effort, tables::IPV4)?,
@@ -129,8 +134,8 @@ pub fn run(args: &BenchProgArgs) -> Result<Record<Measured>> {
         watched: cases::measure_watched(effort)?,
         verified,
         jited,
-        stacks: deepest_stacks()?,
-        loading: Some(seconds_of_loading()?),
+        stacks,
+        loading: Some(loading),
         map_memory: map_memory()?,
         live_frames: frames::measure(effort)?,
         connects: sockets::measure(effort)?,

@@ -6,7 +6,6 @@
 
 use super::{Effort, stack};
 use crate::bench::target::Ratio;
-use crate::bench_agent::cpu_seconds;
 use crate::packet::build::{Packet, tcp, tcp_packet};
 use anyhow::{Context as _, Result, ensure};
 use dataplane_common::backend::{Backend, BackendStatus};
@@ -95,15 +94,25 @@ pub(super) const ALL: [&str; 17] = [
     "sock_release",
 ];
 
-/// How many instructions the verifier walks for each program, and how many bytes of machine code it becomes.
+/// All programs, loaded.
 ///
 /// # Errors
-/// If a program does not load, or the kernel does not tell.
-pub fn verified_instructions() -> Result<(BTreeMap<String, u32>, BTreeMap<String, u32>)> {
+/// If one does not load.
+pub fn loaded() -> Result<Object> {
     let mut object = Object::open(&Options::default()).context("loading programs: is this root?")?;
-    let (mut verified, mut jited) = (BTreeMap::new(), BTreeMap::new());
     for program in ALL {
         object.load(program)?;
+    }
+    Ok(object)
+}
+
+/// How many instructions the verifier walks for each of the programs, and how many bytes of machine code it becomes.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn verified_instructions(object: &Object) -> Result<(BTreeMap<String, u32>, BTreeMap<String, u32>)> {
+    let (mut verified, mut jited) = (BTreeMap::new(), BTreeMap::new());
+    for program in ALL {
         let (_, count) = object.program_id(program)?;
         let count =
             count.with_context(|| format!("the kernel does not tell what it verified of {program}"))?;
@@ -113,32 +122,13 @@ pub fn verified_instructions() -> Result<(BTreeMap<String, u32>, BTreeMap<String
     Ok((verified, jited))
 }
 
-/// Bytes of the deepest stack of every program, as kernels before 6.8 count it.
+/// Bytes of the deepest stack of each of the programs, as kernels before 6.8 count it.
 ///
 /// # Errors
 /// As [`verified_instructions`].
-pub fn deepest_stacks() -> Result<BTreeMap<String, u64>> {
-    let mut object = Object::open(&Options::default()).context("loading programs: is this root?")?;
-    let mut depths = BTreeMap::new();
-    for program in ALL {
-        object.load(program)?;
-        let (id, _) = object.program_id(program)?;
-        depths.insert(program.to_owned(), stack::deepest(id)?);
-    }
-    Ok(depths)
-}
-
-/// Seconds of CPU, most of them the verifier's, that making the maps and loading every program takes this process.
-///
-/// # Errors
-/// As [`verified_instructions`].
-pub(super) fn seconds_of_loading() -> Result<f64> {
-    let before = cpu_seconds(std::process::id())?;
-    let mut object = Object::open(&Options::default()).context("loading programs: is this root?")?;
-    for program in ALL {
-        object.load(program)?;
-    }
-    Ok(cpu_seconds(std::process::id())? - before)
+pub fn deepest_stacks(object: &Object) -> Result<BTreeMap<String, u64>> {
+    let depth = |program: &str| Ok((program.to_owned(), stack::deepest(object.program_id(program)?.0)?));
+    ALL.into_iter().map(depth).collect()
 }
 
 /// Bytes of all maps but `flows`, whose memory is taken by entry.
