@@ -9,7 +9,7 @@ use crate::node::Prefix;
 use crate::{Addr, Port};
 use bytemuck::{Pod, Zeroable};
 
-/// Slots of the ring: as many as fit into a mebibyte.
+/// Slots of the ring, in 576 KiB: a reader that looks every 20 ms misses nothing up to 200,000 events a second.
 pub const EVENTS: usize = 4_096;
 
 /// How many readers at once may ask for the packets of flows.

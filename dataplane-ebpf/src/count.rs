@@ -19,7 +19,13 @@ use dataplane_common::read_word;
 /// Counts one occurrence of a reason.
 #[inline(always)]
 pub fn reason(reason: Reason) {
-    if let Some(count) = REASONS.get_ptr_mut(reason as u32) {
+    numbered(reason as u32);
+}
+
+/// The same of the reason with this number.
+#[inline(always)]
+fn numbered(reason: u32) {
+    if let Some(count) = REASONS.get_ptr_mut(reason) {
         // SAFETY: an element of this CPU alone; programs at this hook do not interrupt each other.
         unsafe { *count += 1 };
     }
@@ -28,10 +34,7 @@ pub fn reason(reason: Reason) {
 /// Counts a flow that gets another endpoint for the reason with this number (L5).
 #[inline(never)]
 pub fn moved(service: u32, number: u32) {
-    if let Some(count) = REASONS.get_ptr_mut(number) {
-        // SAFETY: as above.
-        unsafe { *count += 1 };
-    }
+    numbered(number);
     let Some(tries) = SERVICE_TRIES.get_ptr_mut(&service) else { return };
     // SAFETY: an element of a map, valid until the program ends; an aligned word.
     unsafe {

@@ -104,16 +104,13 @@ pub unsafe fn tell_displaced(key: &FlowKey, entry: *const Flow, partner: &FlowKe
         let ports = (&raw const key.src_port).cast::<u64>().read_volatile();
         (&raw mut (*slot).key.src_port).cast::<u64>().write_volatile(ports);
         write_ends(slot, (&flow.src, flow.src_port), (&flow.dst, flow.dst_port));
-        (&raw mut (*slot).interface).write_volatile(0);
         (&raw mut (*slot).service).write_volatile(flow.service);
         (&raw mut (*slot).backend).write_volatile(flow.backend);
         (&raw mut (*slot).packets_in).write_volatile(flow.passed().0 as u32);
         (&raw mut (*slot).bytes_in).write_volatile(flow.passed().1);
         (&raw mut (*slot).flags).write_volatile(flow.flags());
         (&raw mut (*slot).what).write_volatile(What::ended(Ended::Displaced).at(Place::Room));
-        (&raw mut (*slot).transport_flags).write_volatile(0);
-        (&raw mut (*slot).length).write_volatile(0);
-        (&raw mut (*slot).sequence).write_volatile(0);
+        write_no_packet(slot);
         (&raw mut (*slot).packets_out).write_volatile(0);
         (&raw mut (*slot).bytes_out).write_volatile(0);
         if let Some(other) = FLOWS.get_ptr(partner) {
@@ -136,6 +133,21 @@ unsafe fn write_ends(slot: *mut Event, src: (&Addr, Port), dst: (&Addr, Port)) {
         (&raw mut (*slot).dst).cast::<[u64; 2]>().write_volatile(dst.0.words());
         (&raw mut (*slot).src_port).write_volatile(src.1);
         (&raw mut (*slot).dst_port).write_volatile(dst.1);
+    }
+}
+
+/// Writes what is a packet's, of what is told of none.
+///
+/// # Safety
+/// As [`write_ends`].
+#[inline(always)]
+unsafe fn write_no_packet(slot: *mut Event) {
+    // SAFETY: the caller promises it.
+    unsafe {
+        (&raw mut (*slot).interface).write_volatile(0);
+        (&raw mut (*slot).transport_flags).write_volatile(0);
+        (&raw mut (*slot).length).write_volatile(0);
+        (&raw mut (*slot).sequence).write_volatile(0);
     }
 }
 
@@ -238,15 +250,12 @@ pub fn tell_call(call: &Call, what: What) {
         let key = FlowKey::new(call.src, Port::ANY, call.addr, call.port, call.proto);
         (&raw mut (*slot).key).cast::<[u64; 5]>().write_volatile(bytemuck::must_cast(key));
         write_ends(slot, (&call.src, Port::ANY), (&call.dst, call.dst_port));
-        (&raw mut (*slot).interface).write_volatile(0);
         (&raw mut (*slot).service).write_volatile(call.service);
         (&raw mut (*slot).backend).write_volatile(call.backend);
         (&raw mut (*slot).bytes_in).cast::<[u64; 3]>().write_volatile([0; 3]);
         (&raw mut (*slot).what).write_volatile(what);
         (&raw mut (*slot).flags).write_volatile(0);
-        (&raw mut (*slot).transport_flags).write_volatile(0);
-        (&raw mut (*slot).length).write_volatile(0);
-        (&raw mut (*slot).sequence).write_volatile(0);
+        write_no_packet(slot);
         atomic::publish(&raw mut (*slot).turn, turn);
     }
 }

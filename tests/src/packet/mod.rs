@@ -27,16 +27,12 @@ use dataplane_user::model::{Change, Kind};
 use dataplane_user::sync::{Maps, Mirror};
 use dataplane_user::watch::manifests;
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-/// How often a run of many repeats may be cut short.
-const INTERRUPTIONS: u32 = 100;
 
 /// The node's IPv4 address on its uplink.
 pub const NODE: &str = family::V4.node;
@@ -434,44 +430,25 @@ impl World {
         Ok(self.run(hook, empty, data, 0)?.1.nanoseconds)
     }
 
-    /// Runs the program at a hook many times on a packet that it leaves as it is.
+    /// Runs the program at a hook many times on a packet that it leaves as it is. One by one: the kernel breaks off a run of many where it
+    /// has something for this thread to do, and does not say how many it has made.
     fn run_times(&self, hook: Hook, data: &[u8], times: u32) -> Result<()> {
-        self.run_repeatedly(hook, hook.program(), data, 0, times).map(drop)
+        (0..times).try_for_each(|_| self.run(hook, hook.program(), data, 0).map(drop))
     }
 
     /// One run of a program with the context of a hook; `segment`: bytes of data in each segment, 0 where it is one.
     fn run(&self, hook: Hook, program: &str, data: &[u8], segment: u32) -> Result<(Verdict, TestRunResult)> {
-        self.run_repeatedly(hook, program, data, segment, 1)
-    }
-
-    fn run_repeatedly(
-        &self,
-        hook: Hook,
-        program: &str,
-        data: &[u8],
-        segment: u32,
-        repeat: u32,
-    ) -> Result<(Verdict, TestRunResult)> {
         let context = match hook {
             Hook::Xdp => rehearsal::xdp_md(data.len(), self.uplink),
             Hook::UplinkIn | Hook::UplinkOut => sk_buff(self.uplink, segment),
             Hook::BareIn | Hook::BareOut => sk_buff(self.bare, segment),
             Hook::PodIn | Hook::PodOut => sk_buff(self.pod, segment),
         };
-        let run = TestRun { data, context: &context, repeat, ..TestRun::default() };
+        let run = TestRun { data, context: &context, ..TestRun::default() };
         // Most cases run one program or two, and the verifier takes its time.
         let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
         object.load(program)?;
-        let mut interrupted = 0;
-        let result = loop {
-            match bpf::prog_test_run(object.program(program)?, &run) {
-                // Many repeats end where the kernel has something for this thread to do; those before were made, and count.
-                Err(error) if error.kind() == ErrorKind::Interrupted && interrupted < INTERRUPTIONS => {
-                    interrupted += 1;
-                }
-                result => break result?,
-            }
-        };
+        let result = bpf::prog_test_run(object.program(program)?, &run)?;
         Ok((verdict(hook, result.retval as i32)?, result))
     }
 

@@ -14,6 +14,8 @@ const ENDING: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(20);
 /// Where an agent keeps its snapshot if nobody says another folder.
 const STATE: &str = "/var/lib/portolan";
+/// What mount(8) and umount(8) make the first time they run.
+const OF_MOUNT: &str = "/run/mount";
 
 /// Things that are there, as words for people.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -24,7 +26,8 @@ impl Remains {
     pub(super) fn look(temporary: &Path) -> Result<Self> {
         let mut found = Self::of_files(temporary);
         for folder in ["/run", "/sys/fs/bpf"] {
-            found.0.extend(entries(Path::new(folder)).map(|path| format!("file {}", path.display())));
+            let files = entries(Path::new(folder)).filter(|path| path != Path::new(OF_MOUNT));
+            found.0.extend(files.map(|path| format!("file {}", path.display())));
         }
         for folder in ["/tmp", "/var/lib", "/etc"] {
             let ours = entries(Path::new(folder)).filter(|path| is_ours(path));
