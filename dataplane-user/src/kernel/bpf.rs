@@ -235,20 +235,28 @@ pub fn load_classifier(program: &[u64]) -> io::Result<OwnedFd> {
     load(program, attr::Load { prog_type: SCHED_CLS, ..Default::default() })
 }
 
-/// Loads a program of a type (`enum bpf_prog_type`), for an attach type where the kernel must know it, with flags.
+/// Loads a program of a type (`enum bpf_prog_type`), for an attach type where the kernel must know it, with flags. What the verifier says
+/// of it, closed by a zero, is written to `log`.
 ///
 /// # Errors
-/// As [`load_classifier`].
+/// As [`load_classifier`]; `ENOSPC` if it says more.
 pub(super) fn load_program(
     program: &[u64],
     prog_type: u32,
     attach_type: u32,
     prog_flags: u32,
+    log: &mut [u8],
 ) -> io::Result<OwnedFd> {
-    load(
-        program,
-        attr::Load { prog_type, expected_attach_type: attach_type, prog_flags, ..Default::default() },
-    )
+    let kind = attr::Load {
+        prog_type,
+        expected_attach_type: attach_type,
+        prog_flags,
+        log_level: 1,
+        log_size: log.len() as u32,
+        log_buf: address_mut(log),
+        ..Default::default()
+    };
+    load(program, kind)
 }
 
 /// Loads a program of an iterator: `target` is the number of its function among the kernel's types.
@@ -272,7 +280,7 @@ pub(super) const TRACE_ITER: u32 = 28;
 fn load(program: &[u64], mut attr: attr::Load) -> io::Result<OwnedFd> {
     attr.insn_cnt = program.len() as u32;
     (attr.insns, attr.license) = (program.as_ptr() as u64, c"GPL".as_ptr() as u64);
-    // SAFETY: `Load` is what the command reads; both addresses are of memory that outlives the call, of the length given
+    // SAFETY: `Load` is what the command reads; all addresses are of memory that outlives the call, of the length given
     // beside it or closed by a zero.
     let fd = unsafe { bpf(PROG_LOAD, &mut attr)? };
     // SAFETY: the kernel just gave us this descriptor; nobody else has it.

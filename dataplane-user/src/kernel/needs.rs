@@ -9,6 +9,8 @@ use std::{fmt, io};
 const MMAPABLE: u32 = 1 << 10;
 /// `BPF_F_XDP_HAS_FRAGS`.
 const HAS_FRAGS: u32 = 1 << 5;
+/// Bytes for what the verifier says of a program of a few instructions.
+const LOG: usize = 1 << 14;
 
 /// A type of programs, by the number that the kernel gives it (`enum bpf_prog_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -154,22 +156,25 @@ fn has(need: Need) -> io::Result<bool> {
     /// `r0 = 0; exit`
     const END: [u64; 2] = [instruction(0xb7, 0, 0, 0, 0), instruction(0x95, 0, 0, 0, 0)];
     match need {
-        // The verifier knows the function first, with EINVAL if not; then it looks at the arguments, with EACCES.
+        // Its arguments may be refused, with EACCES or EINVAL: not known is what the verifier calls so.
         Need::Helper(_, number, kind) => {
             let call = instruction(0x85, 0, 0, 0, number as i32);
-            match load(kind, 0, &[call, END[0], END[1]]) {
-                Err(error) if error.raw_os_error() == Some(libc::EACCES) => Ok(true),
-                result => knows(result),
+            let mut log = [0; LOG];
+            match load(kind, 0, &[call, END[0], END[1]], &mut log) {
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EINVAL)) => {
+                    Ok(!is_unknown(&log))
+                }
+                result => result.map(|_| true),
             }
         }
         Need::Atomics => {
             // *(u64 *)(r10 - 8) = 0; r1 = 1; r1 = atomic_fetch_add((u64 *)(r10 - 8), r1)
             let (store, one) = (instruction(0x7a, 10, 0, -8, 0), instruction(0xb7, 1, 0, 0, 1));
             let fetch_add = instruction(0xdb, 10, 1, -8, 1);
-            knows(load(SchedCls, 0, &[store, one, fetch_add, END[0], END[1]]))
+            knows(load(SchedCls, 0, &[store, one, fetch_add, END[0], END[1]], &mut [0; LOG]))
         }
         Need::MappedArrays => knows(MapFd::create("probe", bpf::TYPE_ARRAY, MMAPABLE, [4, 8], 1)),
-        Need::XdpFrags => knows(load(Xdp, HAS_FRAGS, &END)),
+        Need::XdpFrags => knows(load(Xdp, HAS_FRAGS, &END, &mut [0; LOG])),
     }
 }
 
@@ -182,8 +187,16 @@ fn knows<T>(result: io::Result<T>) -> io::Result<bool> {
     }
 }
 
-fn load(kind: ProgramType, flags: u32, program: &[u64]) -> io::Result<OwnedFd> {
-    bpf::load_program(program, kind as u32, kind.attach_type(), flags)
+/// Whether the verifier's words are that it does not know a helper, or not in programs of the type.
+fn is_unknown(log: &[u8]) -> bool {
+    /// Of a number that no helper has, and of one that others have: the last since 6.12, the one before it until then.
+    const WORDS: [&str; 3] = ["invalid func ", "unknown func ", "cannot use helper "];
+    let log = String::from_utf8_lossy(log);
+    WORDS.iter().any(|words| log.contains(words))
+}
+
+fn load(kind: ProgramType, flags: u32, program: &[u64], log: &mut [u8]) -> io::Result<OwnedFd> {
+    bpf::load_program(program, kind as u32, kind.attach_type(), flags, log)
 }
 
 #[cfg(test)]
@@ -210,6 +223,18 @@ mod tests {
         assert!(used.len() > 10, "{used:?}");
         let unnamed: Vec<_> = used.iter().filter(|number| !named(number)).collect();
         assert!(unnamed.is_empty(), "helpers {unnamed:?} are in no row");
+    }
+
+    #[test]
+    fn a_helper_is_unknown_if_the_verifier_says_so_and_not_if_its_arguments_are_wrong() {
+        for unknown in [
+            "invalid func unknown#999",
+            "unknown func bpf_loop#181",
+            "program of this type cannot use helper bpf_loop#181",
+        ] {
+            assert!(is_unknown(format!("0: (85) call {unknown}\nprocessed 1 insns").as_bytes()), "{unknown}");
+        }
+        assert!(!is_unknown(b"0: (85) call bpf_set_retval#187\nR1 is not a number\nprocessed 1 insns"));
     }
 
     #[test]
