@@ -9,8 +9,8 @@ use crate::node::Prefix;
 use crate::{Addr, Port};
 use bytemuck::{Pod, Zeroable};
 
-/// Slots of the ring, in 576 KiB: a reader that looks every 20 ms misses nothing up to 200,000 events a second.
-pub const EVENTS: usize = 4_096;
+/// Slots of the ring, in 288 KiB: a reader that looks every 20 ms misses nothing up to 100,000 events a second.
+pub const EVENTS: usize = 2_048;
 
 /// How many readers at once may ask for the packets of flows.
 pub const MARKS: usize = 4;

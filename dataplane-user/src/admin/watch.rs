@@ -30,7 +30,7 @@ use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant, SystemTime};
 use tracker::{Ends, Tracker};
 
-/// How often the ring is looked at: it has room for what comes in that time at 200,000 events a second.
+/// How often the ring is looked at: it has room for what comes in that time at 100,000 events a second.
 const PERIOD: Duration = Duration::from_millis(20);
 /// How often a reader says that it lives.
 const RENEWAL: Duration = Duration::from_millis(500);
