@@ -416,16 +416,31 @@ impl Flow {
         Self { flags, ..Self::zeroed() }
     }
 
+    /// Words of eight bytes that it takes.
+    const WORDS: usize = size_of::<Self>() / size_of::<u64>();
+
+    /// Makes it one with these flags and nothing else, word by word.
+    #[inline(always)]
+    pub fn become_empty(&mut self, flags: u16) {
+        let words: &mut [u64; Self::WORDS] = bytemuck::must_cast_mut(self);
+        let mut at = 0;
+        while at < Self::WORDS {
+            // SAFETY: a reference is valid for writes. Volatile, because the compiler would make a call that writes byte by byte.
+            unsafe { (&raw mut words[at]).write_volatile(0) };
+            at += 1;
+        }
+        self.flags = flags;
+    }
+
     /// Copies what `entry` points to, word by word.
     ///
     /// # Safety
     /// `entry` must be valid for reads. It may change meanwhile: [`Flow::check`] tells.
     #[inline(always)]
     pub unsafe fn copy_from(&mut self, entry: *const Self) {
-        const WORDS: usize = size_of::<Flow>() / size_of::<u64>();
-        let words: &mut [u64; WORDS] = bytemuck::must_cast_mut(self);
+        let words: &mut [u64; Self::WORDS] = bytemuck::must_cast_mut(self);
         let mut at = 0;
-        while at < WORDS {
+        while at < Self::WORDS {
             // SAFETY: the caller promises it; a flow has the size and the alignment of its words. Volatile, because the
             // compiler would make a call of a plain copy, which copies byte by byte.
             words[at] = unsafe { entry.cast::<u64>().add(at).read_volatile() };

@@ -4,6 +4,7 @@
 //! and endpoint: when the agent sweeps the flows, when a flow goes, and when its word is full.
 
 use crate::atomic;
+use crate::global::global;
 use crate::maps::{BACKEND_TRAFFIC, FLOWS, OPEN, REASONS, SERVICE_TRAFFIC, SERVICE_TRIES};
 use crate::repeat::{Step, Steps, repeat};
 use crate::select;
@@ -31,33 +32,35 @@ fn numbered(reason: u32) {
     }
 }
 
-/// Counts a flow that gets another endpoint for the reason with this number (L5).
-#[inline(never)]
-pub fn moved(service: u32, number: u32) {
-    numbered(number);
-    let Some(tries) = SERVICE_TRIES.get_ptr_mut(&service) else { return };
-    // SAFETY: an element of a map, valid until the program ends; an aligned word.
-    unsafe {
-        let word = if number == Reason::MovedRefused as u32 {
-            &raw mut (*tries).refused
-        } else if number == Reason::MovedUnreachable as u32 {
-            &raw mut (*tries).unreachable
-        } else if number == Reason::MovedUdp as u32 {
-            &raw mut (*tries).udp
-        } else {
-            &raw mut (*tries).silent
-        };
-        atomic::add(word, 1);
+global! {
+    /// Counts a flow that gets another endpoint for the reason with this number (L5).
+    pub fn moved as count_moved(; service: u32, number: u32) {
+        numbered(number);
+        let Some(tries) = SERVICE_TRIES.get_ptr_mut(&service) else { return };
+        // SAFETY: an element of a map, valid until the program ends; an aligned word.
+        unsafe {
+            let word = if number == Reason::MovedRefused as u32 {
+                &raw mut (*tries).refused
+            } else if number == Reason::MovedUnreachable as u32 {
+                &raw mut (*tries).unreachable
+            } else if number == Reason::MovedUdp as u32 {
+                &raw mut (*tries).udp
+            } else {
+                &raw mut (*tries).silent
+            };
+            atomic::add(word, 1);
+        }
     }
 }
 
-/// Counts a flow that was answered by another endpoint than its first (L5).
-#[inline(never)]
-pub fn rescued(service: u32) {
-    reason(Reason::Rescued);
-    if let Some(tries) = SERVICE_TRIES.get_ptr_mut(&service) {
-        // SAFETY: as above.
-        unsafe { atomic::add(&raw mut (*tries).rescued, 1) };
+global! {
+    /// Counts a flow that was answered by another endpoint than its first (L5).
+    pub fn rescued as count_rescued(; service: u32) {
+        reason(Reason::Rescued);
+        if let Some(tries) = SERVICE_TRIES.get_ptr_mut(&service) {
+            // SAFETY: as above.
+            unsafe { atomic::add(&raw mut (*tries).rescued, 1) };
+        }
     }
 }
 
@@ -80,13 +83,24 @@ pub unsafe fn packet(entry: *mut Flow, bytes: u32) {
 ///
 /// # Safety
 /// As [`packet`].
-#[inline(never)]
+#[inline(always)]
 pub unsafe fn fold(entry: *mut Flow) {
-    // SAFETY: as above; totals are elements of arrays, which stay.
+    // SAFETY: the caller promises it.
+    unsafe { count_fold(entry) };
+}
+
+/// [`fold`] as a global function ([`crate::global`]), of a pointer: other CPUs change the element.
+#[unsafe(no_mangle)]
+#[inline(never)]
+unsafe extern "C" fn count_fold(entry: *mut Flow) -> u32 {
+    if entry.is_null() {
+        return 0;
+    }
+    // SAFETY: an element of a map; totals are elements of arrays, which stay.
     unsafe {
         let counted = Counted::from_word(atomic::swap((&raw mut (*entry).counted).cast(), 0));
         if counted.is_zero() {
-            return;
+            return 0;
         }
         // The word whose upper half the packets are.
         let packets = (&raw mut (*entry).service).cast();
@@ -104,6 +118,7 @@ pub unsafe fn fold(entry: *mut Flow) {
             add(total, direction, counted);
         }
     }
+    0
 }
 
 /// Bytes from what clients sent in a total to what endpoints sent.

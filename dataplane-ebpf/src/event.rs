@@ -3,6 +3,7 @@
 
 use crate::atomic;
 use crate::clock::nanoseconds;
+use crate::global::global;
 use crate::maps::{EVENTS, FLOWS, WATCH};
 use crate::scratch::Scratch;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
@@ -44,41 +45,49 @@ fn take(watch: *mut Watch) -> Option<(*mut Event, u64)> {
 }
 
 /// Tells of the packet of a walk, and of its flow. `interface`: where it is met.
-#[inline(never)]
+#[inline(always)]
 pub fn tell(scratch: &Scratch, what: What, interface: u32) {
-    let Some(watch) = watched() else {
-        if what.is(EventKind::Packet) {
-            unmark(&scratch.key);
+    tell_word(scratch, bytemuck::must_cast(what), interface);
+}
+
+global! {
+    /// [`tell`] of a word.
+    pub fn tell_word as event_tell(scratch: const Scratch; what: u32, interface: u32) {
+        let what: What = bytemuck::must_cast(what);
+        let Some(watch) = watched() else {
+            if what.is(EventKind::Packet) {
+                unmark(&scratch.key);
+            }
+            return;
+        };
+        if what.is(EventKind::Packet) && !allows_packet(watch, &scratch.key) {
+            return;
         }
-        return;
-    };
-    if what.is(EventKind::Packet) && !allows_packet(watch, &scratch.key) {
-        return;
-    }
-    let Some((slot, turn)) = take(watch) else { return };
-    let Scratch { packet, flow, .. } = scratch;
-    // SAFETY: an element of an array, which stays, and which is this walk's alone; volatile, because the compiler would make calls
-    // of plain copies.
-    unsafe {
-        let [totals_in, totals_out] =
-            if what.is(EventKind::Ended) { totals(&scratch.key) } else { [(0, 0); 2] };
-        (&raw mut (*slot).time).write_volatile(bpf_ktime_get_ns());
-        let key = FlowKey::new(packet.src, packet.src_port, packet.dst, packet.dst_port, packet.proto);
-        (&raw mut (*slot).key).cast::<[u64; 5]>().write_volatile(bytemuck::must_cast(key));
-        write_ends(slot, (&flow.src, flow.src_port), (&flow.dst, flow.dst_port));
-        (&raw mut (*slot).interface).write_volatile(interface);
-        (&raw mut (*slot).service).write_volatile(flow.service);
-        (&raw mut (*slot).backend).write_volatile(flow.backend);
-        (&raw mut (*slot).packets_in).write_volatile(totals_in.0);
-        (&raw mut (*slot).bytes_in).write_volatile(totals_in.1);
-        (&raw mut (*slot).packets_out).write_volatile(totals_out.0);
-        (&raw mut (*slot).bytes_out).write_volatile(totals_out.1);
-        (&raw mut (*slot).what).write_volatile(what);
-        (&raw mut (*slot).flags).write_volatile(flow.flags());
-        (&raw mut (*slot).transport_flags).write_volatile(packet.flags as u16);
-        (&raw mut (*slot).length).write_volatile(packet.length);
-        (&raw mut (*slot).sequence).write_volatile(packet.seq);
-        atomic::publish(&raw mut (*slot).turn, turn);
+        let Some((slot, turn)) = take(watch) else { return };
+        let Scratch { packet, flow, .. } = scratch;
+        // SAFETY: an element of an array, which stays, and which is this walk's alone; volatile, because the compiler would make calls
+        // of plain copies.
+        unsafe {
+            let [totals_in, totals_out] =
+                if what.is(EventKind::Ended) { totals(&scratch.key) } else { [(0, 0); 2] };
+            (&raw mut (*slot).time).write_volatile(bpf_ktime_get_ns());
+            let key = FlowKey::new(packet.src, packet.src_port, packet.dst, packet.dst_port, packet.proto);
+            (&raw mut (*slot).key).cast::<[u64; 5]>().write_volatile(bytemuck::must_cast(key));
+            write_ends(slot, (&flow.src, flow.src_port), (&flow.dst, flow.dst_port));
+            (&raw mut (*slot).interface).write_volatile(interface);
+            (&raw mut (*slot).service).write_volatile(flow.service);
+            (&raw mut (*slot).backend).write_volatile(flow.backend);
+            (&raw mut (*slot).packets_in).write_volatile(totals_in.0);
+            (&raw mut (*slot).bytes_in).write_volatile(totals_in.1);
+            (&raw mut (*slot).packets_out).write_volatile(totals_out.0);
+            (&raw mut (*slot).bytes_out).write_volatile(totals_out.1);
+            (&raw mut (*slot).what).write_volatile(what);
+            (&raw mut (*slot).flags).write_volatile(flow.flags());
+            (&raw mut (*slot).transport_flags).write_volatile(packet.flags as u16);
+            (&raw mut (*slot).length).write_volatile(packet.length);
+            (&raw mut (*slot).sequence).write_volatile(packet.seq);
+            atomic::publish(&raw mut (*slot).turn, turn);
+        }
     }
 }
 
@@ -197,25 +206,26 @@ fn unmark(key: &FlowKey) {
     }
 }
 
-/// Marks the flow that the walk is about to begin, if a reader wants its packets.
-#[inline(never)]
-pub fn mark(scratch: &mut Scratch) {
-    let Some(watch) = WATCH.get_ptr(0) else { return };
-    // SAFETY: an element of an array, which stays; a mark that is being changed fits or does not.
-    unsafe {
-        if (&raw const (*watch).packets_until).read_volatile() == 0 {
-            return;
+global! {
+    /// Marks the flow that the walk is about to begin, if a reader wants its packets.
+    pub fn mark as event_mark(scratch: mut Scratch) {
+        let Some(watch) = WATCH.get_ptr(0) else { return };
+        // SAFETY: an element of an array, which stays; a mark that is being changed fits or does not.
+        unsafe {
+            if (&raw const (*watch).packets_until).read_volatile() == 0 {
+                return;
+            }
+            let (now, Scratch { packet, opening, flow, reply, .. }) = (nanoseconds(), scratch);
+            let (mut fits, mut at) = (0, 0);
+            while at < MARKS {
+                let mark = &*(&raw const (*watch).marks).cast::<event::Mark>().add(at);
+                fits |= mark.fits(now, &packet.src, opening.service) as u16;
+                at += 1;
+            }
+            let flags = fits.wrapping_neg() & Flow::WATCHED;
+            flow.set(flags);
+            reply.set(flags);
         }
-        let (now, Scratch { packet, opening, flow, reply, .. }) = (nanoseconds(), scratch);
-        let (mut fits, mut at) = (0, 0);
-        while at < MARKS {
-            let mark = &*(&raw const (*watch).marks).cast::<event::Mark>().add(at);
-            fits |= mark.fits(now, &packet.src, opening.service) as u16;
-            at += 1;
-        }
-        let flags = fits.wrapping_neg() & Flow::WATCHED;
-        flow.set(flags);
-        reply.set(flags);
     }
 }
 

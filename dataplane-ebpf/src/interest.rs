@@ -1,6 +1,7 @@
 //! Whether a packet can be ours at all, from the filter and a few array reads: what is not ours leaves here.
 
 use crate::flow;
+use crate::global::global;
 use crate::maps::{CALLERS, FILTER};
 use crate::parse::{Packet, tcp};
 use crate::path::Hook;
@@ -77,15 +78,16 @@ fn has_called(addr: &Addr, proto: u8) -> bool {
     CALLERS.get(caller_cell(addr, proto)).is_some_and(|mark| *mark != 0)
 }
 
-/// Notes that a flow begins whose replies will go to `addr`. Must come before its entry: what looks for that asks here first.
-#[inline(never)]
-pub fn note_caller(addr: &Addr, proto: u8) {
-    let Some(cell) = CALLERS.get_ptr_mut(caller_cell(addr, proto)) else { return };
-    let mark = caller_mark(flow::now());
-    // SAFETY: array elements stay; aligned words, of which the last writer's stays.
-    unsafe {
-        if cell.read_volatile() != mark {
-            cell.write_volatile(mark);
+global! {
+    /// Notes that a flow begins whose replies will go to `addr`. Must come before its entry: what looks for that asks here first.
+    pub fn note_caller as interest_note_caller(addr: const Addr; proto: u8) {
+        let Some(cell) = CALLERS.get_ptr_mut(caller_cell(addr, proto)) else { return };
+        let mark = caller_mark(flow::now());
+        // SAFETY: array elements stay; aligned words, of which the last writer's stays.
+        unsafe {
+            if cell.read_volatile() != mark {
+                cell.write_volatile(mark);
+            }
         }
     }
 }

@@ -22,6 +22,7 @@ pub mod flow;
 pub mod forward;
 pub mod fragment;
 pub mod frame;
+pub mod global;
 pub mod icmp;
 pub mod interest;
 pub mod kept;

@@ -1,9 +1,11 @@
 //! Rewriting: [`plan`] says what will change, [`apply`] is the only writer of a translated packet's bytes.
 
 use crate::frame::{Frame, Refused};
+use crate::global::global;
 use crate::parse::Packet;
+use crate::repeat::{Step, Steps, repeat};
 use dataplane_common::checksum::{Sum, update};
-use dataplane_common::crc32c;
+use dataplane_common::crc32c::{self, Product};
 use dataplane_common::flow::Flow;
 use dataplane_common::{Addr, Port, Protocol};
 
@@ -39,7 +41,12 @@ pub const fn plan(packet: &Packet, flow: &Flow, routed: bool) -> Rewrite {
 /// # Errors
 /// [`Refused`]: the packet may be half changed and must be dropped.
 #[inline(always)]
-pub fn apply<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Result<(), Refused> {
+pub fn apply<F: Frame>(
+    frame: &mut F,
+    packet: &Packet,
+    rewrite: &Rewrite,
+    product: &mut Product,
+) -> Result<(), Refused> {
     let addresses = headers::<F, true>(frame, packet, rewrite)?;
     let ports = Sum::default()
         .minus(&packet.src_port.bytes())
@@ -47,7 +54,7 @@ pub fn apply<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Res
         .plus(&rewrite.src_port.bytes())
         .plus(&rewrite.dst_port.bytes());
     if packet.proto == Protocol::Sctp as u8 {
-        return frame.update_crc32c(packet.checksum_offset(), crc_delta(packet, rewrite));
+        return frame.update_crc32c(packet.checksum_offset(), crc_delta(packet, rewrite, product));
     }
     let same_ports = (packet.src_port, packet.dst_port) == (rewrite.src_port, rewrite.dst_port);
     let ports = if same_ports { Sum::default() } else { ports };
@@ -58,18 +65,34 @@ pub fn apply<F: Frame>(frame: &mut F, packet: &Packet, rewrite: &Rewrite) -> Res
 
 /// What an SCTP packet's CRC32c changes by: it covers the ports, and no address (S6).
 #[inline(always)]
-fn crc_delta(packet: &Packet, rewrite: &Rewrite) -> u32 {
+fn crc_delta(packet: &Packet, rewrite: &Rewrite, product: &mut Product) -> u32 {
     let ([a, b], [c, d]) = (packet.src_port.bytes(), packet.dst_port.bytes());
     let ([e, f], [g, h]) = (rewrite.src_port.bytes(), rewrite.dst_port.bytes());
     let length = packet.length.wrapping_sub(packet.network_header());
-    crc32c_delta(u32::from_ne_bytes([a ^ e, b ^ f, c ^ g, d ^ h]), length)
+    crc32c_delta(product, u32::from_ne_bytes([a ^ e, b ^ f, c ^ g, d ^ h]), length)
 }
 
-/// [`crc32c::delta`] as a global function: the verifier walks its loops once, not once for each way that leads here.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn crc32c_delta(change: u32, length: u32) -> u32 {
-    crc32c::delta(change.to_ne_bytes(), length as u16)
+global! {
+    /// What the CRC32c of `length` bytes changes by where their first four, read as a number, change by XOR with `change`.
+    fn crc32c_delta as nat_crc32c_delta(product: mut Product; change: u32, length: u32) -> u32 {
+        let [first, second] = crc32c::factors(length as u16);
+        *product = Product::of(change.to_le(), first);
+        let mut multiplication = Multiplication(product);
+        repeat(Product::STEPS, &mut multiplication);
+        *multiplication.0 = Product::of(multiplication.0.get(), second);
+        repeat(Product::STEPS, &mut multiplication);
+        multiplication.0.get()
+    }
+}
+
+/// A product that is being taken: what the loop works on must lie on the stack, and this is all of it that does.
+struct Multiplication<'a>(&'a mut Product);
+
+impl Steps for Multiplication<'_> {
+    fn step(&mut self, _index: u32) -> Step {
+        self.0.step();
+        Step::Next
+    }
 }
 
 /// Writes the changes of the network header alone: for a packet without a transport header of its own (a fragment after
@@ -166,7 +189,7 @@ mod tests {
 
     fn translated(mut frame: SliceFrame, rewrite: &Rewrite) -> SliceFrame {
         let mut packet: Packet = parsed(&mut frame);
-        apply(&mut frame, &packet, rewrite).unwrap();
+        apply(&mut frame, &packet, rewrite, &mut Product::of(0, 0)).unwrap();
         packet = parsed(&mut frame);
         assert_eq!((packet.src, packet.dst), (rewrite.src, rewrite.dst));
         assert_eq!(

@@ -11,8 +11,9 @@ use crate::event;
 use crate::flow::{self, Claim, Ending};
 use crate::forward::{self, Origin, Route};
 use crate::frame::Frame;
+use crate::global::global;
 use crate::parse::{ICMP, ICMPV6, Obstacle, Packet, parse};
-use crate::reject::{self, IcmpError};
+use crate::reject::{self, IcmpError, Refusal};
 use crate::ring::{self, HalfOpenRing};
 use crate::scratch::{Opening, Scratch};
 use crate::select::{self, Chosen, Number};
@@ -134,6 +135,8 @@ fn decide<F: Frame>(frame: &mut F, hook: Hook, scratch: &mut Scratch) -> Verdict
     if interest.none() {
         return not_ours(packet, hook);
     }
+    let interest = walk.s.interest_through_memory(interest);
+    let packet = &walk.s.packet;
     walk.s.key = FlowKey::new(packet.src, packet.src_port, packet.dst, packet.dst_port, packet.proto);
     // Functions of their own, one after the other, so that no one's stack adds to another's: 512 bytes are for a whole
     // chain of calls, and kernels before 6.8 round each function's share up to 32.
@@ -172,32 +175,33 @@ fn not_ours(packet: &Packet, hook: Hook) -> Verdict {
 #[inline(never)]
 fn answer<F: Frame>(frame: &mut F, scratch: &mut Scratch, reason: Reason) -> Code {
     let packet = &scratch.packet;
-    let error = if reason == Reason::TtlExceeded {
-        Some(IcmpError::TIME_EXCEEDED)
+    let (error, refuses) = if reason == Reason::TtlExceeded {
+        (IcmpError::TIME_EXCEEDED, false)
     } else if reason == Reason::TooBig {
-        Some(IcmpError::too_big(scratch.way.mtu))
+        (IcmpError::too_big(scratch.way.mtu), false)
     } else if reason == Reason::Unreachable {
-        Some(IcmpError::NO_ROUTE)
+        (IcmpError::NO_ROUTE, false)
     } else {
-        None
+        (IcmpError::PORT_UNREACHABLE, true)
     };
-    let is_reset = error.is_none() && packet.proto == Protocol::Tcp as u8;
+    let is_reset = refuses && packet.proto == Protocol::Tcp as u8;
     if !(if is_reset { limit::allows_reset() } else { limit::allows_icmp(&packet.src) }) {
         count::reason(Reason::AnswerLimited);
         return Verdict::Drop(Reason::AnswerLimited).into();
     }
-    let written = match error {
-        Some(error) => {
-            // In the node's own name, as a router would; but to the node itself that would be a martian.
-            let source = match service::node() {
-                Some(node) if service::node_address(&packet.src).is_none() => {
-                    forward::primary(node, &packet.dst)
-                }
-                Some(_) | None => &packet.dst,
-            };
-            reject::icmp(frame, packet, source, error)
-        }
-        None => reject::refuse(frame, packet),
+    let written = if is_reset {
+        reject::reset(frame, packet)
+    } else {
+        // A router's errors are in the node's own name; but to the node itself that would be a martian.
+        let source = match service::node() {
+            Some(node) if !refuses && service::node_address(&packet.src).is_none() => {
+                forward::primary(node, &packet.dst)
+            }
+            Some(_) | None => &packet.dst,
+        };
+        // In memory, so that the verifier walks what follows once.
+        scratch.refusal = Refusal { error, source: *source };
+        reject::icmp(frame, packet, &scratch.refusal.source, scratch.refusal.error)
     };
     let (reason, verdict) = match written {
         Ok(()) => (reason, Verdict::Answer),
@@ -272,6 +276,7 @@ impl<F: Frame> Walk<'_, F> {
         found.count(self.s.packet.length);
         let Scratch { key, packet, flow, keys: [peer, _], .. } = &mut *self.s;
         self.s.end = life::progress(key, found, packet, flow, peer);
+        let exit = self.s.exit_through_memory(exit);
         self.send(exit)
     }
 
@@ -415,8 +420,9 @@ impl<F: Frame> Walk<'_, F> {
     /// Writes the translation and sends the packet on its way.
     #[inline(always)]
     fn send(&mut self, exit: Exit) -> Verdict {
-        let (packet, flow) = (&self.s.packet, &self.s.flow);
-        if nat::apply(self.frame, packet, &nat::plan(packet, flow, self.is_routed(exit))).is_err() {
+        let is_routed = self.is_routed(exit);
+        let Scratch { packet, flow, product, .. } = &mut *self.s;
+        if nat::apply(self.frame, packet, &nat::plan(packet, flow, is_routed), product).is_err() {
             return Verdict::Drop(Reason::WriteFailed);
         }
         if F::LEAVES_TO_TC || !self.hook.is_ingress() {
@@ -647,6 +653,7 @@ impl<F: Frame> Walk<'_, F> {
         let sent = self.hook == Hook::UplinkEgress;
         // In memory, so that the verifier walks the search for a port once, whatever exit was found.
         self.s.exit = Exit::Stack;
+        let mut claimed = false;
         for attempt in 0..ENDPOINT_TRIES {
             let proposed = self.propose(attempt);
             if proposed != Code::BEGIN {
@@ -666,27 +673,29 @@ impl<F: Frame> Walk<'_, F> {
                 }
             }
             if self.s.flow.has(Flow::SOURCE_TRANSLATED) {
-                return self.enter_translated();
+                break;
             }
             interest::note_caller(&self.s.flow.src, self.s.packet.proto);
             // A client's own port that serves it again ends the flow that is closing.
             self.s.ending = Ending::CLOSING;
             flow::claim(self.s);
-            let claim = self.s.claim;
-            if claim != Claim::TAKEN {
-                return self.entered(claim);
-            }
+            claimed = self.s.claim != Claim::TAKEN;
             // Another endpoint may do. The node's own address and port may change, so it needs no other endpoint.
-            if sent {
+            if claimed || sent {
                 break;
             }
         }
-        // Another flow has the same reply. The client gets another port and keeps its address: policies are about addresses (P12).
-        count::reason(Reason::ReplyCollision);
-        if sent {
-            self.translate_source();
+        if !claimed {
+            if !self.s.flow.has(Flow::SOURCE_TRANSLATED) {
+                // Another flow has the same reply. The client gets another port and keeps its address: policies are about addresses (P12).
+                count::reason(Reason::ReplyCollision);
+                if sent {
+                    self.translate_source();
+                }
+            }
+            self.claim_translated();
         }
-        self.enter_translated()
+        self.entered(self.s.claim)
     }
 
     /// Whether what the node itself sends leaves by another interface than the one that the kernel chose for the Service's
@@ -738,13 +747,13 @@ impl<F: Frame> Walk<'_, F> {
         let Opening { endpoints: Endpoints { set, member, .. }, service, affinity_seconds, source, .. } =
             self.s.opening;
         let chosen = if affinity_seconds == 0 {
-            select::at(set, self.place(attempt))
+            select::at(set, place(self.s, attempt))
         } else {
             let client = AffinityKey::address(*client_address(&self.s.packet.src, source), service);
             if self.s.attempt.tries() != 0 {
                 affinity::another(set, self.s.tried.place(), &client)
             } else {
-                affinity::select(set, member, || self.place(attempt), &client, affinity_seconds)
+                affinity::select(set, member, || place(self.s, attempt), &client, affinity_seconds)
             }
         };
         match chosen {
@@ -756,29 +765,6 @@ impl<F: Frame> Walk<'_, F> {
             }
             Err(reason) => Verdict::Drop(reason).into(),
         }
-    }
-
-    /// The slot of the set that is this flow's (L2). What is hashed is the same at each attempt: it is not sent elsewhere because a
-    /// port is taken.
-    #[inline(never)]
-    fn place(&self, attempt: u32) -> u32 {
-        if self.s.attempt.tries() != 0 {
-            return self.s.tried.place();
-        }
-        let Opening { endpoints: Endpoints { set, seed, .. }, service, source, .. } = &self.s.opening;
-        // What an older agent or a newer one wrote and this version does not know is drawn.
-        let algorithm = set.algorithm().unwrap_or_default();
-        let number = match algorithm {
-            Algorithm::Random => Number(draw(&self.s.key, self.s.now, attempt)),
-            Algorithm::LeastConnections => {
-                let first = Number(draw(&self.s.key, self.s.now, attempt));
-                return select::lighter(*set, first, select::after(first));
-            }
-            Algorithm::RoundRobin => select::turn(*service),
-            Algorithm::Maglev => Number(self.s.key.draw(*seed)),
-            Algorithm::SourceHash => select::of_client(client_address(&self.s.packet.src, *source), *seed),
-        };
-        select::place(*set, algorithm, number)
     }
 
     /// Whether the endpoint must see an address of this node instead of the client's, and who sees to that: flags of the flow
@@ -802,7 +788,7 @@ impl<F: Frame> Walk<'_, F> {
         let Scratch { packet, flow, reply, opening, turn, now, attempt, .. } = &mut *self.s;
         let from_node = source == Source::Node;
         let flags = if from_node { Flow::NODE_CLIENT } else { 0 };
-        *flow = Flow::with_flags(flags | change & Flow::SOURCE_TRANSLATED);
+        flow.become_empty(flags | change & Flow::SOURCE_TRANSLATED);
         (flow.src, flow.src_port) = (packet.src, packet.src_port);
         (flow.dst, flow.dst_port) = (chosen.addr, chosen.port);
         (flow.backend, flow.generation) = (chosen.id, chosen.status.generation());
@@ -838,15 +824,14 @@ impl<F: Frame> Walk<'_, F> {
     }
 
     /// Enters the proposed flow with a translated source port, and with the address of its way where the source address is
-    /// translated too, and sends the packet.
+    /// translated too. What came of it is in the working memory.
     #[inline(always)]
-    fn enter_translated(&mut self) -> Verdict {
+    fn claim_translated(&mut self) {
         if self.s.flow.has(Flow::SOURCE_TRANSLATED) {
             self.s.flow.src = self.s.way.source;
             interest::note_caller(&self.s.flow.src, self.s.packet.proto);
         }
         port::claim(self.s);
-        self.entered(self.s.claim)
     }
 
     /// What becomes of the packet after the attempt to enter its flow.
@@ -869,8 +854,32 @@ impl<F: Frame> Walk<'_, F> {
     }
 }
 
+global! {
+    /// The slot of the set that is this flow's (L2). What is hashed is the same at each attempt: it is not sent elsewhere because a
+    /// port is taken.
+    fn place as path_place(scratch: const Scratch; attempt: u32) -> u32 {
+        if scratch.attempt.tries() != 0 {
+            return scratch.tried.place();
+        }
+        let Opening { endpoints: Endpoints { set, seed, .. }, service, source, .. } = &scratch.opening;
+        // What an older agent or a newer one wrote and this version does not know is drawn.
+        let algorithm = set.algorithm().unwrap_or_default();
+        let number = match algorithm {
+            Algorithm::Random => Number(draw(&scratch.key, scratch.now, attempt)),
+            Algorithm::LeastConnections => {
+                let first = Number(draw(&scratch.key, scratch.now, attempt));
+                return select::lighter(*set, first, select::after(first));
+            }
+            Algorithm::RoundRobin => select::turn(*service),
+            Algorithm::Maglev => Number(scratch.key.draw(*seed)),
+            Algorithm::SourceHash => select::of_client(client_address(&scratch.packet.src, *source), *seed),
+        };
+        select::place(*set, algorithm, number)
+    }
+}
+
 /// A number by which a flow with this key chooses its endpoint: whoever knows its own five-tuple must not know it.
-#[inline(never)]
+#[inline(always)]
 fn draw(key: &FlowKey, now: u32, attempt: u32) -> u32 {
     let secret = service::node().map_or(0, |node| node.secret);
     key.draw(secret ^ ((now as u64) << 32 | attempt as u64))

@@ -48,20 +48,22 @@ impl IcmpError {
     }
 }
 
-/// Turns the frame into what refuses its packet: a RST for TCP, port unreachable for all else (P1).
+/// An ICMP error, and who sends it.
 ///
-/// # Errors
-/// [`Refused`]: the frame may be half changed and must be dropped.
-#[inline(always)]
-pub fn refuse<F: Frame>(frame: &mut F, packet: &Packet) -> Result<(), Refused> {
-    if packet.proto == Protocol::Tcp as u8 {
-        return reset(frame, packet);
-    }
-    icmp(frame, packet, &packet.dst, IcmpError::PORT_UNREACHABLE)
+/// All zero is a valid value.
+#[derive(Clone, Copy)]
+pub struct Refusal {
+    /// The error.
+    pub error: IcmpError,
+    /// The address that it comes from.
+    pub source: Addr,
 }
 
 /// Turns the frame into a RST (RFC 9293 section 3.10.7.1).
-fn reset<F: Frame>(frame: &mut F, packet: &Packet) -> Result<(), Refused> {
+///
+/// # Errors
+/// [`Refused`]: the frame may be half changed and must be dropped.
+pub fn reset<F: Frame>(frame: &mut F, packet: &Packet) -> Result<(), Refused> {
     let (seq, ack, flags) = if packet.flags & tcp::ACK != 0 {
         (packet.ack, 0, tcp::RST)
     } else {
@@ -200,7 +202,11 @@ mod tests {
     fn refused(mut frame: SliceFrame) -> (SliceFrame, Packet) {
         let mut packet = Packet::EMPTY;
         assert!(parse(&mut frame, &mut packet));
-        refuse(&mut frame, &packet).unwrap();
+        if packet.proto == Protocol::Tcp as u8 {
+            reset(&mut frame, &packet).unwrap();
+        } else {
+            icmp(&mut frame, &packet, &packet.dst, IcmpError::PORT_UNREACHABLE).unwrap();
+        }
         assert!(parse(&mut frame, &mut packet));
         (frame, packet)
     }

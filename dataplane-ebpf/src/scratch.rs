@@ -5,12 +5,15 @@
 
 use crate::flow::{Claim, Ending};
 use crate::icmp::Changes;
+use crate::interest::Interest;
 use crate::maps::SCRATCH;
 use crate::parse::Packet;
 use crate::path::{End, Summed, Tried};
+use crate::reject::Refusal;
 use crate::service::{Endpoints, Source};
 use crate::verdict::{Code, Exit, Way};
 use aya_ebpf::bindings::bpf_fib_lookup;
+use dataplane_common::crc32c::Product;
 use dataplane_common::event::What;
 use dataplane_common::flow::{Attempt, Flow, FlowKey};
 use dataplane_common::kept::Kept;
@@ -33,6 +36,8 @@ pub struct Scratch {
     pub flow: Flow,
     /// The verdict on its packet.
     code: Code,
+    /// How it may concern us.
+    interest: Interest,
     /// How it ends by this packet.
     pub end: End,
     /// What whoever watches is told where one begins.
@@ -63,6 +68,10 @@ pub struct Scratch {
     pub kept: Kept,
     /// The sum of a datagram.
     pub sum: Summed,
+    /// What the checksum of SCTP changes by, being taken. Here it adds nothing to the stack.
+    pub product: Product,
+    /// What tells its sender no.
+    pub refusal: Refusal,
     /// Parameters of a route lookup.
     pub fib: bpf_fib_lookup,
     /// Where the packet goes past the stack.
@@ -92,12 +101,30 @@ impl Scratch {
     /// Gives back what it was given, in a way that makes all verdicts look the same to the verifier: it walks what follows once.
     #[inline(always)]
     pub fn through_memory(&mut self, code: Code) -> Code {
-        let at = &raw mut self.code;
-        // SAFETY: an own field.
-        unsafe {
-            at.write_volatile(code);
-            at.read_volatile()
-        }
+        through(&mut self.code, code)
+    }
+
+    /// The same of what a packet may be.
+    #[inline(always)]
+    pub fn interest_through_memory(&mut self, interest: Interest) -> Interest {
+        through(&mut self.interest, interest)
+    }
+
+    /// The same of how it leaves.
+    #[inline(always)]
+    pub fn exit_through_memory(&mut self, exit: Exit) -> Exit {
+        through(&mut self.exit, exit)
+    }
+}
+
+/// Writes a value to memory of which the verifier knows nothing, and reads it back.
+#[inline(always)]
+fn through<T: Copy>(memory: &mut T, value: T) -> T {
+    let at = &raw mut *memory;
+    // SAFETY: a reference is valid for both.
+    unsafe {
+        at.write_volatile(value);
+        at.read_volatile()
     }
 }
 

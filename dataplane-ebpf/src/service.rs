@@ -1,5 +1,6 @@
 //! From a destination to a service port, and from a service port to the set of endpoints that a client may have.
 
+use crate::global::global;
 use crate::maps::{FRONTENDS, NODE, NODE_ADDRS, SERVICES, SOURCE_RANGES};
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use dataplane_common::backend::BackendStatus;
@@ -107,12 +108,13 @@ pub fn restricts(destination: Destination, policy: Policy) -> bool {
         }
 }
 
-/// Whether a client at `addr` may call a restricted address (S2).
-#[inline(never)]
-pub fn allows(destination: &Destination, addr: &Addr) -> bool {
-    // The ranges of a service port that was just opened to all may be gone already: its policy tells.
-    is_in_range(destination.service, addr)
-        || policy(destination.service).is_ok_and(|policy| !policy.has(Policy::SOURCE_RANGES))
+global! {
+    /// Whether a client at `addr` may call a restricted address (S2).
+    pub fn allows as service_allows(destination: const Destination, addr: const Addr) -> bool {
+        // The ranges of a service port that was just opened to all may be gone already: its policy tells.
+        is_in_range(destination.service, addr)
+            || policy(destination.service).is_ok_and(|policy| !policy.has(Policy::SOURCE_RANGES))
+    }
 }
 
 /// Whether a range of the service port, or of the node, holds `addr`.
@@ -125,16 +127,18 @@ fn is_in_range(service: u32, addr: &Addr) -> bool {
     SOURCE_RANGES.get(key).is_some()
 }
 
-/// Whether this node lets nobody at `addr` call anything from outside (S2).
-#[inline(never)]
-pub fn denies(addr: &Addr) -> bool {
-    is_in_range(SourceRangeKey::DENIED, addr)
+global! {
+    /// Whether this node lets nobody at `addr` call anything from outside (S2).
+    pub fn denies as service_denies(addr: const Addr) -> bool {
+        is_in_range(SourceRangeKey::DENIED, addr)
+    }
 }
 
-/// Whether a client at `addr` may call node ports from outside (S2).
-#[inline(never)]
-pub fn allows_node_ports(addr: &Addr) -> bool {
-    is_in_range(SourceRangeKey::NODE_PORTS, addr)
+global! {
+    /// Whether a client at `addr` may call node ports from outside (S2).
+    pub fn allows_node_ports as service_allows_node_ports(addr: const Addr) -> bool {
+        is_in_range(SourceRangeKey::NODE_PORTS, addr)
+    }
 }
 
 /// The endpoints that a client may have, and how it gets one.

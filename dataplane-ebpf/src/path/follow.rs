@@ -140,6 +140,7 @@ impl<F: Frame> Walk<'_, F> {
         if self.s.packet.obstacle != Obstacle::IcmpError {
             found.touch(&self.s.flow);
         }
+        let exit = self.s.exit_through_memory(exit);
         self.translate(exit)
     }
 

@@ -38,7 +38,7 @@ pub const STACK_LIMIT: u64 = 448;
 const LOADING_LIMIT: f64 = 2.0;
 /// Instructions that the verifier walks of one program; the kernel's limit is 1,000,000. No target, but more than this wants a
 /// reason: each of them is time at an agent's start.
-pub const VERIFIED_LIMIT: u32 = 130_000;
+pub const VERIFIED_LIMIT: u32 = 80_000;
 /// B13: bytes of all maps but `flows` at their default sizes, on two CPUs.
 pub const MAP_MEMORY_LIMIT: u64 = 32 << 20;
 
