@@ -10,6 +10,7 @@ pub mod bench_net;
 pub mod bench_prog;
 pub mod bench_sync;
 pub mod controlplane;
+pub mod deaf;
 pub mod deploy;
 mod docs;
 pub mod kind;
