@@ -9,6 +9,7 @@ pub mod bench_load;
 pub mod bench_net;
 pub mod bench_prog;
 pub mod bench_sync;
+pub mod bench_tries;
 pub mod controlplane;
 pub mod deaf;
 pub mod deploy;
