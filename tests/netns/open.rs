@@ -5,12 +5,14 @@ use crate::world::{
 };
 use dataplane_common::counter::Open;
 use dataplane_common::tables::OpenCounts;
+use dataplane_tests::bench_counts::{CountsArgs, measure};
 use dataplane_tests::lab::{AgentOptions, Client, Service, Stream, ask_datagram, at};
 use dataplane_tests::serial;
 use dataplane_user::kernel::maps::Map;
 use dataplane_user::kernel::pins::Pins;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 const DRIFT: &str = "portolan_open_connections_drift_total ";
@@ -286,4 +288,17 @@ fn what_is_open_can_be_asked_for() {
         "{services}"
     );
     assert_eq!(open_of(&world, 1, &service, Tcp).into_values().collect::<Vec<_>>(), [3]);
+}
+
+/// C3, L2: ten thousand flows that end by FIN, by RST, refused, moved, idle or displaced, while agents are killed and the algorithm changes:
+/// the counts are those of the flows and sockets that there are. `cargo xtask bench counts` does it with a million.
+#[test]
+fn counts_are_those_of_the_flows_after_every_kind_of_end() {
+    let args = CountsArgs { flows: 10_000, kills: 2, changes: 5, rate: 1_000.0, records: PathBuf::new() };
+    let measured = measure(&args, |line| println!("{line}")).unwrap();
+    assert!(
+        measured.flows >= args.flows && measured.moved > 1_000 && measured.by_socket > 50,
+        "{measured:?}"
+    );
+    assert_eq!((measured.differences, measured.drift, measured.failed), (0, 0, 0), "{measured:?}");
 }

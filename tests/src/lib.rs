@@ -4,6 +4,7 @@ pub mod api_server;
 pub mod bench;
 pub mod bench_agent;
 pub mod bench_choose;
+pub mod bench_counts;
 pub mod bench_flood;
 pub mod bench_load;
 pub mod bench_net;

@@ -21,40 +21,53 @@ const QUESTION: &[u8] = b"hello";
 
 /// Who comes, by one protocol.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Clients {
-    pub(super) by_udp: bool,
+pub(crate) struct Clients {
+    pub(crate) by_udp: bool,
     /// How many come to each target.
-    pub(super) count: u32,
+    pub(crate) count: u32,
     /// How many come in a second, to all targets together.
-    pub(super) rate: f64,
+    pub(crate) rate: f64,
     /// How long each waits.
-    pub(super) patience: Duration,
+    pub(crate) patience: Duration,
+    /// How its connection ends.
+    pub(crate) end: End,
+    /// How many questions there were before, whose ports are not to be used again.
+    pub(crate) asked: u32,
+}
+
+/// How a client ends its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// By a reset, which leaves its port to others.
+    Reset,
+    /// By turns by a reset and by a FIN.
+    ByTurns,
 }
 
 /// What the clients of one target met.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Met {
+pub(crate) struct Met {
     /// How long each took that was served, the shortest first.
-    pub(super) times: Vec<Duration>,
-    pub(super) refused: u32,
+    pub(crate) times: Vec<Duration>,
+    pub(crate) refused: u32,
     /// Those that heard nothing in their time.
-    pub(super) silent: u32,
+    pub(crate) silent: u32,
     /// Those that failed otherwise.
-    pub(super) other: u32,
+    pub(crate) other: u32,
 }
 
 /// What all of them met, in the order of the targets, in how many seconds, and at what cost of CPU.
 #[derive(Clone, Debug)]
-pub(super) struct Driven {
-    pub(super) met: Vec<Met>,
-    pub(super) seconds: f64,
-    /// Seconds of CPU time of the thread that drives. What the kernel does about a packet between namespaces it does there.
-    pub(super) cpu: f64,
+pub(crate) struct Driven {
+    pub(crate) met: Vec<Met>,
+    pub(crate) seconds: f64,
+    /// Seconds of CPU time of the thread that drives. What the kernel does about a packet between namespaces it mostly does there.
+    pub(crate) cpu: f64,
 }
 
 impl Met {
     /// The time that so many in a thousand of those who were served were not longer than, in milliseconds.
-    pub(super) fn quantile(&self, thousandths: usize) -> f64 {
+    pub(crate) fn quantile(&self, thousandths: usize) -> f64 {
         let at = (self.times.len() * thousandths).div_ceil(1_000).saturating_sub(1);
         self.times.get(at).copied().unwrap_or_default().as_secs_f64() * 1e3
     }
@@ -73,7 +86,7 @@ impl Met {
 ///
 /// # Errors
 /// If there is no thread or poll to be had. What becomes of a client is no error.
-pub(super) fn drive(place: &Place, targets: &[SocketAddr], clients: Clients) -> Result<Driven> {
+pub(crate) fn drive(place: &Place, targets: &[SocketAddr], clients: Clients) -> Result<Driven> {
     place.enter(|| Driver::new(targets, clients)?.run()).context("driving clients")?
 }
 
@@ -147,7 +160,7 @@ impl<'a> Driver<'a> {
         let (number, begun) = (self.next, Instant::now());
         self.next += 1;
         let to = self.targets[number as usize % self.targets.len()];
-        match open(self.poll.registry(), at, to, self.clients.by_udp, number) {
+        match open(self.poll.registry(), at, to, self.clients, number / self.targets.len() as u32, number) {
             Ok(socket) => {
                 self.waiting[at] = Some(Client { socket, number, begun });
                 self.order.push_back((at, number));
@@ -194,9 +207,16 @@ impl<'a> Driver<'a> {
     }
 }
 
-fn open(registry: &Registry, at: usize, to: SocketAddr, by_udp: bool, number: u32) -> io::Result<Socket> {
-    if by_udp {
-        let port = (FIRST_PORT + number % PORTS) as u16;
+fn open(
+    registry: &Registry,
+    at: usize,
+    to: SocketAddr,
+    clients: Clients,
+    turn: u32,
+    number: u32,
+) -> io::Result<Socket> {
+    if clients.by_udp {
+        let port = (FIRST_PORT + (clients.asked + number) % PORTS) as u16;
         let mut socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port).into())?;
         socket.connect(to)?;
         registry.register(&mut socket, Token(at), Interest::READABLE)?;
@@ -204,8 +224,13 @@ fn open(registry: &Registry, at: usize, to: SocketAddr, by_udp: bool, number: u3
         return Ok(Socket::Udp(socket));
     }
     let mut stream = TcpStream::connect(to)?;
-    // A reset ends it, and leaves its port to others.
-    SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+    let is_reset = match clients.end {
+        End::Reset => true,
+        End::ByTurns => turn.is_multiple_of(2),
+    };
+    if is_reset {
+        SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+    }
     registry.register(&mut stream, Token(at), Interest::WRITABLE)?;
     Ok(Socket::Tcp(stream))
 }

@@ -1,8 +1,8 @@
 //! Second tries (L5): clients of Services some of whose endpoints refuse them or are silent, and of one all of whose endpoints refuse.
 //! Portolan by packet and the real kube-proxy on two nodes of one laboratory, with the same endpoints.
 
-mod drive;
-mod servers;
+pub(crate) mod drive;
+pub(crate) mod servers;
 
 use crate::bench::record::{Machine, RECORDS, Record};
 use crate::bench::target::{Judgement, Limit, Ratio};
@@ -10,7 +10,7 @@ use crate::deaf::Deaf;
 use crate::lab::layout::{Proxy, Serving, kube_proxy_on};
 use crate::lab::{self, AgentOptions, Lab, Options, Place, Pod, PodOptions, Service, at};
 use anyhow::{Context as _, Result};
-use drive::{Clients, Driven, Met, drive};
+use drive::{Clients, Driven, End, Met, drive};
 use serde::{Deserialize, Serialize};
 use servers::Servers;
 use std::fmt;
@@ -295,7 +295,7 @@ pub fn run(args: &TriesArgs) -> Result<Record<Measured>> {
         "For the questions by UDP the pods' kernels send as many ICMP errors as are due (icmp_ratelimit 0). By default Linux sends one \
          address six at once and one in a second: the questions beyond that hear nothing, from whatever dataplane."
             .into(),
-        "CPU time is that of the thread that connects: what the kernel does about a packet between namespaces it does there, all of it."
+        "CPU time is that of the thread that connects: what the kernel does about a packet between namespaces it does there, as long as it keeps up."
             .into(),
     ];
     record.print();
@@ -388,8 +388,14 @@ impl World {
             &[Health::Healthy, Health::Refusing, Health::Silent]
         };
         let less = if by_udp || proxy != Proxy::Portolan { LESS } else { 1 };
-        let clients =
-            Clients { by_udp, count: args.connects.div_ceil(less), rate: args.rate, patience: PATIENCE };
+        let clients = Clients {
+            by_udp,
+            count: args.connects.div_ceil(less),
+            rate: args.rate,
+            patience: PATIENCE,
+            end: End::Reset,
+            asked: 0,
+        };
         let (place, target) = self.caller(proxy, caller)?;
         let targets: Vec<_> = all.iter().map(|health| target(*health)).collect();
         let driven = drive(&place, &targets, clients)?;
@@ -412,7 +418,14 @@ impl World {
     fn none_serves(&self, args: &TriesArgs, proxy: Proxy, caller: Caller) -> Result<Dead> {
         let (place, target) = self.caller(proxy, caller)?;
         let connects = (args.dead_rate * args.dead_seconds) as u32;
-        let clients = Clients { by_udp: false, count: connects, rate: args.dead_rate, patience: PATIENCE };
+        let clients = Clients {
+            by_udp: false,
+            count: connects,
+            rate: args.dead_rate,
+            patience: PATIENCE,
+            end: End::Reset,
+            asked: 0,
+        };
         let each = |driven: &Driven| driven.cpu / f64::from(connects) * 1e6;
         let none = drive(&place, &[target(Health::None)], clients)?;
         let (sent, received) = (packets(&place, SENT)?, self.received()?);

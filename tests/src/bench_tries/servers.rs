@@ -21,14 +21,14 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// Servers, until they are dropped.
 #[derive(Debug)]
-pub(super) struct Servers {
+pub(crate) struct Servers {
     ends: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Servers {
     /// Listens in pods, by TCP and by UDP, each at its ports.
-    pub(super) fn start(pods: &[(&Pod, &[u16])]) -> Result<Self> {
+    pub(crate) fn start(pods: &[(&Pod, &[u16])]) -> Result<Self> {
         let poll = Poll::new()?;
         let (mut listeners, mut sockets) = (Vec::new(), Vec::new());
         for (pod, ports) in pods {

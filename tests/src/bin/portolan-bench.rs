@@ -6,6 +6,7 @@ use dataplane_tests::bench::record::RECORDS;
 use dataplane_tests::bench::{self, BenchAllArgs, report};
 use dataplane_tests::bench_agent::{self, BenchAgentArgs};
 use dataplane_tests::bench_choose::{self, BenchChooseArgs};
+use dataplane_tests::bench_counts::{self, CountsArgs};
 use dataplane_tests::bench_flood::{self, FloodArgs};
 use dataplane_tests::bench_load::{self, BenchLoadArgs};
 use dataplane_tests::bench_net::{self, BenchNetArgs};
@@ -47,6 +48,8 @@ enum Bench {
     /// Second tries: who is served where endpoints refuse or are silent, how long that takes, and what a Service costs all of whose endpoints
     /// refuse, beside kube-proxy. Not among `all`.
     Tries(TriesArgs),
+    /// The counts of what is open beside the flows and sockets that there are, after a million flows that end in every way. Not among `all`.
+    Counts(CountsArgs),
     /// Drift: an agent under churn for two hours, and what it holds meanwhile. Not among `all`.
     Soak(SoakArgs),
     /// One line for each target, from the newest records.
@@ -77,6 +80,7 @@ fn main() -> Result<()> {
         Bench::Choose(args) => bench_choose::run(&args)?.is_good(),
         Bench::Flood(args) => bench_flood::run(&args)?.is_good(),
         Bench::Tries(args) => bench_tries::run(&args)?.is_good(),
+        Bench::Counts(args) => bench_counts::run(&args)?.is_good(),
         Bench::Soak(args) => soak::run(&args)?.is_good(),
         Bench::Targets { records } => {
             bench::targets(&records)?;
