@@ -1,6 +1,6 @@
 //! Second tries (L5, L6): clients of a Service some of whose endpoints are silent, or refuse.
 
-use crate::world::{BOTH, Tcp, Udp, World, ask, everywhere};
+use crate::world::{BOTH, Tcp, Udp, World, ask, eventually, everywhere, metric};
 use dataplane_tests::lab::{Client, Endpoint, Family, Service};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -71,7 +71,8 @@ everywhere! {
     /// L5: two of three endpoints refuse: nothing listens in these pods. No client notices, by TCP or by UDP, wherever it and the endpoints
     /// are.
     fn endpoints_that_refuse_cost_no_connection(world) {
-        world.apply(&by_packet(world, 0, &["web-1", "shell-1", "shell-2"]));
+        let service = by_packet(world, 0, &["web-1", "shell-1", "shell-2"]);
+        world.apply(&service);
         for (client, to) in callers(world, 0) {
             for transport in BOTH {
                 // Endpoints send no more ICMP errors at once than six to a client.
@@ -81,6 +82,16 @@ everywhere! {
                     assert_eq!(answer.pod, "web-1", "{transport:?} {to}");
                 }
             }
+        }
+        for transport in BOTH {
+            let (protocol, port) = if transport == Tcp { ("TCP", "tcp-80") } else { ("UDP", "udp-80") };
+            let labels = format!(
+                "{{namespace=\"default\",service=\"{}\",port=\"{port}\",protocol=\"{protocol}\",ip_family=\"IP{}\"}} ",
+                service.name(),
+                if world.family() == Family::V4 { "v4" } else { "v6" }
+            );
+            let told = |what| metric(world.node(1), &format!("portolan_service_{what}_total{labels}")).unwrap_or(0.0);
+            eventually("the metrics tell of it", || told("moved") >= told("rescued") && told("rescued") > 0.0);
         }
     }
 }
