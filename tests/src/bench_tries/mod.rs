@@ -161,7 +161,8 @@ pub enum Caller {
 }
 
 impl Caller {
-    const fn about(self) -> &'static str {
+    /// In words.
+    pub const fn about(self) -> &'static str {
         match self {
             Self::Pod => "a pod by ClusterIP",
             Self::Outside => "a client outside by node port",
