@@ -56,20 +56,11 @@ pub(super) fn write(page: &mut Page, record: &Record<bench_tries::Measured>) {
 
 pub(super) fn write_counts(page: &mut Page, record: &Record<bench_counts::Measured>) {
     let bench_counts::Measured {
-        flows,
-        failed,
-        by_socket,
-        kills,
-        changes,
-        moved,
-        differences,
-        drift,
-        most_open,
-        ..
+        flows, by_socket, kills, changes, moved, differences, drift, most_open, ..
     } = &record.measured;
     page.heading("What is open");
     page.paragraph(&format!(
-        "{flows} flows that ended by FIN, by RST, refused, idle or displaced ({moved} of them moved to another endpoint, {failed} failed) and \
+        "{flows} flows that ended by FIN, by RST, refused, idle or displaced ({moved} times moved to another endpoint) and \
          {by_socket} connections by socket, while the agent was killed {kills} times and the algorithm changed {changes} times, commit {}: at \
          the ends of rounds, with up to {most_open} open, the counts differed from the flows and sockets that there were by {differences}, \
          and the agents had put {drift} right.",
