@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 /// Clients that wait at the same time at most; who comes when so many do, comes later.
 const MOST: usize = 8_192;
+/// Clients that begin between two looks at those who wait: a machine that was late does not make up for it at their cost.
+const AT_ONCE: usize = 32;
 /// The longest time without a look at those who wait.
 const LOOK: Duration = Duration::from_millis(5);
 /// Each question comes from a port of its own, so long as there are any.
@@ -133,11 +135,14 @@ impl<'a> Driver<'a> {
         let mut events = Events::with_capacity(1_024);
         let (begun, cpu) = (Instant::now(), thread_time());
         while self.next < all || self.free.len() < MOST {
-            while self.next < all
+            let mut room = AT_ONCE;
+            while room > 0
+                && self.next < all
                 && begun.elapsed().as_secs_f64() * self.clients.rate >= f64::from(self.next)
                 && let Some(at) = self.free.pop()
             {
                 self.begin(at);
+                room -= 1;
             }
             let due = begun + Duration::from_secs_f64(f64::from(self.next) / self.clients.rate);
             let wait = due.saturating_duration_since(Instant::now()).min(LOOK);
@@ -186,14 +191,19 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Whose time is over.
+    /// Whose time is over. Before that each is heard once more: this thread may have been late, and not the answer.
     fn give_up(&mut self) {
         while let Some(&(at, number)) = self.order.front() {
-            let is_there = self.waiting[at].as_ref().filter(|client| client.number == number);
-            if let Some(client) = is_there {
-                if client.begun.elapsed() < self.clients.patience {
-                    return;
-                }
+            let is_there = |client: &&Client| client.number == number;
+            if let Some(client) = self.waiting[at].as_ref().filter(is_there)
+                && client.begun.elapsed() < self.clients.patience
+            {
+                return;
+            }
+            if self.waiting[at].as_ref().is_some_and(|client| client.number == number) {
+                self.hear(at);
+            }
+            if self.waiting[at].as_ref().is_some_and(|client| client.number == number) {
                 self.waiting[at] = None;
                 self.free.push(at);
                 self.end(number, Err(Failure::TimedOut));
