@@ -286,8 +286,8 @@ pub struct AgentArgs {
         value_parser = selection::algorithm
     )]
     pub lb_algorithm: Algorithm,
-    /// How often a TCP connection whose endpoint is silent is given to another, where a Service's annotation does not say it: a SYN that
-    /// comes again unanswered goes elsewhere. 0: never.
+    /// How often a connection by packet whose endpoint is silent, refuses it or cannot be reached is given to another, and a UDP question
+    /// that is refused, where a Service's annotation does not say it (L5). 0: never.
     #[arg(long, value_name = "N", default_value_t = selection::DEFAULT_TRIES, value_parser = clap::value_parser!(u32).range(0..=7))]
     pub lb_retry: u32,
     /// What becomes of a ClusterIP that is called from outside the cluster.

@@ -33,5 +33,6 @@ mod soak;
 mod sockets;
 mod start;
 mod status;
+mod tries;
 mod watch;
 mod world;

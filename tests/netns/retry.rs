@@ -1,10 +1,10 @@
 //! Second tries (L5, L6): clients of a Service some of whose endpoints are silent, or refuse.
 
-use crate::world::{BOTH, Tcp, Udp, World, ask, in_kinds, on_all_paths};
+use crate::world::{BOTH, Tcp, Udp, World, ask, eventually, everywhere, metric};
 use dataplane_tests::lab::{Client, Endpoint, Family, Service};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// An endpoint at an address of node 3 that nobody has, and to which packets vanish there.
+/// An endpoint at an address of node 2 that nobody has.
 fn nobody(world: &World) -> Endpoint {
     let mut nobody = world.pod("web-3").endpoint();
     nobody.pod = "nobody".to_owned();
@@ -20,11 +20,12 @@ fn half_silent(world: &World, number: u8) -> Service {
     service.endpoints([world.pod("web-1").endpoint(), nobody(world)])
 }
 
-on_all_paths! {
+everywhere! {
     /// L5, L6: connections by packet are served all the same, by default from outside, and where the Service asks for it from pods and
     /// the node as well.
     fn a_silent_endpoint_costs_no_connection(world) {
-        let (nobody, node) = (nobody(world), world.node(3));
+        // Packets to it vanish there. Without this they would go to and fro until a router says that they are too old.
+        let (nobody, node) = (nobody(world), world.node(2));
         let bits = if world.family() == Family::V4 { 32 } else { 128 };
         let address = match world.family() {
             Family::V4 => nobody.address.unwrap().to_string(),
@@ -66,15 +67,12 @@ fn callers(world: &World, number: u8) -> [(Client, SocketAddr); 6] {
     ]
 }
 
-in_kinds! {
-    plain Plain
-    bridge_packet_path_strict BridgePacketPath
-    native_xdp_strict Xdp
-    vxlan_packet_path_strict Vxlan;
+everywhere! {
     /// L5: two of three endpoints refuse: nothing listens in these pods. No client notices, by TCP or by UDP, wherever it and the endpoints
     /// are.
     fn endpoints_that_refuse_cost_no_connection(world) {
-        world.apply(&by_packet(world, 0, &["web-1", "shell-1", "shell-2"]));
+        let service = by_packet(world, 0, &["web-1", "shell-1", "shell-2"]);
+        world.apply(&service);
         for (client, to) in callers(world, 0) {
             for transport in BOTH {
                 // Endpoints send no more ICMP errors at once than six to a client.
@@ -84,6 +82,16 @@ in_kinds! {
                     assert_eq!(answer.pod, "web-1", "{transport:?} {to}");
                 }
             }
+        }
+        for transport in BOTH {
+            let (protocol, port) = if transport == Tcp { ("TCP", "tcp-80") } else { ("UDP", "udp-80") };
+            let labels = format!(
+                "{{namespace=\"default\",service=\"{}\",port=\"{port}\",protocol=\"{protocol}\",ip_family=\"IP{}\"}} ",
+                service.name(),
+                if world.family() == Family::V4 { "v4" } else { "v6" }
+            );
+            let told = |what| metric(world.node(1), &format!("portolan_service_{what}_total{labels}")).unwrap_or(0.0);
+            eventually("the metrics tell of it", || told("moved") >= told("rescued") && told("rescued") > 0.0);
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::metrics::{Count, Counts, Metrics, Observed, Ports, SERIES};
 use crate::watch::Status;
 use dataplane_common::backend::BackendStatus;
 use dataplane_common::drop::Reason;
-use dataplane_common::tables::{BackendTraffic, Backends, OpenCounts, Reasons, ServiceTraffic};
+use dataplane_common::tables::{BackendTraffic, Backends, OpenCounts, Reasons, ServiceTraffic, ServiceTries};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -90,11 +90,15 @@ impl Scrape {
         let traffic = self.maps.map::<ServiceTraffic>()?;
         let mut counts = Counts { left_out: [ports.left_out, 0], ..Counts::default() };
         let open = self.open_of_services()?;
+        let tries = self.maps.map::<ServiceTries>()?;
         for (id, name) in &ports.ports {
-            let traffic = traffic.get(id)?.unwrap_or_default();
-            counts
-                .services
-                .push((name.clone(), Count { traffic, open: open.get(id).copied().unwrap_or_default() }));
+            let tries = tries.get(id)?.unwrap_or_default();
+            let count = Count {
+                traffic: traffic.get(id)?.unwrap_or_default(),
+                open: open.get(id).copied().unwrap_or_default(),
+                tries: (tries.moved() > 0).then(|| [tries.moved(), tries.rescued]),
+            };
+            counts.services.push((name.clone(), count));
         }
         if !self.endpoints {
             return Ok(counts);
@@ -123,6 +127,7 @@ impl Scrape {
             let count = Count {
                 traffic: traffic.get(&id)?.unwrap_or_default(),
                 open: open.get(&id)?.unwrap_or_default().count().into(),
+                tries: None,
             };
             counts.endpoints.push((name, address, count));
         }

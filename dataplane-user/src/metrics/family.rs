@@ -160,6 +160,12 @@ families! {
     SERVICE_OPEN = "portolan_service_open_connections", Gauge,
         ["namespace", "service", "port", "protocol", "ip_family"],
         "Connections and UDP flows of a service port that did not end, by packet and by socket, of this node";
+    SERVICE_MOVED = "portolan_service_moved_total", Counter,
+        ["namespace", "service", "port", "protocol", "ip_family"],
+        "Connections and UDP questions of a service port that were given to another endpoint because theirs was silent, refused them or could not be reached (L5). Told of those that have had one";
+    SERVICE_RESCUED = "portolan_service_rescued_total", Counter,
+        ["namespace", "service", "port", "protocol", "ip_family"],
+        "Those of them that another endpoint than their first has answered; beside portolan_service_moved_total";
     ENDPOINT_PACKETS = "portolan_endpoint_packets_total", Counter,
         ["namespace", "service", "port", "protocol", "endpoint", "direction"],
         "Packets of one endpoint of a service port: `in` from clients, `out` from the endpoint";
@@ -258,8 +264,8 @@ mod tests {
         }
         page.push_str(
             "\n## How much there is\n\n\
-             The counters of service ports are read from the kernel's maps when somebody asks, five series each, and with \
-             `--metrics-endpoints`\nthose of endpoints as well; at most `--metrics-max-series` of them (20,000 unless told): \
+             The counters of service ports are read from the kernel's maps when somebody asks, six series each and two more \
+             where connections were given\nto another endpoint, and with `--metrics-endpoints` those of endpoints as well; at most `--metrics-max-series` of them (20,000 unless told): \
              those of service ports first, the oldest first.\n`portolan_metrics_left_out` says how many were left out. The kernel counts \
              all of them all the same: `portolan services` and\n`portolan backends` show them.\n\n\
              Tables are not read to tell how full they are: `sync` knows what it wrote, and the sweep of idle flows counts \

@@ -1,16 +1,17 @@
-//! The counters of service ports and endpoints, as series: six each, and never more than the operator wants.
+//! The counters of service ports and endpoints, as series: six each, two more for a service port whose
+//! connections were given to other endpoints, and never more than the operator wants.
 
 use super::family::{
     ENDPOINT_BYTES, ENDPOINT_FLOWS, ENDPOINT_OPEN, ENDPOINT_PACKETS, Family, LEFT_OUT, SERVICE_BYTES,
-    SERVICE_FLOWS, SERVICE_OPEN, SERVICE_PACKETS, Text,
+    SERVICE_FLOWS, SERVICE_MOVED, SERVICE_OPEN, SERVICE_PACKETS, SERVICE_RESCUED, Text,
 };
 use crate::compile::ServicePortName;
 use dataplane_common::Protocol;
 use dataplane_common::counter::Traffic;
 use std::net::SocketAddr;
 
-/// Series of one service port or endpoint.
-pub const SERIES: usize = 6;
+/// Series of one service port or endpoint, at most.
+pub const SERIES: usize = 8;
 
 /// The names of service ports by their ids, as many as are told, in the order of the ids.
 #[derive(Clone, Debug, Default)]
@@ -44,6 +45,8 @@ pub struct Count {
     pub traffic: Traffic,
     /// How many flows and connected sockets are open.
     pub open: u64,
+    /// How many flows got another endpoint, and how many of these were answered then; of a service port.
+    pub tries: Option<[u64; 2]>,
 }
 
 /// What the kernel counted.
@@ -68,6 +71,14 @@ impl Counts {
             .map(|(name, count)| row(name, if name.ipv6 { "IPv6" } else { "IPv4" }, count))
             .collect();
         write(text, [&SERVICE_PACKETS, &SERVICE_BYTES, &SERVICE_FLOWS, &SERVICE_OPEN], &services);
+        for (at, family) in [&SERVICE_MOVED, &SERVICE_RESCUED].into_iter().enumerate() {
+            text.head(family);
+            for (labels, count) in &services {
+                if let Some(tries) = count.tries {
+                    text.sample(family, labels, tries[at]);
+                }
+            }
+        }
         let addresses: Vec<_> = self.endpoints.iter().map(|(_, address, _)| address.to_string()).collect();
         let endpoints: Vec<_> = self
             .endpoints
@@ -136,9 +147,10 @@ mod tests {
     #[test]
     fn each_service_port_and_endpoint_has_its_counters() {
         let traffic = Traffic { packets_in: 1, bytes_in: 2, packets_out: 3, bytes_out: 4, new_flows: 5 };
-        let count = Count { traffic, open: 8 };
+        let count = Count { traffic, open: 8, tries: None };
+        let moved = Count { tries: Some([9, 10]), ..count };
         let counts = Counts {
-            services: vec![(port("web", true), count)],
+            services: vec![(port("web", true), moved), (port("mail", true), count)],
             endpoints: vec![(port("web", false), "10.0.0.1:8080".parse().unwrap(), count)],
             left_out: [6, 7],
         };
@@ -158,6 +170,8 @@ mod tests {
             ),
             format!("portolan_endpoint_flows_total{{{labels},endpoint=\"10.0.0.1:8080\"}} 5"),
             format!("portolan_service_open_connections{{{labels},ip_family=\"IPv6\"}} 8"),
+            format!("portolan_service_moved_total{{{labels},ip_family=\"IPv6\"}} 9"),
+            format!("portolan_service_rescued_total{{{labels},ip_family=\"IPv6\"}} 10"),
             format!("portolan_endpoint_open_connections{{{labels},endpoint=\"10.0.0.1:8080\"}} 8"),
             "portolan_metrics_left_out{kind=\"service_port\"} 6".to_owned(),
             "portolan_metrics_left_out{kind=\"endpoint\"} 7".to_owned(),
@@ -165,6 +179,6 @@ mod tests {
             assert!(text.lines().any(|other| other == line), "{line} in {text}");
         }
         let samples = text.lines().filter(|line| !line.starts_with('#'));
-        assert_eq!(samples.count(), 2 * SERIES + 2);
+        assert_eq!(samples.count(), SERIES + 6 + 6 + 2);
     }
 }

@@ -5,6 +5,7 @@ mod choose;
 mod paths;
 mod programs;
 mod soak;
+mod tries;
 
 use super::plot::Bar;
 use super::record::Record;
@@ -119,6 +120,8 @@ const REPEAT: &str = "\
 cargo xtask bench --quick      # the main ratios; without --quick, what the method asks for
 cargo xtask bench --resume     # goes on with a run that was cut short
 cargo xtask bench choose       # who waits how long where one endpoint is slow
+cargo xtask bench tries        # who is served where endpoints refuse or are silent, and at what price
+cargo xtask bench counts       # a million flows: is what is open counted right?
 cargo xtask bench soak         # two hours of churn: does anything grow?
 cargo xtask bench targets      # one line per target, from the newest records
 cargo xtask bench report       # writes this page and its plots from the newest records
@@ -170,6 +173,12 @@ fn page(records: &Path) -> Result<Page> {
     );
     if let Some(record) = newest(records, crate::bench_choose::KIND)? {
         choose::write(&mut page, &record);
+    }
+    if let Some(record) = newest(records, crate::bench_tries::KIND)? {
+        tries::write(&mut page, &record);
+    }
+    if let Some(record) = newest(records, crate::bench_counts::KIND)? {
+        tries::write_counts(&mut page, &record);
     }
     if let Some(record) = newest(records, crate::soak::KIND)? {
         soak::write(&mut page, &record);

@@ -6,11 +6,13 @@ use dataplane_tests::bench::record::RECORDS;
 use dataplane_tests::bench::{self, BenchAllArgs, report};
 use dataplane_tests::bench_agent::{self, BenchAgentArgs};
 use dataplane_tests::bench_choose::{self, BenchChooseArgs};
+use dataplane_tests::bench_counts::{self, CountsArgs};
 use dataplane_tests::bench_flood::{self, FloodArgs};
 use dataplane_tests::bench_load::{self, BenchLoadArgs};
 use dataplane_tests::bench_net::{self, BenchNetArgs};
 use dataplane_tests::bench_prog::{self, BenchProgArgs};
 use dataplane_tests::bench_sync::{self, BenchSyncArgs};
+use dataplane_tests::bench_tries::{self, TriesArgs};
 use dataplane_tests::soak::{self, SoakArgs};
 use std::path::PathBuf;
 
@@ -43,6 +45,11 @@ enum Bench {
     /// Honest clients and established connections under a flood of SYNs (B16), and 10,000 questions by UDP in a second (B17), beside
     /// kube-proxy. Not among `all`.
     Flood(FloodArgs),
+    /// Second tries: who is served where endpoints refuse or are silent, how long that takes, and what a Service costs all of whose endpoints
+    /// refuse, beside kube-proxy. Not among `all`.
+    Tries(TriesArgs),
+    /// The counts of what is open beside the flows and sockets that there are, after a million flows that end in every way. Not among `all`.
+    Counts(CountsArgs),
     /// Drift: an agent under churn for two hours, and what it holds meanwhile. Not among `all`.
     Soak(SoakArgs),
     /// One line for each target, from the newest records.
@@ -72,6 +79,8 @@ fn main() -> Result<()> {
         Bench::Load(args) => bench_load::run(&args)?.is_good(),
         Bench::Choose(args) => bench_choose::run(&args)?.is_good(),
         Bench::Flood(args) => bench_flood::run(&args)?.is_good(),
+        Bench::Tries(args) => bench_tries::run(&args)?.is_good(),
+        Bench::Counts(args) => bench_counts::run(&args)?.is_good(),
         Bench::Soak(args) => soak::run(&args)?.is_good(),
         Bench::Targets { records } => {
             bench::targets(&records)?;

@@ -15,7 +15,7 @@ use steps::{CLUSTER_STEPS, STEPS, Tour};
 use world::{LOCAL_PORT, NODE_PORT, PORT, SHELL, WEB, World};
 
 /// Names are asked before a pod leaves.
-const STEPS_BEFORE_NAMES: usize = 6;
+const STEPS_BEFORE_NAMES: usize = 7;
 
 /// `portolan-lab run`.
 #[derive(Clone, Debug, clap::Args)]

@@ -2,9 +2,10 @@
 
 use super::narration::{Narration, Tally};
 use super::world::{
-    BARE_NODE, CHANCE, LEAST, LEAVING, LOCAL_PORT, NODE_PORT, PODS, PORT, SERIAL_PORT, SHELL, WEB, World,
-    pod, wait,
+    BARE_NODE, CHANCE, LEAST, LEAVING, LOCAL_PORT, NODE_PORT, PODS, PORT, SERIAL_PORT, SHELL, TRIES,
+    TRIES_NODE_PORT, TRIES_PORT, WEB, World, pod, wait,
 };
+use crate::deaf::Deaf;
 use crate::lab::{Asked, Client, Failure, Lab, ask_datagram, at};
 use crate::serial::{self, Server};
 use anyhow::{Context, Result};
@@ -20,6 +21,9 @@ const SILENCE: Duration = Duration::from_millis(700);
 const NGINX: &str = "nginx.default.svc.cluster.local";
 /// Clients of each algorithm that is shown.
 const SLOW_CLIENTS: u32 = 120;
+/// Clients from each place where two of three endpoints do not serve: that chance sends none of them to one of these has a probability of
+/// 1 in 10^10.
+const TRYING_CLIENTS: u32 = 60;
 /// Entries of a dump that are shown.
 const DUMP_ENTRIES: usize = 2;
 
@@ -27,13 +31,14 @@ const DUMP_ENTRIES: usize = 2;
 type Step = fn(&Tour, &mut Narration) -> Result<()>;
 
 /// The steps in their order.
-pub(crate) const STEPS: [(&str, Step); 9] = [
+pub(crate) const STEPS: [(&str, Step); 10] = [
     ("A ClusterIP from a pod", Tour::cluster_ip_from_a_pod),
     ("A ClusterIP from a node", Tour::cluster_ip_from_a_node),
     ("The node port on 127.0.0.1 of a node", Tour::loopback),
     ("The node port of every node from outside", Tour::node_ports),
     ("externalTrafficPolicy Cluster and Local side by side", Tour::policies),
     ("Least-connections beside random, with one slow pod", Tour::a_slow_pod),
+    ("One pod of three refuses, one is silent, and no client fails", Tour::dead_pods),
     ("A pod goes away and the traffic moves on", Tour::a_pod_leaves),
     ("The endpoints' counters", Tour::counters),
     ("A map as bpftool shows it", Tour::a_map),
@@ -47,6 +52,20 @@ pub(crate) const CLUSTER_STEPS: [(&str, Step); 1] =
 pub(crate) struct Tour {
     pub(crate) lab: Lab,
     pub(crate) world: World,
+}
+
+/// What `portolan services` says of second tries.
+#[derive(serde::Deserialize)]
+struct ServiceTries {
+    name: String,
+    tries: Moved,
+}
+
+#[derive(serde::Deserialize)]
+struct Moved {
+    silent: u64,
+    refused: u64,
+    rescued: u64,
 }
 
 /// Whether it was a pod of the Service that answered, and saw this client.
@@ -203,6 +222,50 @@ impl Tour {
         say.check(
             of_slow[1] < of_slow[0] && failed == 0,
             "whoever has many open connections gets fewer new ones (L2)",
+        );
+        Ok(())
+    }
+
+    fn dead_pods(&self, say: &mut Narration) -> Result<()> {
+        let [serves, refuses, silent] = PODS.map(|name| pod(&self.lab, name));
+        let (serves, refuses, silent) = (serves?, refuses?, silent?);
+        let _server =
+            Server::start(serves.place(), at(serves.address(), TRIES_PORT), serves.name(), Duration::ZERO)?;
+        let _deaf = Deaf::listen(silent.place(), at(silent.address(), TRIES_PORT))?;
+        say.tell(&format!(
+            "at port {TRIES_PORT} the pod {} serves, nothing listens in {}, and the queue of {} is full",
+            serves.name(),
+            refuses.name(),
+            silent.name()
+        ));
+        let (shell, node) = (pod(&self.lab, SHELL)?, self.lab.node(BARE_NODE));
+        let callers = [
+            (SHELL, shell.place(), at(TRIES, PORT)),
+            ("client", self.lab.client(), at(node.address(), TRIES_NODE_PORT)),
+        ];
+        for (who, place, to) in callers {
+            let met = serial::clients(place, to, TRYING_CLIENTS, serial::RATE)?;
+            let (p50, p99) = (met.quantile(500).as_millis(), met.quantile(990).as_millis());
+            let served = met.answered.get(serves.name()).copied().unwrap_or_default();
+            say.seen(
+                &format!("{who}: {TRYING_CLIENTS} × TCP {to}"),
+                format!("{served} served, {} failed; p50 {p50} ms, p99 {p99} ms", met.failed),
+            );
+            say.check(served == TRYING_CLIENTS as usize, "each was given to an endpoint that serves it (L5)");
+        }
+        let rows: Vec<ServiceTries> = serde_json::from_str(&node.portolan(&["services", "-o", "json"])?)?;
+        let moved = rows.into_iter().find(|row| row.name.starts_with("default/tries:"));
+        let ServiceTries { tries: Moved { silent, refused, rescued }, .. } =
+            moved.context("portolan services does not name the Service")?;
+        say.seen(
+            &format!("portolan services, on {}", node.name()),
+            format!(
+                "moved from the silent pod {silent}, from the one that refuses {refused}; rescued {rescued}"
+            ),
+        );
+        say.check(
+            silent > 0 && refused > 0 && rescued > 0,
+            "what was silent and what refused is told, and how many connections that has rescued",
         );
         Ok(())
     }

@@ -21,6 +21,10 @@ pub(crate) const LOCAL_PORT: u16 = 30003;
 pub(crate) const CHANCE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 83);
 pub(crate) const LEAST: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 84);
 pub(crate) const SERIAL_PORT: u16 = 8090;
+/// ClusterIP of `tries`, its node port, and the port at which one of its pods serves, one refuses and one is silent.
+pub(crate) const TRIES: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 85);
+pub(crate) const TRIES_NODE_PORT: u16 = 30_004;
+pub(crate) const TRIES_PORT: u16 = 8091;
 /// The port of the Services, and the port on which pods serve TCP and UDP.
 pub(crate) const PORT: u16 = 80;
 pub(crate) const POD_PORT: u16 = 8080;
@@ -34,6 +38,8 @@ pub(crate) const SHELL: &str = "shell";
 pub(crate) const BARE_NODE: usize = 2;
 /// The annotation that names a Service's algorithm.
 const ALGORITHM: &str = "service.portolan.dev/lb-algorithm";
+/// The one that says how often a connection is given to another endpoint. A Service that has it goes by packet, whatever the agent's flags.
+const RETRY: &str = "service.portolan.dev/retry";
 /// How long the control plane may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -43,7 +49,7 @@ pub(crate) enum World {
     Cluster(Box<ControlPlane>),
 }
 
-fn services() -> [Service; 5] {
+fn services() -> [Service; 6] {
     [
         Service::new("web", WEB).tcp(PORT, POD_PORT).udp(PORT, POD_PORT),
         Service::new("web-nodeport", NODE_PORT_IP)
@@ -55,6 +61,7 @@ fn services() -> [Service; 5] {
             .external_local(),
         Service::new("chance", CHANCE).tcp(PORT, SERIAL_PORT).annotation(ALGORITHM, "random"),
         Service::new("least", LEAST).tcp(PORT, SERIAL_PORT).annotation(ALGORITHM, "least-connections"),
+        Service::new("tries", TRIES).tcp_node_port(PORT, TRIES_PORT, TRIES_NODE_PORT).annotation(RETRY, "3"),
     ]
 }
 
@@ -122,7 +129,7 @@ impl World {
         let bare = lab.node(BARE_NODE).name();
         tell(&format!("kubectl cordon {bare}: so that one node has no web server"));
         plane.kubectl(&["cordon", bare], "")?;
-        tell("kubectl apply: a StatefulSet `web` of 3 replicas, seven Services, a pod `shell`");
+        tell("kubectl apply: a StatefulSet `web` of 3 replicas, eight Services, a pod `shell`");
         let mut objects = vec![stateful_set(drain), shell(bare), headless(), external_name()];
         for service in services() {
             let mut service = service.service();
