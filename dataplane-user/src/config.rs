@@ -129,8 +129,8 @@ pub enum Command {
     Check(CheckArgs),
     /// One archive for a bug report: what the other verbs show, the agent's metrics, and how the node is set up.
     ///
-    /// Needs root. Without --output it is written to stdout: `kubectl exec POD -- portolan report > report.tar.gz`. It holds no
-    /// credentials; it names Services, addresses and nodes.
+    /// Needs root, but not on a workstation: with --node or --all-nodes it comes from there, with the agents' logs. Without --output it is
+    /// written to stdout. It holds no credentials; it names Services, addresses and nodes.
     Report(ReportArgs),
     /// What becomes of a new connection, and why: computed by the programs that forward, on the live tables, and changing nothing.
     ///

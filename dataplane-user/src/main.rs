@@ -144,9 +144,13 @@ fn read_config(args: &mut AgentArgs, matches: &ArgMatches) -> Result<()> {
 }
 
 fn report(args: &ReportArgs) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut archive = Vec::new();
-    runtime.block_on(report::write(args, &mut archive))?;
+    if args.is_remote() {
+        report::nodes::write(args, &mut archive)?;
+    } else {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(report::write(args, &mut archive))?;
+    }
     match &args.output {
         Some(file) => {
             std::fs::write(file, archive).with_context(|| format!("cannot write {}", file.display()))?;

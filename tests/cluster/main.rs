@@ -2,6 +2,7 @@
 //! other.
 
 mod agents;
+mod alerts;
 mod boot;
 mod controlplane;
 mod deploy;

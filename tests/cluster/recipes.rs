@@ -4,25 +4,16 @@ use crate::deploy::{LABEL, raise};
 use crate::shared::{Cluster, PORT};
 use crate::world::eventually;
 use dataplane_tests::lab::at;
+use dataplane_tests::recipes;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
-/// The code of the blocks below a heading, or below a line that ends in a colon.
+/// The commands below a heading, but those that run something in a container that is there, which the lab's kubelet cannot.
 fn commands(page: &str, below: &str) -> String {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let text = format!("\n{}", fs::read_to_string(root.join("docs").join(page)).unwrap());
-    let (_, rest) =
-        text.split_once(&format!("\n{below}\n")).unwrap_or_else(|| panic!("{page} has no `{below}`"));
-    let block = rest.split("```").nth(1).unwrap();
-    // The lab's kubelet runs nothing in a container that is there.
-    block
-        .trim()
-        .lines()
-        .filter(|line| !line.starts_with("kubectl exec"))
-        .map(|line| format!("{line}\n"))
-        .collect()
+    let lines = recipes::commands(page, below);
+    lines.lines().filter(|line| !line.starts_with("kubectl exec")).map(|line| format!("{line}\n")).collect()
 }
 
 /// Runs them in a shell, where `kubectl` and `helm` are the cluster's.
@@ -94,11 +85,7 @@ fn one_node_goes_over_first_and_back_as_the_documentation_says() {
 
     run(&cluster, &commands("upgrade.md", "# Upgrade").replace("NEW", env!("CARGO_PKG_VERSION")));
     run(&cluster, "helm uninstall portolan --namespace kube-system --wait");
-    let clean_up = "kubectl apply -f deploy/cleanup.yaml";
-    let after =
-        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/uninstall.md")).unwrap();
-    let block = after.split("```").find(|block| block.trim().starts_with(clean_up)).unwrap().to_owned();
-    run(&cluster, &block);
+    run(&cluster, &recipes::commands_from("uninstall.md", "kubectl apply -f deploy/cleanup.yaml"));
     eventually("nobody serves", || cluster.outside().tcp(node_port).is_err());
     for node in cluster.lab.nodes() {
         for folder in [node.bpffs(), node.run_folder(), node.state_folder()] {

@@ -259,6 +259,26 @@ fn all_nodes_are_asked_by_kubectl_a_row_each() {
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(text.lines().count(), 3, "{text}");
     assert!(text.contains("✓   node-1") && text.contains("✓   node-2"), "{text}");
+    // A report of all: what each pod writes, and its log; one that writes none does not take the others along.
+    let own = folder.join("own.tar.gz");
+    lab.node(0).portolan(&["report", "-o", own.to_str().unwrap()]).unwrap();
+    let reports = "#!/bin/bash\ncd \"$(dirname \"$0\")\"\n\
+                   case \"$1 $*\" in get*) cat pods.json ;; logs*previous*) exit 1 ;; logs*) echo token eyJhbGciOi.eyJpc3Mi.c2ln of $4 ;;\n\
+                   exec*node-1*report) cat own.tar.gz ;; *) echo it is away >&2; exit 1 ;; esac\n";
+    std::fs::write(&kubectl, reports).unwrap();
+    let all = folder.join("all.tar.gz");
+    let (code, out, err) = run_with(&["report", "--all-nodes", "-o", all.to_str().unwrap()]);
+    assert_eq!((code, out), (Some(0), format!("wrote {}\n", all.display())), "{err}");
+    let member = |name: &str| {
+        let member = format!("portolan-report/{name}");
+        lab.node(0).place().run("tar", &["-xOzf", all.to_str().unwrap(), &member]).unwrap()
+    };
+    assert!(member("node-1/services.json").contains("default/web"));
+    assert_eq!(member("node-1/log.txt"), "token [struck out] of portolan-node-1\n");
+    assert_eq!(member("node-2.error"), "it is away\n");
+    let (code, _, err) = run_with(&["report", "--node=node-9", "-o", all.to_str().unwrap()]);
+    assert!(code == Some(1) && err.contains("nodes that have one: node-1, node-2"), "{err}");
+    std::fs::write(&kubectl, script).unwrap();
     std::fs::remove_file(folder.join("portolan-node-2.json")).unwrap();
     let (code, text) = run();
     assert!(code == Some(4) && text.contains("✗   node-2") && text.contains("does not answer"), "{text}");

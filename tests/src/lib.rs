@@ -21,6 +21,7 @@ pub mod layouts;
 pub mod load;
 pub mod oracle;
 pub mod packet;
+pub mod recipes;
 pub mod serial;
 pub mod soak;
 pub mod tour;

@@ -2,11 +2,11 @@
 //! right but those that `kubectl` has.
 
 use super::{AdminError, structured};
-use crate::config::Output;
+use crate::config::Output as Form;
 use serde_json::Value;
 use std::ffi::OsString;
 use std::io::Write as _;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 /// By which the pods of agents are found, in all namespaces.
 pub const LABEL: &str = "app.kubernetes.io/name=portolan";
@@ -73,6 +73,13 @@ pub(super) fn objects(arguments: &[&str]) -> Result<Value, AdminError> {
 /// # Errors
 /// If there is none.
 pub(super) fn kubectl(arguments: &[OsString], input: &str) -> Result<Answer, AdminError> {
+    let output = run(arguments, input)?;
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Ok(Answer { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) })
+}
+
+/// The same, for one whose output is no text.
+fn run(arguments: &[OsString], input: &str) -> Result<Output, AdminError> {
     let mut command = Command::new("kubectl");
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(not_run)?;
@@ -80,9 +87,7 @@ pub(super) fn kubectl(arguments: &[OsString], input: &str) -> Result<Answer, Adm
     if let Some(mut stdin) = child.stdin.take() {
         let _ = stdin.write_all(input.as_bytes());
     }
-    let output = child.wait_with_output().map_err(not_run)?;
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Ok(Answer { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) })
+    child.wait_with_output().map_err(not_run)
 }
 
 /// The pods of all agents.
@@ -152,6 +157,48 @@ pub fn pod_on(node: &str) -> Result<AgentPod, AdminError> {
     )))
 }
 
+/// The pod of the agent of the node that is named, or of every node, in the order of their names.
+///
+/// # Errors
+/// As [`pod_on`].
+pub fn pods_on(node: Option<&str>) -> Result<Vec<AgentPod>, AdminError> {
+    if let Some(node) = node {
+        return Ok(vec![pod_on(node)?]);
+    }
+    let mut pods = pods()?;
+    if pods.is_empty() {
+        return Err(AdminError::End(format!("no pod with the label {LABEL} runs")));
+    }
+    pods.sort_by(|a, b| a.node.cmp(&b.node));
+    Ok(pods)
+}
+
+/// What `portolan` with these arguments writes in a pod, if that is no text.
+///
+/// # Errors
+/// If it does not succeed there, with what it said.
+pub fn bytes(pod: &AgentPod, arguments: &[OsString]) -> Result<Vec<u8>, AdminError> {
+    let output = run(&exec(pod, arguments), "")?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    Err(AdminError::End(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+}
+
+/// The last lines of an agent's log, or of the one before it in the same pod.
+///
+/// # Errors
+/// If there is none.
+pub fn log(pod: &AgentPod, lines: u32, previous: bool) -> Result<String, AdminError> {
+    let tail = format!("--tail={lines}");
+    let mut arguments =
+        vec!["logs", "--namespace", &pod.namespace, &pod.name, "--container", CONTAINER, &tail];
+    if previous {
+        arguments.push("--previous");
+    }
+    succeeded(&arguments, kubectl(&words(&arguments), "")?)
+}
+
 /// Asks the node what this command line asks.
 ///
 /// # Errors
@@ -170,19 +217,15 @@ pub fn ask(node: &str, command_line: impl IntoIterator<Item = OsString>) -> Resu
 /// If no agent's pod runs, or `kubectl` cannot be run.
 pub fn ask_all(
     command_line: impl IntoIterator<Item = OsString>,
-    output: Output,
+    output: Form,
 ) -> Result<(String, u8), AdminError> {
-    let is_data = matches!(output, Output::Json | Output::Yaml);
+    let is_data = matches!(output, Form::Json | Form::Yaml);
     let mut words = without(command_line, &[ALL_NODES], &[]);
     if is_data {
         words = without(words, &[], &["--output", "-o"]);
         words.push("--output=json".into());
     }
-    let mut pods = pods()?;
-    if pods.is_empty() {
-        return Err(AdminError::End(format!("no pod with the label {LABEL} runs")));
-    }
-    pods.sort_by(|a, b| a.node.cmp(&b.node));
+    let pods = pods_on(None)?;
     let (mut text, mut all, mut worst) = (String::new(), serde_json::Map::new(), 0);
     for pod in &pods {
         let answer = portolan(pod, &words)?;

@@ -1,6 +1,8 @@
 //! `portolan report`: one archive for a bug report, of what the verbs show and what the node is. Credentials are none of it: nothing is
 //! read that holds some, and what looks like one in what is read is struck out.
 
+pub mod nodes;
+
 use super::check::{self, CheckPage};
 use super::{AdminError, View, render, status, structured};
 use crate::config::{CheckArgs, Output, ReportArgs};
@@ -45,8 +47,8 @@ const FILES: [(&str, &str); 12] = [
 pub async fn write(args: &ReportArgs, to: impl Write) -> Result<(), AdminError> {
     let mut archive = Archive::new(to);
     let about = format!(
-        "Made by portolan {} at {}.\nThe agent's log is not in it: `kubectl logs --namespace kube-system daemonset/portolan`, or the \
-         node's journal.\nIt names Services, addresses and nodes; passwords and tokens are struck out.\n",
+        "Made by portolan {} at {}.\nThe agent's log is not in it, but with --node or --all-nodes: `kubectl logs --namespace kube-system \
+         daemonset/portolan`, or the node's journal.\nIt names Services, addresses and nodes; passwords and tokens are struck out.\n",
         version::text(),
         status_time()
     );
@@ -181,7 +183,7 @@ mod tests {
     #[tokio::test]
     async fn the_archive_has_everything_or_says_why_not() {
         let mut bytes = Vec::new();
-        let args = ReportArgs { bpffs: "/no/such/pins".into(), output: None };
+        let args = ReportArgs { bpffs: "/no/such/pins".into(), output: None, node: None, all_nodes: false };
         write(&args, &mut bytes).await.unwrap();
         let mut files = BTreeMap::new();
         let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(&bytes[..]));

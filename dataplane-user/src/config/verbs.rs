@@ -108,6 +108,19 @@ pub struct ReportArgs {
     /// The file that is written, a tar.gz.
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Of the node of this name in place of this one, by `kubectl`, with the log of its agent. Needs no root here.
+    #[arg(long, value_name = "NAME")]
+    pub node: Option<String>,
+    /// Of each node of the cluster by `kubectl`, with the logs of the agents, a folder for each. Needs no root here.
+    #[arg(long, conflicts_with = "node")]
+    pub all_nodes: bool,
+}
+
+impl ReportArgs {
+    /// Whether it is of other nodes.
+    pub const fn is_remote(&self) -> bool {
+        self.all_nodes || self.node.is_some()
+    }
 }
 
 impl CheckArgs {

@@ -16,7 +16,7 @@ pub use tables::{
 };
 
 use crate::bench::record::{Machine, RECORDS, Record};
-use crate::bench::target::{Judgement, Limit, Ratio};
+use crate::bench::target::{Judgement, Limit, Ratio, Verdict};
 use crate::bench_agent::cpu_seconds;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,8 @@ const ESTABLISHED_TC_LIMIT: f64 = 5.4;
 const ESTABLISHED_IPV6_LIMIT: f64 = 6.0;
 /// B7: times the empty program.
 const NOT_OURS_LIMIT: f64 = 1.6;
+/// B6: times the same new flow that nobody watches.
+const WATCHED_LIMIT: f64 = 1.03;
 /// B8: bytes of stack on the deepest chain of calls; the verifier lets a program have 512.
 pub const STACK_LIMIT: u64 = 448;
 /// B8: seconds of CPU until every program is loaded.
@@ -58,6 +60,9 @@ pub struct BenchProgArgs {
     /// Samples; the median counts (15; quick: 7).
     #[arg(long)]
     pub samples: Option<usize>,
+    /// What it costs a new flow that somebody watches, and nothing else: printed, no record is written.
+    #[arg(long)]
+    pub watch: bool,
     /// The folder that the record is written to.
     #[arg(long, default_value = RECORDS)]
     pub records: PathBuf,
@@ -158,8 +163,30 @@ pub fn run(args: &BenchProgArgs) -> Result<Record<Measured>> {
     Ok(record)
 }
 
+/// Measures and prints what it costs new flows that somebody watches; whether it is met.
+///
+/// # Errors
+/// As [`run`].
+pub fn price_of_watching(args: &BenchProgArgs) -> Result<bool> {
+    let watched = cases::measure_watched(args.effort())?;
+    print_watched(&watched);
+    let judgements = judge_watched(&watched);
+    judgements.iter().for_each(|judgement| println!("{judgement}"));
+    Ok(judgements.iter().all(|judgement| judgement.verdict == Verdict::Met))
+}
+
+fn judge_watched(watched: &[WatchCost]) -> Vec<Judgement> {
+    let limit = Limit::at_most(WATCHED_LIMIT, "x unwatched");
+    let judged = watched.iter().map(|cost| {
+        let what = format!("{}, {}, while somebody watches", cost.program, cost.case);
+        let ratio = (cost.alone > 0.0).then(|| Ratio::exactly(cost.watched / cost.alone));
+        Judgement::new("B6", what, ratio, limit.clone())
+    });
+    judged.collect()
+}
+
 fn judge(measured: &Measured) -> Vec<Judgement> {
-    let mut all = Vec::new();
+    let mut all = judge_watched(&measured.watched);
     for (family, programs) in [("", &measured.programs), ("IPv6, ", &measured.programs_ipv6)] {
         for program in programs {
             let of = |what: &str| format!("{}, {family}{what}", program.program);
@@ -201,12 +228,7 @@ fn print(measured: &Measured) {
     for case in &measured.cases {
         println!("{:<14} {:<51} {:>5.0} {:>5.0}", case.program, case.case, case.nanoseconds, case.empty);
     }
-    println!("\nnew flows: nanoseconds while nobody watches, and while somebody does");
-    for cost in &measured.watched {
-        let more = (cost.watched / cost.alone.max(1.0) - 1.0) * 100.0;
-        let (program, case) = (&cost.program, &cost.case);
-        println!("{program:<14} {case:<51} {:>5.0} {:>5.0} {more:>+5.1} %", cost.alone, cost.watched);
-    }
+    print_watched(&measured.watched);
     println!("\nverified instructions, bytes of machine code, and of stack on the deepest chain");
     for (program, count) in &measured.verified {
         let jited = measured.jited.get(program).copied().unwrap_or_default();
@@ -220,6 +242,15 @@ fn print(measured: &Measured) {
     println!("\nXDP on veth, live frames per second");
     for frames in &measured.live_frames {
         println!("{:<64} {:>9.0}/s", frames.what, frames.per_second.median);
+    }
+}
+
+fn print_watched(watched: &[WatchCost]) {
+    println!("\nnew flows: nanoseconds while nobody watches, and while somebody does");
+    for cost in watched {
+        let more = (cost.watched / cost.alone.max(1.0) - 1.0) * 100.0;
+        let (program, case) = (&cost.program, &cost.case);
+        println!("{program:<14} {case:<51} {:>5.0} {:>5.0} {more:>+5.1} %", cost.alone, cost.watched);
     }
 }
 

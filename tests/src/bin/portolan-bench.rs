@@ -72,6 +72,7 @@ enum Bench {
 fn main() -> Result<()> {
     let good = match Cli::parse().bench {
         Bench::All(args) => bench::run(&args)?,
+        Bench::Prog(args) if args.watch => bench_prog::price_of_watching(&args)?,
         Bench::Prog(args) => bench_prog::run(&args)?.is_good(),
         Bench::Sync(args) => bench_sync::run(&args)?.is_good(),
         Bench::Agent(args) => bench_agent::run(&args)?.is_good(),

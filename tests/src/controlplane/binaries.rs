@@ -26,10 +26,22 @@ pub(crate) const COREDNS: Extra = Extra {
     name: "CoreDNS",
     module: "controlplane/coredns",
     programs: &[("github.com/coredns/coredns", "coredns")],
+    tags: "",
 };
 /// Helm.
-pub(crate) const HELM: Extra =
-    Extra { name: "Helm", module: "controlplane/helm", programs: &[("helm.sh/helm/v4/cmd/helm", "helm")] };
+pub(crate) const HELM: Extra = Extra {
+    name: "Helm",
+    module: "controlplane/helm",
+    programs: &[("helm.sh/helm/v4/cmd/helm", "helm")],
+    tags: "",
+};
+/// Prometheus' promtool, without its clients of clouds: nothing here asks one, and they are nine tenths of the build.
+const PROMTOOL: Extra = Extra {
+    name: "promtool",
+    module: "controlplane/promtool",
+    programs: &[("github.com/prometheus/prometheus/cmd/promtool", "promtool")],
+    tags: "remove_all_sd",
+};
 
 /// Programs with a Go module of their own, for they want other versions than the control plane of what both are built from.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +52,8 @@ pub(crate) struct Extra {
     pub(crate) module: &'static str,
     /// Packages, and what is built from them.
     pub(crate) programs: &'static [(&'static str, &'static str)],
+    /// What of their source is left out, by Go's build tags.
+    pub(crate) tags: &'static str,
 }
 /// How often a build that is not watched on a terminal says how far it is.
 const PROGRESS_PERIOD: Duration = Duration::from_secs(15);
@@ -80,7 +94,15 @@ impl Binaries {
 
     /// All that tests ask for beside the control plane itself.
     pub fn find_or_build_extras(&self) -> Result<()> {
-        [COREDNS, HELM].into_iter().try_for_each(|extra| self.find_or_build_extra(extra).map(drop))
+        [COREDNS, HELM, PROMTOOL].into_iter().try_for_each(|extra| self.find_or_build_extra(extra).map(drop))
+    }
+
+    /// Where `promtool` is.
+    ///
+    /// # Errors
+    /// If it cannot be built.
+    pub fn promtool_program(&self) -> Result<PathBuf> {
+        self.find_or_build_extra(PROMTOOL)
     }
 
     /// The path of a program.
@@ -128,7 +150,7 @@ impl Extra {
     fn build(self, folder: &Path) -> Result<()> {
         eprintln!("building {} once (several minutes) …", self.name);
         let packages: Vec<_> = self.programs.iter().map(|(package, _)| *package).collect();
-        let mut progress = Progress::new(self.module(), &packages)?;
+        let mut progress = Progress::new(self.module(), self.tags, &packages)?;
         for (package, name) in self.programs {
             progress.go_build(&self.flags(package)?, &folder.join(name), &[package])?;
         }
@@ -195,7 +217,7 @@ fn build(folder: &Path, programs: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
 fn build_cluster(folder: &Path) -> Result<()> {
     eprintln!("building the control plane once (several minutes) …");
     let all: Vec<_> = KUBERNETES.iter().copied().chain([ETCD]).collect();
-    let mut progress = Progress::new(module(), &all)?;
+    let mut progress = Progress::new(module(), "", &all)?;
     let version = version(&module())?;
     progress.go_build(&version_flags(&version), &folder.join(""), &KUBERNETES)?;
     progress.go_build("-s -w", &folder.join("etcd"), &[ETCD])?;
@@ -230,10 +252,11 @@ pub(crate) fn go(module: &Path) -> Command {
 }
 
 /// How many packages the programs are made of; also fetches their modules.
-fn packages(module: &Path, roots: &[&str]) -> Result<usize> {
+fn packages(module: &Path, tags: &str, roots: &[&str]) -> Result<usize> {
     eprintln!("fetching Go modules …");
-    let output =
-        go(module).args(["list", "-mod=readonly", "-deps"]).args(roots).stderr(Stdio::inherit()).output()?;
+    let mut list = go(module);
+    list.args(["list", "-mod=readonly", "-deps", "-tags", tags]).args(roots);
+    let output = list.stderr(Stdio::inherit()).output()?;
     ensure!(output.status.success(), "go list: {}", output.status);
     Ok(output.stdout.iter().filter(|&&byte| byte == b'\n').count())
 }
@@ -241,6 +264,7 @@ fn packages(module: &Path, roots: &[&str]) -> Result<usize> {
 /// How far a build is, by the packages that `go build -v` names as it compiles them.
 struct Progress {
     module: PathBuf,
+    tags: &'static str,
     done: usize,
     total: usize,
     start: Instant,
@@ -248,9 +272,9 @@ struct Progress {
 }
 
 impl Progress {
-    fn new(module: PathBuf, roots: &[&str]) -> Result<Self> {
-        let total = packages(&module, roots)?;
-        Ok(Self { module, done: 0, total, start: Instant::now(), told: Instant::now() })
+    fn new(module: PathBuf, tags: &'static str, roots: &[&str]) -> Result<Self> {
+        let total = packages(&module, tags, roots)?;
+        Ok(Self { module, tags, done: 0, total, start: Instant::now(), told: Instant::now() })
     }
 
     fn go_build(&mut self, flags: &str, out: &Path, packages: &[&str]) -> Result<()> {
@@ -261,6 +285,8 @@ impl Progress {
             "-mod=readonly",
             "-buildvcs=false",
             "-trimpath",
+            "-tags",
+            self.tags,
             "-ldflags",
             flags,
             "-o",

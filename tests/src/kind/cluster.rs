@@ -201,12 +201,33 @@ impl Cluster {
     pub(super) fn helm(&self, arguments: &[&str]) -> Result<String> {
         let mut command = self.docker.command(&self.helm);
         command.arg("--kubeconfig").arg(&self.kubeconfig).args(arguments);
+        self.give_helm_a_home(&mut command);
+        undo::output(&mut command, "")
+    }
+
+    /// Runs lines of a shell in the checkout, where `kubectl` and `helm` are this cluster's.
+    pub(super) fn shell(&self, script: &str) -> Result<String> {
+        let mut command = self.docker.command("bash");
+        command.args(["-ec", script]).current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+        let own = [&self.kubectl, &self.helm].into_iter().filter_map(|program| program.parent());
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let folders = own.map(Path::to_owned).chain(std::env::split_paths(&path));
+        command.env("PATH", std::env::join_paths(folders)?).env("KUBECONFIG", &self.kubeconfig);
+        self.give_helm_a_home(&mut command);
+        undo::output(&mut command, "")
+    }
+
+    /// Where something of this run may be written.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    fn give_helm_a_home(&self, command: &mut Command) {
         for (variable, folder) in
             [("HELM_CACHE_HOME", "cache"), ("HELM_CONFIG_HOME", "config"), ("HELM_DATA_HOME", "data")]
         {
             command.env(variable, self.folder.join("helm").join(folder));
         }
-        undo::output(&mut command, "")
     }
 
     /// What a person types before a command that reaches this cluster.

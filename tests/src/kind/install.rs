@@ -20,7 +20,8 @@ const SETTINGS: [&str; 3] = [
 /// What Portolan keeps on a node's disk, and the folders that stay.
 const FOLDERS: [&str; 2] = ["/var/lib/portolan", "/run/portolan"];
 
-static INSTALLED: AtomicBool = AtomicBool::new(false);
+/// Whether there is something to uninstall.
+pub(super) static INSTALLED: AtomicBool = AtomicBool::new(false);
 
 /// How a node was before.
 #[derive(Clone, Debug)]

@@ -14,6 +14,7 @@ mod objects;
 mod programs;
 pub mod runtime;
 mod steps;
+mod take_over;
 mod undo;
 
 use crate::controlplane::target_folder;
@@ -26,7 +27,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
-use steps::{STEPS, Tour, UNINSTALL};
+use steps::{STEPS, TAKE_OVER, Tour, UNINSTALL};
 
 /// The images, by the names that the workshop gives them.
 const AGENT_IMAGE: &str = concat!("localhost/portolan:", env!("CARGO_PKG_VERSION"));
@@ -121,7 +122,9 @@ fn show(cluster: &Cluster, options: &KindOptions, once: bool, agent_arguments: &
         install::make_objects(cluster)?;
         let tour = Tour { cluster: cluster.clone() };
         let last = once.then_some(&UNINSTALL);
-        for (title, step) in STEPS.iter().chain(last) {
+        // Nobody wants kube-proxy in a cluster of their own.
+        let after = last.filter(|_| options.existing.is_none()).map(|_| &TAKE_OVER);
+        for (title, step) in STEPS.iter().chain(last).chain(after) {
             attempt(&mut say, title, |say| step(&tour, say));
         }
     }

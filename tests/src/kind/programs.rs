@@ -4,12 +4,13 @@ use crate::controlplane::Extra;
 
 /// kind itself.
 pub(super) const KIND: Extra =
-    Extra { name: "kind", module: "kind", programs: &[("sigs.k8s.io/kind", "kind")] };
+    Extra { name: "kind", module: "kind", programs: &[("sigs.k8s.io/kind", "kind")], tags: "" };
 /// kubectl.
 pub(super) const KUBECTL: Extra = Extra {
     name: "kubectl",
     module: "kind/kubernetes",
     programs: &[("k8s.io/kubernetes/cmd/kubectl", "kubectl")],
+    tags: "",
 };
 /// What a node image holds of Kubernetes.
 pub(super) const KUBERNETES: Extra = Extra {
@@ -25,6 +26,7 @@ pub(super) const KUBERNETES: Extra = Extra {
         ("k8s.io/kubernetes/cmd/kubelet", "kubelet"),
         ("go.etcd.io/etcd/server/v3", "etcd"),
     ],
+    tags: "",
 };
 /// The container runtime of a node, but for runc.
 pub(super) const CONTAINERD: Extra = Extra {
@@ -35,10 +37,15 @@ pub(super) const CONTAINERD: Extra = Extra {
         ("github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2", "containerd-shim-runc-v2"),
         ("github.com/containerd/containerd/v2/cmd/ctr", "ctr"),
     ],
+    tags: "",
 };
 /// By which kind asks a node for its containers.
-pub(super) const CRICTL: Extra =
-    Extra { name: "crictl", module: "kind", programs: &[("sigs.k8s.io/cri-tools/cmd/crictl", "crictl")] };
+pub(super) const CRICTL: Extra = Extra {
+    name: "crictl",
+    module: "kind",
+    programs: &[("sigs.k8s.io/cri-tools/cmd/crictl", "crictl")],
+    tags: "",
+};
 /// The plugins of the pod network.
 pub(super) const CNI: Extra = Extra {
     name: "the set of CNI plugins",
@@ -49,4 +56,5 @@ pub(super) const CNI: Extra = Extra {
         ("github.com/containernetworking/plugins/plugins/main/ptp", "ptp"),
         ("github.com/containernetworking/plugins/plugins/meta/portmap", "portmap"),
     ],
+    tags: "",
 };

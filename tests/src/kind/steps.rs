@@ -8,17 +8,18 @@ use super::objects::{LOCAL_PORT, NAMESPACE, NODE_PORT, NODES, PODS, PORT, SHELL}
 use super::{LAB_IMAGE, undo};
 use crate::lab::{Answer, Asked, Failure};
 use crate::tour::{Narration, Tally};
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::fs::{self, File};
 use std::net::{IpAddr, SocketAddr};
-use std::process::Stdio;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 
 /// Requests from which the spread over endpoints is told. One of three is missed with a probability below 1 in a million.
 const MANY: u32 = 40;
-/// For how long somebody asks while all agents are replaced, in seconds, and the milliseconds between two questions.
-const RESTART_TIME: u32 = 75;
-const RESTART_PAUSE: u32 = 20;
+/// Milliseconds between two questions of somebody who asks all the time.
+const PAUSE: u32 = 20;
 
 type Step = fn(&Tour, &mut Narration) -> Result<()>;
 
@@ -38,6 +39,10 @@ pub(super) const STEPS: [(&str, Step); 10] = [
 /// The last step where the run ends at once.
 pub(super) const UNINSTALL: (&str, Step) = ("Uninstalled, nothing is left on a node", Tour::uninstall);
 
+/// After it, where the cluster was made for this run: kube-proxy is brought in, and Portolan takes its place.
+pub(super) const TAKE_OVER: (&str, Step) =
+    ("kube-proxy serves, and Portolan takes its place", Tour::take_over);
+
 /// What the steps look at.
 pub(super) struct Tour {
     pub(super) cluster: Cluster,
@@ -45,7 +50,7 @@ pub(super) struct Tour {
 
 /// Where somebody asks from.
 #[derive(Clone, Copy)]
-enum Place<'a> {
+pub(super) enum Place<'a> {
     /// A pod of the tour's namespace.
     Pod(&'a str),
     Outside,
@@ -74,7 +79,7 @@ impl Tour {
         Ok(parse(&text).into_iter().collect())
     }
 
-    fn once(&self, from: Place<'_>, target: &str, more: &[&str]) -> Result<Asked> {
+    pub(super) fn once(&self, from: Place<'_>, target: &str, more: &[&str]) -> Result<Asked> {
         let tally = self.ask(from, target, more)?;
         let mut answers = tally.answers.into_iter().map(Ok).chain(tally.failures.into_iter().map(Err));
         answers.next().context("nobody asked")
@@ -87,7 +92,7 @@ impl Tour {
     }
 
     /// The names, nodes and addresses of the tour's pods that have a label `app`.
-    fn pods(&self, app: &str) -> Result<Vec<(String, String, Vec<IpAddr>)>> {
+    pub(super) fn pods(&self, app: &str) -> Result<Vec<(String, String, Vec<IpAddr>)>> {
         let pods = self.cluster.list("pods", NAMESPACE)?;
         let mut found = Vec::new();
         for pod in pods.iter().filter(|pod| pod["metadata"]["labels"]["app"] == app) {
@@ -110,14 +115,14 @@ impl Tour {
     }
 
     /// The ClusterIPs of the Service `web` with its port, one of each IP family.
-    fn cluster_ips(&self) -> Result<Vec<SocketAddr>> {
+    pub(super) fn cluster_ips(&self) -> Result<Vec<SocketAddr>> {
         let path = "--output=jsonpath={.spec.clusterIPs[*]}";
         let text = self.cluster.kubectl(&["get", "service", "web", "--namespace", NAMESPACE, path], "")?;
         text.split_whitespace().map(|address| Ok(SocketAddr::new(address.parse()?, PORT))).collect()
     }
 
     /// Where a port of a node is asked for, by each IP family that Services have.
-    fn at_node(&self, node: &str, port: u16) -> Result<Vec<SocketAddr>> {
+    pub(super) fn at_node(&self, node: &str, port: u16) -> Result<Vec<SocketAddr>> {
         let families: Vec<_> = self.cluster_ips()?.iter().map(SocketAddr::is_ipv4).collect();
         let addresses = self.cluster.addresses(node)?.into_iter();
         let served = addresses.filter(|address| families.contains(&address.is_ipv4()));
@@ -125,6 +130,9 @@ impl Tour {
     }
 
     fn status(&self, say: &mut Narration) -> Result<()> {
+        say.tell("helm test portolan --namespace kube-system");
+        let tested = self.cluster.helm(&["test", "portolan", "--namespace=kube-system", "--timeout=180s"])?;
+        say.check(tested.contains("Succeeded"), "the chart's own test succeeds");
         for (number, (node, pod)) in agents(&self.cluster)?.iter().enumerate() {
             say.tell(&format!("kubectl exec --namespace kube-system {pod} -- portolan status"));
             let status = portolan(&self.cluster, pod, &["status"])?;
@@ -330,8 +338,28 @@ impl Tour {
             events.len() == 3 && events.iter().all(right),
             "pods have their names at both ends, and what passed is told",
         );
+        self.report(say)?;
         let first = events.first().is_some_and(|event| event["node"] == node.as_str());
         say.check(first, &format!("the node that did it is {node}, where the client is"));
+        Ok(())
+    }
+
+    /// One archive of all nodes.
+    fn report(&self, say: &mut Narration) -> Result<()> {
+        let file = self.cluster.folder().join("report.tar.gz").display().to_string();
+        let command = ["report", "--all-nodes", "--output", &file];
+        say.tell(&format!("portolan {}", command.join(" ")));
+        undo::output(&mut self.cluster.portolan_command(&command)?, "")?;
+        let list = undo::output(Command::new("tar").args(["-tzf", &file]), "")?;
+        let files: BTreeSet<&str> = list.lines().collect();
+        let has = |node: &str, name: &str| files.contains(format!("portolan-report/{node}/{name}").as_str());
+        let parts = ["status.json", "check.json", "flows.json", "metrics.txt", "log.txt"];
+        let nodes = self.cluster.nodes()?;
+        let whole = nodes.iter().all(|node| parts.iter().all(|name| has(node, name)));
+        if !whole {
+            say.quote(&list);
+        }
+        say.check(whole, "it has what every node reports, and the logs of the agents");
         Ok(())
     }
 
@@ -357,13 +385,7 @@ impl Tour {
     }
 
     fn restart(&self, say: &mut Narration) -> Result<()> {
-        let web = self.cluster_ips()?.into_iter().next().context("web has no ClusterIP")?.to_string();
-        let seconds = RESTART_TIME.to_string();
-        let pause = RESTART_PAUSE.to_string();
-        let mut command = self.cluster.kubectl_command();
-        command.args(["exec", "--namespace", NAMESPACE, SHELL, "--", "/bin/portolan-lab", "ask", &web]);
-        command.args(["--count", "1000000", "--pause", &pause, "--seconds", &seconds]);
-        let asker = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("kubectl exec")?;
+        let asking = Asking::begin(self)?;
         say.tell("kubectl rollout restart --namespace kube-system daemonset portolan");
         let before: BTreeSet<_> = agents(&self.cluster)?.into_iter().map(|(_, pod)| pod).collect();
         self.cluster
@@ -373,8 +395,7 @@ impl Tour {
         self.cluster.kubectl(&status, "")?;
         let after: BTreeSet<_> = agents(&self.cluster)?.into_iter().map(|(_, pod)| pod).collect();
         say.check(before.is_disjoint(&after), "every agent is a new one");
-        let output = asker.wait_with_output()?;
-        let tally: Tally = parse(&String::from_utf8_lossy(&output.stdout)).into_iter().collect();
+        let tally = asking.end()?;
         say.seen(&format!("{} connections meanwhile", tally.answers.len() + tally.failures.len()), &tally);
         say.check(tally.answers.len() > 100 && tally.failures.is_empty(), "no connection fails (C3)");
         Ok(())
@@ -397,6 +418,43 @@ impl Tour {
             }
         }
         Ok(())
+    }
+}
+
+/// The pod `shell` asks the Service `web` again and again, by connections, until it is told to end.
+pub(super) struct Asking {
+    asker: Child,
+    answers: PathBuf,
+}
+
+impl Asking {
+    pub(super) fn begin(tour: &Tour) -> Result<Self> {
+        let web = tour.cluster_ips()?.into_iter().next().context("web has no ClusterIP")?.to_string();
+        // Nobody reads meanwhile, and a pipe would be full soon.
+        let answers = tour.cluster.folder().join("answers");
+        let pause = PAUSE.to_string();
+        let mut command = tour.cluster.kubectl_command();
+        command.args(["exec", "--namespace", NAMESPACE, SHELL, "--", "/bin/portolan-lab", "ask", &web]);
+        command.args(["--count", "1000000", "--pause", &pause]);
+        command.stdin(Stdio::null()).stdout(File::create(&answers)?).stderr(Stdio::null());
+        Ok(Self { asker: command.spawn().context("kubectl exec")?, answers })
+    }
+
+    /// All that was answered, but for what may be half a line.
+    pub(super) fn end(mut self) -> Result<Tally> {
+        ensure!(self.asker.try_wait()?.is_none(), "kubectl exec has ended by itself");
+        self.asker.kill()?;
+        self.asker.wait()?;
+        let text = fs::read_to_string(&self.answers)?;
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        Ok(parse(whole).into_iter().collect())
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        let _ = self.asker.kill();
+        let _ = self.asker.wait();
     }
 }
 

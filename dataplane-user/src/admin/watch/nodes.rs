@@ -21,13 +21,7 @@ const PERIOD: Duration = Duration::from_secs(5);
 /// # Errors
 /// If no agent's pod is there, or `kubectl` cannot be run.
 pub fn watch(args: &WatchArgs) -> Result<(), AdminError> {
-    let pods = match &args.show.node {
-        Some(node) => vec![remote::pod_on(node)?],
-        None => remote::pods()?,
-    };
-    if pods.is_empty() {
-        return Err(AdminError::End(format!("no pod with the label {} runs", remote::LABEL)));
-    }
+    let pods = remote::pods_on(args.show.node.as_deref())?;
     let is_one = pods.len() == 1;
     let (sender, receiver) = mpsc::channel();
     let mut children = Vec::new();
