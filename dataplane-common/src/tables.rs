@@ -98,7 +98,7 @@ macro_rules! tables {
 
 tables! {
     /// The node's settings, one element.
-    Nodes = "node", Array<u32, Node>, 1;
+    Nodes = "node", MappedArray<u32, Node>, 1;
     /// Addresses of this node.
     NodeAddrs = "node_addrs", HashByEntry<Addr, NodeAddress>, 10_240;
     /// The filter in front of the hash tables.
@@ -108,13 +108,13 @@ tables! {
     /// Address, port and protocol to service port. Memory is taken by entry.
     Frontends = "frontends", HashByEntry<FrontendKey, Frontend>, 65_536;
     /// Service ports by id. Id 0 is never given out.
-    Services = "services", Array<u32, Service>, 32_768;
+    Services = "services", MappedArray<u32, Service>, 32_768;
     /// Who may call the restricted addresses of a service port. Memory is taken by entry.
     SourceRanges = "source_ranges", LpmTrie<SourceRangeKey, u32>, 65_536;
     /// Runs of backend ids: the endpoint sets.
     Slots = "slots", Array<u32, u32>, 262_144;
     /// Backends by id. Id 0 is never given out.
-    Backends = "backends", Array<u32, Backend>, 122_880;
+    Backends = "backends", MappedArray<u32, Backend>, 122_880;
     /// Flows, both directions: those that both ends confirmed, and those that are named in `half_open` and `closing`. Memory is taken
     /// by entry.
     Flows = "flows", HashByEntry<FlowKey, Flow>, flow_entries(ESTABLISHED, HalfOpen::CAPACITY, Closing::CAPACITY);

@@ -47,15 +47,15 @@ macro_rules! maps {
 }
 
 maps! {
-    NODE: Array = "node", Nodes;
+    NODE: MappedArray = "node", Nodes;
     NODE_ADDRS: HashMapByEntry = "node_addrs", NodeAddrs;
     FILTER: Array = "filter", Filter;
     CALLERS: MappedArray = "callers", Callers;
     FRONTENDS: HashMapByEntry = "frontends", Frontends;
-    SERVICES: Array = "services", Services;
+    SERVICES: MappedArray = "services", Services;
     SOURCE_RANGES: LpmTrie = "source_ranges", SourceRanges;
     SLOTS: Array = "slots", Slots;
-    BACKENDS: Array = "backends", Backends;
+    BACKENDS: MappedArray = "backends", Backends;
     FLOWS: HashMapByEntry = "flows", Flows;
     HALF_OPEN: Array = "half_open", HalfOpen;
     CLOSING: Array = "closing", Closing;

@@ -4,6 +4,7 @@
 //! kernel itself reports for a map, so the functions here are safe whatever they are given. Nothing is retried or
 //! logged here; each error is the kernel's `errno`.
 
+use super::mapped::{MappedWords, WORD};
 use std::cell::Cell;
 use std::ffi::CString;
 use std::io;
@@ -11,6 +12,8 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
 
 // `enum bpf_cmd` of linux/bpf.h.
 const MAP_CREATE: libc::c_int = 0;
@@ -374,6 +377,8 @@ pub struct MapFd {
     shape: MapShape,
     /// Bytes of a value as it is copied to and from user space: for per-CPU maps one part, rounded up to 8, per CPU.
     copied: usize,
+    /// The elements, where they were mapped.
+    mapped: OnceLock<MappedWords>,
 }
 
 impl AsFd for MapFd {
@@ -453,7 +458,7 @@ impl MapFd {
         } else {
             shape.value_size
         };
-        Ok(Self { fd, shape, copied })
+        Ok(Self { fd, shape, copied, mapped: OnceLock::new() })
     }
 
     /// What the kernel says about it.
@@ -500,6 +505,31 @@ impl MapFd {
         let mut attr = self.element(key, address(value), flags)?;
         // SAFETY: both buffers have the map's sizes and outlive the call; the kernel only reads them.
         unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+    }
+
+    /// Writes one entry of an array that can be mapped, whose values are whole words: each word by one store. What the kernel copies for
+    /// [`Self::update`] may be half a word for a program that reads it meanwhile, and stay so while an interrupt lasts.
+    ///
+    /// # Errors
+    /// `EINVAL` if the value has the wrong size or is of no whole words, `E2BIG` behind the end; and the kernel's, of the mapping.
+    pub fn store(&self, index: u32, value: &[u8]) -> io::Result<()> {
+        check(value.len(), self.shape.value_size)?;
+        check(value.len() % WORD, 0)?;
+        let words = match self.mapped.get() {
+            Some(words) => words,
+            None => {
+                let words = self.shape.max_entries * (value.len() / WORD);
+                let words = MappedWords::of(self.as_fd(), words)?;
+                self.mapped.get_or_init(|| words)
+            }
+        };
+        let at = index as usize * (value.len() / WORD);
+        let element = words.words().get(at..at + value.len() / WORD);
+        let element = element.ok_or_else(|| io::Error::from_raw_os_error(libc::E2BIG))?;
+        for (word, bytes) in element.iter().zip(value.as_chunks::<WORD>().0) {
+            word.store(u64::from_ne_bytes(*bytes), Ordering::Release);
+        }
+        Ok(())
     }
 
     /// Removes one entry; `false` if there was none.

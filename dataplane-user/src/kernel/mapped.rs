@@ -3,9 +3,12 @@
 use super::maps::{Map, MapError};
 use dataplane_common::tables::Table;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
+
+/// Bytes of a word.
+pub(super) const WORD: usize = size_of::<u64>();
 
 /// The elements of a table whose values are whole words, as long as they are mapped.
 #[derive(Debug)]
@@ -16,6 +19,8 @@ pub(super) struct MappedWords {
 
 // SAFETY: words that are read and written atomically, in memory that lives as long as the mapping.
 unsafe impl Send for MappedWords {}
+// SAFETY: as above.
+unsafe impl Sync for MappedWords {}
 
 impl MappedWords {
     /// Maps the table.
@@ -23,21 +28,25 @@ impl MappedWords {
     /// # Errors
     /// The kernel's.
     pub(super) fn map<T: Table>(table: &Map<T>) -> Result<Self, MapError> {
-        const WORD: usize = size_of::<u64>();
         const { assert!(size_of::<T::Value>().is_multiple_of(WORD), "each value is whole words") };
-        let failed = |source| MapError::Call { verb: "map", name: T::NAME, source };
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
         let words = table.capacity() * (size_of::<T::Value>() / WORD);
+        Self::of(table.as_fd(), words).map_err(|source| MapError::Call { verb: "map", name: T::NAME, source })
+    }
+
+    /// Maps so many words of an array whose values are whole words.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn of(array: BorrowedFd<'_>, words: usize) -> io::Result<Self> {
+        let (protection, length) = (libc::PROT_READ | libc::PROT_WRITE, words * WORD);
         // SAFETY: a new mapping at an address that the kernel chooses; it is as long as the map's elements.
         let address = unsafe {
-            let fd = table.as_fd().as_raw_fd();
-            libc::mmap(std::ptr::null_mut(), words * WORD, protection, libc::MAP_SHARED, fd, 0)
+            libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, array.as_raw_fd(), 0)
         };
         if address == libc::MAP_FAILED {
-            return Err(failed(io::Error::last_os_error()));
+            return Err(io::Error::last_os_error());
         }
-        let address = NonNull::new(address.cast());
-        let address = address.ok_or_else(|| failed(io::Error::from(io::ErrorKind::AddrNotAvailable)))?;
+        let address = NonNull::new(address.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         Ok(Self { address, words })
     }
 
@@ -52,6 +61,6 @@ impl MappedWords {
 impl Drop for MappedWords {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and nothing borrows from it any more.
-        unsafe { libc::munmap(self.address.as_ptr().cast(), self.words * size_of::<u64>()) };
+        unsafe { libc::munmap(self.address.as_ptr().cast(), self.words * WORD) };
     }
 }

@@ -5,6 +5,7 @@
 //! single calls.
 
 use super::bpf::{self, MapFd};
+use super::mapped::WORD;
 use crate::sync::Maps;
 use bytemuck::Zeroable as _;
 use dataplane_common::tables::{self, Table, TableKind};
@@ -223,11 +224,20 @@ impl<T: Table> Map<T> {
         }
     }
 
+    /// The index of an element that is written by word, so that a program that reads a word meanwhile has the old one or the new one.
+    fn index(key: &T::Key) -> Option<u32> {
+        let by_word = matches!(T::KIND, TableKind::MappedArray) && size_of::<T::Value>().is_multiple_of(WORD);
+        by_word.then(|| bytemuck::try_pod_read_unaligned(bytemuck::bytes_of(key)).ok()).flatten()
+    }
+
     /// Writes one entry; `flags` is one of `bpf::{ANY, NO_EXIST, EXIST}`.
     ///
     /// # Errors
     /// [`MapError::Full`], or the kernel's.
     pub fn insert(&self, key: &T::Key, value: &T::Value, flags: u64) -> Result<(), MapError> {
+        if let (true, Some(index)) = (flags == bpf::ANY, Self::index(key)) {
+            return self.fd.store(index, bytemuck::bytes_of(value)).map_err(|e| self.error("write", e));
+        }
         let mut copied = Vec::with_capacity(self.fd.copied_size());
         self.copied(value, &mut copied);
         self.fd.update(bytemuck::bytes_of(key), &copied, flags).map_err(|e| self.error("write", e))
@@ -246,8 +256,8 @@ impl<T: Table> Map<T> {
     /// # Errors
     /// [`MapError::Full`], or the kernel's; the entries before the refused one are written.
     pub fn insert_batch(&self, entries: &[(T::Key, T::Value)]) -> Result<(), MapError> {
-        if let [(key, value)] = entries {
-            return self.insert(key, value, bpf::ANY);
+        if entries.len() == 1 || entries.first().is_some_and(|(key, _)| Self::index(key).is_some()) {
+            return entries.iter().try_for_each(|(key, value)| self.insert(key, value, bpf::ANY));
         }
         for chunk in entries.chunks(CHUNK * 8) {
             let mut keys = Vec::with_capacity(chunk.len() * size_of::<T::Key>());
