@@ -5,7 +5,7 @@ mod allocations;
 mod record;
 mod words;
 
-use dataplane_common::tables::{self, Table as _, TableKind};
+use dataplane_common::tables::{self, TableKind};
 use dataplane_tests::bench::record::kernel;
 use dataplane_tests::bench_prog::{
     MAP_MEMORY_LIMIT, STACK_LIMIT, VERIFIED_LIMIT, beside_flows, deepest_stacks, loaded, map_memory,
