@@ -145,9 +145,8 @@ fn count(maps: &KernelMaps) -> Result<Vec<TableFill>, MapError> {
     for (name, kind, _) in tables::ALL {
         let entries = match kind {
             TableKind::Hash | TableKind::HashByEntry | TableKind::LruHash => Some(maps.count(name)?),
-            TableKind::Array => in_use(maps, name)?,
-            TableKind::MappedArray | TableKind::PerCpuArray => None,
-            TableKind::LpmTrie | TableKind::SkStorage => None,
+            TableKind::Array | TableKind::MappedArray => in_use(maps, name)?,
+            TableKind::PerCpuArray | TableKind::LpmTrie | TableKind::SkStorage => None,
         };
         let capacity = maps.iter().find(|(other, _)| other == name).map(|(_, map)| map.shape().max_entries);
         if let Some((entries, capacity)) = entries.zip(capacity) {
