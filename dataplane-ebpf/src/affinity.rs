@@ -5,7 +5,6 @@
 
 use crate::clock::{SECOND, nanoseconds};
 use crate::forward::primary;
-use crate::global::global;
 use crate::maps::{AFFINITIES, NEWCOMERS};
 use crate::select::{self, Chosen};
 use crate::service;
@@ -131,18 +130,17 @@ fn remember(key: &AffinityKey, choice: Choice, flags: u64) -> bool {
     NEWCOMERS.insert(key, &Affinity { choice, last_used: nanoseconds() }, flags).is_ok()
 }
 
-global! {
-    /// A flow of a client with affinity is established: its endpoint is remembered whatever others send in the client's place. `key` is that
-    /// of the half that `flow` is.
-    pub fn proved as affinity_proved(key: const FlowKey, flow: const Flow) {
-        let client = if flow.has(Flow::REPLY) { &flow.dst } else { &key.src };
-        let client = match service::node() {
-            Some(node) if flow.has(Flow::NODE_CLIENT) => primary(node, client),
-            Some(_) | None => client,
-        };
-        let choice = Choice { backend: flow.backend, generation: flow.generation };
-        keep(&AffinityKey::address(*client, flow.service), choice);
-    }
+/// A flow of a client with affinity is established: its endpoint is remembered whatever others send in the client's place. `key` is that
+/// of the half that `flow` is.
+#[inline(never)]
+pub fn proved(key: &FlowKey, flow: &Flow) {
+    let client = if flow.has(Flow::REPLY) { &flow.dst } else { &key.src };
+    let client = match service::node() {
+        Some(node) if flow.has(Flow::NODE_CLIENT) => primary(node, client),
+        Some(_) | None => client,
+    };
+    let choice = Choice { backend: flow.backend, generation: flow.generation };
+    keep(&AffinityKey::address(*client, flow.service), choice);
 }
 
 /// Has the client keep the endpoint that it is known to have, if it is this one. Where the flood was faster, nothing is known.

@@ -50,44 +50,43 @@ pub fn tell(scratch: &Scratch, what: What, interface: u32) {
     tell_word(scratch, bytemuck::must_cast(what), interface);
 }
 
-global! {
-    /// [`tell`] of a word.
-    pub fn tell_word as event_tell(scratch: const Scratch; what: u32, interface: u32) {
-        let what: What = bytemuck::must_cast(what);
-        let Some(watch) = watched() else {
-            if what.is(EventKind::Packet) {
-                unmark(&scratch.key);
-            }
-            return;
-        };
-        if what.is(EventKind::Packet) && !allows_packet(watch, &scratch.key) {
-            return;
+/// [`tell`] of a word.
+#[inline(never)]
+pub fn tell_word(scratch: &Scratch, what: u32, interface: u32) {
+    let what: What = bytemuck::must_cast(what);
+    let Some(watch) = watched() else {
+        if what.is(EventKind::Packet) {
+            unmark(&scratch.key);
         }
-        let Some((slot, turn)) = take(watch) else { return };
-        let Scratch { packet, flow, .. } = scratch;
-        // SAFETY: an element of an array, which stays, and which is this walk's alone; volatile, because the compiler would make calls
-        // of plain copies.
-        unsafe {
-            let [totals_in, totals_out] =
-                if what.is(EventKind::Ended) { totals(&scratch.key) } else { [(0, 0); 2] };
-            (&raw mut (*slot).time).write_volatile(bpf_ktime_get_ns());
-            let key = FlowKey::new(packet.src, packet.src_port, packet.dst, packet.dst_port, packet.proto);
-            (&raw mut (*slot).key).cast::<[u64; 5]>().write_volatile(bytemuck::must_cast(key));
-            write_ends(slot, (&flow.src, flow.src_port), (&flow.dst, flow.dst_port));
-            (&raw mut (*slot).interface).write_volatile(interface);
-            (&raw mut (*slot).service).write_volatile(flow.service);
-            (&raw mut (*slot).backend).write_volatile(flow.backend);
-            (&raw mut (*slot).packets_in).write_volatile(totals_in.0);
-            (&raw mut (*slot).bytes_in).write_volatile(totals_in.1);
-            (&raw mut (*slot).packets_out).write_volatile(totals_out.0);
-            (&raw mut (*slot).bytes_out).write_volatile(totals_out.1);
-            (&raw mut (*slot).what).write_volatile(what);
-            (&raw mut (*slot).flags).write_volatile(flow.flags());
-            (&raw mut (*slot).transport_flags).write_volatile(packet.flags as u16);
-            (&raw mut (*slot).length).write_volatile(packet.length);
-            (&raw mut (*slot).sequence).write_volatile(packet.seq);
-            atomic::publish(&raw mut (*slot).turn, turn);
-        }
+        return;
+    };
+    if what.is(EventKind::Packet) && !allows_packet(watch, &scratch.key) {
+        return;
+    }
+    let Some((slot, turn)) = take(watch) else { return };
+    let Scratch { packet, flow, .. } = scratch;
+    // SAFETY: an element of an array, which stays, and which is this walk's alone; volatile, because the compiler would make calls
+    // of plain copies.
+    unsafe {
+        let [totals_in, totals_out] =
+            if what.is(EventKind::Ended) { totals(&scratch.key) } else { [(0, 0); 2] };
+        (&raw mut (*slot).time).write_volatile(bpf_ktime_get_ns());
+        let key = FlowKey::new(packet.src, packet.src_port, packet.dst, packet.dst_port, packet.proto);
+        (&raw mut (*slot).key).cast::<[u64; 5]>().write_volatile(bytemuck::must_cast(key));
+        write_ends(slot, (&flow.src, flow.src_port), (&flow.dst, flow.dst_port));
+        (&raw mut (*slot).interface).write_volatile(interface);
+        (&raw mut (*slot).service).write_volatile(flow.service);
+        (&raw mut (*slot).backend).write_volatile(flow.backend);
+        (&raw mut (*slot).packets_in).write_volatile(totals_in.0);
+        (&raw mut (*slot).bytes_in).write_volatile(totals_in.1);
+        (&raw mut (*slot).packets_out).write_volatile(totals_out.0);
+        (&raw mut (*slot).bytes_out).write_volatile(totals_out.1);
+        (&raw mut (*slot).what).write_volatile(what);
+        (&raw mut (*slot).flags).write_volatile(flow.flags());
+        (&raw mut (*slot).transport_flags).write_volatile(packet.flags as u16);
+        (&raw mut (*slot).length).write_volatile(packet.length);
+        (&raw mut (*slot).sequence).write_volatile(packet.seq);
+        atomic::publish(&raw mut (*slot).turn, turn);
     }
 }
 

@@ -69,27 +69,26 @@ impl Found {
     }
 }
 
-global! {
-    /// A flow has ended: names it among the closing, and sets flags in the half of `key`, of which `flow` is a copy, and in the other. It
-    /// stays, as one of those that go first. `partner` is memory for the other half's key.
-    pub fn close as flow_close(key: const FlowKey, flow: const Flow, partner: mut FlowKey; own: u16, others: u16) {
-        *partner = flow.partner(key.proto());
-        let is_reply = flow.has(Flow::REPLY);
-        let client_key = if is_reply { &*partner } else { key };
-        let turn = ring::name::<ClosingRing>(client_key, ring::next::<ClosingRing>());
-        // Without a name it goes when it is idle, as if the end had not been seen.
-        let (Some(half), Some(other)) = (FLOWS.get_ptr_mut(key), FLOWS.get_ptr_mut(&*partner)) else { return };
-        if turn == 0 {
-            return;
-        }
-        // SAFETY: elements of a map, valid until the program ends; one aligned store, then the flag that gives it its meaning.
-        unsafe {
-            let client = if is_reply { other } else { half };
-            (&raw mut (*client).turn).write_volatile(turn);
-            set(half, own | Flow::CLOSING);
-            set(other, others | Flow::CLOSING);
-            count::close(client);
-        }
+/// A flow has ended: names it among the closing, and sets flags in the half of `key`, of which `flow` is a copy, and in the other. It
+/// stays, as one of those that go first. `partner` is memory for the other half's key.
+#[inline(never)]
+pub fn close(key: &FlowKey, flow: &Flow, partner: &mut FlowKey, own: u16, others: u16) {
+    *partner = flow.partner(key.proto());
+    let is_reply = flow.has(Flow::REPLY);
+    let client_key = if is_reply { &*partner } else { key };
+    let turn = ring::name::<ClosingRing>(client_key, ring::next::<ClosingRing>());
+    // Without a name it goes when it is idle, as if the end had not been seen.
+    let (Some(half), Some(other)) = (FLOWS.get_ptr_mut(key), FLOWS.get_ptr_mut(&*partner)) else { return };
+    if turn == 0 {
+        return;
+    }
+    // SAFETY: elements of a map, valid until the program ends; one aligned store, then the flag that gives it its meaning.
+    unsafe {
+        let client = if is_reply { other } else { half };
+        (&raw mut (*client).turn).write_volatile(turn);
+        set(half, own | Flow::CLOSING);
+        set(other, others | Flow::CLOSING);
+        count::close(client);
     }
 }
 
@@ -183,14 +182,13 @@ impl Ending {
 /// and after which answers that go on are a stream.
 const LINGER: u32 = 2;
 
-global! {
-    /// Enters a new flow, if no other flow has its reply's key, or one that `ending` names. The reply's key is claimed first, by an
-    /// exclusive insert. What came of it is in the working memory.
-    pub fn claim as flow_claim(scratch: mut Scratch) {
-        let made = try_claim(scratch);
-        // SAFETY: an own field. Volatile, so that the verifier walks what follows once.
-        unsafe { (&raw mut scratch.claim).write_volatile(made) };
-    }
+/// Enters a new flow, if no other flow has its reply's key, or one that `ending` names. The reply's key is claimed first, by an
+/// exclusive insert. What came of it is in the working memory.
+#[inline(never)]
+pub fn claim(scratch: &mut Scratch) {
+    let made = try_claim(scratch);
+    // SAFETY: an own field. Volatile, so that the verifier walks what follows once.
+    unsafe { (&raw mut scratch.claim).write_volatile(made) };
 }
 
 #[inline(always)]
@@ -274,24 +272,23 @@ pub fn is_answered_question(client: &Flow, proto: u8) -> bool {
     proto == Protocol::Udp as u8 && client.stage() == Stage::HalfOpen && client.has(Flow::ANSWERED)
 }
 
-global! {
-    /// Names a flow that was entered among the half-open, in this turn or a later one. One that cannot be named is removed; whether it
-    /// stays.
-    pub fn wait as flow_wait(key: const FlowKey; turn: u64) -> bool {
-        let given = ring::name::<HalfOpenRing>(key, turn);
-        if given == turn as u32 {
-            return true;
-        }
-        let Some(entry) = FLOWS.get_ptr_mut(key) else { return true };
-        if given == 0 {
-            // SAFETY: an element of the map.
-            unsafe { remove_live(key, entry) };
-            return false;
-        }
-        // SAFETY: an element of a map, valid until the program ends; one aligned store.
-        unsafe { (&raw mut (*entry).turn).write_volatile(given) };
-        true
+/// Names a flow that was entered among the half-open, in this turn or a later one. One that cannot be named is removed; whether it
+/// stays.
+#[inline(never)]
+pub fn wait(key: &FlowKey, turn: u64) -> bool {
+    let given = ring::name::<HalfOpenRing>(key, turn);
+    if given == turn as u32 {
+        return true;
     }
+    let Some(entry) = FLOWS.get_ptr_mut(key) else { return true };
+    if given == 0 {
+        // SAFETY: an element of the map.
+        unsafe { remove_live(key, entry) };
+        return false;
+    }
+    // SAFETY: an element of a map, valid until the program ends; one aligned store.
+    unsafe { (&raw mut (*entry).turn).write_volatile(given) };
+    true
 }
 
 global! {
@@ -378,12 +375,11 @@ pub fn proves(forward: &Flow, ack: u32) -> bool {
     forward.has(Flow::ACK_KNOWN) && ack.wrapping_sub(forward.expected_ack()) < ACK_WINDOW
 }
 
-global! {
-    /// Removes a flow, both directions.
-    pub fn remove as flow_remove(key: const FlowKey, flow: const Flow) {
-        remove_half(key);
-        remove_half(&flow.partner(key.proto()));
-    }
+/// Removes a flow, both directions.
+#[inline(never)]
+pub fn remove(key: &FlowKey, flow: &Flow) {
+    remove_half(key);
+    remove_half(&flow.partner(key.proto()));
 }
 
 /// Removes the flow of this entry, both directions, if the entry is the key's still. Whether it was.
@@ -405,17 +401,16 @@ pub unsafe fn remove_live(key: &FlowKey, entry: *const Flow) -> bool {
     true
 }
 
-global! {
-    /// Removes one direction. What was counted in it comes to the totals; a packet of it that passes another CPU in this moment may not. The
-    /// flow is open no more.
-    fn remove_half as flow_remove_half(key: const FlowKey) {
-        if let Some(entry) = FLOWS.get_ptr_mut(key) {
-            // SAFETY: an element of the map.
-            unsafe {
-                count::fold(entry);
-                count::close(entry);
-            }
+/// Removes one direction. What was counted in it comes to the totals; a packet of it that passes another CPU in this moment may not. The
+/// flow is open no more.
+#[inline(never)]
+fn remove_half(key: &FlowKey) {
+    if let Some(entry) = FLOWS.get_ptr_mut(key) {
+        // SAFETY: an element of the map.
+        unsafe {
+            count::fold(entry);
+            count::close(entry);
         }
-        let _ = FLOWS.remove(key);
     }
+    let _ = FLOWS.remove(key);
 }

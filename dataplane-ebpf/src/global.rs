@@ -1,5 +1,6 @@
 //! Functions that the verifier walks once for a program, and not once for each way that leads to a call: what BPF calls global. It knows
 //! nothing of their arguments but types (Linux 5.6; pointers to memory since 5.12), and nothing of their result but that it is a number.
+//! What they are given a pointer to can be no key and no value of a map before Linux 6.2: those lie on the stack or in a map that was asked.
 
 /// What a global function may give back, as the number that the verifier asks for.
 pub trait Answer {

@@ -5,7 +5,6 @@
 use crate::clock::{SECOND, nanoseconds};
 use crate::forward::words;
 use crate::frame::Frame;
-use crate::global::global;
 use crate::maps::{FLOWS, OUTGOINGS};
 use crate::parse::{Obstacle, Packet};
 use crate::service;
@@ -24,38 +23,36 @@ const CURRENT_NETNS: u64 = u64::MAX;
 /// State of a socket that waits for connections (`TCP_LISTEN`).
 const LISTEN: u32 = 10;
 
-global! {
-    /// Notes a packet with this five-tuple that leaves from the number of a node port or to an endpoint, if it is the node's and of no flow.
-    pub fn note as outgoing_note(packet: const Packet, key: const FlowKey) {
-        // A reset ends what it answers, and of SCTP only what opens an association begins a flow.
-        let connects = packet.obstacle == Obstacle::None && packet.proto != Protocol::Sctp as u8;
-        if !connects || packet.resets() || service::node_address(&packet.src).is_none() {
-            return;
-        }
-        let answer = key.reversed();
-        // What was translated at ingress passes here on its way out: it answers a flow's client, or is one's.
-        if FLOWS.get_ptr(&answer).is_some() {
-            return;
-        }
-        let now = nanoseconds();
-        match OUTGOINGS.get_ptr_mut(&answer) {
-            // SAFETY: an element of a map, valid until the program ends; one aligned word.
-            Some(last) => unsafe { last.write_volatile(now) },
-            // Where there is no room the oldest goes.
-            None => drop(OUTGOINGS.insert(&answer, &now, BPF_ANY as u64)),
-        }
+/// Notes a packet with this five-tuple that leaves from the number of a node port or to an endpoint, if it is the node's and of no flow.
+#[inline(never)]
+pub fn note(packet: &Packet, key: &FlowKey) {
+    // A reset ends what it answers, and of SCTP only what opens an association begins a flow.
+    let connects = packet.obstacle == Obstacle::None && packet.proto != Protocol::Sctp as u8;
+    if !connects || packet.resets() || service::node_address(&packet.src).is_none() {
+        return;
+    }
+    let answer = key.reversed();
+    // What was translated at ingress passes here on its way out: it answers a flow's client, or is one's.
+    if FLOWS.get_ptr(&answer).is_some() {
+        return;
+    }
+    let now = nanoseconds();
+    match OUTGOINGS.get_ptr_mut(&answer) {
+        // SAFETY: an element of a map, valid until the program ends; one aligned word.
+        Some(last) => unsafe { last.write_volatile(now) },
+        // Where there is no room the oldest goes.
+        None => drop(OUTGOINGS.insert(&answer, &now, BPF_ANY as u64)),
     }
 }
 
-global! {
-    /// Whether a packet with this five-tuple answers what was noted.
-    pub fn is_answered_by as outgoing_is_answered_by(key: const FlowKey) -> bool {
-        let Some(last) = OUTGOINGS.get_ptr(key) else { return false };
-        // SAFETY: an element of a map, valid until the program ends.
-        let last = unsafe { read_word(last) };
-        // A TCP connection says when it ends, and may rest for days.
-        key.proto() == Protocol::Tcp as u8 || nanoseconds().saturating_sub(last) <= UDP_ANSWERED_WITHIN
-    }
+/// Whether a packet with this five-tuple answers what was noted.
+#[inline(never)]
+pub fn is_answered_by(key: &FlowKey) -> bool {
+    let Some(last) = OUTGOINGS.get_ptr(key) else { return false };
+    // SAFETY: an element of a map, valid until the program ends.
+    let last = unsafe { read_word(last) };
+    // A TCP connection says when it ends, and may rest for days.
+    key.proto() == Protocol::Tcp as u8 || nanoseconds().saturating_sub(last) <= UDP_ANSWERED_WITHIN
 }
 
 /// Whether a TCP socket of the node has the connection that a packet belongs to.
