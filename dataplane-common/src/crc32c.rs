@@ -109,6 +109,11 @@ mod tests {
         !state
     }
 
+    /// What the CRC of `length` bytes changes by where their first four change by XOR with `change`.
+    fn delta(change: [u8; 4], length: u16) -> u32 {
+        factors(length).into_iter().fold(u32::from_le_bytes(change), multiply)
+    }
+
     #[test]
     fn the_reference_is_right_itself() {
         // RFC 3720 appendix B.4.
@@ -124,8 +129,9 @@ mod tests {
             let mut changed = data[..length].to_vec();
             changed[..4].copy_from_slice(&[0x9c, 0x40, 0x1f, 0x90]);
             let change = [0, 1, 2, 3].map(|at: usize| data[at] ^ changed[at]);
-            let delta = factors(length as u16).into_iter().fold(u32::from_le_bytes(change), multiply);
+            let delta = delta(change, length as u16);
             assert_eq!(crc(&data[..length]) ^ delta, crc(&changed), "{length} bytes");
         }
+        assert_eq!(delta([0; 4], 1_000), 0);
     }
 }

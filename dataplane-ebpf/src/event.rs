@@ -45,15 +45,8 @@ fn take(watch: *mut Watch) -> Option<(*mut Event, u64)> {
 }
 
 /// Tells of the packet of a walk, and of its flow. `interface`: where it is met.
-#[inline(always)]
-pub fn tell(scratch: &Scratch, what: What, interface: u32) {
-    tell_word(scratch, bytemuck::must_cast(what), interface);
-}
-
-/// [`tell`] of a word.
 #[inline(never)]
-pub fn tell_word(scratch: &Scratch, what: u32, interface: u32) {
-    let what: What = bytemuck::must_cast(what);
+pub fn tell(scratch: &Scratch, what: What, interface: u32) {
     let Some(watch) = watched() else {
         if what.is(EventKind::Packet) {
             unmark(&scratch.key);

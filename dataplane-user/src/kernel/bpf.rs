@@ -518,8 +518,7 @@ impl MapFd {
         let words = match self.mapped.get() {
             Some(words) => words,
             None => {
-                let words = self.shape.max_entries * (value.len() / WORD);
-                let words = MappedWords::of(self.as_fd(), words)?;
+                let words = MappedWords::of(self)?;
                 self.mapped.get_or_init(|| words)
             }
         };

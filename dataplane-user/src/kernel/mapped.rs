@@ -1,9 +1,10 @@
 //! The words of an array in this process's memory: programs and agent change them at the same time, each word by atomic operations.
 
+use super::bpf::MapFd;
 use super::maps::{Map, MapError};
 use dataplane_common::tables::Table;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
@@ -29,19 +30,26 @@ impl MappedWords {
     /// The kernel's.
     pub(super) fn map<T: Table>(table: &Map<T>) -> Result<Self, MapError> {
         const { assert!(size_of::<T::Value>().is_multiple_of(WORD), "each value is whole words") };
-        let words = table.capacity() * (size_of::<T::Value>() / WORD);
-        Self::of(table.as_fd(), words).map_err(|source| MapError::Call { verb: "map", name: T::NAME, source })
+        Self::of(table.raw()).map_err(|source| MapError::Call { verb: "map", name: T::NAME, source })
     }
 
-    /// Maps so many words of an array whose values are whole words.
+    /// Maps an array whose values are whole words.
     ///
     /// # Errors
     /// The kernel's.
-    pub(super) fn of(array: BorrowedFd<'_>, words: usize) -> io::Result<Self> {
+    pub(super) fn of(array: &MapFd) -> io::Result<Self> {
+        let words = array.shape().max_entries * (array.shape().value_size / WORD);
         let (protection, length) = (libc::PROT_READ | libc::PROT_WRITE, words * WORD);
         // SAFETY: a new mapping at an address that the kernel chooses; it is as long as the map's elements.
         let address = unsafe {
-            libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, array.as_raw_fd(), 0)
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                protection,
+                libc::MAP_SHARED,
+                array.as_fd().as_raw_fd(),
+                0,
+            )
         };
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
