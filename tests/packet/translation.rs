@@ -284,24 +284,28 @@ fn nine_of_ten_ports_are_had_without_a_failure() {
             }
             assert_eq!(owners.insert(f.source_port(&sent), number), None, "taken twice");
         }
-        let exhausted = |world: &World| {
-            let reasons = world.reasons().unwrap();
-            reasons.into_iter().find_map(|(of, count)| (of == Reason::PortsExhausted).then_some(count))
-        };
-        let before = exhausted(&world).unwrap();
+        let served =
+            |world: &World| world.traffic().unwrap().map(|total| (total.packets_in, total.new_flows));
+        let before = served(&world);
         let mut failed = 0;
         for number in 5_000..5_600 {
             if number % 20 == 0 {
                 world.establish_flows().unwrap();
             }
+            let reasons = world.reasons().unwrap();
             let (verdict, sent) = send(&world, number);
             if verdict == Verdict::Drop {
+                let after = world.reasons().unwrap();
+                let moved = after.into_iter().zip(reasons).filter(|(after, before)| after != before);
+                let moved: Vec<_> = moved.map(|((of, after), (_, before))| (of, after - before)).collect();
+                assert_eq!(moved, [(Reason::PortsExhausted, 1)]);
                 failed += 1;
             } else {
                 assert_eq!(owners.insert(f.source_port(&sent), number), None, "taken twice");
             }
         }
-        assert_eq!(exhausted(&world).unwrap() - before, failed);
+        let more = before.map(|(packets, flows)| (packets + 600 - failed, flows + 600 - failed));
+        assert_eq!(served(&world), more, "nothing is counted of those that are dropped");
         assert!((600 - 454..600).contains(&failed), "{failed}");
         world.establish_flows().unwrap();
         // Connections that are reset give their ports back.
