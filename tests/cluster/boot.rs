@@ -1,6 +1,6 @@
 //! A node that boots while the API server is away.
 
-use crate::world::{eventually, metric};
+use crate::world::eventually;
 use dataplane_tests::controlplane::ControlPlane;
 use dataplane_tests::lab::{AgentOptions, Client, Lab, Node, Options, PodOptions, Service, Source, at};
 use std::fs;
@@ -69,12 +69,12 @@ fn a_node_that_boots_without_the_api_server_serves_what_it_knew() {
     let said = log(node);
     let line = said.lines().find(|line| line.contains("objects of the snapshot")).expect("a line in the log");
     assert!(line.contains(file.to_str().unwrap()) && line.contains("0 minutes old"), "{line}");
-    assert_eq!(metric(node, "portolan_snapshot_served "), Some(1.0));
+    assert_eq!(node.metric("portolan_snapshot_served "), Some(1.0));
     assert!(fs::read_to_string(&file).unwrap().contains("\"gone-ipv4"), "nothing less is kept meanwhile");
 
     cluster.start_api_server().unwrap();
     eventually("what was deleted is gone", || is_silent(&lab, GONE));
-    eventually("the API server is followed", || metric(node, "portolan_snapshot_served ") == Some(0.0));
+    eventually("the API server is followed", || node.metric("portolan_snapshot_served ") == Some(0.0));
     assert!(serves(&lab, KEPT));
     eventually("the next snapshot has it no more", || {
         fs::read_to_string(&file).is_ok_and(|text| !text.contains("\"gone"))
@@ -89,7 +89,7 @@ fn a_node_that_boots_without_the_api_server_serves_what_it_knew() {
     fs::write(&file, bytes).unwrap();
     cluster.stop_api_server();
     node.launch_agent(&options).unwrap();
-    eventually("the snapshot is refused", || metric(node, "portolan_snapshots_refused_total ") == Some(1.0));
+    eventually("the snapshot is refused", || node.metric("portolan_snapshots_refused_total ") == Some(1.0));
     let said = log(node);
     assert!(said.contains("is not used: it is damaged: its checksum is another"), "{said}");
     assert!(!file.exists() && file.with_extension("refused").exists(), "it is set aside");

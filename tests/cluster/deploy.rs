@@ -2,7 +2,7 @@
 //! run by `bwrap` from the image, with what the pods ask for and no more.
 
 use crate::shared::{Cluster, PORT};
-use crate::world::{eventually, metric};
+use crate::world::eventually;
 use dataplane_common::node::Node as Settings;
 use dataplane_common::tables::Nodes;
 use dataplane_tests::controlplane::{API_SERVER, target_folder};
@@ -375,7 +375,7 @@ fn a_cluster_goes_over_from_kube_proxy_and_no_connection_fails() {
     assert!(made > 20, "{made} connections say nothing");
     for node in [cluster.lab.node(0), cluster.lab.node(2)] {
         assert!(takes_over(node), "connections are left to the rules");
-        assert_eq!(metric(node, "portolan_taking_over "), Some(1.0));
+        assert_eq!(node.metric("portolan_taking_over "), Some(1.0));
         let left = take_over(node);
         assert!(left.starts_with("10 TCP connections are left to another proxy's rules"), "{left}");
         assert_eq!(left.matches("default/moved:http   ESTABLISHED").count(), 10, "{left}");
@@ -400,7 +400,7 @@ fn a_cluster_goes_over_from_kube_proxy_and_no_connection_fails() {
     drop(old);
     for node in cluster.lab.nodes() {
         eventually("the last of the rules' connections has ended", || {
-            metric(node, "portolan_taking_over ") == Some(0.0)
+            node.metric("portolan_taking_over ") == Some(0.0)
         });
         assert!(!takes_over(node));
         assert_eq!(take_over(node), "No connection is left to another proxy.\n");

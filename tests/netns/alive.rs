@@ -1,7 +1,7 @@
 //! An agent that hangs, or of which a part is gone: it shows, and the kernel goes on serving.
 
 use crate::api_server::{KEPT, Scene};
-use crate::health::{HEALTH, get, metric, until};
+use crate::health::{HEALTH, get, until};
 use dataplane_tests::lab::{AgentOptions, Client, Lab, Node, Options, PodOptions, Service, at, portolan};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
@@ -188,5 +188,5 @@ fn a_thread_that_panics_ends_the_agent_and_nothing_else() {
     assert!(log.contains("panicked at"), "{log}");
     assert!(serves(&lab, ADDRESS));
     node.start_agent(&AgentOptions::default()).unwrap();
-    assert_eq!(metric(&lab, 0, "portolan_healthy "), Some(1.0));
+    assert_eq!(lab.node(0).metric("portolan_healthy "), Some(1.0));
 }

@@ -1,7 +1,7 @@
 //! Agents whose API server refuses, forgets, dawdles, falls silent or is not there: what is served goes on, what changed comes
 //! when it is over, and the log says once what to check.
 
-use crate::world::{eventually, metric};
+use crate::world::eventually;
 use dataplane_tests::api_server::{ApiServer, Treatment, kubeconfig};
 use dataplane_tests::lab::{self, AgentOptions, Client, Lab, Node, Options, PodOptions, Service, Source, at};
 use serde_json::{Value, json};
@@ -248,7 +248,7 @@ fn a_service_that_finds_no_room_gets_an_event_and_a_metric() {
         scene.put(service);
         eventually("it is served", || scene.serves(last(number as u8 + 1)));
     }
-    let waiting = || metric(scene.node(), "portolan_waiting_services ");
+    let waiting = || scene.node().metric("portolan_waiting_services ");
     assert_eq!(waiting(), Some(0.0));
     scene.put(&services[2]);
     let told = || {

@@ -2,7 +2,7 @@
 //! wanted no more.
 
 use crate::api_server::{KEPT, Scene};
-use crate::health::{HEALTH, get, metric, until};
+use crate::health::{HEALTH, get, until};
 use dataplane_tests::lab::{AgentOptions, Client, Lab, Node, Options, PodOptions, Service, at};
 use dataplane_user::config::{SocketLb, XdpMode};
 use dataplane_user::kernel::attach::Attachments;
@@ -76,7 +76,7 @@ fn a_socket_hook_that_another_program_has_is_tried_until_it_is_there() {
     let cgroup = File::open(node.cgroup()).unwrap();
     alone(true, &cgroup, object.program("connect4").unwrap());
     node.start_agent(&scene.options(&[])).unwrap();
-    let unattached = || metric(lab, 0, "portolan_unattached_programs ");
+    let unattached = || lab.node(0).metric("portolan_unattached_programs ");
     assert_eq!(unattached(), Some(1.0));
     let (status, body) = healthz(lab);
     assert_eq!(status, 200, "packets are served: {body}");
@@ -112,7 +112,7 @@ fn a_pod_that_goes_is_no_loss() {
     }
     let log = log(lab.node(0));
     assert!(!log.contains("no longer attached") && !log.contains("ERROR"), "{log}");
-    assert_eq!(metric(&lab, 0, "portolan_reattached_total "), Some(0.0));
+    assert_eq!(lab.node(0).metric("portolan_reattached_total "), Some(0.0));
 }
 
 /// H2: whoever looks before netlink has told of it.
@@ -191,7 +191,7 @@ fn a_filter_with_another_program_is_replaced() {
     std::fs::remove_file(&pin).unwrap();
     assert!(filter().contains("tc_pod_in"), "{}", filter());
     until("it is replaced", || filter() == ours);
-    assert_eq!(metric(&lab, 0, "portolan_reattached_total "), Some(1.0));
+    assert_eq!(lab.node(0).metric("portolan_reattached_total "), Some(1.0));
 }
 
 /// C3: before Linux 6.6 nothing but the agent takes a filter away.
@@ -301,7 +301,7 @@ fn an_uplink_that_another_xdp_program_has_is_left_to_tc() {
     assert_eq!(told(), 1, "{}", log(node));
     let (status, body) = healthz(&lab);
     assert!(status == 200 && body.get("warnings").is_none(), "{body}");
-    assert_eq!(metric(&lab, 0, "portolan_unattached_programs "), Some(0.0));
+    assert_eq!(lab.node(0).metric("portolan_unattached_programs "), Some(0.0));
     assert!(Client::at(lab.client()).tcp(at(node.address(), NODE_PORT)).is_ok());
     node.agent().unwrap().stop().unwrap();
     drop(other);

@@ -1,7 +1,7 @@
 //! The real agent killed at a given call of `bpf(2)`: traffic through what was there never meets a half-written Service, and
 //! the next agent ends where it should.
 
-use crate::world::{eventually, metric};
+use crate::world::eventually;
 use dataplane_tests::lab::client::TIMEOUT;
 use dataplane_tests::lab::{
     AgentOptions, Client, Failure, Lab, Node, Options, PodOptions, Service, at, install,
@@ -205,7 +205,7 @@ fn an_update_and_a_deletion_that_are_cut_short_are_recovered_from() {
         }
     });
     let audited = node.agent().unwrap();
-    let audits = || metric(node, "portolan_audits_total ");
+    let audits = || node.metric("portolan_audits_total ");
     let before = audits().unwrap();
     audited.process().signal(libc::SIGHUP);
     eventually("the tables are audited", || audits().is_some_and(|count| count > before));

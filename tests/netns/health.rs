@@ -1,7 +1,7 @@
 //! What a node tells others about itself: health check ports (S4), its own health (H1, H2) and its metrics (H3).
 
 use dataplane_common::tables::{Flows, Table as _};
-use dataplane_tests::lab::{AgentOptions, Client, Family, Lab, Options, PodOptions, Service, at};
+use dataplane_tests::lab::{AgentOptions, Client, Family, Lab, METRICS, Options, PodOptions, Service, at};
 use serde_json::Value;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 /// How long a change may take until it is told.
 const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const HEALTH: u16 = 10_256;
-const METRICS: u16 = 10_249;
 const CHECK: u16 = 32_100;
 
 /// A status and what came with it.
@@ -51,13 +50,6 @@ pub(crate) fn until(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < end, "after {PATIENCE:?} it is not so that {what}");
         std::thread::sleep(Duration::from_millis(50));
     }
-}
-
-/// The value of a line of the metrics of a node.
-pub(crate) fn metric(lab: &Lab, node: usize, line: &str) -> Option<f64> {
-    let place = lab.node(node).place();
-    let answer = get(place, at(Ipv4Addr::LOCALHOST, METRICS), "/metrics")?;
-    answer.text.lines().find_map(|other| other.strip_prefix(line)?.trim().parse().ok())
 }
 
 fn balanced(lab: &Lab) -> Service {
@@ -150,7 +142,7 @@ fn a_health_check_port_that_is_taken_is_tried_again() {
     let node = lab.node(0);
     node.serve("thief", &PodOptions::default().tcp(&[CHECK])).unwrap();
     lab.manifests().apply(&balanced(&lab)).unwrap();
-    let unbound = || metric(&lab, 0, "portolan_health_check_ports_unbound ");
+    let unbound = || lab.node(0).metric("portolan_health_check_ports_unbound ");
     until("the metric says so", || unbound() == Some(1.0));
     let log = node.agent().unwrap().process().log();
     assert!(log.contains("default/balanced") && log.contains("cannot be had"), "{log}");
@@ -189,7 +181,7 @@ fn programs_that_somebody_detaches_are_found_and_attached_again() {
     let filters = || place.run("tc", &["filter", "show", "dev", "eth0", "ingress"]).unwrap();
     assert!(filters().contains("tc_uplink_in"), "{}", filters());
     place.run("tc", &["qdisc", "del", "dev", "eth0", "clsact"]).unwrap();
-    until("the filters are back", || metric(&lab, 0, "portolan_reattached_total ") == Some(2.0));
+    until("the filters are back", || lab.node(0).metric("portolan_reattached_total ") == Some(2.0));
     until("the filters are back", || filters().contains("tc_uplink_in"));
     assert_eq!(health("/livez").status, 200);
 }
@@ -208,11 +200,9 @@ fn an_interface_that_loses_its_role_loses_its_filters_and_both_is_told() {
     ]);
     let filters = |way| place.run("tc", &["filter", "show", "dev", "mv1", way]).unwrap();
     let role = |role: &str, reason: &str| {
-        metric(
-            &lab,
-            0,
-            &format!("portolan_interface_role{{interface=\"mv1\",role=\"{role}\",reason=\"{reason}\"}} "),
-        )
+        lab.node(0).metric(&format!(
+            "portolan_interface_role{{interface=\"mv1\",role=\"{role}\",reason=\"{reason}\"}} "
+        ))
     };
     until("it is an uplink", || role("uplink", "address") == Some(1.0));
     until("it has filters", || {
@@ -235,22 +225,22 @@ fn traffic_is_told_by_service_endpoint_and_program() {
     let flows = "portolan_service_flows_total{namespace=\"default\",service=\"balanced\",port=\"tcp-80\",\
                  protocol=\"TCP\",ip_family=\"IPv4\"} ";
     let text = || get(lab.node(0).place(), at(Ipv4Addr::LOCALHOST, METRICS), "/metrics").unwrap().text;
-    until("the flow is counted", || metric(&lab, 0, flows).is_some_and(|count| count >= 1.0));
+    until("the flow is counted", || lab.node(0).metric(flows).is_some_and(|count| count >= 1.0));
     for line in ["portolan_endpoint_flows_total{", "portolan_service_bytes_total{", "portolan_table_entries{"]
     {
         assert!(text().lines().any(|other| other.starts_with(line)), "{line} in {}", text());
     }
     // By the machine's memory and CPUs, and never less than where neither is known.
-    let room = metric(&lab, 0, "portolan_table_capacity{table=\"flows\"} ").unwrap();
+    let room = lab.node(0).metric("portolan_table_capacity{table=\"flows\"} ").unwrap();
     assert!(room >= Flows::CAPACITY as f64, "{room}");
-    until("flows are counted", || metric(&lab, 0, "portolan_table_entries{table=\"flows\"} ").is_some());
+    until("flows are counted", || lab.node(0).metric("portolan_table_entries{table=\"flows\"} ").is_some());
     let answer = get(lab.node(0).place(), at(Ipv4Addr::LOCALHOST, METRICS), "/proxyMode").unwrap();
     assert!(answer.text.ends_with("\r\n\r\nebpf"), "{answer:?}");
     let bounded = AgentOptions::default().arguments(&["--metrics-max-series=0"]);
     lab.node(0).agent().unwrap().stop().unwrap();
     lab.node(0).start_agent(&bounded).unwrap();
     until("all is left out", || {
-        metric(&lab, 0, "portolan_metrics_left_out{kind=\"service_port\"} ") == Some(1.0)
+        lab.node(0).metric("portolan_metrics_left_out{kind=\"service_port\"} ") == Some(1.0)
     });
     assert!(!text().contains("portolan_service_flows_total{"));
 }

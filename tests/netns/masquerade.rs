@@ -11,7 +11,6 @@ use std::time::Duration;
 const PORT: u16 = 80;
 const TARGET: u16 = 8080;
 const NODE_PORT: u16 = 30_080;
-const METRICS: u16 = 10_249;
 const V4: Ipv4Addr = Ipv4Addr::new(10, 96, 12, 1);
 const V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0xc, 1);
 
@@ -57,12 +56,6 @@ fn is_masqueraded(lab: &Lab) -> bool {
     clients == 0
 }
 
-fn metric(lab: &Lab, name: &str) -> Option<f64> {
-    let mut stream = Client::at(lab.node(0).place()).connect(at(Ipv4Addr::LOCALHOST, METRICS)).ok()?;
-    let (_, text) = stream.get("/metrics").ok()?;
-    text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
-}
-
 /// P4, P12
 #[test]
 fn the_mark_and_the_ports_are_those_of_the_flags_and_nft_can_read_its_own_list() {
@@ -99,7 +92,7 @@ fn rules_that_something_flushes_or_changes_are_back_within_a_second() {
         nft(&lab, change);
         std::thread::sleep(Duration::from_secs(1));
         assert!(is_masqueraded(&lab), "{change:?}");
-        assert_eq!(metric(&lab, "portolan_masquerade_restored_total "), Some(number as f64 + 1.0));
+        assert_eq!(lab.node(0).metric("portolan_masquerade_restored_total "), Some(number as f64 + 1.0));
     }
     assert!(lab.node(0).agent().unwrap().process().log().contains("it is back"));
 }
@@ -114,7 +107,7 @@ fn the_rules_stay_between_agents_and_go_with_cleanup() {
     assert!(is_masqueraded(&lab), "without an agent");
     start(&lab, &[]);
     assert!(is_masqueraded(&lab), "by the next agent");
-    assert_eq!(metric(&lab, "portolan_masquerade_restored_total "), Some(0.0));
+    assert_eq!(lab.node(0).metric("portolan_masquerade_restored_total "), Some(0.0));
     lab.node(0).agent().unwrap().kill();
     let removed = lab.node(0).portolan(&["cleanup"]).unwrap();
     assert!(removed.contains("nftables table inet portolan"), "{removed}");
@@ -132,12 +125,12 @@ fn where_netfilter_does_not_translate_clients_keep_their_source_and_that_is_told
     eventually("the table has another owner", || nft(&lab, &["list", "tables"]).contains("portolan"));
     start(&lab, &[]);
     assert!(!is_masqueraded(&lab));
-    assert_eq!(metric(&lab, "portolan_masquerading "), Some(0.0));
+    assert_eq!(lab.node(0).metric("portolan_masquerading "), Some(0.0));
     let log = lab.node(0).agent().unwrap().process().log();
     assert!(log.contains("cannot have netfilter masquerade clients from outside"), "{log}");
     drop(input);
     owner.wait().unwrap();
-    eventually("netfilter translates", || metric(&lab, "portolan_masquerading ") == Some(1.0));
+    eventually("netfilter translates", || lab.node(0).metric("portolan_masquerading ") == Some(1.0));
     eventually("and the programs mark", || {
         seen(&lab).iter().all(|(family, ip, _)| *ip != lab.client_addresses().of(*family))
     });

@@ -1,7 +1,7 @@
 //! Least-connections and the counts of what is open (L2), by packet and by socket.
 
 use crate::world::{
-    PATIENCE, PORT, TARGET, Tcp, Transport, Udp, World, eventually, metric, on_all_paths, on_both_paths,
+    PATIENCE, PORT, TARGET, Tcp, Transport, Udp, World, eventually, on_all_paths, on_both_paths,
 };
 use dataplane_common::counter::Open;
 use dataplane_common::flow::Flow;
@@ -195,9 +195,9 @@ fn counts_outlive_the_agent(arguments: &[&str]) {
                           protocol=\"TCP\",ip_family=\"IPv4\"}} ",
             service.name()
         );
-        eventually("the metric tells it", || metric(world.node(node), &to) == Some(of_node as f64));
+        eventually("the metric tells it", || world.node(node).metric(&to) == Some(of_node as f64));
     }
-    assert_eq!([1, 3].map(|node| metric(world.node(node), DRIFT).unwrap()), [0.0; 2]);
+    assert_eq!([1, 3].map(|node| world.node(node).metric(DRIFT).unwrap()), [0.0; 2]);
     if arguments.contains(&"--socket-lb=off") {
         wrong_counts_are_put_right(&world, &service);
     } else {
@@ -214,7 +214,7 @@ fn counts_outlive_the_agent(arguments: &[&str]) {
 fn wrong_counts_are_put_right(world: &World, service: &Service) {
     let node = world.node(1);
     let counted = || open_of(world, 1, service, Tcp);
-    let drift = || metric(node, DRIFT).unwrap();
+    let drift = || node.metric(DRIFT).unwrap();
     let table = Map::<OpenCounts>::open(&Pins::new(&node.bpffs()).maps()).unwrap();
     let before = counted();
     let wrong = |id: u32, by: i64| {
@@ -232,7 +232,7 @@ fn wrong_counts_are_put_right(world: &World, service: &Service) {
         std::thread::sleep(Duration::from_millis(100));
     }
     assert_eq!(drift(), 8.0);
-    assert_eq!(metric(world.node(3), DRIFT), Some(0.0), "two sweeps have looked there as well");
+    assert_eq!(world.node(3).metric(DRIFT), Some(0.0), "two sweeps have looked there as well");
 }
 
 /// As if five connections that there are not were open, and some that there are were not: fewer than there are flows. A kernel that does not
@@ -240,7 +240,7 @@ fn wrong_counts_are_put_right(world: &World, service: &Service) {
 #[track_caller]
 fn wrong_counts_of_sockets_are_put_right_as_far_as_they_can_be_told(world: &World, service: &Service) {
     let node = world.node(1);
-    let (pins, drift) = (Pins::new(&node.bpffs()).maps(), || metric(node, DRIFT).unwrap());
+    let (pins, drift) = (Pins::new(&node.bpffs()).maps(), || node.metric(DRIFT).unwrap());
     let mut flows = BTreeMap::<u32, u64>::new();
     for (_, flow) in Map::<Flows>::open(&pins).unwrap().entries().unwrap() {
         if flow.has(Flow::COUNTED_OPEN) {

@@ -1,6 +1,6 @@
 //! Second tries (L5, L6): clients of a Service some of whose endpoints are silent, or refuse.
 
-use crate::world::{BOTH, Tcp, Udp, World, ask, eventually, everywhere, metric};
+use crate::world::{BOTH, Tcp, Udp, World, ask, eventually, everywhere};
 use dataplane_tests::lab::{Client, Endpoint, Family, Service};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -90,7 +90,7 @@ everywhere! {
                 service.name(),
                 if world.family() == Family::V4 { "v4" } else { "v6" }
             );
-            let told = |what| metric(world.node(1), &format!("portolan_service_{what}_total{labels}")).unwrap_or(0.0);
+            let told = |what| world.node(1).metric(&format!("portolan_service_{what}_total{labels}")).unwrap_or(0.0);
             eventually("the metrics tell of it", || told("moved") >= told("rescued") && told("rescued") > 0.0);
         }
     }

@@ -1,6 +1,6 @@
 //! Tables that fill up: told before it hurts, and when it does what was there stays; and Services that are large.
 
-use crate::world::{eventually, metric};
+use crate::world::eventually;
 use dataplane_tests::lab::{AgentOptions, Client, Endpoint, Lab, Node, Options, PodOptions, Service, at};
 use serde_json::{Value, json};
 use std::net::Ipv4Addr;
@@ -53,12 +53,12 @@ fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
         let size = format!("--map-size={table}={room}");
         node.start_agent(&AgentOptions::default().arguments(&[&size, "--healthy-within=1s"])).unwrap();
         let nearly_full = format!("portolan_table_nearly_full{{table=\"{table}\"}} ");
-        eventually("a metric tells that it is nearly full", || metric(node, &nearly_full) == Some(1.0));
+        eventually("a metric tells that it is nearly full", || node.metric(&nearly_full) == Some(1.0));
         assert!(said().contains(&format!("the table {table} is 9")), "{}", said());
         assert!(said().contains(&format!("make room with --map-size {table}=N")), "{}", said());
         assert!(!said().contains("waits"), "it is not full yet: {}", said());
 
-        let some_wait = || metric(node, "portolan_waiting_services ").is_some_and(|count| count >= 1.0);
+        let some_wait = || node.metric("portolan_waiting_services ").is_some_and(|count| count >= 1.0);
         (19..=22).for_each(|number| lab.manifests().apply(&service(&lab, number)).unwrap());
         eventually("some wait", some_wait);
         let full = format!("map `{table}` is full with {room} entries: enlarge it with --map-size {table}=N");
@@ -66,7 +66,7 @@ fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
         assert!((1..=18).all(serves), "what was served goes on");
         std::thread::sleep(Duration::from_millis(1_500));
         assert_eq!(
-            metric(node, "portolan_healthy "),
+            node.metric("portolan_healthy "),
             Some(1.0),
             "packets are served, so load balancers may come"
         );
@@ -79,7 +79,7 @@ fn a_table_that_fills_up_is_told_of_before_and_costs_nobody_who_is_in() {
         let larger = format!("--map-size={table}={}", 4 * room);
         node.start_agent(&AgentOptions::default().arguments(&[&larger])).unwrap();
         assert!((1..=22).all(serves), "all have room now");
-        assert_eq!(metric(node, "portolan_waiting_services "), Some(0.0));
+        assert_eq!(node.metric("portolan_waiting_services "), Some(0.0));
         node.agent().unwrap().stop().unwrap();
         node.portolan(&["cleanup", "--keep-state"]).unwrap();
         (19..=22).for_each(|number| lab.manifests().delete(&service(&lab, number)).unwrap());
@@ -104,13 +104,13 @@ fn a_full_table_of_flows_breaks_no_flow() {
     };
     let mut streams = connect(FLOWS * 91 / 100);
     let nearly_full = "portolan_table_nearly_full{table=\"flows\"} ";
-    eventually("a metric tells that it is nearly full", || metric(node, nearly_full) == Some(1.0));
+    eventually("a metric tells that it is nearly full", || node.metric(nearly_full) == Some(1.0));
     assert!(log(node).contains("the table flows is 9") && log(node).contains("--max-flows"), "{}", log(node));
     streams.extend(connect(FLOWS - streams.len()));
     let late = shell(&lab).timeout(Duration::from_millis(500));
     assert!(late.connect(at(cluster_ip(1), PORT)).is_err(), "there is no room");
     let full = "portolan_reasons_total{reason=\"flows-full\"} ";
-    assert!(metric(node, full).is_some_and(|count| count > 0.0));
+    assert!(node.metric(full).is_some_and(|count| count > 0.0));
     for stream in &mut streams {
         stream.ask().unwrap();
     }

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 const PORT: u16 = 80;
 const TARGET: u16 = 8080;
-const METRICS: u16 = 10_249;
 const V4: Ipv4Addr = Ipv4Addr::new(10, 96, 12, 1);
 const V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0xc, 1);
 
@@ -23,7 +22,7 @@ fn lab(options: Options, arguments: &[&str]) -> Lab {
     lab.manifests().apply(&service).unwrap();
     lab.node(0).start_agent(&AgentOptions::default().arguments(arguments)).unwrap();
     if !arguments.contains(&"--service-route=off") {
-        eventually("there are routes", || metric(&lab, "portolan_service_routes ") == Some(2.0));
+        eventually("there are routes", || lab.node(0).metric("portolan_service_routes ") == Some(2.0));
     }
     lab
 }
@@ -56,12 +55,6 @@ fn assert_served(lab: &Lab, what: &str) {
             assert_eq!(pods, ["web-1", "web-2"], "{what}: {transport} {to}");
         }
     }
-}
-
-fn metric(lab: &Lab, name: &str) -> Option<f64> {
-    let mut stream = node(lab).connect(at(Ipv4Addr::LOCALHOST, METRICS)).ok()?;
-    let (_, text) = stream.get("/metrics").ok()?;
-    text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
 }
 
 fn without_default_routes(lab: &Lab) {
@@ -141,7 +134,7 @@ fn a_route_that_somebody_removes_is_back() {
         ip(&lab, arguments);
         let restored = Some(number as f64 + 1.0);
         eventually("the route is back", || {
-            metric(&lab, "portolan_service_routes_restored_total ") == restored
+            lab.node(0).metric("portolan_service_routes_restored_total ") == restored
         });
         assert_served(&lab, "after a route went");
     }

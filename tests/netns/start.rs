@@ -1,7 +1,7 @@
 //! How an agent begins: what it is told meanwhile, what it tells systemd, and what it finds of a version with other maps.
 
 use crate::api_server::{KEPT, PORT, Scene, under_new_connections};
-use crate::health::{HEALTH, get, metric, until};
+use crate::health::{HEALTH, get, until};
 use dataplane_tests::api_server::Treatment;
 use dataplane_tests::lab::{AgentOptions, PodOptions, Service, at, portolan};
 use dataplane_user::kernel::pins::Pins;
@@ -201,7 +201,7 @@ fn traffic_is_told_exactly_and_goes_on_with_the_next_agent() {
         let labels =
             "namespace=\"default\",service=\"asked\",port=\"udp-80\",protocol=\"UDP\",ip_family=\"IPv4\"";
         let line = format!("portolan_service_{what}_total{{{labels},direction=\"{direction}\"}} ");
-        metric(&scene.lab, 0, &line)
+        scene.lab.node(0).metric(&line)
     };
     let shell = scene.lab.pod("shell").unwrap();
     let ask = |number: usize| {

@@ -1,6 +1,6 @@
 //! What an operator asks a node: `portolan status` with an agent, without one, and without anything.
 
-use crate::health::{metric, until};
+use crate::health::until;
 use dataplane_tests::lab::{AgentOptions, Lab, Options, PodOptions, Service};
 use serde_json::Value;
 use std::net::Ipv4Addr;
@@ -92,7 +92,7 @@ fn another_proxy_that_comes_back_is_noticed() {
     let lab = lab();
     let node = lab.node(0);
     let nft = |script: &str| node.place().run("nft", &[script]).unwrap();
-    let traces = || metric(&lab, 0, "portolan_other_proxy_traces ");
+    let traces = || lab.node(0).metric("portolan_other_proxy_traces ");
     let told = || node.agent().unwrap().process().log().matches("another Service proxy has come").count();
     let comes = "add table ip kube-proxy; add chain ip kube-proxy services";
     nft(comes);

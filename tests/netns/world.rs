@@ -24,8 +24,6 @@ use std::time::{Duration, Instant};
 pub(crate) const TARGET: u16 = 8080;
 /// The port of servers in the nodes' own networks.
 pub(crate) const HOST_TARGET: u16 = 9000;
-/// Where agents tell metrics.
-const METRICS: u16 = 10_249;
 /// The port of every Service.
 pub(crate) const PORT: u16 = 80;
 /// How long silence must last to count as a drop.
@@ -629,13 +627,6 @@ pub(crate) fn has_frontend(node: &Node, address: IpAddr, port: u16) -> bool {
     let Ok(map) = Map::<tables::Frontends>::open(&Pins::new(&node.bpffs()).maps()) else { return false };
     let key = FrontendKey::new(address.into(), Port::new(port), Protocol::Tcp as u8);
     map.get(&key).is_ok_and(|found| found.is_some())
-}
-
-/// The value of a line of the metrics of a node's agent.
-pub(crate) fn metric(node: &Node, line: &str) -> Option<f64> {
-    let mut stream = Client::at(node.place()).connect(at(Ipv4Addr::LOCALHOST, METRICS)).ok()?;
-    let (_, text) = stream.get("/metrics").ok()?;
-    text.lines().find_map(|other| other.strip_prefix(line)?.trim().parse().ok())
 }
 
 /// A laboratory with agents and the pods that all tests know.

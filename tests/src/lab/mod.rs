@@ -41,7 +41,7 @@ pub use connecting::under_new_connections;
 pub use leftovers::{labs, on_signal_exit_with, sweep, wait_for_signal};
 pub use manifests::{Endpoint, Manifests, Service, documents};
 pub use network::{Addresses, Family, PodNetwork};
-pub use node::{Node, Pod, PodOptions};
+pub use node::{METRICS, Node, Pod, PodOptions};
 pub use place::Place;
 pub(crate) use process::last_lines;
 pub use process::{Process, install, program};

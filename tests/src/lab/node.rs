@@ -8,7 +8,7 @@ use super::place::{NAMESPACES, Place};
 use super::process::{Process, program};
 use super::server::READY;
 use super::tunnel::{self, Peer, Tunnel};
-use super::{Endpoint, Options, make_place};
+use super::{Client, Endpoint, Options, at, make_place};
 use anyhow::{Context, Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,6 +19,9 @@ use std::time::Duration;
 
 /// How long a program of the lab may take to listen.
 const START_TIME: Duration = Duration::from_secs(60);
+
+/// Where an agent, as kube-proxy does, tells its metrics.
+pub const METRICS: u16 = 10_249;
 
 /// A node: a namespace with an uplink `eth0`, a cgroup, a pin folder and room for an agent.
 #[derive(Debug)]
@@ -270,6 +273,13 @@ impl Node {
         let [out, err] =
             [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
         Ok((code, out, err))
+    }
+
+    /// The value of a line of the metrics of its agent that begins so.
+    pub fn metric(&self, line: &str) -> Option<f64> {
+        let mut stream = Client::at(&self.place).connect(at(Ipv4Addr::LOCALHOST, METRICS)).ok()?;
+        let (_, text) = stream.get("/metrics").ok()?;
+        text.lines().find_map(|other| other.strip_prefix(line)?.trim().parse().ok())
     }
 
     fn pods(&self) -> MutexGuard<'_, Pods> {

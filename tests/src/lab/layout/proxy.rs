@@ -4,6 +4,7 @@ use super::Raised;
 use crate::api_server::ApiServer;
 use crate::controlplane::{Binaries, kube_proxy};
 use crate::lab::Lab;
+use crate::lab::METRICS;
 use crate::lab::agent::AgentOptions;
 use crate::lab::client::{Client, at};
 use crate::lab::manifests::{self, Service};
@@ -16,9 +17,6 @@ use std::time::{Duration, Instant};
 /// How long kube-proxy may take to write what it has read.
 const WRITING: Duration = Duration::from_secs(4);
 const LOOK: Duration = Duration::from_millis(50);
-/// Where it tells what it has written.
-const METRICS: u16 = 10_249;
-
 /// A dataplane for Services.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
