@@ -92,7 +92,6 @@ pub fn run(args: &BenchChooseArgs) -> Result<Record<Measured>> {
         legs: measure(clients)?,
     };
     let mut record = Record::new(KIND, Machine::here([]), args.quick, measured);
-    record.complete = true;
     record.targets = judge(&record.measured.legs);
     record.void = record
         .measured
@@ -101,9 +100,7 @@ pub fn run(args: &BenchChooseArgs) -> Result<Record<Measured>> {
         .filter(|leg| leg.failed > 0)
         .map(|leg| format!("{}: {} clients were not served", leg.name, leg.failed))
         .collect();
-    record.print();
-    println!("record: {}", record.write(&args.records)?.display());
-    Ok(record)
+    record.finish(&args.records)
 }
 
 /// The algorithms that are measured, and the ClusterIPs of their Services.

@@ -7,9 +7,9 @@ use crate::bench_tries::drive::{Clients, End, drive};
 use crate::bench_tries::servers::Servers;
 use crate::deaf::Deaf;
 use crate::lab::{
-    self, AgentOptions, Client, Family, Lab, Node, Options, Place, Pod, PodOptions, Service, Stream, at,
+    self, AgentOptions, Family, Lab, Node, Options, Place, Pod, PodOptions, Service, Stream, at,
 };
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use dataplane_common::flow::{Flow, Stage};
 use dataplane_common::tables::{Backends, Flows, OpenCounts};
 use dataplane_user::kernel::maps::Map;
@@ -108,11 +108,8 @@ pub fn run(args: &CountsArgs) -> Result<Record<Measured>> {
     lab::on_signal_exit_with(130);
     let measured = measure(args, |line| println!("{line}"))?;
     let mut record = Record::new(KIND, Machine::here([]), args.flows < FLOWS, measured);
-    record.complete = true;
     record.targets = judge(&record.measured);
-    record.print();
-    println!("record: {}", record.write(&args.records)?.display());
-    Ok(record)
+    record.finish(&args.records)
 }
 
 fn judge(measured: &Measured) -> Vec<Judgement> {
@@ -332,13 +329,7 @@ impl World {
 
     /// What the agent that runs has put right.
     fn drift(&self) -> Result<u64> {
-        let client = Client::at(self.node().place());
-        let text = client
-            .connect(at(Ipv4Addr::LOCALHOST, 10_249))
-            .and_then(|mut stream| stream.read_all("/metrics"))
-            .map_err(|failure| anyhow!("metrics: {failure}"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix(DRIFT));
-        line.and_then(|value| value.parse().ok()).context("the metric is not there")
+        self.node().metric(DRIFT).map(|value| value as u64).context("the agent does not tell of drift")
     }
 
     /// How many connections were given to another endpoint since the Services are there.

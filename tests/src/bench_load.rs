@@ -143,12 +143,9 @@ pub fn run(args: &BenchLoadArgs) -> Result<Record<Measured>> {
     let version = version.lines().next().unwrap_or_default().to_owned();
     let measured = Measured { flows: args.flows, seconds, comparisons };
     let mut record = Record::new(KIND, Machine::here([("wrk", version)]), args.quick, measured);
-    record.complete = true;
     record.measured.comparisons.iter().for_each(print);
     record.void = record.measured.comparisons.iter().flat_map(Comparison::disagreements).collect();
-    record.print();
-    println!("record: {}", record.write(&args.records)?.display());
-    Ok(record)
+    record.finish(&args.records)
 }
 
 /// Both tools against every server, in turn.

@@ -81,9 +81,14 @@ pub struct Met {
 impl Met {
     /// The time that so many in a thousand were not longer than.
     pub fn quantile(&self, thousandths: usize) -> Duration {
-        let at = (self.times.len() * thousandths).div_ceil(1_000).saturating_sub(1);
-        self.times.get(at).copied().unwrap_or_default()
+        quantile(&self.times, thousandths)
     }
+}
+
+/// Of times in their order, the shortest first, the one that so many in a thousand are not longer than.
+pub(crate) fn quantile(times: &[Duration], thousandths: usize) -> Duration {
+    let at = (times.len() * thousandths).div_ceil(1_000).saturating_sub(1);
+    times.get(at).copied().unwrap_or_default()
 }
 
 /// Has `count` clients come from a place, `rate` in a second, each on a connection of its own.

@@ -50,6 +50,11 @@ pub fn kernel() -> String {
 }
 
 impl Machine {
+    /// The commit in short, for a sentence.
+    pub fn short_commit(&self) -> &str {
+        self.commit.get(..12).unwrap_or(&self.commit)
+    }
+
     /// This machine, with the versions of the programs that took part.
     pub fn here(versions: impl IntoIterator<Item = (&'static str, String)>) -> Self {
         let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -130,6 +135,17 @@ impl<T> Record<T> {
 }
 
 impl<T: Serialize> Record<T> {
+    /// All that was planned was measured: prints what it says of the targets, and writes it to the folder.
+    ///
+    /// # Errors
+    /// As [`Record::write`].
+    pub fn finish(mut self, folder: &Path) -> Result<Self> {
+        self.complete = true;
+        self.print();
+        println!("record: {}", self.write(folder)?.display());
+        Ok(self)
+    }
+
     /// Writes it to the folder, in the place of what it was before if it has been written already.
     ///
     /// # Errors

@@ -153,11 +153,8 @@ pub fn run(args: &BenchAgentArgs) -> Result<Record<Measured>> {
          connections lose."
             .into(),
     );
-    record.complete = true;
     record.targets = judge(&record.measured);
-    record.print();
-    println!("record: {}", record.write(&args.records)?.display());
-    Ok(record)
+    record.finish(&args.records)
 }
 
 fn judge(measured: &Measured) -> Vec<Judgement> {

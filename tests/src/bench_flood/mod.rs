@@ -79,15 +79,12 @@ pub fn run(args: &FloodArgs) -> Result<Record<Measured>> {
     let proxies: &[Proxy] = if args.alone { &[Proxy::Portolan] } else { &[Proxy::Portolan, Proxy::Nftables] };
     let measured = measure(args, proxies, |line| println!("{line}"))?;
     let mut record = Record::new(KIND, Machine::here([]), args.seconds < SECONDS || args.alone, measured);
-    record.complete = true;
     record.targets = judge(&record.measured);
     record.notes = vec![
         "The flood, the honest clients, the endpoints and the kernel's work for all of them share the same CPUs.".into(),
         format!("A connection or a question counts as failed after {} s.", PATIENCE.as_secs()),
     ];
-    record.print();
-    println!("record: {}", record.write(&args.records)?.display());
-    Ok(record)
+    record.finish(&args.records)
 }
 
 /// Measures every proxy in a laboratory of its own.

@@ -146,7 +146,6 @@ pub fn run(args: &BenchProgArgs) -> Result<Record<Measured>> {
         connects: sockets::measure(effort)?,
     };
     let mut record = Record::new(KIND, Machine::here([]), quick, measured);
-    record.complete = true;
     record.targets = judge(&record.measured);
     record.notes = vec![
         format!(
@@ -158,9 +157,7 @@ pub fn run(args: &BenchProgArgs) -> Result<Record<Measured>> {
         "The other cases: one run at a time on a new packet, so with a cold processor, as the empty program beside them.".into(),
     ];
     print(&record.measured);
-    record.print();
-    println!("record: {}", record.write(&args.records)?.display());
-    Ok(record)
+    record.finish(&args.records)
 }
 
 /// Measures and prints what it costs new flows that somebody watches; whether it is met.

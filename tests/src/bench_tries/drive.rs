@@ -1,6 +1,7 @@
 //! Clients at a fixed rate, many of them at once, whatever becomes of each: one thread, which connects or asks and notes how long that took.
 
 use crate::lab::{Failure, Place};
+use crate::serial;
 use anyhow::{Context as _, Result};
 use mio::net::{TcpStream, UdpSocket};
 use mio::{Events, Interest, Poll, Registry, Token};
@@ -70,8 +71,7 @@ pub(crate) struct Driven {
 impl Met {
     /// The time that so many in a thousand of those who were served were not longer than, in milliseconds.
     pub(crate) fn quantile(&self, thousandths: usize) -> f64 {
-        let at = (self.times.len() * thousandths).div_ceil(1_000).saturating_sub(1);
-        self.times.get(at).copied().unwrap_or_default().as_secs_f64() * 1e3
+        serial::quantile(&self.times, thousandths).as_secs_f64() * 1e3
     }
 
     fn count(&mut self, outcome: Result<Duration, Failure>) {
@@ -194,19 +194,16 @@ impl<'a> Driver<'a> {
     /// Whose time is over. Before that each is heard once more: this thread may have been late, and not the answer.
     fn give_up(&mut self) {
         while let Some(&(at, number)) = self.order.front() {
-            let is_there = |client: &&Client| client.number == number;
-            if let Some(client) = self.waiting[at].as_ref().filter(is_there)
-                && client.begun.elapsed() < self.clients.patience
-            {
-                return;
-            }
-            if self.waiting[at].as_ref().is_some_and(|client| client.number == number) {
+            if let Some(client) = self.waiting[at].as_ref().filter(|client| client.number == number) {
+                if client.begun.elapsed() < self.clients.patience {
+                    return;
+                }
                 self.hear(at);
-            }
-            if self.waiting[at].as_ref().is_some_and(|client| client.number == number) {
-                self.waiting[at] = None;
-                self.free.push(at);
-                self.end(number, Err(Failure::TimedOut));
+                // None if it was heard: nobody has come to its place meanwhile.
+                if self.waiting[at].take().is_some() {
+                    self.free.push(at);
+                    self.end(number, Err(Failure::TimedOut));
+                }
             }
             self.order.pop_front();
         }

@@ -286,7 +286,6 @@ pub fn run(args: &TriesArgs) -> Result<Record<Measured>> {
     lab::on_signal_exit_with(130);
     let measured = measure(args, |line| println!("{line}"))?;
     let mut record = Record::new(KIND, Machine::here([]), args.connects < CONNECTS || args.alone, measured);
-    record.complete = true;
     record.targets = judge(&record.measured);
     record.notes = vec![
         format!("A client has failed that was refused, or heard nothing for {} s.", PATIENCE.as_secs()),
@@ -299,9 +298,7 @@ pub fn run(args: &TriesArgs) -> Result<Record<Measured>> {
         "CPU time is that of the thread that connects: what the kernel does about a packet between namespaces it does there, as long as it keeps up."
             .into(),
     ];
-    record.print();
-    println!("record: {}", record.write(&args.records)?.display());
-    Ok(record)
+    record.finish(&args.records)
 }
 
 /// A laboratory with the Services, and what serves them.

@@ -191,10 +191,7 @@ pub fn run(args: &SoakArgs) -> Result<Record<Measured>> {
     let measured = soak(Duration::from_secs_f64(args.minutes * 60.0), args.samples, print)?;
     let mut record = Record::new(KIND, Machine::here([]), args.minutes < 120.0, measured);
     record.void = record.measured.faults();
-    record.complete = true;
-    record.print();
-    println!("record: {}", record.write(&args.records)?.display());
-    Ok(record)
+    record.finish(&args.records)
 }
 
 #[cfg(test)]

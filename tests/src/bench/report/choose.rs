@@ -11,7 +11,7 @@ pub(super) fn write(page: &mut Page, record: &Record<Measured>) {
         "Two endpoints answer one connection after the other, one within {quick} ms and one within {slow} ms; {rate} clients come in a second, \
          {clients} for each line, all in one laboratory. Commit {}. How long half of them waited, and 99 of 100, and how many each \
          endpoint served:",
-        record.machine.commit.chars().take(12).collect::<String>(),
+        record.machine.short_commit(),
     ));
     let mut rows = vec![row(["who chooses", "p50, ms", "p99, ms", "served by"])];
     for leg in legs {

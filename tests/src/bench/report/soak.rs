@@ -15,7 +15,7 @@ pub(super) fn write(page: &mut Page, record: &Record<Measured>) {
          everything every minute), commit {}: {} changes; {made} calls of a Service that nothing happened to, {failed} of which failed. \
          Before each of the {} samples everything was taken away again. Medians of the second quarter of the samples and of the last:",
         digits(last.at / 60.0),
-        record.machine.commit.chars().take(12).collect::<String>(),
+        record.machine.short_commit(),
         last.changes,
         record.measured.samples.len(),
     ));

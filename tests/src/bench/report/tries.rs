@@ -1,12 +1,8 @@
 //! Who is served where endpoints fail, and whether what is open is counted right.
 
 use super::{Page, row};
-use crate::bench::record::{Machine, Record};
+use crate::bench::record::Record;
 use crate::{bench_counts, bench_tries};
-
-fn commit(machine: &Machine) -> String {
-    machine.commit.chars().take(12).collect()
-}
 
 pub(super) fn write(page: &mut Page, record: &Record<bench_tries::Measured>) {
     page.heading("Second tries");
@@ -14,7 +10,7 @@ pub(super) fn write(page: &mut Page, record: &Record<bench_tries::Measured>) {
         "Services with five endpoints: all serve; two refuse; two refuse and one is silent. Clients come to these by turns, in one laboratory \
          with one node of each dataplane. Commit {}. How many were served, refused, or heard nothing for three seconds, and within how many \
          milliseconds half of those who were served were served, and 99 of 100:",
-        commit(&record.machine),
+        record.machine.short_commit(),
     ));
     let mut rows = vec![row(["who serves", "clients", "served", "refused", "silent", "p50, ms", "p99, ms"])];
     for leg in &record.measured.legs {
@@ -64,6 +60,6 @@ pub(super) fn write_counts(page: &mut Page, record: &Record<bench_counts::Measur
          {by_socket} connections by socket, while the agent was killed {kills} times and the algorithm changed {changes} times, commit {}: at \
          the ends of rounds, with up to {most_open} open, the counts differed from the flows and sockets that there were by {differences}, \
          and the agents had put {drift} right.",
-        commit(&record.machine),
+        record.machine.short_commit(),
     ));
 }
